@@ -1,0 +1,129 @@
+# moe.c. `make` prints help. What the machine has is found by compiling (dev/detect.sh) and can be overridden on the command line:
+#   CC=clang  PRECISION=fp32|bf16|fp64  DEBUG=1 (ASan, UBSan, NaN-filled memory)  BLAS=off  OPENMP=off  MPI=off  MARCH=-march=x86-64-v3  WERROR=-Werror
+CC = cc
+PRECISION = fp32
+BACKEND = $(if $(and $(NVCC),$(HAVE_GPU)),cuda,cpu)
+ROOT_BUILD = build
+ifeq ($(MAKECMDGOALS),)
+NO_DETECT = 1
+endif
+ifneq ($(filter help deps clean,$(MAKECMDGOALS)),)
+NO_DETECT = 1
+endif
+
+.PHONY: help detect deps clean test test-quick test-full test-kernels test-data test-checkpoint test-model test-parallel quickstart bench-cpu compare-hf doctor FORCE
+help:
+	@echo "moe.c: trains Qwen3-MoE, every parameter, forward and backward written by hand"
+	@echo
+	@echo "  make quickstart     install what is missing, build, tokenize real text, train, show the loss falling (3 minutes, no GPU)"
+	@echo "  make test           prove it: kernels, fixtures of Hugging Face transformers, checkpoints, bad inputs (no Python, no network)"
+	@echo "  make train_moe      the trainer        ./train_moe --help"
+	@echo "  make test_moe       the checks of the whole model, numbered"
+	@echo
+	@echo "  make detect         what was found here and how to change it"
+	@echo "  make deps           install what is missing (asks apt where it may, else prints the line)"
+	@echo "  make test-full      make test and the longer suites (sanitizers, more layouts)"
+	@echo "  make bench-cpu      tokens/s and share of the sgemm peak, kernels, transformers beside it"
+	@echo "  make compare-hf     the same 200 steps here and in transformers, curves over one another"
+	@echo "  make clean"
+	@echo
+	@echo "  variables: CC, PRECISION=fp32|bf16|fp64, DEBUG=1, BLAS=off, OPENMP=off, MPI=off, MARCH=..., BACKEND=cpu|cuda"
+
+# ---- detection -----------------------------------------------------------------------------------------------------------------
+ifndef NO_DETECT
+-include $(ROOT_BUILD)/detected.mk
+ifneq ($(DETECTED_CC),$(CC))
+$(ROOT_BUILD)/detected.mk: FORCE
+endif
+endif
+$(ROOT_BUILD)/detected.mk: dev/detect.sh
+	@mkdir -p $(ROOT_BUILD)
+	@sh dev/detect.sh $(CC) > $@
+
+MARCH = $(NATIVE)
+FEATURES :=
+ifneq ($(OPENMP),off)
+ifneq ($(OPENMP_FLAGS),)
+USE_OPENMP = 1
+FEATURES := $(FEATURES)-omp
+endif
+endif
+ifneq ($(BLAS),off)
+ifneq ($(BLAS_LIBS),)
+USE_BLAS = 1
+FEATURES := $(FEATURES)-blas
+endif
+endif
+ifneq ($(MPI),off)
+ifneq ($(MPI_LIBS),)
+USE_MPI = 1
+FEATURES := $(FEATURES)-mpi
+endif
+endif
+
+detect:
+	@rm -f $(ROOT_BUILD)/detected.mk
+	@$(MAKE) --no-print-directory show-detected
+show-detected:
+	@echo "compiler   $(CC)$(if $(HAVE_CC),, -- DOES NOT COMPILE C11: set CC=...)  flags $(MARCH)  (CC=..., MARCH=...)"
+	@echo "cJSON      $(if $(HAVE_CJSON),found,MISSING and needed: make deps)"
+	@echo "OpenMP     $(if $(OPENMP_FLAGS),found: $(OPENMP_FLAGS),not found (fine: one thread; make deps))  (OPENMP=off)"
+	@echo "BLAS       $(if $(BLAS_LIBS),found: $(BLAS_LIBS),not found (fine: own products, slower; make deps))  (BLAS=off)"
+	@echo "MPI        $(if $(MPI_LIBS),found: $(MPI_LIBS),not found (fine: one process; make deps))  (MPI=off)"
+	@echo "CUDA       $(if $(NVCC),nvcc at $(NVCC)$(if $(HAVE_GPU), and a GPU, but no GPU),not found (fine))"
+	@echo "backend    $(BACKEND)  (BACKEND=cpu|cuda)"
+
+# ---- flags ------------------------------------------------------------------------------------------------------------------------
+COMMIT := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
+DEFINES_bf16 = -DMOE_BF16
+DEFINES_fp64 = -DMOE_FP64
+ifeq ($(DEBUG),1)
+OPTIMIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -DMOE_DEBUG
+FEATURES := $(FEATURES)-debug
+else
+OPTIMIZE = -O3 -g1
+endif
+CFLAGS = -std=c11 $(OPTIMIZE) $(MARCH) -fno-math-errno -ffp-contract=fast -Wall -Wextra $(WERROR) $(DEFINES_$(PRECISION)) $(CJSON_CFLAGS)
+LIBS = $(CJSON_LIBS) -lm -lpthread
+ifdef USE_OPENMP
+CFLAGS += $(OPENMP_FLAGS)
+endif
+ifdef USE_BLAS
+CFLAGS += -DMOE_BLAS $(BLAS_CFLAGS)
+LIBS += $(BLAS_LIBS)
+endif
+ifdef USE_MPI
+CFLAGS += $(MPI_CFLAGS)
+LIBS += $(MPI_LIBS)
+endif
+
+VARIANT = cpu-$(PRECISION)-$(notdir $(CC))$(subst /,_,$(subst =,_,$(subst -march,,$(MARCH))))$(FEATURES)
+BUILD = $(ROOT_BUILD)/$(VARIANT)
+KERNELS = $(wildcard kernels/cpu/*.c) kernels/fail.c
+COMM = $(wildcard parallel/comm_common.c parallel/comm_watch.c) parallel/comm_$(if $(USE_MPI),mpi,none).c
+PARALLEL = $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)) $(COMM)
+LIBRARY = $(KERNELS) $(filter-out model/test_%,$(wildcard model/*.c)) $(PARALLEL) data/loader.c data/tokens.c
+OBJECTS = $(LIBRARY:%.c=$(BUILD)/%.o)
+TESTS = kernels/test_kernels kernels/test_experts data/test_data model/test_checkpoint
+DEPENDS = $(OBJECTS:.o=.d) $(BUILD)/train_moe.d $(BUILD)/test_moe.d $(TESTS:%=$(BUILD)/%.d) $(BUILD)/parallel/test_comm.d $(BUILD)/parallel/test_expert.d
+
+# ---- programs ---------------------------------------------------------------------------------------------------------------------
+train_moe test_moe: %: $(BUILD)/% FORCE
+	@cmp -s $(BUILD)/$@ $@ || cp $(BUILD)/$@ $@
+$(BUILD)/train_moe: $(BUILD)/train_moe.o $(OBJECTS)
+	$(if $(HAVE_CJSON),,@echo "cJSON is missing: make deps" && exit 1)
+	$(CC) $(CFLAGS) $^ $(LIBS) -o $@
+$(BUILD)/test_moe $(TESTS:%=$(BUILD)/%) $(BUILD)/parallel/test_comm $(BUILD)/parallel/test_expert: %: %.o $(OBJECTS)
+	$(CC) $(CFLAGS) $^ $(LIBS) -o $@
+$(BUILD)/train_moe.o: train_moe.cu $(ROOT_BUILD)/detected.mk
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -MMD -MP -x c -c $< -o $@
+$(BUILD)/%.o: %.c $(ROOT_BUILD)/detected.mk
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) $(EXTRA_$(basename $(notdir $<))) -MMD -MP -c $< -o $@
+EXTRA_report = -DMOE_COMMIT='"$(COMMIT)"'
+-include $(DEPENDS)
+
+clean:
+	rm -rf $(ROOT_BUILD) train_moe test_moe
+FORCE:

@@ -1,0 +1,48 @@
+#!/bin/sh
+# What this machine can build, found by compiling and linking small programs, never by asking a package manager.
+#   dev/detect.sh CC > build/detected.mk        (make runs it; `make detect` runs it again)
+# Writes make variables; a missing optional part leaves its variables empty.
+CC=${1:-cc}
+DIR=$(mktemp -d) || exit 1
+trap 'rm -rf "$DIR"' EXIT
+
+# try NAME "flags" "libraries" "program text": 0 when it compiles and links
+try() { printf '%s\n' "$3" > "$DIR/t.c"; $CC $1 "$DIR/t.c" -o "$DIR/t" $2 > "$DIR/log" 2>&1; }
+
+echo "DETECTED_CC := $CC"
+if printf 'int main(void) { return 0; }\n' > "$DIR/t.c" && $CC -std=c11 "$DIR/t.c" -o "$DIR/t" > "$DIR/log" 2>&1; then echo "HAVE_CC := 1"; else echo "HAVE_CC :="; fi
+
+for flags in "" "-I/opt/homebrew/include -L/opt/homebrew/lib" "-I/usr/local/include -L/usr/local/lib"; do
+    if try "$flags" "-lcjson" '#include <cjson/cJSON.h>
+int main(void) { return cJSON_Parse("{}") == 0; }'; then echo "HAVE_CJSON := 1"; echo "CJSON_CFLAGS := $flags"; echo "CJSON_LIBS := -lcjson"; break; fi
+done
+
+if try "-march=native" "" 'int main(void) { return 0; }'; then echo "NATIVE := -march=native"; else echo "NATIVE :="; fi
+
+for flags in "-fopenmp" "-Xpreprocessor -fopenmp -I/opt/homebrew/opt/libomp/include -L/opt/homebrew/opt/libomp/lib -lomp"; do
+    if try "$flags" "" '#include <omp.h>
+int main(void) { return omp_get_max_threads() < 1; }'; then echo "OPENMP_FLAGS := $flags"; break; fi
+done
+
+for flags in "" "-I/usr/include/openblas" "-I/opt/homebrew/opt/openblas/include -L/opt/homebrew/opt/openblas/lib"; do
+    if try "$flags" "-lopenblas" '#include <cblas.h>
+void openblas_set_num_threads(int);
+char *openblas_get_corename(void);
+int main(void) { float x = 1; openblas_set_num_threads(1); return cblas_sdot(1, &x, 1, &x, 1) != 1 || !openblas_get_corename(); }'; then
+        echo "BLAS_CFLAGS := $flags"; echo "BLAS_LIBS := -lopenblas"; break; fi
+done
+
+if command -v mpicc > /dev/null 2>&1; then
+    # Open MPI and MPICH spell the question differently
+    cflags=$(mpicc --showme:compile 2> /dev/null || mpicc -compile-info 2> /dev/null | cut -d' ' -f2-)
+    libs=$(mpicc --showme:link 2> /dev/null || mpicc -link-info 2> /dev/null | cut -d' ' -f2-)
+    if try "$cflags" "$libs" '#include <mpi.h>
+int main(int n, char **v) { MPI_Init(&n, &v); return MPI_Finalize(); }'; then echo "MPI_CFLAGS := $cflags"; echo "MPI_LIBS := $libs"; fi
+fi
+command -v mpirun > /dev/null 2>&1 && echo "MPIRUN := mpirun"
+
+if command -v nvcc > /dev/null 2>&1; then
+    echo "NVCC := $(command -v nvcc)"
+    if command -v nvidia-smi > /dev/null 2>&1 && nvidia-smi -L 2> /dev/null | grep -q GPU; then echo "HAVE_GPU := 1"; fi
+fi
+exit 0

@@ -1,0 +1,196 @@
+// The CPU as a device: its memory is the host's, its streams are program order, its copies are memcpy.
+#define _GNU_SOURCE
+#include "../device.h"
+#include "../fail.h"
+#include "gemm.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+// ---- scratch ------------------------------------------------------------------------------------------------------------------
+typedef struct { void *memory; size_t bytes; } Scratch;
+static _Thread_local Scratch scratch_slots[SCRATCH_SLOTS];
+
+void *scratch(int slot, size_t bytes) {
+    Scratch *s = &scratch_slots[slot];
+    if (bytes > s->bytes || !s->memory) {
+        free(s->memory);
+        s->bytes = (bytes + 4096) / 4096 * 4096;
+        s->memory = aligned_alloc(4096, s->bytes);
+        if (!s->memory) die("cannot get %zu bytes of scratch memory for a CPU kernel|free memory, or use a smaller --micro-batch", s->bytes);
+    }
+    return s->memory;
+}
+
+// ---- the device ---------------------------------------------------------------------------------------------------------------
+static char description[512];
+
+void device_init(int local_rank, int threads) {
+    (void)local_rank;
+#ifdef _OPENMP
+    if (threads > 0) omp_set_num_threads(threads);
+    omp_set_max_active_levels(1);   // kernels are parallel on one level: nested loops stay on their thread
+#else
+    (void)threads;
+#endif
+    gemm_init();
+}
+void device_finish(void) {
+    OMP(parallel)
+    for (int slot = 0; slot < SCRATCH_SLOTS; slot++) {
+        free(scratch_slots[slot].memory);
+        scratch_slots[slot] = (Scratch){0, 0};
+    }
+}
+const char *device_backend(void) { return "cpu"; }
+int device_row_tile(void) { return 1; }
+
+// Each thread multiplies its own square matrices, as the kernels do; the best of a few rounds, since other programs can only slow it down.
+double device_peak_flops(void) {
+    enum { SIDE = 512 };
+    const double LIMIT_SECONDS = 0.2;
+    const size_t size = (size_t)SIDE * SIDE;
+    int threads = thread_count();
+    real *all = (real *)xmalloc(3 * size * (size_t)threads * sizeof(real), "matrices of the speed measurement");
+    PARALLEL_FOR
+    for (int t = 0; t < threads; t++)
+        for (size_t i = 0; i < 3 * size; i++) all[3 * size * (size_t)t + i] = (real)(i % 7) * (real)0.125;
+    double start = now_seconds(), best = 0, before, now = start;
+    do {
+        before = now;
+        PARALLEL_FOR
+        for (int t = 0; t < threads; t++) {
+            real *a = all + 3 * size * (size_t)t;
+            gemm(0, 1, SIDE, SIDE, SIDE, a, SIDE, a + size, SIDE, 0, a + 2 * size, SIDE);
+        }
+        now = now_seconds();
+        double speed = 2.0 * size * SIDE * threads / (now - before);
+        if (speed > best) best = speed;
+    } while (now - start + (now - before) < LIMIT_SECONDS);
+    free(all);
+    return best;
+}
+const char *device_describe(void) {
+    const char *core = getenv("OPENBLAS_CORETYPE"), *threads = getenv("OPENBLAS_NUM_THREADS");
+    char inherited[192] = "";
+    if (core || threads)
+        snprintf(inherited, sizeof inherited, "; inherited from the environment: %s%.40s%s%s%.40s, which may halve the speed", core ? "OPENBLAS_CORETYPE=" : "",
+                 core ? core : "", core && threads ? " " : "", threads ? "OPENBLAS_NUM_THREADS=" : "", threads ? threads : "");
+    int n = thread_count();
+    snprintf(description, sizeof description, "cpu, %s, %d thread%s, %s product %.0f GFLOP/s%s", gemm_library(), n, n == 1 ? "" : "s",
+             sizeof(real) == 8 ? "fp64" : "fp32", device_peak_flops() * 1e-9, inherited);
+    return description;
+}
+size_t device_memory(void) {
+    FILE *f = fopen("/proc/meminfo", "r");
+    char line[128];
+    size_t kib = 0;
+    while (f && fgets(line, sizeof line, f))
+        if (sscanf(line, "MemAvailable: %zu kB", &kib) == 1) break;
+    if (f) fclose(f);
+    if (kib) return kib * 1024;
+    long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);   // no Linux: all physical memory is the best known bound
+    return pages > 0 && page > 0 ? (size_t)pages * (size_t)page : 0;
+}
+
+// ---- arenas -------------------------------------------------------------------------------------------------------------------
+enum { ARENA_ALIGN = 256 };
+
+Arena arena_counting(const char *name) {
+    Arena a = {0};
+    a.name = name;
+    return a;
+}
+static void count_row(Arena *a, size_t bytes, const char *what) {
+    for (int i = 0; i < a->rows; i++)
+        if (!strcmp(a->row[i].what, what)) {
+            a->row[i].bytes += bytes;
+            return;
+        }
+    if (a->rows == ARENA_ROWS) die("arena %s has more than %d kinds of pieces|raise ARENA_ROWS in kernels/device.h", a->name, ARENA_ROWS);
+    a->row[a->rows].what = what;
+    a->row[a->rows++].bytes = bytes;
+}
+void *arena_take(Arena *a, size_t bytes, const char *what) {
+    if (bytes > SIZE_MAX / 2 - a->used) die("arena %s: the size of %s overflows|a dimension is too large", a->name, what);
+    size_t taken = (bytes + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN, start = a->used;
+    a->used += taken;
+    if (!a->base) {
+        count_row(a, taken, what);
+        return 0;
+    }
+    if (a->used > a->capacity)
+        die("arena %s: %s wants %zu bytes behind %zu of %zu|the counting pass and the taking pass differ: a defect of the program", a->name, what, bytes, start,
+            a->capacity);
+    device_poison(a->base + start, bytes);
+    return a->base + start;
+}
+// The table on one line, largest first: what die() can print.
+static char *arena_table(const Arena *a) {
+    int order[ARENA_ROWS];
+    for (int i = 0; i < a->rows; i++) {
+        int j = i;
+        for (; j > 0 && a->row[order[j - 1]].bytes < a->row[i].bytes; j--) order[j] = order[j - 1];
+        order[j] = i;
+    }
+    char *text = xasprintf("%s", "");
+    for (int i = 0; i < a->rows; i++) {
+        char *longer = xasprintf("%s%s%s %.3f GiB", text, i ? ", " : "", a->row[order[i]].what, (double)a->row[order[i]].bytes / (1 << 30));
+        free(text);
+        text = longer;
+    }
+    return text;
+}
+// Fresh pages are zero by mmap. Writing one word of each from all threads spreads them over memory controllers (first touch) and
+// makes a machine that promised too much fail here, at the start, not in the middle of a step.
+static void touch(char *base, size_t bytes) {
+    const int64_t PAGE = 4096;
+    int64_t pages = (int64_t)(bytes / (size_t)PAGE);
+    PARALLEL_FOR
+    for (int64_t i = 0; i < pages; i++) *(volatile char *)(base + i * PAGE) = 0;
+}
+void arena_commit(Arena *a) {
+    if (a->base) die("arena %s is committed twice|a defect of the program", a->name);
+    a->capacity = a->used > 0 ? a->used : ARENA_ALIGN;
+    size_t available = device_memory();
+    void *base = MAP_FAILED;
+    if (!available || a->capacity <= available) base = mmap(0, a->capacity, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED)
+        die("arena %s does not fit: %.3f GiB wanted, %.3f GiB available (%s)|smaller --micro-batch or --seq-len, --recompute layer, --optimizer adamw8bit, or more ranks",
+            a->name, (double)a->capacity / (1 << 30), (double)available / (1 << 30), arena_table(a));
+    a->base = (char *)base;
+    a->used = 0;
+    touch(a->base, a->capacity);
+}
+void arena_free(Arena *a) {
+    if (a->base) munmap(a->base, a->capacity);
+    *a = arena_counting(a->name);
+}
+
+// ---- streams and copies -----------------------------------------------------------------------------------------------------------
+void stream_order(Stream first, Stream then) { (void)first, (void)then; }
+void device_sync(void) {}
+void device_upload(void *device, const void *host, size_t bytes) { device_copy(device, host, bytes); }
+void device_download(void *host, const void *device, size_t bytes) { device_copy(host, device, bytes); }
+// Large blocks in pieces on all threads: one core does not saturate the memory.
+enum { COPY_PIECE = 1 << 20 };
+void device_zero(void *dst, size_t bytes) {
+    int64_t pieces = div_up((int64_t)bytes, COPY_PIECE);
+    PARALLEL_FOR
+    for (int64_t i = 0; i < pieces; i++)
+        memset((char *)dst + i * COPY_PIECE, 0, (size_t)lesser(COPY_PIECE, (int64_t)bytes - i * COPY_PIECE));
+}
+void device_copy(void *dst, const void *src, size_t bytes) {
+    int64_t pieces = div_up((int64_t)bytes, COPY_PIECE);
+    PARALLEL_FOR
+    for (int64_t i = 0; i < pieces; i++)
+        memcpy((char *)dst + i * COPY_PIECE, (const char *)src + i * COPY_PIECE, (size_t)lesser(COPY_PIECE, (int64_t)bytes - i * COPY_PIECE));
+}
+void device_poison(void *dst, size_t bytes) {
+#ifdef MOE_DEBUG
+    memset(dst, 0xff, bytes);
+#else
+    (void)dst, (void)bytes;
+#endif
+}

@@ -1,0 +1,218 @@
+// SGD, AdamW and AdamW with 8-bit moments on segments of flat shards, the gradient norm, and initial weights.
+//
+// Everything goes in blocks of 256 elements of the Hugging Face tensor: one block is one call of a loop with a constant trip count (a shorter last
+// block is padded), so an element meets the same instructions wherever a shard was cut (I4), and compilers vectorise it without a tail.
+// Formulas are torch.optim's, in its order of operations, in real:
+//   SGD    g += wd p;  buf = t == 1 ? g : mu buf + g;  p -= lr buf
+//   AdamW  p *= 1 - lr wd;  m += (1-b1)(g - m);  v = b2 v + (1-b2) g^2;  p -= (lr / bc1) m / (sqrt(v) / sqrt(bc2) + eps),  bc = 1 - b^t
+#include "../fail.h"
+#include "../quant8.h"
+#include "math.h"
+
+enum { BLOCK = QUANT8_BLOCK, PIECE = 256 };   // elements of a block; blocks of a task
+
+// ---- segments to tasks ------------------------------------------------------------------------------------------------------------
+typedef struct { int segment; int64_t first, count; } Piece;   // elements [first, first + count) of the segment, first a multiple of BLOCK
+
+static Piece *cut_pieces(const Segment *segments, int n_segments, int64_t *count) {
+    int64_t n = 0, size = (int64_t)PIECE * BLOCK;
+    for (int s = 0; s < n_segments; s++) {
+        if (segments[s].first % BLOCK)
+            die("a segment starts at element %lld of its tensor|shards are cut at multiples of %d elements", (long long)segments[s].first, BLOCK);
+        n += div_up(segments[s].count, size);
+    }
+    Piece *piece = SCRATCH(SCRATCH_SHARED, Piece, n + 1);
+    *count = n, n = 0;
+    for (int s = 0; s < n_segments; s++)
+        for (int64_t i = 0; i < segments[s].count; i += size) piece[n++] = (Piece){s, i, lesser(size, segments[s].count - i)};
+    return piece;
+}
+
+// ---- the update of one block --------------------------------------------------------------------------------------------------------
+typedef struct { real scale, lr, momentum, keep, lerp, beta2, square, root, eps, step; int first; } Coefficients;
+
+static Coefficients coefficients(const OptimizerStep *o, real scale, double decay) {
+    double correction1 = 1 - pow(o->beta1, (double)o->t), correction2 = 1 - pow(o->beta2, (double)o->t);
+    Coefficients c;
+    c.scale = scale, c.lr = (real)o->lr, c.momentum = (real)o->momentum, c.first = o->t == 1;
+    c.keep = (real)(o->kind == OPT_SGD ? o->weight_decay * decay : 1 - o->lr * o->weight_decay * decay);
+    c.lerp = (real)(1 - o->beta1), c.beta2 = (real)o->beta2, c.square = (real)(1 - o->beta2), c.eps = (real)o->eps;
+    c.root = (real)sqrt(correction2), c.step = (real)(o->lr / correction1);
+    return c;
+}
+static void adamw_block(real *restrict p, const real *restrict g, real *restrict m, real *restrict v, const Coefficients *c) {
+    Coefficients k = *c;
+    for (int i = 0; i < BLOCK; i++) {
+        real d = g[i] * k.scale, m1 = m[i] + k.lerp * (d - m[i]), v1 = k.beta2 * v[i] + k.square * d * d;
+        real root = square_root(v1);
+        m[i] = m1, v[i] = v1;
+        p[i] = k.keep * p[i] - k.step * m1 / (root / k.root + k.eps);
+    }
+}
+static void sgd_block(real *restrict p, const real *restrict g, real *restrict buf, const Coefficients *c) {
+    Coefficients k = *c;
+    for (int i = 0; i < BLOCK; i++) {
+        real d = g[i] * k.scale + k.keep * p[i];
+        buf[i] = k.first ? d : k.momentum * buf[i] + d;   // not 0 * buf: the first step does not read it
+        p[i] -= k.lr * buf[i];
+    }
+}
+static void decode_block(real *m, real *v, const uint8_t *m8, const uint8_t *v8, float m_scale, float v_scale, int n) {
+    for (int i = 0; i < n; i++) {
+        v[i] = v8_decode(v8[i], v_scale);
+        m[i] = m8_decode(m8[i], m_scale) * square_root(v[i]);
+    }
+}
+// Lanes as in row_sum: a maximum does not depend on order, but only this form is vectorised without being told so.
+static float largest(const float *x) {
+    float lane[16] = {0}, top = 0;
+    for (int i = 0; i < BLOCK; i += 16)
+        for (int j = 0; j < 16; j++) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
+    for (int j = 0; j < 16; j++) top = lane[j] > top ? lane[j] : top;
+    return top;
+}
+static void encode_block(uint8_t *m8, uint8_t *v8, float *m_scale, float *v_scale, const real *m, const real *v, float bound, Noise noise, int n) {
+    float w[BLOCK], u[BLOCK], size[BLOCK];
+    for (int i = 0; i < BLOCK; i++) w[i] = i < n ? (float)(v[i] < QUANT8_V_MAX ? v[i] : QUANT8_V_MAX) : 0;
+    float top = largest(w);
+    uint8_t code[BLOCK];
+    for (int i = 0; i < BLOCK; i++) code[i] = v8_encode(w[i] / top, w[i] > 0, noise_bits(noise, 0, (uint32_t)i) >> 12);
+    for (int i = 0; i < BLOCK; i++) {
+        float s = (float)square_root(v8_decode(code[i], top)), x = (float)m[i] / (s > 0 ? s : 1);
+        x = x > -bound ? x < bound ? x : bound : -bound;
+        u[i] = s > 0 && i < n ? x : 0;
+        size[i] = u[i] < 0 ? -u[i] : u[i];
+    }
+    *v_scale = top, *m_scale = largest(size);
+    float inverse = m8_inverse(*m_scale);
+    memcpy(v8, code, (size_t)n);
+    for (int i = 0; i < BLOCK; i++) code[i] = m8_encode(u[i] * inverse, noise_bits(noise, 1, (uint32_t)i) >> 16);
+    memcpy(m8, code, (size_t)n);
+}
+// p as floatX: exact where floatX is real; bf16 to nearest where a master keeps what is lost, else stochastically.
+static void store_param(floatX *param, const real *p, int nearest, Noise noise, int n) {
+#if defined(MOE_BF16)
+    if (nearest) store_row(param, p, n);
+    else
+        for (int i = 0; i < n; i++) param[i].bits = bf16_stochastic(p[i], noise_bits(noise, 2, (uint32_t)i) >> 16);
+#else
+    (void)nearest, (void)noise;
+    if (&param->v != p) store_row(param, p, n);
+#endif
+}
+// x itself where it holds a whole block, else a copy padded with zeros.
+static real *whole(real *x, real *copy, int n) {
+    if (n == BLOCK) return x;
+    memset(copy, 0, BLOCK * sizeof(real)), memcpy(copy, x, (size_t)n * sizeof(real));
+    return copy;
+}
+static void update_block(const OptimizerState *s, const OptimizerStep *o, const Coefficients *c, const Segment *segment, int64_t at, int n, float bound) {
+    int64_t i = segment->offset + at, q = segment->qblock + at / BLOCK;
+    real p_copy[BLOCK], g_copy[BLOCK], m_copy[BLOCK] = {0}, v_copy[BLOCK] = {0};
+    Noise noise = {{0, 0, 0, 0}};
+    if (o->kind == OPT_ADAMW8 || (sizeof(floatX) < sizeof(real) && !s->master))
+        noise = noise_block(o->seed, segment->tensor, (uint64_t)((segment->first + at) / BLOCK), (uint64_t)o->step);
+    const real *g = &s->grad[i].v;
+    if (n < BLOCK) memset(g_copy, 0, sizeof g_copy), memcpy(g_copy, g, (size_t)n * sizeof(real)), g = g_copy;
+#if defined(MOE_BF16)
+    real *p = s->master ? whole(s->master + i, p_copy, n) : p_copy;
+    if (!s->master) memset(p_copy, 0, sizeof p_copy), load_row(p_copy, s->param + i, n);
+#else
+    real *p = whole(s->master ? s->master + i : &s->param[i].v, p_copy, n);
+#endif
+    real *m = m_copy, *v = v_copy;
+    int exact = o->kind == OPT_ADAMW || (o->kind == OPT_SGD && s->m && o->momentum != 0);
+    if (exact) m = whole(s->m + i, m_copy, n);
+    if (o->kind == OPT_ADAMW) v = whole(s->v + i, v_copy, n);
+    if (o->kind == OPT_ADAMW8) decode_block(m, v, s->m8 + i, s->v8 + i, s->m_scale[q], s->v_scale[q], n);
+
+    if (o->kind == OPT_SGD) sgd_block(p, g, m, c);
+    else adamw_block(p, g, m, v, c);
+
+    if (o->kind == OPT_ADAMW8) encode_block(s->m8 + i, s->v8 + i, s->m_scale + q, s->v_scale + q, m, v, bound, noise, n);
+    if (exact && m == m_copy) memcpy(s->m + i, m, (size_t)n * sizeof(real));
+    if (o->kind == OPT_ADAMW && v == v_copy) memcpy(s->v + i, v, (size_t)n * sizeof(real));
+    if (s->master && p == p_copy) memcpy(s->master + i, p, (size_t)n * sizeof(real));
+    store_param(s->param + i, p, s->master != 0, noise, n);
+}
+void optimizer_update(const OptimizerState *s, const Segment *segments, int n_segments, const OptimizerStep *o, const real *scale) {
+    real factor = (real)(scale[0] * o->grad_scale);
+    if (!isfinite(factor)) return;
+    Coefficients with_decay = coefficients(o, factor, 1), without = coefficients(o, factor, 0);
+    float bound = (float)adam_bound(o->beta1, o->beta2);
+    int64_t pieces;
+    Piece *piece = cut_pieces(segments, n_segments, &pieces);
+    PARALLEL_TILES
+    for (int64_t j = 0; j < pieces; j++) {
+        const Segment *segment = segments + piece[j].segment;
+        const Coefficients *c = segment->decay != 0 ? &with_decay : &without;
+        for (int64_t at = 0; at < piece[j].count; at += BLOCK)
+            update_block(s, o, c, segment, piece[j].first + at, (int)lesser(BLOCK, piece[j].count - at), bound);
+    }
+}
+
+// ---- norms and scales -----------------------------------------------------------------------------------------------------------------
+// Block sums in 16 lanes of doubles, blocks in order, pieces in order.
+static double squares(const gradX *g, int64_t n) {
+    double total = 0;
+    for (int64_t b = 0; b < n; b += BLOCK) {
+        double lane[16] = {0};
+        int64_t end = lesser(b + BLOCK, n), i = b;
+        for (; i + 16 <= end; i += 16)
+            for (int j = 0; j < 16; j++) lane[j] += (double)g[i + j].v * (double)g[i + j].v;
+        for (int j = 0; i < end; i++, j++) lane[j] += (double)g[i].v * (double)g[i].v;
+        for (int w = 8; w > 0; w /= 2)
+            for (int j = 0; j < w; j++) lane[j] += lane[j + w];
+        total += lane[0];
+    }
+    return total;
+}
+void gradient_squares(double *sums, const gradX *grad, const Segment *segments, int n_segments) {
+    int64_t pieces;
+    Piece *piece = cut_pieces(segments, n_segments, &pieces);
+    double *partial = SCRATCH(SCRATCH_LOCAL, double, pieces + 1);
+    PARALLEL_TILES
+    for (int64_t j = 0; j < pieces; j++) partial[j] = squares(grad + segments[piece[j].segment].offset + piece[j].first, piece[j].count);
+    for (int i = 0; i < n_segments; i++) sums[i] = 0;
+    for (int64_t j = 0; j < pieces; j++) sums[piece[j].segment] += partial[j];
+}
+void sum_in_order(double *total, const double *in, int n) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += in[i];
+    total[0] = sum;
+}
+void gradient_scale(gradX *grad, const Segment *segments, int n_segments, const float *factor) {
+    int64_t pieces;
+    Piece *piece = cut_pieces(segments, n_segments, &pieces);
+    PARALLEL_TILES
+    for (int64_t j = 0; j < pieces; j++) {
+        gradX *g = grad + segments[piece[j].segment].offset + piece[j].first;
+        real f = factor[piece[j].segment];
+        for (int64_t i = 0; i < piece[j].count; i++) g[i].v *= f;
+    }
+}
+void clip_scale(real *norm, real *scale, const double *sums, int n, double clip) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += sums[i];
+    norm[0] = (real)sqrt(sum);
+    double s = clip > 0 ? clip / ((double)norm[0] + 1e-6) : 1;
+    scale[0] = isfinite(norm[0]) ? (real)(s < 1 ? s : 1) : (real)NAN;
+}
+
+// ---- initial weights --------------------------------------------------------------------------------------------------------------------
+void init_segments(floatX *param, real *master, const Segment *segments, int n_segments, uint64_t seed, double std) {
+    int64_t pieces;
+    Piece *piece = cut_pieces(segments, n_segments, &pieces);
+    PARALLEL_TILES
+    for (int64_t j = 0; j < pieces; j++) {
+        const Segment *segment = segments + piece[j].segment;
+        for (int64_t i = piece[j].first; i < piece[j].first + piece[j].count; i += 2) {   // one Philox gives two neighbours
+            Random128 bits = random_normal_block(seed, segment->tensor, (uint64_t)(segment->first + i));
+            for (int half = 0; half < 2 && i + half < piece[j].first + piece[j].count; half++) {
+                real value = (real)(std < 0 ? 1 : std * inverse_normal(random_uniform(random_half(bits, half))));
+                store(param + segment->offset + i + half, value);
+                if (master) master[segment->offset + i + half] = value;
+            }
+        }
+    }
+}

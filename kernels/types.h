@@ -1,0 +1,61 @@
+// The number types of the whole program. Model code moves pointers to them and cannot touch what they point at: floatX and
+// gradX are structs of one number, so that `*x + *y` does not compile in C and a device pointer is never read by mistake.
+//
+//   floatX   activations and weights              float (PRECISION=fp32, default), bf16 (PRECISION=bf16), double (fp64, for finite differences)
+//   gradX    gradients of weights                 float, or double in the fp64 build
+//   real     what stays fp32 whatever floatX is:  router logits, scores, norm statistics, log-sum-exp, losses; double in the fp64 build
+#ifndef MOE_TYPES_H
+#define MOE_TYPES_H
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(MOE_BF16)
+typedef struct { uint16_t bits; } floatX;
+typedef float real;
+#define PRECISION_NAME "bf16"
+#elif defined(MOE_FP64)
+typedef struct { double v; } floatX;
+typedef double real;
+#define PRECISION_NAME "fp64"
+#else
+typedef struct { float v; } floatX;
+typedef float real;
+#define PRECISION_NAME "fp32"
+#endif
+typedef struct { real v; } gradX;
+
+// One element on the HOST as a float: for printing and sampling, never in a loop over a model.
+static inline float floatx_to_float(floatX x) {
+#if defined(MOE_BF16)
+    union { uint32_t bits; float f; } u;
+    u.bits = (uint32_t)x.bits << 16;
+    return u.f;
+#else
+    return (float)x.v;
+#endif
+}
+
+// element types of buffers, messages and files
+typedef enum { DTYPE_F32, DTYPE_BF16, DTYPE_F16, DTYPE_F64, DTYPE_I32, DTYPE_I64, DTYPE_U8 } Dtype;
+static inline size_t dtype_size(Dtype d) {
+    return d == DTYPE_F64 || d == DTYPE_I64 ? 8 : d == DTYPE_BF16 || d == DTYPE_F16 ? 2 : d == DTYPE_U8 ? 1 : 4;
+}
+#if defined(MOE_BF16)
+#define DTYPE_FLOATX DTYPE_BF16
+#define DTYPE_REAL DTYPE_F32
+#elif defined(MOE_FP64)
+#define DTYPE_FLOATX DTYPE_F64
+#define DTYPE_REAL DTYPE_F64
+#else
+#define DTYPE_FLOATX DTYPE_F32
+#define DTYPE_REAL DTYPE_F32
+#endif
+
+#ifdef __cplusplus
+#define MOE_BEGIN_C extern "C" {
+#define MOE_END_C }
+#else
+#define MOE_BEGIN_C
+#define MOE_END_C
+#endif
+#endif

@@ -1,0 +1,207 @@
+// Screen and log: see report.h.
+#define _POSIX_C_SOURCE 200809L
+#include "report.h"
+#include "../kernels/fail.h"
+#include <cjson/cJSON.h>
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#ifndef MOE_COMMIT
+#define MOE_COMMIT "unknown"
+#endif
+
+// ---- log.jsonl ------------------------------------------------------------------------------------------------------------------
+// Keeps the lines of steps <= step. A last line that a kill cut short is dropped with the rest.
+static void cut_log(const char *path, int64_t step) {
+    FILE *in = fopen(path, "r");
+    if (!in) return;
+    char *temporary = xasprintf("%s.cut", path), *line = 0;
+    size_t capacity = 0;
+    ssize_t n;
+    FILE *out = fopen(temporary, "w");
+    if (!out) die("cannot write %s: %s|make the folder writable", temporary, strerror(errno));
+    while ((n = getline(&line, &capacity, in)) > 0) {
+        const char *at = strstr(line, "\"step\":");
+        if (line[n - 1] == '\n' && at && strtoll(at + 7, 0, 10) <= step) fputs(line, out);
+    }
+    free(line);
+    fclose(in);
+    if (fflush(out) || fsync(fileno(out)) || fclose(out) || rename(temporary, path)) die("cannot rewrite %s: %s|free space or make the folder writable", path, strerror(errno));
+    free(temporary);
+}
+
+static void log_number(FILE *f, const char *key, double x) {
+    if (isfinite(x)) fprintf(f, ",\"%s\":%.9g", key, x);
+    else fprintf(f, ",\"%s\":null", key);
+}
+
+static void log_line_end(Report *r) {
+    if (fputs("}\n", r->log) < 0 || fflush(r->log)) die("cannot write the log: %s|free space under --out", strerror(errno));
+}
+
+Report report_open(const Trainer *t, const char *out, int64_t step, int64_t steps, double peak) {
+    Report r;
+    memset(&r, 0, sizeof r);
+    r.active = t->g->rank == 0;
+    r.peak = peak * t->g->world;
+    r.flops_per_token = config_flops_per_token(&t->m->c, t->o.T);
+    r.first = step; r.steps = steps;
+    r.begin = now_seconds();
+    if (!r.active || !*out) return r;
+    char *path = xasprintf("%s/log.jsonl", out);
+    cut_log(path, step);
+    r.log = fopen(path, "a");
+    if (!r.log) die("cannot open %s: %s|choose an --out folder that can be written", path, strerror(errno));
+    free(path);
+    return r;
+}
+
+void report_close(Report *r) { if (r->log) fclose(r->log); r->log = 0; }
+
+// ---- start ----------------------------------------------------------------------------------------------------------------------
+static void write_run(const char *out, const Options *o, const Trainer *t) {
+    cJSON *run = cJSON_CreateObject(), *config = cJSON_Parse(t->m->c.json);
+    cJSON_AddStringToObject(run, "commit", MOE_COMMIT);
+    cJSON_AddStringToObject(run, "backend", device_backend());
+    cJSON_AddStringToObject(run, "device", device_describe());
+    cJSON_AddStringToObject(run, "precision", PRECISION_NAME);
+    cJSON_AddNumberToObject(run, "world", t->g->world);
+    cJSON_AddNumberToObject(run, "parameters", config_total_parameters(&t->m->c));
+    cJSON_AddNumberToObject(run, "aux_coef", t->o.aux_coef);
+    cJSON_AddItemToObject(run, "options", options_json(o));
+    if (config) cJSON_AddItemToObject(run, "config", config);
+    char *text = cJSON_Print(run), *path = xasprintf("%s/run.json", out);
+    FILE *f = fopen(path, "w");
+    if (!f || fputs(text, f) < 0 || fputs("\n", f) < 0 || fclose(f)) die("cannot write %s: %s|free space or make the folder writable", path, strerror(errno));
+    cJSON_Delete(run);
+    free(text);
+    free(path);
+}
+
+static void print_files(const char *what, const Loader *data, int T) {
+    if (!data) return;
+    printf("%-10s %d file%s (%s%s), %lld tokens, %lld windows of %d\n", what, loader_files(data), loader_files(data) == 1 ? "" : "s", loader_file(data, 0),
+           loader_files(data) > 1 ? ", ..." : "", (long long)loader_tokens(data), (long long)loader_windows(data), T);
+}
+
+void report_start(const Report *r, const Trainer *t, const Options *o, const char *source, const Loader *train, const Loader *val) {
+    if (!r->active) return;
+    const Config *c = &t->m->c;
+    const Grid *g = t->g;
+    static const char *const optimizers[] = { "sgd", "adamw", "adamw8bit" }, *const recompute[] = { "none", "moe", "layer", "auto" };
+    double total = config_total_parameters(c), active = config_active_parameters(c);
+    printf("moe.c      commit %s, %s\n", MOE_COMMIT, PRECISION_NAME);
+    printf("device     %s\n", device_describe());
+    printf("ranks      %d over %s, %d on this machine\n", g->world, comm_describe(), comm_local_size());
+    if (g->world > 1) { char *rows = grid_table(g); fputs(rows, stdout); free(rows); }
+    printf("model      %s: %d layers (%d with experts), hidden %d, %d/%d heads of %d, vocabulary %d%s\n", source, c->L, c->n_moe, c->C, c->H, c->KV, c->D, c->V, c->tied ? ", tied head" : "");
+    if (c->n_moe) printf("experts    %d of width %d, top-%d%s\n", c->E, c->F, c->K, c->norm_topk ? ", scores renormalised" : "");
+    if (c->n_moe && c->K == 1 && c->norm_topk) printf("warning    top_k = 1 with norm_topk_prob: every score is 1 and the router gets no gradient from the language model\n");
+    printf("parameters %.0f, of which a token meets %.0f in matrix products\n", total, active);
+    print_files("train", train, t->o.T);
+    print_files("val", val, t->o.T);
+    printf("update     %lld sequences of %d = %lld tokens; on each rank %d round%s of %d micro-batch%s of %d\n", (long long)t->o.batch, t->o.T, (long long)t->o.batch * t->o.T,
+           t->o.rounds, t->o.rounds > 1 ? "s" : "", t->n_micro, t->n_micro > 1 ? "es" : "", t->R / t->o.T);
+    if (train && t->o.batch > loader_windows(train)) printf("warning    the training data has %lld windows, an update takes %lld: every update sees some of them twice\n", (long long)loader_windows(train), (long long)t->o.batch);
+    printf("optimizer  %s, lr %g, weight decay %g, clip %g, update %s, recompute %s\n", optimizers[o->optimizer], o->lr, o->weight_decay, o->grad_clip,
+           t->o.update_layer ? "layer (clips by the previous update's norm, the first is unclipped)" : "end", recompute[t->o.recompute]);
+    if (c->n_moe)
+        printf("losses     cross entropy + %g * aux (%s; %d at perfect balance) + %g * z%s%s\n", t->o.aux_coef, t->o.aux_per_layer ? "mean of layers" : "pooled over layers", c->K, t->o.z_coef,
+               t->o.rounds > 1 ? "; aux per round" : "", t->o.balance_rate > 0 ? "; selection bias on (transformers will not apply it)" : "");
+    if (r->peak > 0)
+        printf("mfu        %.4g FLOP a token = 6 x %.0f active parameters + 12 x layers x heads x head_dim x T / 2; peak %.4g FLOP/s (%s)\n", r->flops_per_token, active, r->peak,
+               !strcmp(device_backend(), "cpu") ? "a short sgemm on this machine" : "dense, by device name");
+    else printf("mfu        not printed: the peak of this device is not known\n");
+    fflush(stdout);
+    if (*o->out) write_run(o->out, o, t);
+}
+
+// ---- updates ----------------------------------------------------------------------------------------------------------------------
+static void print_eta(double seconds) {
+    int64_t s = (int64_t)(seconds + 0.5);
+    if (s >= 3600) printf(" | ETA %lld:%02d:%02d", (long long)(s / 3600), (int)(s / 60 % 60), (int)(s % 60));
+    else printf(" | ETA %d:%02d", (int)(s / 60), (int)(s % 60));
+}
+
+void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s, double seconds, int with_experts) {
+    if (!r->active) return;
+    const Config *c = &t->m->c;
+    double rate = (double)s->tokens / seconds, mfu = r->peak > 0 ? rate * r->flops_per_token / r->peak : NAN;
+    printf("step %lld/%lld (%.0f%%) | loss %.4f", (long long)step, (long long)r->steps, 100.0 * (double)step / (double)r->steps, s->loss);
+    if (c->n_moe) printf(" aux %.3f", s->aux);
+    printf(" | norm %.3g lr %.3g", s->grad_norm, s->lr);
+    if (c->n_moe) printf(" | load %.1fx", s->expert_load_max);
+    if (s->expert_dead) printf(" dead %d", s->expert_dead);
+    printf(" | %.0f ms %.0f tok/s", 1e3 * seconds, rate);
+    if (r->peak > 0) printf(" mfu %.1f%%", 100 * mfu);
+    print_eta((now_seconds() - r->begin) / (double)(step - r->first) * (double)(r->steps - step));
+    printf("%s\n", s->skipped ? " | SKIPPED: gradient not finite" : "");
+    fflush(stdout);
+    if (!r->log) return;
+    fprintf(r->log, "{\"step\":%lld", (long long)step);
+    log_number(r->log, "loss", s->loss);
+    log_number(r->log, "aux", s->aux);
+    log_number(r->log, "z", s->z);
+    log_number(r->log, "grad_norm", s->grad_norm);
+    log_number(r->log, "lr", s->lr);
+    fprintf(r->log, ",\"tokens\":%lld", (long long)s->tokens);
+    log_number(r->log, "ms", 1e3 * seconds);
+    log_number(r->log, "tok_s", rate);
+    log_number(r->log, "mfu", mfu);
+    log_number(r->log, "expert_load_max", s->expert_load_max);
+    fprintf(r->log, ",\"expert_dead\":%d", s->expert_dead);
+    if (s->skipped) fprintf(r->log, ",\"skipped\":true");
+    if (with_experts && c->n_moe) {
+        fprintf(r->log, ",\"expert_load\":[");
+        for (int l = 0; l < c->n_moe; l++) {
+            double total = 0;
+            for (int e = 0; e < c->E; e++) total += (double)t->host_count[(size_t)l * c->E + e];
+            for (int e = 0; e < c->E; e++)
+                fprintf(r->log, "%s%.4g", e ? "," : l ? ",[" : "[", total > 0 ? (double)t->host_count[(size_t)l * c->E + e] / total : 0);
+            fprintf(r->log, "]");
+        }
+        fprintf(r->log, "]");
+    }
+    log_line_end(r);
+}
+
+void report_evaluation(Report *r, int64_t step, double loss) {
+    if (!r->active) return;
+    printf("val  %lld/%lld | val_loss %.4f\n", (long long)step, (long long)r->steps, loss);
+    fflush(stdout);
+    if (!r->log) return;
+    fprintf(r->log, "{\"step\":%lld", (long long)step);
+    log_number(r->log, "val_loss", loss);
+    log_line_end(r);
+}
+
+void report_heat_map(const Trainer *t, FILE *out) {
+    const Config *c = &t->m->c;
+    static const char shades[] = " .:-=+*#%@";
+    enum { COLUMNS = 64 };
+    int columns = c->E < COLUMNS ? c->E : COLUMNS;
+    double positions = (double)t->R * t->n_micro * t->g->world * t->o.rounds;
+    fprintf(out, "expert load by layer (%d experts%s; ' ' none, '=' about the mean, '@' 2.25x the mean and more)\n", c->E, columns < c->E ? ", grouped" : "");
+    for (int l = 0, i = 0; l < c->L; l++) {
+        if (!c->is_moe[l]) continue;
+        const int64_t *count = t->host_count + (size_t)i * c->E;
+        int64_t total = 0, most = 0;
+        int dead = 0;
+        for (int e = 0; e < c->E; e++) { total += count[e]; dead += count[e] == 0; if (count[e] > most) most = count[e]; }
+        fprintf(out, "  %3d [", l);
+        for (int k = 0; k < columns; k++) {
+            int begin = (int)((int64_t)k * c->E / columns), end = (int)((int64_t)(k + 1) * c->E / columns);
+            int64_t n = 0;
+            for (int e = begin; e < end; e++) n += count[e];
+            double load = total ? (double)n * c->E / ((double)total * (end - begin)) : 0;
+            int shade = n == 0 ? 0 : 1 + (int)(4 * load - 0.5);
+            fputc(shades[shade < 1 ? n > 0 : shade > 9 ? 9 : shade], out);
+        }
+        fprintf(out, "] max/mean %.2f, dead %d, entropy %.2f of %.2f bits\n", total ? (double)most * c->E / (double)total : 0, dead,
+                t->host_z[2 * i + 1] / positions / log(2), log2(c->E));
+        i++;
+    }
+    fflush(out);
+}

@@ -1,0 +1,112 @@
+// Parts of a transport that do not depend on it: see comm_common.h.
+#include "comm_common.h"
+#include "../kernels/fail.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+CommOptions comm_options;
+static struct { int64_t step; int layer; char phase[20]; } place = { 0, -1, "set-up" };
+
+void comm_where(int64_t step, int layer, const char *phase) {
+    if (step >= 0) place.step = step;
+    place.layer = layer;
+    snprintf(place.phase, sizeof place.phase, "%s", phase);
+}
+
+// ---- records ---------------------------------------------------------------------------------------------------------------------------------------------
+CallRecord call_record(int64_t call, int kind, Dtype type, size_t count) {
+    CallRecord r;
+    memset(&r, 0, sizeof r);                              // padding too: records travel as bytes
+    r.call = call; r.kind = kind; r.type = (int32_t)type; r.count = count;
+    r.step = place.step; r.layer = place.layer;
+    memcpy(r.phase, place.phase, sizeof r.phase);
+    return r;
+}
+
+void call_text(const CallRecord *r, const char *group, char *text, size_t size) {
+    static const char *const kinds[] = { "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "host all_gather", "broadcast", "end of step" };
+    static const char *const types[] = { "f32", "bf16", "f16", "f64", "i32", "i64", "bytes" };
+    char layer[32] = "";
+    if (r->layer >= 0) snprintf(layer, sizeof layer, "layer %d ", r->layer);
+    snprintf(text, size, "step %lld, %s%s: call %lld in group %s, %s of %llu %s", (long long)r->step, layer, r->phase, (long long)r->call, group, kinds[r->kind],
+             (unsigned long long)r->count, r->kind == COMM_ALL_TO_ALL ? "bytes a row" : types[r->type]);
+}
+
+int call_equal(const CallRecord *a, const CallRecord *b) {
+    return a->call == b->call && a->step == b->step && a->layer == b->layer && a->kind == b->kind && a->type == b->type && a->count == b->count &&
+           !memcmp(a->phase, b->phase, sizeof a->phase);
+}
+
+// ---- sums in rank order ------------------------------------------------------------------------------------------------------------------------------------
+static float load_bf16(uint16_t b) {
+    uint32_t u = (uint32_t)b << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+static uint16_t store_bf16(float f) {                     // to nearest, ties to even; NaN stays NaN
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(u >> 16 | 0x40);
+    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+#define PLAIN(x) (x)
+// A block of elements at a time: the inner loops run over elements, so they vectorise, while each element still takes the parts in rank order.
+enum { SUM_BLOCK = 1024 };
+#define SUM_BODY(T, A, LOAD, STORE)                                                             \
+    for (int64_t i = 0; i < n_block; i++) acc[i] = LOAD(((const T *)part[0])[at + i]);          \
+    for (int r = 1; r < n; r++)                                                                 \
+        for (int64_t i = 0; i < n_block; i++) acc[i] += LOAD(((const T *)part[r])[at + i]);     \
+    if (add) for (int64_t i = 0; i < n_block; i++) acc[i] = LOAD(((T *)out)[at + i]) + acc[i];  \
+    for (int64_t i = 0; i < n_block; i++) ((T *)out)[at + i] = STORE(acc[i]);
+#define SUM_FUNCTION(name, T, A, LOAD, STORE)                                                                        \
+    static void name(void *out, const void *const *part, int n, int64_t at, int64_t n_block, int add) {              \
+        A acc[SUM_BLOCK];                                                                                            \
+        SUM_BODY(T, A, LOAD, STORE)                                                                                  \
+    }
+SUM_FUNCTION(sum_f32, float, float, PLAIN, PLAIN)
+SUM_FUNCTION(sum_f64, double, double, PLAIN, PLAIN)
+SUM_FUNCTION(sum_bf16, uint16_t, float, load_bf16, store_bf16)
+SUM_FUNCTION(sum_i32, int32_t, int32_t, PLAIN, PLAIN)
+SUM_FUNCTION(sum_i64, int64_t, int64_t, PLAIN, PLAIN)
+
+void sum_parts(void *out, const void *const *part, int n, size_t count, Dtype type, int add) {
+    void (*sum)(void *, const void *const *, int, int64_t, int64_t, int) =
+        type == DTYPE_F32 ? sum_f32 : type == DTYPE_F64 ? sum_f64 : type == DTYPE_BF16 ? sum_bf16 : type == DTYPE_I32 ? sum_i32 : type == DTYPE_I64 ? sum_i64 : 0;
+    if (!sum) die("no sums over ranks for element type %d, comm|use f32, f64, bf16, i32 or i64", (int)type);
+    int64_t blocks = ((int64_t)count + SUM_BLOCK - 1) / SUM_BLOCK;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) if (blocks > 64)
+#endif
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t at = b * SUM_BLOCK, left = (int64_t)count - at;
+        sum(out, part, n, at, left < SUM_BLOCK ? left : SUM_BLOCK, add);
+    }
+}
+
+// ---- groups of one -------------------------------------------------------------------------------------------------------------------------------------------
+void local_all_gather(void *recv, const void *send, size_t count, Dtype type) {
+    if (recv != send && count) device_copy(recv, send, count * dtype_size(type));
+}
+
+void local_reduce_scatter(void *recv, const void *send, size_t count, Dtype type, int accumulate) {
+    size_t bytes = count * dtype_size(type);
+    if (!accumulate) { local_all_gather(recv, send, count, type); return; }
+    if (!strcmp(device_backend(), "cpu")) { sum_parts(recv, &send, 1, count, type, 1); return; }
+    char *host = (char *)xmalloc(2 * bytes, "communication staging");
+    const void *part = host + bytes;
+    device_download(host, recv, bytes);
+    device_download(host + bytes, send, bytes);
+    sum_parts(host, &part, 1, count, type, 1);
+    device_upload(recv, host, bytes);
+    free(host);
+}
+
+void local_all_to_all(const char *group, void *recv, int64_t recv_rows, const void *send, int64_t send_rows, size_t row_bytes) {
+    if (recv_rows != send_rows)
+        die("all_to_all in group %s of one rank: sends itself %lld rows and expects %lld|a bug of the caller", group, (long long)send_rows, (long long)recv_rows);
+    if (recv != send && send_rows && row_bytes) device_copy(recv, send, (size_t)send_rows * row_bytes);
+}
