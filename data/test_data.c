@@ -354,15 +354,15 @@ static const char *table_write(Table *t, const char *name, uint32_t eot, uint32_
     return write_bytes(name, t->data, t->n);
 }
 
-// 256 bytes, then merges 256.., an unused id, and two added tokens.
+// 256 bytes, then merges 256.., the last of them again "ll", an unused id, and two added tokens.
 static Table table_make(int version) {
-    static const char *const merges[] = { "he", "ll", "hell", "hello", " w", "or", " wor", "ld", " world", "lo" };
+    static const char *const merges[] = { "he", "ll", "hell", "hello", " w", "or", " wor", "ld", " world", "lo", "ll" };
     Table t = { { 0 }, 1024, version, 0 };
     for (int b = 0; b < 256; b++) { char c = (char)b; table_add(&t, &c, 1); }
-    for (int i = 0; i < 10; i++) table_add(&t, merges[i], strlen(merges[i]));
-    table_add(&t, "", 0);                                   // 266
-    table_add(&t, "<|end|>!", 8);                           // 267
-    table_add(&t, "<|end|>", 7);                            // 268
+    for (int i = 0; i < 11; i++) table_add(&t, merges[i], strlen(merges[i]));
+    table_add(&t, "", 0);                                   // 267
+    table_add(&t, "<|end|>!", 8);                           // 268
+    table_add(&t, "<|end|>", 7);                            // 269
     return t;
 }
 
@@ -404,18 +404,18 @@ static void test_tokens(void) {
         char longest[700];
         memset(longest, '=', sizeof longest);
         if (version == 3) table_add(&table, longest, sizeof longest);
-        t = tokens_open(table_write(&table, "t.vocab", 268, 267));
-        static const int hello[] = { 259, 264 }, added[] = { 259, 268, 259, 267 }, llo[] = { 257, 'o' }, run[] = { 'a', ' ', 264 };
+        t = tokens_open(table_write(&table, "t.vocab", 269, 268));
+        static const int hello[] = { 259, 264 }, added[] = { 259, 269, 259, 268 }, llo[] = { 257, 'o' }, run[] = { 'a', ' ', 264 };
         static const char spaced[] = "  \n\n hello,\r\n  world's 123 \xc3\xa4 ";
         static const int words[] = { 'x', '\'', 257, ' ', ' ', 256, '1' };              // x | 'll | space | space he | 1
-        good = tokens_vocab(t) == table.vocab && tokens_eot(t) == 268 && encodes(t, "hello world", hello, 2);
+        good = tokens_vocab(t) == table.vocab && tokens_eot(t) == 269 && encodes(t, "hello world", hello, 2);
         good = good && encodes(t, "hello<|end|>hello<|end|>!", added, 4) && encodes(t, "llo", llo, 2) && encodes(t, "x'll  he1", words, 7)
                && encodes(t, "a  world", run, 3);
         good = good && round_trip(t, all, 256) && round_trip(t, spaced, sizeof spaced - 1);
-        int odd[2] = { 266, version == 3 ? 269 : 9999 };
+        int odd[2] = { 267, version == 3 ? 270 : 9999 };
         char text[1000];
         size_t n = tokens_decode(t, text, sizeof text, odd, 2);
-        good = good && !strncmp(text, "<266>", 5) && (version == 3 ? n == 705 && text[704] == '=' : n == 11);
+        good = good && !strncmp(text, "<267>", 5) && (version == 3 ? n == 705 && text[704] == '=' : n == 11);
         check(good, version == 2 ? "decode table version 2: merges by lowest id, words, added tokens, unused ids, round trip"
                                  : "decode table version 3: the same, and an entry of 700 bytes");
         tokens_close(t);
@@ -424,13 +424,13 @@ static void test_tokens(void) {
     Table table = table_make(2);
     const char *path = table_write(&table, "bad.vocab", 267, 267);
     write_bytes("bad.vocab", table.data, table.n - 3);
-    dies(try_table, path, "truncated", "id 268", "error: a truncated decode table");
+    dies(try_table, path, "truncated", "id 269", "error: a truncated decode table");
     write_bytes("bad.vocab", table.data, table.n + 3);
     dies(try_table, path, "3 bytes after", "bad.vocab", "error: a decode table with more than its entries");
     dies(try_table, write_shard("shard.vocab", 2, 9, -1, 0, 0, 0, 0), "not a decode table", "20240328",
          "error: a shard given as decode table");
     dies(try_table, path_of("absent.vocab"), "cannot open", "absent.vocab", "error: no decode table");
-    dies(try_table, table_write(&table, "eot.vocab", 5000, 0), "end-of-text id 5000", "269 ids",
+    dies(try_table, table_write(&table, "eot.vocab", 5000, 0), "end-of-text id 5000", "270 ids",
          "error: an end-of-text id outside the table");
     Table few = { { 0 }, 1024, 2, 0 };
     table_add(&few, "a", 1);

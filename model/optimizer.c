@@ -48,11 +48,10 @@ Optimizer optimizer_create(const Model *m, OptimizerOptions o, Arena *arena) {
 
 void optimizer_free(Optimizer *opt) { free(opt->state); memset(opt, 0, sizeof *opt); }
 
-void optimizer_step(Optimizer *opt, int block, floatX *param, const gradX *grad, double lr, int64_t t, int64_t update, double grad_scale, const real *scale) {
+void optimizer_step(Optimizer *opt, int block, const gradX *grad, double lr, int64_t t, int64_t update, double grad_scale, const real *scale) {
     const OptimizerOptions *o = &opt->o;
     OptimizerStep step = { o->kind, lr, o->momentum, o->beta1, o->beta2, o->eps, o->weight_decay, t, o->seed, update, grad_scale };
     OptimizerState *s = &opt->state[block];
-    s->param = param;
     s->grad = grad;
     optimizer_update(s, opt->m->block[block].segment, opt->m->block[block].n_segments, &step, scale);
 }

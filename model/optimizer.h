@@ -29,13 +29,13 @@ typedef struct {
 typedef struct {
     OptimizerOptions o;
     const Model *m;
-    OptimizerState *state;           // (n_blocks) param and grad are filled in at each update
+    OptimizerState *state;           // (n_blocks) buffers of this rank's shards; the trainer sets param, grad is filled in at each update
 } Optimizer;
 // State of all blocks from the arena (may be counting), zero. Dies where the 8-bit optimizer meets a layout that cuts its 256-element blocks, naming layouts that fit.
 Optimizer optimizer_create(const Model *m, OptimizerOptions o, Arena *arena);
 void optimizer_free(Optimizer *opt);
 // One update of a block's shard. t: 1-based count of updates made (bias correction); update: number of this update (stochastic rounding); grad_scale: see OptimizerStep;
 // scale (device): not finite = leave everything as it is.
-void optimizer_step(Optimizer *opt, int block, floatX *param, const gradX *grad, double lr, int64_t t, int64_t update, double grad_scale, const real *scale);
+void optimizer_step(Optimizer *opt, int block, const gradX *grad, double lr, int64_t t, int64_t update, double grad_scale, const real *scale);
 MOE_END_C
 #endif

@@ -231,7 +231,7 @@ static void update_layer(Trainer *t, int layer, int64_t update, double lr) {
     comm_wait(all_reduce_start(t->g->dense_group, t->block_sum + first, (size_t)n, DTYPE_F64, STREAM_GATHER));
     clip_scale(t->norm, t->guard, t->block_sum + first, n, 0);
     for (int i = 0; i < n; i++) {
-        optimizer_step(&t->optimizer, first + i, fsdp_shard(t->fsdp, first + i), grad[i], lr, t->updates + 1, update, scale, t->guard);
+        optimizer_step(&t->optimizer, first + i, grad[i], lr, t->updates + 1, update, scale, t->guard);
         fsdp_grad_done(t->fsdp, first + i);
     }
 }
@@ -244,7 +244,7 @@ static void update_all(Trainer *t, int64_t update, double lr) {
     comm_wait(all_reduce_start(t->g->dense_group, t->block_sum, (size_t)n, DTYPE_F64, STREAM_GATHER));
     clip_scale(t->norm, t->scale, t->block_sum, n, t->o.clip);
     for (int b = 0; b < n; b++) {
-        optimizer_step(&t->optimizer, b, fsdp_shard(t->fsdp, b), fsdp_grad_shard(t->fsdp, b), lr, t->updates + 1, update, 1, t->scale);
+        optimizer_step(&t->optimizer, b, fsdp_grad_shard(t->fsdp, b), lr, t->updates + 1, update, 1, t->scale);
         fsdp_grad_done(t->fsdp, b);
     }
 }

@@ -37,6 +37,7 @@ static void allocate(Trainer *t, OptimizerOptions opt, Arena *a) {
     for (int b = 0; b < m->n_blocks; b++) if (m->block[b].n_segments > segments) segments = m->block[b].n_segments;
     t->fsdp = fsdp_create(m, t->g, !t->o.update_layer, a);
     t->optimizer = optimizer_create(m, opt, a);
+    for (int b = 0; b < m->n_blocks; b++) t->optimizer.state[b].param = fsdp_shard(t->fsdp, b);     // loading and saving find parameters and state in one place
     work_create(&t->work, m, t->g, R / t->o.T, t->o.T, a);
     t->slot = (Slot *)xcalloc((size_t)t->n_slots, sizeof(Slot), "slots");
     for (int i = 0; i < t->n_slots; i++) slot_create(&t->slot[i], &t->work, t->g, a);

@@ -4,7 +4,8 @@
 //   layer       a whole MoE layer (without router), forward and backward, against one process on all tokens, with the same kernels: y, dx, dscore, dW1, dW2, per expert
 //   edges       nobody's experts chosen on one rank, everything to one expert, everything to one rank, only own tokens, only the neighbour's
 //   calls       50 calls on two exchanges in flight, other routing every time, memory poisoned with NaN before every one
-//   load        sizes known to the host against a naive count, bytes on the wire against the formula of README.md
+//   load        sizes known to the host against a naive count;  traffic: bytes on the wire against the formulas of README.md
+//   picture     the example drawn in README.md, number by number
 //   heads       both maps of heads.c: values and adjoints
 //
 // The problem is always the one of n R tokens; with allreduce every rank holds all of them and dy is non-zero on the own slice alone, so that the replicas' dy add up to the same
@@ -398,9 +399,43 @@ static void test_traffic(const Config *c, const Grid *g, int R) {
     if (g->ep > 1 && g->dispatch == DISPATCH_ALLGATHER)
         want[COMM_ALL_GATHER] = others * tokens * (2 * row + ids + p.K * 4), want[COMM_REDUCE_SCATTER] = others * tokens * (2 * row + ids);
     for (int kind = 0; kind < COMM_KINDS; kind++)
-        check(kind == COMM_ALL_REDUCE || sent[kind] == want[kind], "ep %d %s: collective %d sent %lld bytes, formula %lld", p.n, dispatch_name[g->dispatch], kind,
-              (long long)sent[kind], (long long)want[kind]);
+        if (kind != COMM_ALL_REDUCE)
+            check(sent[kind] == want[kind], "ep %d %s: collective %d sent %lld bytes, formula %lld", p.n, dispatch_name[g->dispatch], kind, (long long)sent[kind],
+                  (long long)want[kind]);
+    // An all-reduce is a reduce-scatter and an all-gather of pieces, which need not be equal: the formula holds for the group.
+    double group = comm_sum(g->ep_group, (double)sent[COMM_ALL_REDUCE]), formula = g->ep > 1 && g->dispatch == DISPATCH_ALLREDUCE ? 2.0 * 2 * others * tokens * row : 0;
+    check(group == formula, "ep %d %s: all-reduces of the group sent %.0f bytes, formula %.0f", p.n, dispatch_name[g->dispatch], group, formula);
     slot_free(&s), problem_free(&p);
+}
+
+// The drawing of README.md: 2 ranks, 6 tokens a to f, 4 experts, 2 a token. Every array is what the page shows.
+static int same(const int *device, const int *want, int n) {
+    int got[16];
+    device_download(got, device, (size_t)n * sizeof(int));
+    return memcmp(got, want, (size_t)n * sizeof(int)) == 0;
+}
+static void test_picture(const Config *base, const Grid *g) {
+    static const int topk[2][6] = { { 0, 1, 1, 3, 2, 3 }, { 0, 2, 2, 3, 0, 1 } };
+    static const int row_token[2][6] = { { 0, 2, 3, 0, 1, 3 }, { 1, 2, 3, 0, 1, 3 } }, expert_row[3] = { 0, 3, 6 };
+    static const int token_row[2][8] = { { 0, 3, 4, -1, 1, -1, 2, 5 }, { -1, 3, 0, 4, -1, 1, 2, 5 } };
+    static const double x[2][3] = { { 1, 2, 3 }, { 4, 5, 6 } }, pool[2][4] = { { 1, 2, 4, 6 }, { 2, 3, 4, 5 } }, sum[2][3] = { { 1, 4, 3 }, { 8, 5, 6 } };
+    Config c = *base;
+    c.C = 1, c.E = 4, c.K = 2;
+    Slot s = slot_new(g, &c, 3);
+    double got[4], score[6] = { 0 };
+    int me = g->ep_rank;
+    device_upload(s.topk, topk[me], sizeof topk[me]), put(s.x, DTYPE_FLOATX, x[me], 3), put(s.score, DTYPE_REAL, score, 6);
+    plan_and_spread(&s);
+    const floatX *arrived = spread_wait(s.e, FORWARD, 0);
+    check(s.plan.P == 4 && exchange_load(s.e)->sent_rows == 2, "picture: %d pool tokens, %lld sent", s.plan.P, (long long)exchange_load(s.e)->sent_rows);
+    if (device_row_tile() == 1) check(same(s.plan.row_token, row_token[me], 6) && same(s.plan.token_row, token_row[me], 8) && same(s.plan.expert_row, expert_row, 3), "picture: plan");
+    get(got, arrived, DTYPE_FLOATX, 4);
+    check(memcmp(got, pool[me], sizeof got) == 0, "picture: pool %g %g %g %g", got[0], got[1], got[2], got[3]);
+    put(collect_target(s.e, FORWARD, s.y, 0, 0), DTYPE_FLOATX, pool[me], 4);                  // experts that hand back what they got: y = x times the ranks visited
+    collect_start(s.e, FORWARD, s.y, 0), collect_wait(s.e, FORWARD);
+    get(got, s.y, DTYPE_FLOATX, 3);
+    check(memcmp(got, sum[me], 3 * sizeof(double)) == 0, "picture: sums %g %g %g", got[0], got[1], got[2]);
+    slot_free(&s);
 }
 
 static void test_heads(const Config *c, const Grid *g, int R) {
@@ -477,6 +512,7 @@ int main(int argc, char **argv) {
                 }
             }
             for (int d = 0; d < 3; d++) test_adjoint(config + k, grid + d, 13), test_traffic(config + k, grid + d, 13);
+            if (ep == 2 && k == 0) test_picture(config, grid + DISPATCH_ALLTOALL);
             test_layers(config + k, grid, 13);
             for (int d = 0; d < 3; d++) test_calls(config + k, grid + d, 9), test_heads(config + k, grid + d, 7);
         }

@@ -15,7 +15,9 @@ A tie in the routing would make a comparison meaningless, so weights are large (
 them) and everything is computed a second time in fp64: a fixture is refused if its routing differs anywhere, a gradient differs by more than
 5e-6 (norm-wise), or a loss of the ten updates by more than 2e-6 (relative).
 """
-import argparse, json, math, os, shutil, tempfile
+import argparse, json, math, os, shutil, sys, tempfile
+
+sys.dont_write_bytecode = True                          # `reference` is imported from this folder: leave no cache in it
 
 import numpy as np
 import torch
