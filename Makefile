@@ -100,7 +100,7 @@ endif
 VARIANT = cpu-$(PRECISION)-$(notdir $(CC))$(subst /,_,$(subst =,_,$(subst -march,,$(MARCH))))$(FEATURES)
 BUILD = $(ROOT_BUILD)/$(VARIANT)
 KERNELS = $(wildcard kernels/cpu/*.c) kernels/fail.c
-COMM = $(wildcard parallel/comm_common.c parallel/comm_watch.c) parallel/comm_$(if $(USE_MPI),mpi,none).c
+COMM = parallel/comm_common.c $(if $(USE_MPI),parallel/comm_mpi.c parallel/comm_mpi_call.c parallel/comm_watch.c,parallel/comm_none.c)
 PARALLEL = $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)) $(COMM)
 LIBRARY = $(KERNELS) $(filter-out model/test_%,$(wildcard model/*.c)) $(PARALLEL) data/loader.c data/tokens.c
 OBJECTS = $(LIBRARY:%.c=$(BUILD)/%.o)

@@ -211,7 +211,6 @@ static void test_rmsnorm(int R, int C) {
     Norm c = {test_x(x, n), test_x(w, (size_t)C), TEST_TAKE(floatX, n), TEST_TAKE(real, R), dy, R, C};
     floatX *dyx = test_x(dy, n);
     rmsnorm_forward(c.y, 0, c.x, c.w, (real)EPS, R, C);   // rstd not wanted
-    rmsnorm_forward(c.y, c.rstd, c.x, c.w, (real)EPS, R, C);
     for (int mode = 0; mode < 6; mode++) {   // residual: none, another buffer, dx itself; dw written or added
         int accumulate = mode & 1, residual = mode >> 1;
         BOTH {
@@ -234,6 +233,7 @@ static void test_rmsnorm(int R, int C) {
             }
             for (int j = 0; j < C; j++) dw[b][j] = Q(dw[b][j]) + accumulate * old[j];
         }
+        rmsnorm_forward(c.y, c.rstd, c.x, c.w, (real)EPS, R, C);
         floatX *d = residual == 2 ? test_x(res, n) : TEST_TAKE(floatX, n);
         gradX *g = accumulate ? test_grad(old, (size_t)C) : TEST_TAKE(gradX, C);
         rmsnorm_backward(d, g, residual == 2 ? d : residual ? test_x(res, n) : 0, dyx, c.x, c.w, c.rstd, accumulate, R, C);
@@ -252,8 +252,8 @@ static void test_rope_table(void) {
     enum { T = 1001, D = 128 };
     real *c = TEST_TAKE(real, T * D / 2), *s = TEST_TAKE(real, T * D / 2);
     rope_table(c, s, 1e6, T, D);
-    // fp32: the angle is rounded (1000 * 2^-25 = 3e-5 at most)
-    double tolerance = FP64 ? 1e-12 : 4e-5, worst = 0;
+    // fp32: frequency and angle are rounded, 1000 * 2^-25 = 3e-5 each at most
+    double tolerance = FP64 ? 1e-12 : 6.5e-5, worst = 0;
     for (int t = 0; t < T; t++)
         for (int j = 0; j < D / 2; j++) {
             double a = t * pow(1e6, -2.0 * j / D);
@@ -573,9 +573,9 @@ static void test_offsets(void) {
     int *targets = TEST_TAKE(int, N);
     for (int r = 0; r < N; r++) targets[r] = r == N - 1 ? 5 : -1;
     store(logits + (int64_t)V * (N - 1) + 5, 20);
-    double loss = 0, want = log(1 + (V - 1) * exp(-20.0));
+    double loss = 0, want = log(1 + (V - 1) * exp(-20.0));   // a sure row: nothing of the small terms may get lost beside the 1
     cross_entropy(logits, &loss, targets, 1, 0, N, V);
-    compare(fabs(loss - want) < 1e-5, "cross entropy beyond 2^31 logits: %g, not %g", loss, want);
+    compare(fabs(loss - want) < 1e-6, "cross entropy beyond 2^31 logits: %g, not %g", loss, want);
     munmap(logits, bytes);
 
     bytes = (size_t)V * C * sizeof(gradX);
@@ -628,6 +628,7 @@ static void output_of(void (*f)(void), char *text, size_t size, int *status) {
     pid_t child = fork();
     if (child == 0) {
         dup2(ends[1], 2);
+        test_threads(1);   // the OpenMP runtime's other threads do not exist behind a fork
         f();
         _exit(0);
     }

@@ -149,8 +149,8 @@ static void bad_folders(const char *config) {
     expect("a missing tensor", do_load, &b, "tensor model.layers.2.mlp.experts.5.up_proj.weight is missing (1 of 80 are)");
     b = spoil(one, "config.json", "\"moe_intermediate_size\":\t32", "\"moe_intermediate_size\":\t16", 0);
     expect("a wrong shape", do_load, &b, "has shape [32, 64], config.json means [16, 64]");
-    b = spoil(many, "config.json", "\"num_experts\":\t8", "\"num_experts\":\t4", 0);
-    expect("a wrong fused shape", do_load, &b, "mlp.experts.gate_up_proj has shape [8, 64, 64], config.json means [4, 64, 64]");
+    b = spoil(many, "config.json", "\"moe_intermediate_size\":\t32", "\"moe_intermediate_size\":\t16", 0);
+    expect("a wrong fused shape", do_load, &b, "mlp.experts.gate_up_proj has shape [8, 64, 64], config.json means [8, 32, 64]");
     b = spoil(one, "model.safetensors", "{", "{", 0);
     poke(b.dir, "model.layers.1.mlp.down_proj.weight", "\xc0\x7f", 2);
     expect("NaN in bf16", do_load, &b, "tensor model.layers.1.mlp.down_proj.weight: element 3 is NaN or infinite");

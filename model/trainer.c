@@ -36,6 +36,7 @@ static void allocate(Trainer *t, OptimizerOptions opt, Arena *a) {
     size_t x = (size_t)R * c->C, E = (size_t)c->n_moe * c->E;
     for (int b = 0; b < m->n_blocks; b++) if (m->block[b].n_segments > segments) segments = m->block[b].n_segments;
     t->fsdp = fsdp_create(m, t->g, !t->o.update_layer, a);
+    fsdp_rounds(t->fsdp, t->o.rounds);
     t->optimizer = optimizer_create(m, opt, a);
     for (int b = 0; b < m->n_blocks; b++) t->optimizer.state[b].param = fsdp_shard(t->fsdp, b);     // loading and saving find parameters and state in one place
     work_create(&t->work, m, t->g, R / t->o.T, t->o.T, a);

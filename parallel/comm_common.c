@@ -6,6 +6,7 @@
 #include <string.h>
 
 CommOptions comm_options;
+size_t comm_message_bytes = (size_t)1 << 30, comm_stage_bytes = (size_t)32 << 20;
 static struct { int64_t step; int layer; char phase[20]; } place = { 0, -1, "set-up" };
 
 void comm_where(int64_t step, int layer, const char *phase) {

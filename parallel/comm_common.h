@@ -19,6 +19,8 @@ typedef struct {
 
 // Set by comm_start.
 extern CommOptions comm_options;
+// Longest message (1 GiB: MPI counts are int; longer ones are sent in pieces) and staging of a group's sums (32 MiB; longer ones take rounds). Tests make both small.
+extern size_t comm_message_bytes, comm_stage_bytes;
 // A record of the next call at the place that comm_where named.
 CallRecord call_record(int64_t call, int kind, Dtype type, size_t count);
 // "step 12, layer 3 backward: call 57 in group fsdp, reduce_scatter of 4096 f32", into text.

@@ -1,10 +1,10 @@
-// --selftest: every collective of every group of a grid, checked and timed.
+// ./train_moe --selftest: every collective over every group of the grid, checked and timed, before a long run is trusted to the machines.
 #ifndef MOE_SELFTEST_H
 #define MOE_SELFTEST_H
-#include <stdio.h>
 #include "grid.h"
+#include <stdio.h>
 MOE_BEGIN_C
-// Checks and times all collectives over each group of more than one rank; rank 0 writes a table to out. Returns the number of failed checks, the same on all ranks.
+// All ranks call it. Rank 0 writes the table (its own groups; times are the slowest rank's of the group) to out. Returns the number of wrong results over all ranks.
 int comm_selftest(const Grid *g, FILE *out);
 MOE_END_C
 #endif

@@ -102,7 +102,7 @@ static void build_groups(void) {
 
 // ---- collectives ----------------------------------------------------------------------------------------------------------------------------------------------
 static const Dtype sum_types[] = { DTYPE_F32, DTYPE_F64, DTYPE_BF16, DTYPE_I32, DTYPE_I64 };
-static const size_t lengths[] = { 0, 1, 3, 256, 1003, 20000 };      // tests are compiled with staging and messages of a few KB: the longer ones take rounds and pieces
+static const size_t lengths[] = { 0, 1, 3, 256, 1003, 20000 };      // the longer ones take rounds and pieces: see main
 
 static void test_all_gather(Group q, size_t count, Dtype t) {
     int n = comm_size(q.g), me = comm_rank(q.g);
@@ -553,6 +553,7 @@ int main(int argc, char **argv) {
         else if (!strcmp(argv[i], "--fault") && i + 1 < argc) fault_name = argv[++i];
         else die("unknown argument %s|test_comm [--force] [--check] [--big] [--timeout S] [--fault NAME]", argv[i]);
     }
+    if (!big) { comm_message_bytes = 5000; comm_stage_bytes = 8192; }    // so that ordinary tests need several rounds and pieces
     comm_start(o);
     rank = comm_world_rank();
     world = comm_world_size();

@@ -16,7 +16,8 @@
 #else
 #define ELEMENTWISE OMP(simd)
 #endif
-enum { CHUNK = 512, REDUCE = 512, MAX_COLUMNS = 1024 };   // rows of a forward task; rows of a step along a reduction; columns of one product
+enum { CHUNK_MIN = 256, CHUNK_MAX = 1024, CHUNKS = 32 };   // rows of a task: enough for an efficient product, and about CHUNKS tasks where one expert has all
+enum { REDUCE = 1024, MAX_COLUMNS = 1024 };                // rows of a step along a reduction; columns of one product
 
 typedef struct { int expert, row, rows, column, columns; } Task;
 
@@ -27,15 +28,16 @@ static int longer_first(const void *a, const void *b) {
     if (x->expert != y->expert) return x->expert < y->expert ? -1 : 1;
     return x->row != y->row ? (x->row < y->row ? -1 : 1) : (x->column > y->column) - (x->column < y->column);
 }
-// Row chunks: every expert's rows in equal pieces of at most CHUNK. *count tasks, in scratch until the caller's thread asks for it again.
+// Row chunks: every expert's rows in equal pieces of at most `chunk`. *count tasks, in scratch until the caller's thread asks for it again.
 static Task *row_tasks(const Plan *plan, int *count) {
     const int *start = plan->expert_row;
-    int n = 0;
-    for (int e = 0; e < plan->E; e++) n += (int)div_up(start[e + 1] - start[e], CHUNK);
+    int n = 0, chunk = start[plan->E] / CHUNKS;
+    chunk = chunk < CHUNK_MIN ? CHUNK_MIN : chunk > CHUNK_MAX ? CHUNK_MAX : chunk;
+    for (int e = 0; e < plan->E; e++) n += (int)div_up(start[e + 1] - start[e], chunk);
     Task *task = SCRATCH(SCRATCH_SHARED, Task, n + 1);
     *count = n, n = 0;
     for (int e = 0; e < plan->E; e++) {
-        int64_t rows = start[e + 1] - start[e], pieces = div_up(rows, CHUNK);
+        int64_t rows = start[e + 1] - start[e], pieces = div_up(rows, chunk);
         for (int64_t i = 0; i < pieces; i++) {
             int first = (int)(start[e] + rows * i / pieces), last = (int)(start[e] + rows * (i + 1) / pieces);
             task[n++] = (Task){e, first, last - first, 0, 1};
@@ -44,14 +46,14 @@ static Task *row_tasks(const Plan *plan, int *count) {
     qsort(task, (size_t)n, sizeof *task, longer_first);
     return task;
 }
-// Column blocks of the hidden width for every expert, empty ones too: 256 wide; 64 where one expert holds more than an eighth of all rows, so that
+// Column blocks of the hidden width for every expert, empty ones too: 512 wide; 64 where one expert holds more than an eighth of all rows, so that
 // routing collapse (or a dense MLP, which is one expert) still feeds all threads.
 static Task *column_tasks(const Plan *plan, int C, int *count) {
     const int *start = plan->expert_row;
     Task *task = SCRATCH(SCRATCH_SHARED, Task, plan->E * div_up(C, 64) + 1);
     int n = 0;
     for (int e = 0; e < plan->E; e++) {
-        int rows = start[e + 1] - start[e], width = rows > start[plan->E] / 8 ? 64 : 256;
+        int rows = start[e + 1] - start[e], width = rows > start[plan->E] / 8 ? 64 : 512;
         for (int c = 0; c < C; c += width) task[n++] = (Task){e, start[e], rows, c, (int)lesser(width, C - c)};
     }
     qsort(task, (size_t)n, sizeof *task, longer_first);
@@ -165,7 +167,7 @@ void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const P
     }
 }
 // y = x W^T gives dW = dy^T x. Rows are the reduction; both weights are cut along the hidden width, so that a task gathers only its own columns
-// of the pool (dW1) and of its gradient (dW2) and owns its piece of the result. Steps of REDUCE rows are added in row order.
+// of the pool (dW1) and of its gradient (dW2) and owns its piece of the result. Equal steps of at most REDUCE rows are added in row order.
 void experts_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool, const floatX *dH, const floatX *sA, const Plan *plan, int accumulate,
                    int C, int F) {
     int count;
@@ -176,9 +178,10 @@ void experts_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpo
         int first = i % 2 == 0;
         real *dw = first ? &dW1[(int64_t)t.expert * 2 * F * C + t.column].v : &dW2[((int64_t)t.expert * C + t.column) * F].v, beta = accumulate ? 1 : 0;
         floatX *panel = SCRATCH(SCRATCH_LOCAL, floatX, REDUCE * t.columns);
-        for (int r = 0; r < t.rows || r == 0; r += REDUCE, beta = 1) {   // r == 0: an expert without rows still writes its zeros
-            int rows = (int)lesser(REDUCE, t.rows - r);
-            int64_t row = t.row + r;
+        int steps = t.rows ? (int)div_up(t.rows, REDUCE) : 1;   // one also for an expert without rows: it writes the zeros
+        for (int64_t step = 0; step < steps; step++, beta = 1) {
+            int64_t row = t.row + t.rows * step / steps;
+            int rows = (int)(t.row + t.rows * (step + 1) / steps - row);
             gather(panel, first ? pool : dpool, plan->row_token + row, rows, C, t.column, t.columns);
             if (first) gemm_x(1, 0, 2 * F, t.columns, rows, dH + row * 2 * F, 2 * F, panel, t.columns, beta, dw, C);
             else gemm_x(1, 0, t.columns, F, rows, panel, t.columns, sA + row * F, F, beta, dw, F);

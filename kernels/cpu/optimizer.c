@@ -12,19 +12,23 @@
 enum { BLOCK = QUANT8_BLOCK, PIECE = 256 };   // elements of a block; blocks of a task
 
 // ---- segments to tasks ------------------------------------------------------------------------------------------------------------
-typedef struct { int segment; int64_t first, count; } Piece;   // elements [first, first + count) of the segment, first a multiple of BLOCK
+// Cuts lie at multiples of 256 * PIECE elements of the TENSOR, so sums and noise do not depend on where a segment begins.
+typedef struct { int segment; int64_t first, count; } Piece;   // elements [first, first + count) of the segment
 
+static int64_t until(const Segment *segment, int64_t at, int64_t end, int64_t step) {   // elements from `at` to the tensor's next multiple of step, at most to end
+    return lesser(end - at, step - (segment->first + at) % step);
+}
 static Piece *cut_pieces(const Segment *segments, int n_segments, int64_t *count) {
     int64_t n = 0, size = (int64_t)PIECE * BLOCK;
-    for (int s = 0; s < n_segments; s++) {
-        if (segments[s].first % BLOCK)
-            die("a segment starts at element %lld of its tensor|shards are cut at multiples of %d elements", (long long)segments[s].first, BLOCK);
-        n += div_up(segments[s].count, size);
-    }
+    for (int s = 0; s < n_segments; s++) n += segments[s].count / size + 2;
     Piece *piece = SCRATCH(SCRATCH_SHARED, Piece, n + 1);
-    *count = n, n = 0;
+    n = 0;
     for (int s = 0; s < n_segments; s++)
-        for (int64_t i = 0; i < segments[s].count; i += size) piece[n++] = (Piece){s, i, lesser(size, segments[s].count - i)};
+        for (int64_t i = 0, length; i < segments[s].count; i += length) {
+            length = until(&segments[s], i, segments[s].count, size);
+            piece[n++] = (Piece){s, i, length};
+        }
+    *count = n;
     return piece;
 }
 
@@ -90,13 +94,13 @@ static void encode_block(uint8_t *m8, uint8_t *v8, float *m_scale, float *v_scal
     memcpy(m8, code, (size_t)n);
 }
 // p as floatX: exact where floatX is real; bf16 to nearest where a master keeps what is lost, else stochastically.
-static void store_param(floatX *param, const real *p, int nearest, Noise noise, int n) {
+static void store_param(floatX *param, const real *p, int nearest, Noise noise, int lane, int n) {
 #if defined(MOE_BF16)
     if (nearest) store_row(param, p, n);
     else
-        for (int i = 0; i < n; i++) param[i].bits = bf16_stochastic(p[i], noise_bits(noise, 2, (uint32_t)i) >> 16);
+        for (int i = 0; i < n; i++) param[i].bits = bf16_stochastic(p[i], noise_bits(noise, 2, (uint32_t)(lane + i)) >> 16);
 #else
-    (void)nearest, (void)noise;
+    (void)nearest, (void)noise, (void)lane;
     if (&param->v != p) store_row(param, p, n);
 #endif
 }
@@ -133,7 +137,7 @@ static void update_block(const OptimizerState *s, const OptimizerStep *o, const 
     if (exact && m == m_copy) memcpy(s->m + i, m, (size_t)n * sizeof(real));
     if (o->kind == OPT_ADAMW && v == v_copy) memcpy(s->v + i, v, (size_t)n * sizeof(real));
     if (s->master && p == p_copy) memcpy(s->master + i, p, (size_t)n * sizeof(real));
-    store_param(s->param + i, p, s->master != 0, noise, n);
+    store_param(s->param + i, p, s->master != 0, noise, (int)((segment->first + at) % BLOCK), n);
 }
 void optimizer_update(const OptimizerState *s, const Segment *segments, int n_segments, const OptimizerStep *o, const real *scale) {
     real factor = (real)(scale[0] * o->grad_scale);
@@ -146,18 +150,21 @@ void optimizer_update(const OptimizerState *s, const Segment *segments, int n_se
     for (int64_t j = 0; j < pieces; j++) {
         const Segment *segment = segments + piece[j].segment;
         const Coefficients *c = segment->decay != 0 ? &with_decay : &without;
-        for (int64_t at = 0; at < piece[j].count; at += BLOCK)
-            update_block(s, o, c, segment, piece[j].first + at, (int)lesser(BLOCK, piece[j].count - at), bound);
+        for (int64_t at = piece[j].first, end = at + piece[j].count, n; at < end; at += n) {
+            n = until(segment, at, end, BLOCK);
+            update_block(s, o, c, segment, at, (int)n, bound);
+        }
     }
 }
 
 // ---- norms and scales -----------------------------------------------------------------------------------------------------------------
 // Block sums in 16 lanes of doubles, blocks in order, pieces in order.
-static double squares(const gradX *g, int64_t n) {
+static double squares(const gradX *g, const Segment *segment, int64_t first, int64_t count) {
     double total = 0;
-    for (int64_t b = 0; b < n; b += BLOCK) {
+    for (int64_t b = first, n = first + count, end; b < n; b = end) {
         double lane[16] = {0};
-        int64_t end = lesser(b + BLOCK, n), i = b;
+        int64_t i = b;
+        end = b + until(segment, b, n, BLOCK);
         for (; i + 16 <= end; i += 16)
             for (int j = 0; j < 16; j++) lane[j] += (double)g[i + j].v * (double)g[i + j].v;
         for (int j = 0; i < end; i++, j++) lane[j] += (double)g[i].v * (double)g[i].v;
@@ -172,7 +179,7 @@ void gradient_squares(double *sums, const gradX *grad, const Segment *segments, 
     Piece *piece = cut_pieces(segments, n_segments, &pieces);
     double *partial = SCRATCH(SCRATCH_LOCAL, double, pieces + 1);
     PARALLEL_TILES
-    for (int64_t j = 0; j < pieces; j++) partial[j] = squares(grad + segments[piece[j].segment].offset + piece[j].first, piece[j].count);
+    for (int64_t j = 0; j < pieces; j++) partial[j] = squares(grad + segments[piece[j].segment].offset, &segments[piece[j].segment], piece[j].first, piece[j].count);
     for (int i = 0; i < n_segments; i++) sums[i] = 0;
     for (int64_t j = 0; j < pieces; j++) sums[piece[j].segment] += partial[j];
 }
@@ -206,12 +213,12 @@ void init_segments(floatX *param, real *master, const Segment *segments, int n_s
     PARALLEL_TILES
     for (int64_t j = 0; j < pieces; j++) {
         const Segment *segment = segments + piece[j].segment;
-        for (int64_t i = piece[j].first; i < piece[j].first + piece[j].count; i += 2) {   // one Philox gives two neighbours
+        for (int64_t i = piece[j].first, end = i + piece[j].count; i < end; ) {   // one Philox gives two neighbours
             Random128 bits = random_normal_block(seed, segment->tensor, (uint64_t)(segment->first + i));
-            for (int half = 0; half < 2 && i + half < piece[j].first + piece[j].count; half++) {
+            for (int half = (int)((segment->first + i) % 2); half < 2 && i < end; half++, i++) {
                 real value = (real)(std < 0 ? 1 : std * inverse_normal(random_uniform(random_half(bits, half))));
-                store(param + segment->offset + i + half, value);
-                if (master) master[segment->offset + i + half] = value;
+                store(param + segment->offset + i, value);
+                if (master) master[segment->offset + i] = value;
             }
         }
     }
