@@ -83,7 +83,7 @@ FEATURES := $(FEATURES)-debug
 else
 OPTIMIZE = -O3 -g1
 endif
-CFLAGS = -std=c11 $(OPTIMIZE) $(MARCH) -fno-math-errno -ffp-contract=fast -Wall -Wextra $(WERROR) $(DEFINES_$(PRECISION)) $(CJSON_CFLAGS)
+CFLAGS = -std=c11 $(OPTIMIZE) $(MARCH) -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra $(WERROR) $(DEFINES_$(PRECISION)) $(CJSON_CFLAGS)
 LIBS = $(CJSON_LIBS) -lm -lpthread
 ifdef USE_OPENMP
 CFLAGS += $(OPENMP_FLAGS)

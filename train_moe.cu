@@ -13,6 +13,8 @@
 #include "model/dump.h"
 #include "model/generate.h"
 #include "model/options.h"
+#include "model/plan.h"
+#include "model/profile.h"
 #include "model/report.h"
 #include "model/trace.h"
 #include "parallel/selftest.h"
@@ -177,6 +179,15 @@ static void save(Checkpoint *k, const Trainer *t, const Options *o, int64_t step
     }
 }
 
+static void plan(const Options *o, const Config *config) {
+    if (comm_world_rank()) return;
+    Machine machine = plan_machine(o->plan_device);
+    if (o->gpu_mem > 0) machine.memory = o->gpu_mem * 1073741824.0;
+    if (o->gpus_per_node) machine.per_node = (int)o->gpus_per_node;
+    Grid grid = grid_plan(config, o->world ? (int)o->world : comm_world_size(), (int)o->dp, (int)o->fsdp, (int)o->ep, (Dispatch)o->dispatch, o->attention == 1);
+    plan_print(stdout, config, &grid, step_options(o, config), optimizer_options(o), &machine);
+}
+
 // ---- the run -------------------------------------------------------------------------------------------------------------------------------
 static int64_t evaluation_windows(const Options *o, const Loader *val) {
     int64_t wanted = o->eval_batches * o->batch, have = loader_windows(val);
@@ -191,8 +202,10 @@ static void train(Trainer *t, const Options *o, Report *report, Checkpoint *chec
     for (int64_t step = first + 1; step <= o->steps; step++) {
         if (step == first + 1 && *o->dump) t->dump = dump_open(o->dump, t);
         if (step == first + 1 && o->trace_token >= 0) t->trace = trace_open(t, o->trace_token);
+        if (step == o->profile) profile_start();
         begin = now_seconds();
         StepResult s = trainer_step(t, data, step, o->lr * schedule_factor(&schedule, step));
+        if (step == o->profile) profile_print(t->g->rank == 0 ? stdout : 0);
         int show = o->router_every && step % o->router_every == 0;
         report_step(report, t, step, &s, now_seconds() - begin, show);
         if (show && t->g->rank == 0 && t->m->c.n_moe) report_heat_map(t, stdout);
@@ -225,6 +238,13 @@ int main(int argc, char **argv) {
     attention_select(o.attention_kernel);
     char *path = *o.model ? xasprintf("%s/config.json", o.model) : xasprintf("%s", o.init);
     Config config = config_read(path);
+    if (o.plan) {
+        plan(&o, &config);
+        config_free(&config);
+        free(path);
+        comm_finish();
+        return 0;
+    }
     Grid grid = grid_build(&config, (int)o.dp, (int)o.fsdp, (int)o.ep, (Dispatch)o.dispatch, o.attention == 1);
     if (o.selftest) {
         int failed = comm_selftest(&grid, stdout);
@@ -232,45 +252,43 @@ int main(int argc, char **argv) {
         return failed != 0;
     }
     Model model = model_build(config, grid_cut(&grid));
-    int64_t first = o.plan ? 0 : open_folder(&o, grid.all);
-    Loader *data = o.train.n && !o.plan ? loader_open(o.train.name, o.train.n, (int)o.seq_len, (uint64_t)o.seed, o.shuffle, config.V) : 0;
-    Loader *val = o.val.n && !o.plan ? loader_open(o.val.name, o.val.n, (int)o.seq_len, 0, 0, config.V) : 0;
+    int64_t first = open_folder(&o, grid.all);
+    Loader *data = o.train.n ? loader_open(o.train.name, o.train.n, (int)o.seq_len, (uint64_t)o.seed, o.shuffle, config.V) : 0;
+    Loader *val = o.val.n ? loader_open(o.val.name, o.val.n, (int)o.seq_len, 0, 0, config.V) : 0;
     char *table = *o.tokens ? xasprintf("%s", o.tokens) : o.train.n ? tokens_beside(o.train.name[0]) : 0;
     Tokens *tokens = tokens_open(table);
-    double peak = o.plan ? 0 : device_peak_flops();
+    double peak = device_peak_flops();
     FILE *screen = grid.rank == 0 ? stdout : 0;
-    Trainer *t = trainer_create(&model, &grid, step_options(&o, &config), optimizer_options(&o), o.plan, screen);
-    if (!o.plan) {
-        Arena staging = arena_counting("checkpoint");
-        Checkpoint *checkpoint = checkpoint_create(&model, grid.all, grid.dp_rank == 0, &staging);
-        checkpoint_free(checkpoint);
-        arena_commit(&staging);
-        checkpoint = checkpoint_create(&model, grid.all, grid.dp_rank == 0, &staging);
-        Report report = report_open(t, o.out, first, o.steps, peak);
-        report_start(&report, t, &o, path, data, val);
-        if (*o.model) checkpoint_load_model(checkpoint, o.model, t->optimizer.state);
-        else trainer_init(t);
-        if (first > 0) {
-            char *dir = checkpoint_folder(o.out, first);
-            cJSON *trainer = checkpoint_trainer(dir);
-            check_resumed(trainer, &o, dir);
-            checkpoint_resume(checkpoint, dir, t->optimizer.state);
-            restore_trainer(t, trainer);
-            cJSON_Delete(trainer);
-            if (screen) printf("resumed from %s\n", dir);
-            free(dir);
-        }
-        catch_signals();
-        if (o.steps > 0) train(t, &o, &report, checkpoint, data, val, tokens, first);
-        else {
-            if (val) report_evaluation(&report, 0, trainer_evaluate(t, val, evaluation_windows(&o, val)));
-            if (*o.out && first == 0) save(checkpoint, t, &o, 0);
-        }
-        if (o.generate) generate(t, tokens, o.prompt, (int)o.generate, o.temperature, -1);
-        report_close(&report);
-        checkpoint_free(checkpoint);
-        arena_free(&staging);
+    Trainer *t = trainer_create(&model, &grid, step_options(&o, &config), optimizer_options(&o), 0, screen);
+    Arena staging = arena_counting("checkpoint");
+    Checkpoint *checkpoint = checkpoint_create(&model, grid.all, grid.dp_rank == 0, &staging);
+    checkpoint_free(checkpoint);
+    arena_commit(&staging);
+    checkpoint = checkpoint_create(&model, grid.all, grid.dp_rank == 0, &staging);
+    Report report = report_open(t, o.out, first, o.steps, peak);
+    report_start(&report, t, &o, path, data, val);
+    if (*o.model) checkpoint_load_model(checkpoint, o.model, t->optimizer.state);
+    else trainer_init(t);
+    if (first > 0) {
+        char *dir = checkpoint_folder(o.out, first);
+        cJSON *trainer = checkpoint_trainer(dir);
+        check_resumed(trainer, &o, dir);
+        checkpoint_resume(checkpoint, dir, t->optimizer.state);
+        restore_trainer(t, trainer);
+        cJSON_Delete(trainer);
+        if (screen) printf("resumed from %s\n", dir);
+        free(dir);
     }
+    catch_signals();
+    if (o.steps > 0) train(t, &o, &report, checkpoint, data, val, tokens, first);
+    else {
+        if (val) report_evaluation(&report, 0, trainer_evaluate(t, val, evaluation_windows(&o, val)));
+        if (*o.out && first == 0) save(checkpoint, t, &o, 0);
+    }
+    if (o.generate) generate(t, tokens, o.prompt, (int)o.generate, o.temperature, -1);
+    report_close(&report);
+    checkpoint_free(checkpoint);
+    arena_free(&staging);
     trainer_free(t);
     tokens_close(tokens);
     loader_close(data);

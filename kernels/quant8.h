@@ -14,7 +14,14 @@
 // One more step keeps it: (b1 |m8| + (1-b1) |g|)^2 <= (b1^2 U^2 / b2 + (1-b1)^2 / (1-b2)) (b2 v8 + (1-b2) g^2) = U^2 v_new, again Cauchy-Schwarz.
 // Hence |m| / sqrt(v) <= U for every parameter, step and gradient, outliers included: an update is never larger than exact AdamW's bound.
 // An element more than 10^9.5 below its block's largest v is stepped too carefully until the outlier has decayed; never too far.
-// (experiment numbers)
+//
+// Chosen by experiment: 4096 noisy quadratics whose gradients spread over d decades inside each block, lr 0.01; loss after 300 / 3000 steps and the largest
+// |update| / lr (exact AdamW: 0.0042 / 0.0026, 1.2, at every d):
+//                                                          d = 0                  d = 2                 d = 4                     d = 6
+//   dynamic code book (both moments, nearest)        .0042 / .0025  1.2    .0043 / .0026   70     983 / 14433  4e5        3102 / 6e6   1e7
+//   int8 2x/(1+|x|) m, uint8 sqrt(v), blocks of 32    .0042 / .0025  1.2    .0044 / .0027   2      522 / 60644  2e6          20 / 2845  4e5
+//   this                                             .0043 / .0026  1.3    .0043 / .0026  1.4    .0043 / .0026  1.4       .034 / .0024  1.3
+// With 6 bits of exponent and 2 of mantissa d = 6 gives .0044 / .0027, but every other column is 1 to 5 % worse; with 4 and 4, d = 4 starves (.089 / .0073).
 #ifndef MOE_QUANT8_H
 #define MOE_QUANT8_H
 #include "random.h"

@@ -76,6 +76,8 @@ typedef struct { const char **name; int n; } FileList;
     GROUP("looking inside")                                                                                                                                     \
     X(plan,              "plan",             FLAG,   "off",      "",                              "print memory (and communication) of a layout and stop")      \
     X(world,             "world",            INT,    "0",        "W",                             "ranks to plan for (default: those of this run)")             \
+    X(plan_device,       "plan-device",      TEXT,   "h200",     "h200|h100|a100|b200|cpu",       "whose speed and links --plan assumes")                       \
+    X(gpus_per_node,     "gpus-per-node",    INT,    "0",        "N",                             "ranks of a machine that --plan assumes (0: as the device has)") \
     X(gpu_mem,           "gpu-mem",          REAL,   "0",        "GiB",                           "memory of a rank, for --plan and --recompute auto")          \
     X(selftest,          "selftest",         FLAG,   "off",      "",                              "build all groups, check and time every collective, stop")    \
     X(dump,              "dump",             TEXT,   "",         "FILE.safetensors",              "the first update's logits, loss, aux and gradients")         \

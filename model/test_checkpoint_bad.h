@@ -1,6 +1,11 @@
 // Bad inputs, second half of test_checkpoint.c (which includes it): every one must end the program with exit status 1 and one line that names the file, the tensor or key, and a hint.
 typedef struct { const char *config; char *dir; unsigned state; } Bad;    // dir: a copy of a good model folder, to be spoilt
 
+static void leave(void) { _exit(1); }    // a dying child cleans nothing up: leak checkers look at the parent
+static char *owned[64];                  // folder names, freed at the end
+static int n_owned;
+static char *own(char *text) { return owned[n_owned++] = text; }
+
 // Runs f in a child; *status = its exit status (128 + signal), the text of its stderr into `said`.
 static void run_child(void (*f)(const Bad *), const Bad *b, int *status, char *said, size_t room) {
     int p[2], code;
@@ -10,6 +15,7 @@ static void run_child(void (*f)(const Bad *), const Bad *b, int *status, char *s
     if (!child) {
         dup2(p[1], 2);
         close(p[0]); close(p[1]);
+        die_set(0, leave);
         f(b);
         _exit(0);
     }
@@ -67,7 +73,7 @@ static void bad_headers(void) {
         { "unknown dtype", "{\"a\":{\"dtype\":\"F8_E4M3\",\"shape\":[8],\"data_offsets\":[0,8]}}", 8, "tensor a: dtype F8_E4M3 is not supported" },
         { "dtype missing", "{\"a\":{\"shape\":[2],\"data_offsets\":[0,8]}}", 8, "tensor a: dtype, shape or data_offsets is missing" },
         { "a name twice", "{\"a\":" T2("[1]", "0", "4") ",\"a\":" T2("[1]", "4", "8") "}", 8, "tensor a appears twice" } };
-    Bad b = { 0, in("bad.safetensors"), 0 };
+    Bad b = { 0, own(in("bad.safetensors")), 0 };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         raw_file(b.dir, cases[i].header, cases[i].data);
         expect(cases[i].name, do_open, &b, cases[i].fragment);
@@ -82,7 +88,6 @@ static void bad_headers(void) {
         spill(b.dir, raw[i].bytes, raw[i].n);
         expect(raw[i].name, do_open, &b, raw[i].fragment);
     }
-    free(b.dir);
 }
 
 static void bad_configs(void) {
@@ -104,14 +109,13 @@ static void bad_configs(void) {
         { "a number as text", "\"hidden_size\": 64", "\"hidden_size\": \"64\"", "hidden_size is not a number" },
         { "padding token outside the vocabulary", "\"attention_bias\": false", "\"pad_token_id\": 300", "pad_token_id lies outside the vocabulary of 300" },
         { "not JSON", "\"hidden_size\": 64,", "\"hidden_size\": 64,,", "not valid JSON near" } };
-    Bad b = { 0, in("bad.json"), 0 };
+    Bad b = { 0, own(in("bad.json")), 0 };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         spill(b.dir, SMALL, strlen(SMALL));
         edit(b.dir, cases[i].from, cases[i].to);
         expect(cases[i].name, do_config, &b, cases[i].fragment);
     }
-    free(b.dir);
-    b.dir = in("nowhere/config.json");
+    b.dir = own(in("nowhere/config.json"));
     expect("no config", do_config, &b, "config.json: cannot open: No such file or directory");
     b.dir = work;
     expect("a folder as config", do_config, &b, "not a file");
@@ -120,7 +124,7 @@ static void bad_configs(void) {
 // A copy of the good checkpoint in `from` with one file of it edited (or removed: to = 0).
 static Bad spoil(const char *from, const char *file, const char *what, const char *to, unsigned state) {
     static int n;
-    Bad b = { 0, xasprintf("%s/spoilt%d", work, n++), state };
+    Bad b = { 0, own(xasprintf("%s/spoilt%d", work, n++)), state };
     copy_folder(from, b.dir);
     char *path = xasprintf("%s/%s", b.dir, file);
     if (!to) unlink(path);
@@ -169,7 +173,7 @@ static void bad_folders(const char *config) {
     char *index = xasprintf("%s/model.safetensors.index.json", b.dir);
     unlink(index);
     expect("a folder without weights", do_folder, &b, "neither model.safetensors nor model.safetensors.index.json");
-    b.dir = in("not_there");
+    b.dir = own(in("not_there"));
     expect("no folder", do_folder, &b, "no such model folder");
     b = spoil(one, "config.json", "{", "{", STATE_M | STATE_V);
     expect("resume with AdamW from SGD", do_resume, &b, "model.embed_tokens.weight.v is missing");
@@ -183,17 +187,17 @@ static void bad_folders(const char *config) {
     expect("trainer.json damaged", do_trainer, &b, "trainer.json: not valid JSON");
     b = spoil(one, "trainer.json", "seed", "sied", STATE_M);
     expect("trainer.json without a value", do_trainer, &b, "no number seed");
-    b.dir = xasprintf("fp7");
+    b.dir = own(xasprintf("fp7"));
     expect("--save-dtype", do_save_dtype, &b, "--save-dtype fp7");
     free(out); free(one); free(many); free(quant); free(index);
 }
 
 static void bad_disks(const char *config) {
-    Bad b = { config, in("small.json/out"), STATE_M };
+    Bad b = { config, own(in("small.json/out")), STATE_M };
     expect("--out under a file", do_save, &b, "small.json: cannot create the folder: a file of this name is in the way");
-    b.dir = xasprintf("/proc/moe_out");
+    b.dir = own(xasprintf("/proc/moe_out"));
     expect("--out where nobody may write", do_save, &b, "/proc/moe_out: cannot create the folder");
-    b.dir = in("limited");
+    b.dir = own(in("limited"));
     save_grid(config, 1, 1, 0, STATE_M, DTYPE_FLOATX, b.dir, 6, options(SAVE_PRECISION, 0, 0), 0);
     expect("a file-size limit while saving", do_save_limited, &b, "cannot write: File too large");
     char *six = checkpoint_folder(b.dir, 6), *dir = xasprintf("%s/checkpoints", b.dir);
@@ -217,4 +221,5 @@ static void test_bad_inputs(const char *config) {
     bad_configs();
     bad_folders(config);
     bad_disks(config);
+    for (int i = 0; i < n_owned; i++) free(owned[i]);
 }

@@ -81,7 +81,7 @@ static void allocate(Trainer *t, OptimizerOptions opt, Arena *a) {
     if (t->o.recompute == RECOMPUTE_AUTO) {
         size_t limit = t->o.memory ? t->o.memory : device_memory() / 10 * 9, free_bytes = limit > a->used ? limit - a->used : 0;
         if (a->base) free_bytes = a->capacity - a->used;
-        else {                                   // ranks of a group must decide alike (I2): the smallest of all
+        else if (t->g->all) {                    // ranks of a group must decide alike (I2): the smallest of all
             free_bytes = (size_t)-comm_max(t->g->all, -(int64_t)free_bytes);
             free_bytes -= free_bytes % 256;
         }

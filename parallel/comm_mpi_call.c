@@ -275,12 +275,12 @@ static int progress(void) {
     return any;
 }
 
-// Nothing has happened `idle` times in a row: give way, more and more.
+// Nothing has happened `idle` times in a row: give way, more and more. With a core to itself a rank first looks for about 50 us, then offers the core for a millisecond.
 static void give_way(int idle) {
-    if (!mpi_oversubscribed && idle < 200) return;       // about 50 us
-    if (idle < 1000) { sched_yield(); return; }
-    struct timespec t = { 0, idle < 4000 ? 50000 : 500000 };
-    nanosleep(&t, 0);
+    if (!mpi_oversubscribed && idle < 200) return;
+    if (idle < (mpi_oversubscribed ? 50 : 1000)) { sched_yield(); return; }
+    struct timespec nap = { 0, idle < 20000 ? 50000 : 500000 };
+    nanosleep(&nap, 0);
 }
 
 // Watchdog: "step 3, layer 2 backward: call 17 in group ep, ...: no answer from rank 3 5".

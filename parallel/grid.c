@@ -145,3 +145,15 @@ int grid_threads(int option) {
     if (!sched_getaffinity(0, sizeof bound, &bound) && CPU_COUNT(&bound) > 0 && CPU_COUNT(&bound) < threads) threads = CPU_COUNT(&bound);
     return threads;
 }
+
+Grid grid_plan(const Config *c, int world, int dp, int fsdp, int ep, Dispatch dispatch, int split_heads) {
+    Grid g;
+    memset(&g, 0, sizeof g);
+    check_layout(c, world, dp, &fsdp, ep, split_heads);
+    g.world = world;
+    g.dp = dp; g.fsdp = fsdp; g.ep = ep;
+    g.dispatch = dispatch;
+    g.split_heads = split_heads;
+    g.data_ranks = world / (dispatch == DISPATCH_ALLREDUCE ? ep : 1);
+    return g;
+}

@@ -22,6 +22,8 @@ typedef struct {
 // Checks the layout against the model before any allocation (dies on every impossible one: product, experts % ep, KV heads % ep with split heads, a size above the world),
 // builds the groups, prints nothing.
 Grid grid_build(const Config *c, int dp, int fsdp, int ep, Dispatch dispatch, int split_heads);
+// The grid of rank 0 in a world that does not run: sizes without groups (0), for plans. Checks as above.
+Grid grid_plan(const Config *c, int world, int dp, int fsdp, int ep, Dispatch dispatch, int split_heads);
 Cut grid_cut(const Grid *g);
 // The membership table, at most 32 rows, for the startup report (malloc'd text).
 char *grid_table(const Grid *g);

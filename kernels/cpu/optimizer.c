@@ -67,30 +67,38 @@ static void decode_block(real *m, real *v, const uint8_t *m8, const uint8_t *v8,
         m[i] = m8_decode(m8[i], m_scale) * square_root(v[i]);
     }
 }
-// Lanes as in row_sum: a maximum does not depend on order, but only this form is vectorised without being told so.
+// The largest of BLOCK floats >= 0: their bits are ordered as integers are, and an integer maximum is one vector instruction.
 static float largest(const float *x) {
-    float lane[16] = {0}, top = 0;
-    for (int i = 0; i < BLOCK; i += 16)
-        for (int j = 0; j < 16; j++) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
-    for (int j = 0; j < 16; j++) top = lane[j] > top ? lane[j] : top;
-    return top;
+    int32_t top = 0, bits;
+    for (int i = 0; i < BLOCK; i++) {
+        memcpy(&bits, x + i, 4);
+        top = bits > top ? bits : top;
+    }
+    float value;
+    memcpy(&value, &top, 4);
+    return value;
 }
+// The order of steps is quant8.h's. Codes are computed as ints, one simple loop each: that is what compilers turn into vectors.
 static void encode_block(uint8_t *m8, uint8_t *v8, float *m_scale, float *v_scale, const real *m, const real *v, float bound, Noise noise, int n) {
     float w[BLOCK], u[BLOCK], size[BLOCK];
-    for (int i = 0; i < BLOCK; i++) w[i] = i < n ? (float)(v[i] < QUANT8_V_MAX ? v[i] : QUANT8_V_MAX) : 0;
-    float top = largest(w);
+    uint32_t bits[BLOCK];
     uint8_t code[BLOCK];
-    for (int i = 0; i < BLOCK; i++) code[i] = v8_encode(w[i] / top, w[i] > 0, noise_bits(noise, 0, (uint32_t)i) >> 12);
+    for (int i = 0; i < BLOCK; i++) w[i] = (float)(v[i] < QUANT8_V_MAX ? v[i] : QUANT8_V_MAX);
+    float top = largest(w);
+    for (int i = 0; i < BLOCK; i++) bits[i] = noise_bits(noise, 0, (uint32_t)i) >> 12;
+    for (int i = 0; i < BLOCK; i++) code[i] = v8_encode(w[i] / top, w[i] > 0, bits[i]);
+    for (int i = 0; i < BLOCK; i++) w[i] = v8_decode(code[i], top);
     for (int i = 0; i < BLOCK; i++) {
-        float s = (float)square_root(v8_decode(code[i], top)), x = (float)m[i] / (s > 0 ? s : 1);
-        x = x > -bound ? x < bound ? x : bound : -bound;
-        u[i] = s > 0 && i < n ? x : 0;
-        size[i] = u[i] < 0 ? -u[i] : u[i];
+        float s = (float)square_root(w[i]), x = (float)m[i] / (w[i] > 0 ? s : INFINITY);   // v8 = 0: u = 0
+        x = x < bound ? x : bound;
+        u[i] = x > -bound ? x : -bound;
+        size[i] = fabsf(u[i]);
     }
-    *v_scale = top, *m_scale = largest(size);
-    float inverse = m8_inverse(*m_scale);
+    float scale = largest(size), inverse = m8_inverse(scale);
+    *v_scale = top, *m_scale = scale;
     memcpy(v8, code, (size_t)n);
-    for (int i = 0; i < BLOCK; i++) code[i] = m8_encode(u[i] * inverse, noise_bits(noise, 1, (uint32_t)i) >> 16);
+    for (int i = 0; i < BLOCK; i++) bits[i] = noise_bits(noise, 1, (uint32_t)i) >> 16;
+    for (int i = 0; i < BLOCK; i++) code[i] = m8_encode(u[i] * inverse, bits[i]);
     memcpy(m8, code, (size_t)n);
 }
 // p as floatX: exact where floatX is real; bf16 to nearest where a master keeps what is lost, else stochastically.
@@ -144,6 +152,10 @@ void optimizer_update(const OptimizerState *s, const Segment *segments, int n_se
     if (!isfinite(factor)) return;
     Coefficients with_decay = coefficients(o, factor, 1), without = coefficients(o, factor, 0);
     float bound = (float)adam_bound(o->beta1, o->beta2);
+    for (int i = 0; o->kind == OPT_ADAMW8 && i < n_segments; i++)
+        if (segments[i].first % BLOCK)
+            die("a shard starts at element %lld of a tensor, inside a block of 8-bit state|8-bit AdamW needs cuts at multiples of %d elements: choose "
+                "another --fsdp, or --optimizer adamw", (long long)segments[i].first, BLOCK);
     int64_t pieces;
     Piece *piece = cut_pieces(segments, n_segments, &pieces);
     PARALLEL_TILES

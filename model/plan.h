@@ -1,0 +1,31 @@
+// --plan: what a layout needs and costs, from the config alone. Memory is the allocator run on a counting arena, so it cannot disagree with the program; bytes sent follow the calls of
+// model/step.c one by one (tests compare them with what is measured); times are a roofline, printed with its assumptions.
+#ifndef MOE_PLAN_H
+#define MOE_PLAN_H
+#include "step.h"
+#include <stdio.h>
+MOE_BEGIN_C
+
+// Bytes that rank 0 sends to other ranks in one update, by purpose.
+typedef enum { SEND_DENSE_WEIGHTS, SEND_LOCAL_WEIGHTS, SEND_DENSE_GRADS, SEND_LOCAL_GRADS, SEND_DP, SEND_ROUTING, SEND_TOKENS, SEND_HEADS, SEND_STATISTICS, SEND_KINDS } SendKind;
+typedef struct { double bytes[SEND_KINDS]; } Traffic;
+// rows: token copies that this rank sends in one forward spread of one micro-batch, on average over MoE layers and micro-batches: measured (ExchangeLoad.sent_rows), or
+// plan_uniform_rows(), or plan_most_rows(). respread: share of (layer, micro-batch) pairs whose experts are recomputed, which spread again.
+Traffic plan_traffic(const Model *m, const Grid *g, const StepOptions *o, double rows, double respread);
+double plan_uniform_rows(const Config *c, const Grid *g, int R);     // every expert set equally likely
+double plan_most_rows(const Config *c, const Grid *g, int R);        // no routing sends more
+
+typedef struct {
+    const char *name;
+    double flops, memory_bandwidth;      // dense bf16 peak that products reach, bytes/s of copies
+    double memory;                       // bytes that a program can use
+    double link, network;                // bytes/s per rank and direction: inside a node, between nodes
+    int per_node;
+} Machine;
+// By name (h200, h100, a100, b200, cpu), dies naming the choices.
+Machine plan_machine(const char *name);
+
+// Prints the plan of one layout: memory, traffic (uniform, and the most that routing could ask for), time by roofline, what limits, warnings; then the best layouts of this world that fit.
+void plan_print(FILE *out, const Config *c, const Grid *g, StepOptions o, OptimizerOptions opt, const Machine *machine);
+MOE_END_C
+#endif
