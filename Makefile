@@ -7,7 +7,7 @@ ROOT_BUILD = build
 ifeq ($(MAKECMDGOALS),)
 NO_DETECT = 1
 endif
-ifneq ($(filter help deps clean,$(MAKECMDGOALS)),)
+ifneq ($(filter help deps clean quickstart doctor compare-hf,$(MAKECMDGOALS)),)
 NO_DETECT = 1
 endif
 
@@ -104,7 +104,7 @@ COMM = parallel/comm_common.c $(if $(USE_MPI),parallel/comm_mpi.c parallel/comm_
 PARALLEL = $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)) $(COMM)
 LIBRARY = $(KERNELS) $(filter-out model/test_%,$(wildcard model/*.c)) $(PARALLEL) data/loader.c data/tokens.c
 OBJECTS = $(LIBRARY:%.c=$(BUILD)/%.o)
-TESTS = kernels/test_kernels kernels/test_experts data/test_data model/test_checkpoint
+TESTS = kernels/test_kernels kernels/test_experts kernels/test_optimizer data/test_data model/test_checkpoint
 DEPENDS = $(OBJECTS:.o=.d) $(BUILD)/train_moe.d $(BUILD)/test_moe.d $(TESTS:%=$(BUILD)/%.d) $(BUILD)/parallel/test_comm.d $(BUILD)/parallel/test_expert.d
 
 # ---- programs ---------------------------------------------------------------------------------------------------------------------
@@ -123,6 +123,18 @@ $(BUILD)/%.o: %.c $(ROOT_BUILD)/detected.mk
 	$(CC) $(CFLAGS) $(EXTRA_$(basename $(notdir $<))) -MMD -MP -c $< -o $@
 EXTRA_report = -DMOE_COMMIT='"$(COMMIT)"'
 -include $(DEPENDS)
+
+# ---- scripts ----------------------------------------------------------------------------------------------------------------------
+deps:
+	@sh dev/deps.sh $(CC)
+quickstart:
+	@CC=$(CC) TEXT="$(TEXT)" sh dev/quickstart.sh
+doctor:
+	@CC=$(CC) sh dev/doctor.sh $(NP)
+compare-hf:
+	@CC=$(CC) bash dev/compare_hf.sh
+bench-cpu:
+	@CC=$(CC) bash dev/bench_cpu.sh
 
 clean:
 	rm -rf $(ROOT_BUILD) train_moe test_moe

@@ -421,7 +421,9 @@ static void test_unused_expert(const Fixture *f) {
     Setup s = fixture_setup(f, OPT_ADAMW);
     s.opt.weight_decay = 0.1; s.opt.lr = 1e-2;
     s.step.balance_rate = 1e-30;                             // switches the bias on without moving it
-    Config c = config_read((char *)0 == f->dir ? "" : xasprintf("%s/config.json", f->dir));
+    char *path = xasprintf("%s/config.json", f->dir);
+    Config c = config_read(path);
+    free(path);
     float *bias = (float *)xcalloc((size_t)c.n_moe * (size_t)c.E, sizeof(float), "bias");
     for (int l = 0; l < c.n_moe; l++) bias[l * c.E + c.E - 1] = -1000;
     s.bias = bias;

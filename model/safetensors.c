@@ -265,7 +265,7 @@ char *safetensors_layout(SafeTensor *tensor, int n, size_t *header_bytes, int64_
             at += t->bytes;
         }
     h[used++] = '}';
-    while (used % 8) h[used++] = ' ';
+    while (used % 64) h[used++] = ' ';
     if (used - 8 > MAX_HEADER) die("a safetensors header of %zu bytes exceeds the format's 100 MB|use more layers per file or the fused layout", used);
     for (int i = 0; i < 8; i++) h[i] = (char)((uint64_t)(used - 8) >> (8 * i) & 255);
     for (int i = 0; i < n; i++) tensor[i].at += (int64_t)used;

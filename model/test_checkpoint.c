@@ -344,6 +344,38 @@ static void test_round_trips(const char *config) {
             }
 }
 
+// Elements of the file's tensor, from `base`, that are not the numbers of HF tensor `hf`.
+static int64_t foreign(const SafeTensors *s, const char *tensor, int64_t base, const char *hf, int what, int64_t n) {
+    const SafeTensor *t = safetensors_find(s, tensor);
+    if (!t || t->type != DTYPE_F32) return -1;
+    float *v = (float *)xmalloc((size_t)n * 4, "numbers");
+    int64_t wrong = 0;
+    safetensors_read(s, t, base * 4, v, n * 4);
+    for (int64_t i = 0; i < n; i++) wrong += v[i] != value(tensor_id(hf), i, what);
+    free(v);
+    return wrong;
+}
+
+// The bytes themselves, without our own reader's idea of where they are.
+static void test_contents(const char *config) {
+    char *out = in("contents"), *dir = checkpoint_folder(out, 1), *path = xasprintf("%s/optimizer.safetensors", dir);
+    save_grid(config, 2, 2, 0, STATE_M | STATE_V, DTYPE_F32, out, 1, options(SAVE_F32, 1, 0), 0);
+    SafeTensors s = safetensors_open_folder(dir);
+    const int64_t size = 32 * 64;
+    check(!foreign(&s, "model.layers.2.mlp.experts.gate_up_proj", 10 * size, "model.layers.2.mlp.experts.5.gate_proj.weight", VALUE_WEIGHT, size) &&
+          !foreign(&s, "model.layers.2.mlp.experts.gate_up_proj", 11 * size, "model.layers.2.mlp.experts.5.up_proj.weight", VALUE_WEIGHT, size) &&
+          !foreign(&s, "model.layers.2.mlp.experts.down_proj", 5 * size, "model.layers.2.mlp.experts.5.down_proj.weight", VALUE_WEIGHT, size),
+          "fused layout: expert 5 is row 5, its gate before its up");
+    safetensors_close(&s);
+    if (sizeof(real) == 4) {
+        s = safetensors_open(path);
+        check(!foreign(&s, "model.layers.0.self_attn.o_proj.weight.m", 0, "model.layers.0.self_attn.o_proj.weight", VALUE_M, 64 * 64) &&
+              !foreign(&s, "model.layers.0.mlp.experts.7.up_proj.weight.v", 0, "model.layers.0.mlp.experts.7.up_proj.weight", VALUE_V, size), "optimizer.safetensors: .m is the first moment, .v the second");
+        safetensors_close(&s);
+    }
+    free(out); free(dir); free(path);
+}
+
 // A model folder with types mixed as no sane tool writes them: tensor i gets F32, BF16, F16 in turn.
 static void mixed_model(const char *config, const char *dir) {
     char *out = in("mixed_source"), *from = checkpoint_folder(out, 0), *path = xasprintf("%s/model.safetensors", dir);
@@ -483,7 +515,7 @@ static void test_folders(const char *config) {
 // kill -9 at any moment: the newest complete checkpoint always loads, bit-equal.
 static void test_kills(const char *config) {
     char *out = in("kills");
-    enum { KILLS = 40 };
+    enum { KILLS = 80 };
     int64_t wrong = 0, last = 0;
     int lost = 0;
     double began = now_seconds();
@@ -558,6 +590,7 @@ int main(int argc, char **argv) {
     spill(config, SMALL, strlen(SMALL));
     test_configs();
     test_round_trips(config);
+    test_contents(config);
     test_source(config, argc > 1 ? argv[1] : 0);
     test_resume(config);
     test_folders(config);

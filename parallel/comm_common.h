@@ -44,6 +44,8 @@ void watch_start(int rank, int threads_multiple, void (*abort_all)(int status));
 void watch_stop(void);
 void watch_enter(void (*report)(const void *context, char *text, size_t size), const void *context);
 void watch_leave(void);
+// Twice a second the watchdog also calls `poll`, under watch_lock: 1 = the run is lost, and text (with its hint) says why.
+void watch_poll(int (*poll)(char *text, size_t size));
 void watch_lock(void);
 void watch_unlock(void);
 MOE_END_C

@@ -17,6 +17,7 @@ static struct {
     void (*report)(const void *context, char *text, size_t size);   // of the wait in progress, 0 = none
     const void *context;
     double since;
+    int (*poll)(char *text, size_t size);
 } watch = { .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER };
 
 void watch_lock(void) { pthread_mutex_lock(&watch.lock); }
@@ -30,6 +31,15 @@ static void end_run(double waited) {
             comm_options.timeout, text);
     fflush(stderr);
     alarm(5);                                             // should the transport be stuck too, the signal ends this process and the launcher the others
+    if (watch.may_abort) watch.abort_all(1);
+    _exit(1);
+}
+
+static void end_polled(const char *text) {
+    fflush(stdout);
+    fprintf(stderr, "error: rank %d: %s\n", watch.rank, text);
+    fflush(stderr);
+    alarm(5);
     if (watch.may_abort) watch.abort_all(1);
     _exit(1);
 }
@@ -53,6 +63,9 @@ static void *watch_loop(void *unused) {
         double limit = comm_options.timeout, waited = watch.report ? now_seconds() - watch.since : 0;
         if (watch.report && waited > limit + patience) end_run(waited);
         double left = watch.report ? limit + patience - waited : limit;   // a wait that begins now cannot be over before `limit`
+        char text[1024];
+        if (watch.poll && watch.poll(text, sizeof text)) end_polled(text);
+        if (watch.poll && left > 0.5) left = 0.5;
         sleep_locked(left < 0.02 ? 0.02 : left);
     }
     pthread_mutex_unlock(&watch.lock);
@@ -82,6 +95,13 @@ void watch_stop(void) {
     pthread_join(watch.thread, 0);
     watch.running = 0;
     watch.stop = 0;
+}
+
+void watch_poll(int (*poll)(char *text, size_t size)) {
+    pthread_mutex_lock(&watch.lock);
+    watch.poll = poll;
+    pthread_cond_signal(&watch.changed);
+    pthread_mutex_unlock(&watch.lock);
 }
 
 void watch_enter(void (*report)(const void *context, char *text, size_t size), const void *context) {

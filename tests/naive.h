@@ -9,6 +9,7 @@
 #include "../model/params.h"
 #include "../kernels/fail.h"
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 

@@ -10,12 +10,6 @@
 #include "gemm.h"
 #include <stdlib.h>
 
-// Elementwise loops whose iterations are independent although the compiler cannot see it (dH may be H). libm's exp of fp64 builds has no vector form.
-#if defined(MOE_FP64)
-#define ELEMENTWISE
-#else
-#define ELEMENTWISE OMP(simd)
-#endif
 enum { CHUNK_MIN = 256, CHUNK_MAX = 1024, CHUNKS = 32 };   // rows of a task: enough for an efficient product, and about CHUNKS tasks where one expert has all
 enum { REDUCE = 1024, MAX_COLUMNS = 1024 };                // rows of a step along a reduction; columns of one product
 
@@ -88,7 +82,6 @@ void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, cons
             for (int r = 0; A && r < t.rows; r++) {
                 const floatX *gate = h + (int64_t)r * 2 * F + f, *up = gate + F;
                 floatX *a = A + (int64_t)(t.row + r) * F + f;
-                ELEMENTWISE
                 for (int j = 0; j < width; j++) store(a + j, silu(load(gate + j)) * load(up + j));
             }
         }
@@ -112,15 +105,21 @@ static int slot_of(const Plan *plan, int token, int row) {
 }
 // silu(x) = x s, s = 1/(1 + e^-x), s' = s (1 - s), so d silu/dx = s + x s (1 - s) = s (1 + x (1 - s)). With a = silu(gate) up:
 //   dgate = dA up s (1 + gate (1 - s)),  dup = dA gate s,  dA = score g.   Returns the row's share of <g, a>; g holds the products then.
-// a is what forward stored: rounded once to floatX. dH may be H: each element is read before its place is written.
+// a is what forward stored: rounded once to floatX. dH may be H: stripes go through local arrays, which also tells the compiler that nothing overlaps.
 static real swiglu_backward(floatX *dH, floatX *sA, real *g, const floatX *H, real score, int F, int width) {
-    ELEMENTWISE
-    for (int j = 0; j < width; j++) {
-        real gate = load(H + j), up = load(H + F + j), s = sigmoid(gate), a = round_x(gate * s * up), dA = score * g[j];
-        g[j] *= a;
-        store(sA + j, score * a);
-        store(dH + j, dA * up * s * (1 + gate * (1 - s)));
-        store(dH + F + j, dA * gate * s);
+    enum { STRIPE = 64 };
+    real gate[STRIPE], up[STRIPE], weighted[STRIPE];
+    for (int f = 0; f < width; f += STRIPE) {
+        int n = (int)lesser(STRIPE, width - f);
+        load_row(gate, H + f, n), load_row(up, H + F + f, n);
+        for (int j = 0; j < n; j++) {
+            real x = gate[j], y = up[j], s = sigmoid(x), a = round_x(x * s * y), dA = score * g[f + j];
+            g[f + j] *= a;
+            weighted[j] = score * a;
+            gate[j] = dA * y * s * (1 + x * (1 - s));
+            up[j] = dA * x * s;
+        }
+        store_row(sA + f, weighted, n), store_row(dH + f, gate, n), store_row(dH + F + f, up, n);
     }
     return row_sum(g, width);
 }

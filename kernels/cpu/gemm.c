@@ -171,16 +171,20 @@ void gemm_xx(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, 
 #endif
 
 // ---- all threads ------------------------------------------------------------------------------------------------------------------
-// Large tiles amortise packing, small ones feed many threads: tiles start at TILE_M x TILE_N and are halved (the longer side first)
-// until there are at least TILES_WANTED of them or a tile holds too little work to be worth a call.
-enum { TILE_M = 1024, TILE_N = 1024, TILE_MIN = 64, TILES_WANTED = 16 };
-static const double TILE_MIN_FLOP = 4e6;
+// Large tiles amortise packing, small ones feed many threads. Sides below 256 cost a tenth of the speed or more (both kernels, AVX2), so 512 x 512
+// is halved, the longer side first, down to 256 while there are fewer than 16 tiles, and down to 128 only where there are fewer than 4.
+enum { TILE_LARGE = 512, TILE_MEDIUM = 256, TILE_SMALL = 128, TILES_WANTED = 16, TILES_NEEDED = 4 };
+static const double TILE_MIN_FLOP = 2e6;   // some 20 microseconds: less is not worth handing out
 
+static int halved(int side) { return (int)div_up(div_up(side, 2), 16) * 16; }   // multiples of 16 keep the micro-kernels' edges rare
 void gemm_tile(int m, int n, int k, int *tile_m, int *tile_n) {
-    int tm = smaller(TILE_M, m > 0 ? m : 1), tn = smaller(TILE_N, n > 0 ? n : 1);
-    while (div_up(m, tm) * div_up(n, tn) < TILES_WANTED && (tm > TILE_MIN || tn > TILE_MIN) && 2.0 * tm * tn * k > 2 * TILE_MIN_FLOP) {
-        if (tm >= tn) tm = (int)div_up(div_up(tm, 2), 16) * 16;   // multiples of 16 keep the micro-kernels' edges rare
-        else tn = (int)div_up(div_up(tn, 2), 16) * 16;
+    int tm = smaller(TILE_LARGE, m > 0 ? m : 1), tn = smaller(TILE_LARGE, n > 0 ? n : 1);
+    for (;;) {
+        int64_t tiles = div_up(m, tm) * div_up(n, tn);
+        int side = tm >= tn ? tm : tn, least = tiles < TILES_NEEDED ? TILE_SMALL : tiles < TILES_WANTED ? TILE_MEDIUM : TILE_LARGE;
+        if (side <= least || 1.0 * tm * tn * k < TILE_MIN_FLOP) break;
+        if (tm >= tn) tm = halved(tm);
+        else tn = halved(tn);
     }
     *tile_m = tm, *tile_n = tn;
 }

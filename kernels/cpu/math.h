@@ -96,27 +96,34 @@ static inline real exp_real(real x) { return exp(x); }
 #else
 // x = n ln2 + r, |r| <= ln2/2: e^x = 2^n e^r. n by adding 1.5 * 2^23 (rounds to an integer in the low mantissa bits); ln2 in two
 // parts, the first with 9 trailing zeros so that n * LN2_HIGH is exact; e^r by a minimax polynomial (Cephes expf, 2e-8 relative). 2^n in two factors,
-// so that results from denormal to just below overflow are right; beyond +-105 the clamp gives 0 and +inf. NaN passes the clamp and stays.
-static inline real exp_real(real x) {
-    const float MAGIC = 12582912.0f, LOG2E = 1.44269504088896341f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
-    float c = x > 105.0f ? 105.0f : x;
-    c = c < -105.0f ? -105.0f : c;
-    float shifted = c * LOG2E + MAGIC, n = shifted - MAGIC, r = (c - n * LN2_HIGH) - n * LN2_LOW;
+// so that results from denormal to just below overflow are right. Beyond +-105 (results 0 and +inf) x is clamped, on its bits: NaN passes, and a
+// compiler that must keep floating-point traps can still vectorise it, which it cannot with a comparison of floats.
+static inline float exp_polynomial(float r) {
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits;
+    return p * (r * r) + r + 1.0f;
+}
+static inline real exp_real(real x) {
+    const float MAGIC = 12582912.0f, LOG2E = 1.44269504088896341f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
+    const int32_t LIMIT = 0x42d20000, INFINITE = 0x7f800000;   // the bits of 105 and of infinity
+    int32_t bits, magnitude;
+    memcpy(&bits, &x, 4);
+    magnitude = bits & 0x7fffffff;
+    bits ^= ((magnitude > LIMIT) & (magnitude <= INFINITE)) ? magnitude ^ LIMIT : 0;   // LIMIT instead of magnitude, the sign stays
+    float c;
+    memcpy(&c, &bits, 4);
+    float shifted = c * LOG2E + MAGIC, n = shifted - MAGIC, r = (c - n * LN2_HIGH) - n * LN2_LOW;
     memcpy(&bits, &shifted, 4);
     int32_t k = (int32_t)((uint32_t)bits - 0x4b400000u), half = k >> 1;
     uint32_t u1 = ((uint32_t)half + 127u) << 23, u2 = ((uint32_t)k - (uint32_t)half + 127u) << 23;
     float s1, s2;
     memcpy(&s1, &u1, 4);
     memcpy(&s2, &u2, 4);
-    return p * s1 * s2;
+    return exp_polynomial(r) * s1 * s2;
 }
 #endif
 static inline real sigmoid(real x) { return 1 / (1 + exp_real(-x)); }
@@ -136,7 +143,7 @@ static inline real row_sum(const real *x, int64_t n) {
     int64_t i = 0;
     for (; i + REDUCE_LANES <= n; i += REDUCE_LANES)
         for (int l = 0; l < REDUCE_LANES; l++) part[l] += x[i + l];
-    for (int l = 0; i < n; i++, l++) part[l] += x[i];
+    for (int l = 0; l < n - i; l++) part[l] += x[i + l];
     return lanes_sum(part);
 }
 static inline real row_dot(const real *x, const real *y, int64_t n) {
@@ -144,18 +151,19 @@ static inline real row_dot(const real *x, const real *y, int64_t n) {
     int64_t i = 0;
     for (; i + REDUCE_LANES <= n; i += REDUCE_LANES)
         for (int l = 0; l < REDUCE_LANES; l++) part[l] += x[i + l] * y[i + l];
-    for (int l = 0; i < n; i++, l++) part[l] += x[i] * y[i];
+    for (int l = 0; l < n - i; l++) part[l] += x[i + l] * y[i + l];
     return lanes_sum(part);
 }
 // -inf for n = 0; a NaN may or may not be seen.
 static inline real row_max(const real *x, int64_t n) {
-    real part[REDUCE_LANES], most = -(real)INFINITY;
+    enum { LANES = 2 * REDUCE_LANES };   // wide enough for gcc 12 to keep them in vectors
+    real part[LANES], most = -(real)INFINITY;
     int64_t i = 0;
-    for (int l = 0; l < REDUCE_LANES; l++) part[l] = most;
-    for (; i + REDUCE_LANES <= n; i += REDUCE_LANES)
-        for (int l = 0; l < REDUCE_LANES; l++) part[l] = larger(part[l], x[i + l]);
+    for (int l = 0; l < LANES; l++) part[l] = most;
+    for (; i + LANES <= n; i += LANES)
+        for (int l = 0; l < LANES; l++) part[l] = larger(part[l], x[i + l]);
     for (; i < n; i++) most = larger(most, x[i]);
-    for (int l = 0; l < REDUCE_LANES; l++) most = larger(most, part[l]);
+    for (int l = 0; l < LANES; l++) most = larger(most, part[l]);
     return most;
 }
 MOE_END_C

@@ -1,0 +1,23 @@
+#!/bin/sh
+# Prints the mpirun line that starts N ranks on this machine, or nothing where there is no mpirun.
+#   $(sh dev/mpirun.sh 2) ./train_moe --ep 2 ...
+# Open MPI needs, depending on the machine:
+#   --allow-run-as-root                 it refuses root otherwise (containers)
+#   --oversubscribe                     more ranks than the slots it counts (it counts physical cores, or what a scheduler gave)
+#   --bind-to none                      two ranks are bound to one core each otherwise, together with all of their threads
+#   odls_base_sigkill_timeout           SIGTERM to mpirun is followed by SIGKILL to the ranks after 1 s; saving may take longer
+#   btl_vader_single_copy_mechanism     containers often forbid process_vm_readv: copy through shared memory instead
+N=${1:-2}
+command -v mpirun > /dev/null 2>&1 || exit 0
+case $(mpirun --version 2> /dev/null | head -1) in
+*"Open MPI"*|*OpenRTE*)
+    line="mpirun"
+    [ "$(id -u)" = 0 ] && line="$line --allow-run-as-root"
+    slots=$(lscpu -p=core,socket 2> /dev/null | grep -v '^#' | sort -u | wc -l)
+    allowed=$(nproc 2> /dev/null || echo 1)
+    [ "$allowed" -lt "$slots" ] && slots=$allowed
+    [ "$slots" -ge "$N" ] || line="$line --oversubscribe"
+    { [ -e /.dockerenv ] || [ -e /run/.containerenv ]; } && line="$line --mca btl_vader_single_copy_mechanism none"
+    echo "$line --bind-to none --mca odls_base_sigkill_timeout 120 -np $N" ;;
+*)  echo "mpirun -bind-to none -np $N" ;;    # Hydra (MPICH, Intel): counts no slots, takes root
+esac
