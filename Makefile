@@ -1,7 +1,8 @@
 # moe.c. `make` prints help. What the machine has is found by compiling (dev/detect.sh) and can be overridden on the command line:
 #   CC=clang  PRECISION=fp32|bf16|fp64  DEBUG=1 (ASan, UBSan, NaN-filled memory)  BLAS=off  OPENMP=off  MPI=off  MARCH=-march=x86-64-v3  WERROR=-Werror
+#   BACKEND=cuda: PRECISION=bf16|fp32  ARCH="90a 100" (default: the GPUs here, else 80 90a 100)  COMM=nccl|mpi|none  DEBUG=1 (NaN-filled memory, -lineinfo)
 CC = cc
-PRECISION = fp32
+PRECISION = $(if $(filter cuda,$(BACKEND)),bf16,fp32)
 BACKEND = $(if $(and $(NVCC),$(HAVE_GPU)),cuda,cpu)
 ROOT_BUILD = build
 ifeq ($(MAKECMDGOALS),)
@@ -11,7 +12,7 @@ ifneq ($(filter help deps clean quickstart doctor compare-hf,$(MAKECMDGOALS)),)
 NO_DETECT = 1
 endif
 
-.PHONY: help detect deps clean test test-quick test-full test-kernels test-data test-checkpoint test-model test-parallel quickstart bench-cpu compare-hf doctor FORCE
+.PHONY: help say-cuda detect deps clean test test-quick test-full test-kernels test-data test-checkpoint test-model test-parallel quickstart bench-cpu compare-hf doctor FORCE
 help:
 	@echo "moe.c: trains Qwen3-MoE, every parameter, forward and backward written by hand"
 	@echo
@@ -27,7 +28,7 @@ help:
 	@echo "  make compare-hf     the same 200 steps here and in transformers, curves over one another"
 	@echo "  make clean"
 	@echo
-	@echo "  variables: CC, PRECISION=fp32|bf16|fp64, DEBUG=1, BLAS=off, OPENMP=off, MPI=off, MARCH=..., BACKEND=cpu|cuda"
+	@echo "  variables: CC, PRECISION=fp32|bf16|fp64, DEBUG=1, BLAS=off, OPENMP=off, MPI=off, MARCH=..., BACKEND=cpu|cuda (ARCH=, COMM=)"
 
 # ---- detection -----------------------------------------------------------------------------------------------------------------
 ifndef NO_DETECT
@@ -49,7 +50,7 @@ FEATURES := $(FEATURES)-omp
 endif
 endif
 ifneq ($(BLAS),off)
-ifneq ($(BLAS_LIBS),)
+ifneq ($(and $(BLAS_LIBS),$(filter cpu,$(BACKEND))),)
 USE_BLAS = 1
 FEATURES := $(FEATURES)-blas
 endif
@@ -61,6 +62,9 @@ FEATURES := $(FEATURES)-mpi
 endif
 endif
 
+comma := ,
+empty :=
+space := $(empty) $(empty)
 detect:
 	@rm -f $(ROOT_BUILD)/detected.mk
 	@$(MAKE) --no-print-directory show-detected
@@ -70,7 +74,7 @@ show-detected:
 	@echo "OpenMP     $(if $(OPENMP_FLAGS),found: $(OPENMP_FLAGS),not found (fine: one thread; make deps))  (OPENMP=off)"
 	@echo "BLAS       $(if $(BLAS_LIBS),found: $(BLAS_LIBS),not found (fine: own products, slower; make deps))  (BLAS=off)"
 	@echo "MPI        $(if $(MPI_LIBS),found: $(MPI_LIBS),not found (fine: one process; make deps))  (MPI=off)"
-	@echo "CUDA       $(if $(NVCC),nvcc at $(NVCC)$(if $(HAVE_GPU), and a GPU, but no GPU),not found (fine))"
+	@echo "CUDA       $(if $(NVCC),nvcc at $(NVCC)$(if $(HAVE_GPU), and a GPU, but no GPU)$(if $(HAVE_NCCL),$(comma) NCCL found,$(comma) no NCCL: one GPU)$(if $(HAVE_CUDNN),$(comma) cuDNN found),not found (fine))"
 	@echo "backend    $(BACKEND)  (BACKEND=cpu|cuda)"
 
 # ---- flags ------------------------------------------------------------------------------------------------------------------------
@@ -82,6 +86,9 @@ OPTIMIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -
 FEATURES := $(FEATURES)-debug
 else
 OPTIMIZE = -O3 -g1
+endif
+ifeq ($(BACKEND)$(DEBUG),cuda1)
+OPTIMIZE = -O1 -g -DMOE_DEBUG
 endif
 CFLAGS = -std=c11 $(OPTIMIZE) $(MARCH) -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra $(WERROR) $(DEFINES_$(PRECISION)) $(CJSON_CFLAGS)
 LIBS = $(CJSON_LIBS) -lm -lpthread
@@ -97,27 +104,59 @@ CFLAGS += $(MPI_CFLAGS)
 LIBS += $(MPI_LIBS)
 endif
 
-VARIANT = cpu-$(PRECISION)-$(notdir $(CC))$(subst /,_,$(subst =,_,$(subst -march,,$(MARCH))))$(FEATURES)
+# ---- CUDA: kernels, the NCCL transport and train_moe.cu by nvcc, everything else by CC ------------------------------------------------
+# The driver library is never linked: the program must start, and explain itself, where there is no driver.
+ARCH = $(if $(GPU_CAPS),$(GPU_CAPS),$(filter 80 90 100,$(CUDA_ARCHS)))
+CODES = $(patsubst 90,90a,$(patsubst sm_%,%,$(subst .,,$(ARCH))))
+CUDA_COMM = $(if $(HAVE_NCCL),nccl,$(if $(USE_MPI),mpi,none))
+COMM = $(if $(filter cuda,$(BACKEND)),$(CUDA_COMM),$(if $(USE_MPI),mpi,none))
+NVCCFLAGS = -std=c++17 -O3 $(if $(filter 1,$(DEBUG)),-lineinfo -DMOE_DEBUG) $(foreach c,$(CODES),-gencode=arch=compute_$(c),code=sm_$(c)) -Xcompiler=-Wall,-Wextra $(if $(WERROR),-Werror=all-warnings) \
+    $(DEFINES_$(PRECISION)) $(USE_CUDNN:1=-DMOE_CUDNN) $(CJSON_CFLAGS)
+CUDA_LIBS = $(CUDA_LIB:%=-L% -Wl,-rpath,%) $(if $(filter nccl,$(COMM)),-lnccl) $(USE_CUDNN:1=-lcudnn) -lcublasLt -lcublas -lcudart -lstdc++
+CUDA_KERNELS = $(wildcard kernels/cuda/*.cu kernels/cuda/*.c) kernels/fail.c
+ifneq ($(and $(HAVE_CUDNN),$(wildcard kernels/cuda/*cudnn*)),)
+USE_CUDNN = 1
+endif
+ifeq ($(BACKEND),cuda)
+CFLAGS += $(if $(USE_MPI),-DMOE_MPI) $(USE_CUDNN:1=-DMOE_CUDNN) $(CUDA_INCLUDE:%=-isystem %)
+LIBS += $(CUDA_LIBS)
+FEATURES := $(FEATURES)-$(COMM)$(subst $(space),,$(CODES:%=-%))
+endif
+
+VARIANT = $(BACKEND)-$(PRECISION)-$(notdir $(CC))$(subst /,_,$(subst =,_,$(subst -march,,$(MARCH))))$(FEATURES)
 BUILD = $(ROOT_BUILD)/$(VARIANT)
-KERNELS = $(wildcard kernels/cpu/*.c) kernels/fail.c
-COMM = parallel/comm_common.c $(if $(USE_MPI),parallel/comm_mpi.c parallel/comm_mpi_call.c parallel/comm_watch.c,parallel/comm_none.c)
-PARALLEL = $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)) $(COMM)
+KERNELS = $(if $(filter cuda,$(BACKEND)),$(CUDA_KERNELS),$(wildcard kernels/cpu/*.c) kernels/fail.c)
+TRANSPORT_none = parallel/comm_none.c
+TRANSPORT_mpi = parallel/comm_mpi.c parallel/comm_mpi_call.c parallel/comm_watch.c
+TRANSPORT_nccl = parallel/comm_nccl.cu parallel/comm_join.c parallel/comm_watch.c
+PARALLEL = $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)) parallel/comm_common.c $(TRANSPORT_$(COMM))
 LIBRARY = $(KERNELS) $(filter-out model/test_%,$(wildcard model/*.c)) $(PARALLEL) data/loader.c data/tokens.c
-OBJECTS = $(LIBRARY:%.c=$(BUILD)/%.o)
+OBJECTS = $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(LIBRARY))))
 TESTS = kernels/test_kernels kernels/test_experts kernels/test_optimizer data/test_data model/test_checkpoint
 DEPENDS = $(OBJECTS:.o=.d) $(BUILD)/train_moe.d $(BUILD)/test_moe.d $(TESTS:%=$(BUILD)/%.d) $(BUILD)/parallel/test_comm.d $(BUILD)/parallel/test_expert.d
 
 # ---- programs ---------------------------------------------------------------------------------------------------------------------
-train_moe test_moe: %: $(BUILD)/% FORCE
+train_moe test_moe: %: $(if $(filter cuda,$(BACKEND)),say-cuda) $(BUILD)/% FORCE
 	@cmp -s $(BUILD)/$@ $@ || cp $(BUILD)/$@ $@
 $(BUILD)/train_moe: $(BUILD)/train_moe.o $(OBJECTS)
 	$(if $(HAVE_CJSON),,@echo "cJSON is missing: make deps" && exit 1)
 	$(CC) $(CFLAGS) $^ $(LIBS) -o $@
 $(BUILD)/test_moe $(TESTS:%=$(BUILD)/%) $(BUILD)/parallel/test_comm $(BUILD)/parallel/test_expert: %: %.o $(OBJECTS)
 	$(CC) $(CFLAGS) $^ $(LIBS) -o $@
+ifeq ($(BACKEND),cuda)
+say-cuda:
+	$(if $(NVCC),,@echo "BACKEND=cuda needs nvcc, which is not in PATH  hint: PATH=/usr/local/cuda/bin:\$$PATH make ..., or BACKEND=cpu" && exit 1)
+	$(if $(filter fp64,$(PRECISION)),@echo "the CUDA backend has bf16 and fp32 kernels  hint: PRECISION=bf16" && exit 1)
+	@echo "cuda: for $(CODES:%=sm_%) $(if $(filter command environment,$(firstword $(origin ARCH))),(ARCH=),$(if $(GPU_CAPS),(the GPUs of this machine; ARCH=... for others),(no GPU seen here; ARCH=...)))," \
+	    "$(PRECISION) (PRECISION=), ranks over $(COMM) (COMM=)$(if $(filter none,$(COMM)),: one GPU), attention $(if $(USE_CUDNN),cudnn and flash,flash)"
+$(BUILD)/%.o: %.cu $(ROOT_BUILD)/detected.mk
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCCFLAGS) -MMD -MP -c $< -o $@
+else
 $(BUILD)/train_moe.o: train_moe.cu $(ROOT_BUILD)/detected.mk
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -MMD -MP -x c -c $< -o $@
+endif
 $(BUILD)/%.o: %.c $(ROOT_BUILD)/detected.mk
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) $(EXTRA_$(basename $(notdir $<))) -MMD -MP -c $< -o $@

@@ -1,7 +1,7 @@
 // Checks of the whole model, numbered: alone against transformers' numbers, against a naive model in double, against finite differences and against itself; under mpirun every
 // layout against one process. It drives model/ as train_moe does, on whatever backend and precision is linked.
 //
-//   make test_moe && ./test_moe [--fixtures DIR] [--only FIXTURE] [--force-comm]        mpirun -np 4 ./test_moe
+//   make test_moe && ./test_moe [--fixtures DIR] [--only FIXTURE] [--threads N] [--force-comm]        mpirun -np 4 ./test_moe
 //
 // Tolerances. fp32: transformers in fp32 is 1e-6 from itself in fp64, at worst 5e-6 (dev/hf/README.md); 1e-5 for losses and logits, 2e-5 for gradients are above rounding and
 // far below what any mistake makes (8e-5 and more). fp64: what remains is 1e-16 times the condition of the sums. bf16: at most twice the error of the naive bf16 version.
@@ -229,8 +229,10 @@ static void test_differences(const Fixture *f) {
                 double slope = 0, norm = 0, value[2];
                 for (size_t k = 0; k < n; k++) {
                     bits ^= bits << 13; bits ^= bits >> 7; bits ^= bits << 17;
-                    direction[k] = which ? 0 : (bits & 1 ? 1 : -1) / sqrt((double)n);
-                    if (fabs(w->g[g->first + (int64_t)k]) > fabs(w->g[g->first + (int64_t)most])) most = k;
+                    int64_t index = g->first + (int64_t)k;
+                    int pad = r->m.c.pad >= 0 && !strcmp(name, "model.embed_tokens.weight") && index / r->m.c.C == r->m.c.pad;     // no gradient by definition, not by calculus
+                    direction[k] = which || pad ? 0 : (bits & 1 ? 1 : -1) / sqrt((double)n);
+                    if (!pad && fabs(w->g[index]) > fabs(w->g[g->first + (int64_t)most])) most = k;
                 }
                 if (which) direction[most] = 1;
                 for (size_t k = 0; k < n; k++) { slope += direction[k] * w->g[g->first + (int64_t)k]; norm += w->g[g->first + (int64_t)k] * w->g[g->first + (int64_t)k]; }
@@ -251,7 +253,7 @@ static void test_differences(const Fixture *f) {
             device_upload(device, keep, n * sizeof(floatX));
             free(keep); free(moved); free(direction);
         }
-    check(worst <= 1e-5 && !flips, "%s: finite differences, %d directions over %d tensors, worst %.1e of the tensor's gradient (%s), %d changes of routing", f->name, probes, all.n, worst,
+    check(worst <= 1e-6 && !flips, "%s: finite differences, %d directions over %d tensors, worst %.1e of the tensor's gradient (%s), %d changes of routing", f->name, probes, all.n, worst,
           worst_name, flips);
     free(routing);
     weights_free(&all);
@@ -397,22 +399,25 @@ static void test_utilisation(const Fixture *f) {
     run_close(plain); run_close(scaled);
 }
 
-// The bias: after an update, rate * sign(mean - count) for every expert; it selects and never weighs.
+// The bias: after an update, rate * sign(mean - count) for every expert; it selects and never weighs. Without learning, it evens the counts out.
 static void test_bias(const Fixture *f) {
     Setup s = probe_setup(f);
-    s.step.balance_rate = 0.25;
+    s.step.balance_rate = 0.005;
     Run *r = run_open(f, 0, &s);
     const Config *c = &r->m.c;
     int wrong = 0;
+    double mean = (double)f->B * f->T * c->K / c->E, spread[2] = { 0, 0 };
     run_step(r, 1, 0, 0);
     for (int i = 0; i < c->n_moe * c->E; i++) {
-        double mean = (double)f->B * f->T * c->K / c->E, count = (double)r->t->host_count[i];
-        wrong += r->t->host_bias[i] != (float)(0.25 * ((mean > count) - (mean < count)));
+        double count = (double)r->t->host_count[i];
+        wrong += r->t->host_bias[i] != (float)(0.005 * ((mean > count) - (mean < count)));
+        spread[0] += (count - mean) * (count - mean);
     }
-    StepResult before = run_step(r, 1, 0, 0), after;
-    for (int i = 0; i < 30; i++) after = run_step(r, 1, 0, 0);
-    check(!wrong && after.expert_load_max <= before.expert_load_max, "%s: --balance bias: rate * sign(mean - count); load of the worst expert %.2f, after 30 updates %.2f", f->name,
-          before.expert_load_max, after.expert_load_max);
+    for (int k = 0; k < 60; k++) {
+        run_step(r, 1, 0, 0);
+        for (int i = 0; i < c->n_moe * c->E; i++) if (k >= 50) spread[1] += ((double)r->t->host_count[i] - mean) * ((double)r->t->host_count[i] - mean) / 10;
+    }
+    check(!wrong && spread[1] < 0.7 * spread[0], "%s: --balance bias: rate * sign(mean - count); variance of the counts after 50 updates %.2f of the first", f->name, spread[1] / spread[0]);
     run_close(r);
 }
 
@@ -512,16 +517,18 @@ static void test_8bit(const Fixture *f) {
 
 int main(int argc, char **argv) {
     const char *root = "dev/fixtures", *only = 0;
+    int threads = 1;                             // the models are tiny: one thread is fastest; test_kernels shows that the bits do not depend on it
     CommOptions comm = { 120, 0, 1 };
     comm_init(&argc, &argv);
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--fixtures") && i + 1 < argc) root = argv[++i];
         else if (!strcmp(argv[i], "--only") && i + 1 < argc) only = argv[++i];
+        else if (!strcmp(argv[i], "--threads") && i + 1 < argc) threads = atoi(argv[++i]);
         else if (!strcmp(argv[i], "--force-comm")) comm.force = 1;
-        else die("test_moe does not know %s|test_moe [--fixtures DIR] [--only FIXTURE] [--force-comm]", argv[i]);
+        else die("test_moe does not know %s|test_moe [--fixtures DIR] [--only FIXTURE] [--threads N] [--force-comm]", argv[i]);
     }
     comm_start(comm);
-    device_init(comm_local_rank(), grid_threads(0));
+    device_init(comm_local_rank(), threads);
     int rank = 0, *ranks = (int *)xcalloc((size_t)comm_world_size(), sizeof(int), "ranks");
     for (; rank < comm_world_size(); rank++) ranks[rank] = rank;
     Comm *all = comm_group("test", ranks, comm_world_size());

@@ -41,8 +41,22 @@ int main(int n, char **v) { MPI_Init(&n, &v); return MPI_Finalize(); }'; then ec
 fi
 command -v mpirun > /dev/null 2>&1 && echo "MPIRUN := mpirun"
 
-if command -v nvcc > /dev/null 2>&1; then
-    echo "NVCC := $(command -v nvcc)"
-    if command -v nvidia-smi > /dev/null 2>&1 && nvidia-smi -L 2> /dev/null | grep -q GPU; then echo "HAVE_GPU := 1"; fi
+NVCC=$(command -v nvcc) || for dir in "$CUDA_HOME" /usr/local/cuda; do [ -n "$dir" ] && [ -x "$dir/bin/nvcc" ] && { NVCC=$dir/bin/nvcc; break; }; done
+if [ -n "$NVCC" ]; then
+    echo "NVCC := $NVCC"
+    home=$(dirname "$(dirname "$(readlink -f "$NVCC")")")
+    for dir in "$home/lib64" "$home"/targets/*/lib "$home/lib"; do [ -e "$dir/libcudart.so" ] && { echo "CUDA_LIB := $dir"; lib="-L$dir"; break; }; done
+    for dir in "$home/include" "$home"/targets/*/include; do [ -e "$dir/cuda_runtime.h" ] && { echo "CUDA_INCLUDE := $dir"; include="-I$dir"; break; }; done
+    echo "CUDA_ARCHS := $("$NVCC" --list-gpu-arch 2> /dev/null | sed 's/compute_//' | sort -un | tr '\n' ' ')"
+    # 2.18: ncclCommSplit
+    try "$include" "$lib -lnccl" '#include <nccl.h>
+#if NCCL_VERSION_CODE < NCCL_VERSION(2, 18, 0)
+#error too old
+#endif
+int main(void) { int v; return ncclGetVersion(&v); }' && echo "HAVE_NCCL := 1"
+    try "$include" "$lib -lcudnn" '#include <cudnn.h>
+int main(void) { return cudnnGetVersion() == 0; }' && echo "HAVE_CUDNN := 1"
+    caps=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | grep -E '^[0-9]+\.[0-9]+$' | tr -d . | sort -un | tr '\n' ' ')
+    [ -n "$caps" ] && { echo "HAVE_GPU := 1"; echo "GPU_CAPS := $caps"; }
 fi
 exit 0

@@ -1,4 +1,49 @@
-// Bad inputs, second half of test_checkpoint.c (which includes it): every one must end the program with exit status 1 and one line that names the file, the tensor or key, and a hint.
+// Odd and bad inputs, second half of test_checkpoint.c (which includes it): every bad one must end the program with exit status 1 and one line that names the file, the tensor or key, and a hint.
+// A safetensors file from a header and a number of zero bytes.
+static void raw_file(const char *path, const char *header, size_t data) {
+    size_t n = strlen(header);
+    char *file = (char *)xcalloc(8 + n + data, 1, "test file");
+    for (int i = 0; i < 8; i++) file[i] = (char)((uint64_t)n >> (8 * i) & 255);
+    memcpy(file + 8, header, n);
+    spill(path, file, 8 + n + data);
+    free(file);
+}
+
+// First `from` in a file becomes `to`; in a safetensors file lengths must be equal.
+static void edit(const char *path, const char *from, const char *to) {
+    size_t n;
+    char *text = slurp(path, &n), *at = text ? (char *)memmem(text, n, from, strlen(from)) : 0;
+    if (!at) die("%s: the test does not find %s in it|adapt the test", path, from);
+    char *out = (char *)xmalloc(n + strlen(to), "test file");
+    size_t head = (size_t)(at - text), tail = n - head - strlen(from);
+    memcpy(out, text, head);
+    memcpy(out + head, to, strlen(to));
+    memcpy(out + head + strlen(to), at + strlen(from), tail);
+    spill(path, out, head + strlen(to) + tail);
+    free(out); free(text);
+}
+
+static void test_large_offsets(void) {
+    char *path = in("sparse.safetensors");
+    const int64_t n = 3000000000;                                          // elements: beyond 2^31; bytes beyond 2^32
+    char *header = xasprintf("{\"a\":{\"dtype\":\"BF16\",\"shape\":[3,1000000000],\"data_offsets\":[0,%" PRId64 "]},\"b\":{\"dtype\":\"F32\",\"shape\":[],\"data_offsets\":[%" PRId64 ",%" PRId64 "]}}", 2 * n, 2 * n, 2 * n + 4);
+    raw_file(path, header, 0);
+    int64_t start = 8 + (int64_t)strlen(header);
+    int fd = open(path, O_RDWR), ok = fd >= 0 && !ftruncate(fd, start + 2 * n + 4) && !file_write_at(fd, start + 2 * n - 2, "\x34\x12\x78\x56", 4);
+    if (!ok) printf("    (no sparse files here: large offsets not exercised)\n");
+    else {
+        SafeTensors s = safetensors_open(path);
+        uint16_t last = 0, scalar = 0;
+        safetensors_read(&s, safetensors_find(&s, "a"), 2 * n - 2, &last, 2);
+        safetensors_read(&s, safetensors_find(&s, "b"), 0, &scalar, 2);
+        check(last == 0x1234 && scalar == 0x5678 && safetensors_elements(safetensors_find(&s, "a")) == n, "a sparse file of 6 GB: element 2,999,999,999 and what lies behind it");
+        safetensors_close(&s);
+    }
+    if (fd >= 0) close(fd);
+    unlink(path);
+    free(path); free(header);
+}
+
 typedef struct { const char *config; char *dir; unsigned state; } Bad;    // dir: a copy of a good model folder, to be spoilt
 
 static void leave(void) { _exit(1); }    // a dying child cleans nothing up: leak checkers look at the parent

@@ -15,6 +15,12 @@ void comm_where(int64_t step, int layer, const char *phase) {
     snprintf(place.phase, sizeof place.phase, "%s", phase);
 }
 
+size_t stage_size(size_t bytes) {
+    size_t least = (size_t)64 << 10;
+    if (bytes < least) bytes = least;
+    return bytes < comm_stage_bytes ? bytes : comm_stage_bytes;
+}
+
 // ---- records ---------------------------------------------------------------------------------------------------------------------------------------------
 CallRecord call_record(int64_t call, int kind, Dtype type, size_t count) {
     CallRecord r;
@@ -37,6 +43,23 @@ void call_text(const CallRecord *r, const char *group, char *text, size_t size) 
 int call_equal(const CallRecord *a, const CallRecord *b) {
     return a->call == b->call && a->step == b->step && a->layer == b->layer && a->kind == b->kind && a->type == b->type && a->count == b->count &&
            !memcmp(a->phase, b->phase, sizeof a->phase);
+}
+
+void records_compare(const char *group, int rank, int other, const CallRecord *mine, const CallRecord *theirs) {
+    char here[256], there[256];
+    call_text(mine, group, here, sizeof here);
+    if (!call_equal(mine, theirs)) {
+        call_text(theirs, group, there, sizeof there);
+        // The lower rank speaks first, so that all ranks report the pair in one order.
+        int swap = other < rank;
+        die("ranks disagree: rank %d is at %s; rank %d is at %s|all ranks must issue the same calls in the same order (I2)", swap ? other : rank, swap ? there : here,
+            swap ? rank : other, swap ? here : there);
+    }
+    if (theirs->sends != mine->expects || theirs->expects != mine->sends) {
+        int back = theirs->sends != mine->expects;       // the direction that disagrees
+        die("%s: rank %d sends %llu bytes to rank %d, which expects %llu|send_rows and recv_rows of the two must agree", here, back ? other : rank,
+            (unsigned long long)(back ? theirs->sends : mine->sends), back ? rank : other, (unsigned long long)(back ? mine->expects : theirs->expects));
+    }
 }
 
 // ---- sums in rank order ------------------------------------------------------------------------------------------------------------------------------------

@@ -21,12 +21,16 @@ typedef struct {
 extern CommOptions comm_options;
 // Longest message (1 GiB: MPI counts are int; longer ones are sent in pieces) and staging of a group's sums (32 MiB; longer ones take rounds). Tests make both small.
 extern size_t comm_message_bytes, comm_stage_bytes;
+// What comm_reserve takes for sums of up to `bytes`: at least 64 KiB, an element of any type from each of 8,192 ranks.
+size_t stage_size(size_t bytes);
 // A record of the next call at the place that comm_where named.
 CallRecord call_record(int64_t call, int kind, Dtype type, size_t count);
 // "step 12, layer 3 backward: call 57 in group fsdp, reduce_scatter of 4096 f32", into text.
 void call_text(const CallRecord *r, const char *group, char *text, size_t size);
 // 1 where two ranks mean the same call (sends and expects aside).
 int call_equal(const CallRecord *a, const CallRecord *b);
+// Dies where world rank `rank` at call `mine` and world rank `other` at call `theirs` do not mean the same call, or not the same bytes between them.
+void records_compare(const char *group, int rank, int other, const CallRecord *mine, const CallRecord *theirs);
 
 // out[i] = part[0][i] + part[1][i] + ... + part[n-1][i], in that order, in fp32 (doubles in fp64, integers as they are), rounded once; add: plus what out held.
 // out may be one of the parts. Host pointers. F32, F64, BF16, I32, I64; another type dies.

@@ -121,9 +121,7 @@ int comm_is_local(const Comm *g) { return g->local; }
 
 void comm_reserve(Comm *g, size_t bytes, Arena *arena) {
     if (g && g->local) return;
-    size_t least = (g ? (size_t)g->n : 1) * 64;      // an element of any type from every rank
-    if (bytes > comm_stage_bytes) bytes = comm_stage_bytes;
-    if (bytes < least) bytes = least;
+    bytes = stage_size(bytes);
     // Staging is read and written by the host: on a GPU it is host memory, and not the arena's.
     if (strcmp(device_backend(), "cpu")) return;
     char *p = (char *)arena_take(arena, bytes, "communication staging");

@@ -169,25 +169,8 @@ static Phase first_phase(const Call *c) {
 
 static void compare_records(const Call *c) {
     const Comm *g = c->g;
-    const CallRecord *theirs = (const CallRecord *)(void *)c->records_room.p + g->n;
-    char mine[256], other[256];
-    call_text(&c->record, g->name, mine, sizeof mine);
-    for (int j = 0; j < g->n; j++) {
-        if (j == g->rank && g->n > 1) continue;
-        if (!call_equal(&c->record, &theirs[j])) {
-            call_text(&theirs[j], g->name, other, sizeof other);
-            // The lower rank speaks first, so that all ranks report the pair in one order.
-            int swap = g->world[j] < mpi_world_rank;
-            die("ranks disagree: rank %d is at %s; rank %d is at %s|all ranks must issue the same calls in the same order (I2)", swap ? g->world[j] : mpi_world_rank,
-                swap ? other : mine, swap ? mpi_world_rank : g->world[j], swap ? mine : other);
-        }
-        if (c->rows && (theirs[j].sends != c->rows[g->n + j] || theirs[j].expects != c->rows[j])) {
-            int back = theirs[j].sends != c->rows[g->n + j];         // the direction that disagrees
-            die("%s: rank %d sends %llu bytes to rank %d, which expects %llu|send_rows and recv_rows of the two must agree", mine, back ? g->world[j] : mpi_world_rank,
-                (unsigned long long)(back ? theirs[j].sends : c->rows[j]), back ? mpi_world_rank : g->world[j],
-                (unsigned long long)(back ? c->rows[g->n + j] : theirs[j].expects));
-        }
-    }
+    const CallRecord *r = (const CallRecord *)(void *)c->records_room.p;          // to, then from each rank
+    for (int j = 0; j < g->n; j++) if (j != g->rank || g->n == 1) records_compare(g->name, mpi_world_rank, g->world[j], &r[j], &r[g->n + j]);
 }
 
 // All parts of this round are here: their sum, in rank order, is this rank's piece.

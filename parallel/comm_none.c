@@ -6,7 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-struct Comm { const char *name; CommTraffic traffic[COMM_KINDS]; };
+struct Comm { const char *name; CommTraffic traffic[COMM_KINDS]; struct Comm *next; };
+
+static Comm *groups;                              // for comm_finish
 
 static const Request nothing = { -1 };
 
@@ -17,7 +19,10 @@ void comm_init(int *argc, char ***argv) {
     die_set(0, end_process);
 }
 void comm_start(CommOptions options) { comm_options = options; }
-void comm_finish(void) {}
+void comm_finish(void) {
+    for (Comm *g = groups, *next; g; g = next) { next = g->next; free(g); }
+    groups = 0;
+}
 void comm_abort(int status) { exit(status); }
 int comm_world_rank(void) { return 0; }
 int comm_world_size(void) { return 1; }
@@ -30,7 +35,8 @@ Comm *comm_group(const char *name, const int *world_ranks, int n) {
     if (n != 1 || world_ranks[0] != 0) die("group %s of %d ranks in a program built without MPI|build with MPI (make doctor says how) and start with mpirun", name, n);
     Comm *g = (Comm *)xcalloc(1, sizeof *g, "group");
     g->name = name;
-    return g;
+    g->next = groups;
+    return groups = g;
 }
 int comm_rank(const Comm *g) { (void)g; return 0; }
 int comm_size(const Comm *g) { (void)g; return 1; }
@@ -69,7 +75,9 @@ void comm_barrier(Comm *g) { (void)g; }
 int64_t comm_max(Comm *g, int64_t value) { (void)g; return value; }
 double comm_sum(Comm *g, double value) { (void)g; return value; }
 void comm_step_end(void) {}
-void comm_reserve(Comm *g, size_t bytes, Arena *arena) { (void)g; (void)bytes; (void)arena; }
+void comm_reserve(Comm *g, size_t bytes, Arena *arena) {
+    if (!g) arena_take(arena, stage_size(bytes), "communication staging");   // the plan of a grid that does not run
+}
 
 CommTraffic comm_traffic(Comm *g, int kind, int reset) {
     CommTraffic t = g->traffic[kind];

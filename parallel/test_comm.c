@@ -296,7 +296,9 @@ static void test_big(void) {
     if (!recv) { printf("no memory for --big\n"); return; }
     unsigned char *mine = recv + (size_t)rank * bytes, *other = recv + (size_t)(1 - rank) * bytes;
     for (size_t i = 0; i < bytes; i++) { mine[i] = (unsigned char)(i * 31 + (i >> 24) + (size_t)rank); other[i] = 0; }
+    double since = now_seconds();
     comm_wait(all_gather_start(group[0].g, recv, mine, bytes, DTYPE_U8, STREAM_GATHER));
+    if (rank == 0) printf("%.2f GB in %.1f s\n", 1e-9 * (double)bytes, now_seconds() - since);
     size_t wrong = 0;
     for (size_t i = 0; i < bytes; i++) wrong += other[i] != (unsigned char)(i * 31 + (i >> 24) + (size_t)(1 - rank));
     check(wrong == 0, "message over 2 GB", "all", n);
