@@ -112,7 +112,7 @@ CUDA_COMM = $(if $(HAVE_NCCL),nccl,$(if $(USE_MPI),mpi,none))
 COMM = $(if $(filter cuda,$(BACKEND)),$(CUDA_COMM),$(if $(USE_MPI),mpi,none))
 NVCCFLAGS = -std=c++17 -O3 $(if $(filter 1,$(DEBUG)),-lineinfo -DMOE_DEBUG) $(foreach c,$(CODES),-gencode=arch=compute_$(c),code=sm_$(c)) -Xcompiler=-Wall,-Wextra $(if $(WERROR),-Werror=all-warnings) \
     $(DEFINES_$(PRECISION)) $(USE_CUDNN:1=-DMOE_CUDNN) $(CJSON_CFLAGS)
-CUDA_LIBS = $(CUDA_LIB:%=-L% -Wl,-rpath,%) $(if $(filter nccl,$(COMM)),-lnccl) $(USE_CUDNN:1=-lcudnn) -lcublasLt -lcublas -lcudart -lstdc++
+CUDA_LIBS = $(if $(CUDA_LIB),-L$(CUDA_LIB) -Wl$(comma)-rpath$(comma)$(CUDA_LIB)) $(if $(filter nccl,$(COMM)),-lnccl) $(USE_CUDNN:1=-lcudnn) -lcublasLt -lcublas -lcudart -lstdc++
 CUDA_KERNELS = $(wildcard kernels/cuda/*.cu kernels/cuda/*.c) kernels/fail.c
 ifneq ($(and $(HAVE_CUDNN),$(wildcard kernels/cuda/*cudnn*)),)
 USE_CUDNN = 1
@@ -133,7 +133,7 @@ PARALLEL = $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)
 LIBRARY = $(KERNELS) $(filter-out model/test_%,$(wildcard model/*.c)) $(PARALLEL) data/loader.c data/tokens.c
 OBJECTS = $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(LIBRARY))))
 TESTS = kernels/test_kernels kernels/test_experts kernels/test_optimizer data/test_data model/test_checkpoint
-DEPENDS = $(OBJECTS:.o=.d) $(BUILD)/train_moe.d $(BUILD)/test_moe.d $(TESTS:%=$(BUILD)/%.d) $(BUILD)/parallel/test_comm.d $(BUILD)/parallel/test_expert.d
+DEPENDS = $(OBJECTS:.o=.d) $(BUILD)/train_moe.d $(BUILD)/test_moe.d $(TESTS:%=$(BUILD)/%.d) $(BUILD)/parallel/test_comm.d $(BUILD)/parallel/test_expert.d $(BUILD)/dev/bench_cpu.d
 
 # ---- programs ---------------------------------------------------------------------------------------------------------------------
 train_moe test_moe: %: $(if $(filter cuda,$(BACKEND)),say-cuda) $(BUILD)/% FORCE
@@ -141,7 +141,7 @@ train_moe test_moe: %: $(if $(filter cuda,$(BACKEND)),say-cuda) $(BUILD)/% FORCE
 $(BUILD)/train_moe: $(BUILD)/train_moe.o $(OBJECTS)
 	$(if $(HAVE_CJSON),,@echo "cJSON is missing: make deps" && exit 1)
 	$(CC) $(CFLAGS) $^ $(LIBS) -o $@
-$(BUILD)/test_moe $(TESTS:%=$(BUILD)/%) $(BUILD)/parallel/test_comm $(BUILD)/parallel/test_expert: %: %.o $(OBJECTS)
+$(BUILD)/test_moe $(TESTS:%=$(BUILD)/%) $(BUILD)/parallel/test_comm $(BUILD)/parallel/test_expert $(BUILD)/dev/bench_cpu: %: %.o $(OBJECTS)
 	$(CC) $(CFLAGS) $^ $(LIBS) -o $@
 ifeq ($(BACKEND),cuda)
 say-cuda:
@@ -163,6 +163,10 @@ $(BUILD)/%.o: %.c $(ROOT_BUILD)/detected.mk
 EXTRA_report = -DMOE_COMMIT='"$(COMMIT)"'
 -include $(DEPENDS)
 
+ifndef NO_DETECT
+include dev/cuemu.mk
+endif
+
 # ---- scripts ----------------------------------------------------------------------------------------------------------------------
 deps:
 	@sh dev/deps.sh $(CC)
@@ -172,8 +176,8 @@ doctor:
 	@CC=$(CC) sh dev/doctor.sh $(NP)
 compare-hf:
 	@CC=$(CC) bash dev/compare_hf.sh
-bench-cpu:
-	@CC=$(CC) bash dev/bench_cpu.sh
+bench-cpu: train_moe $(BUILD)/dev/bench_cpu
+	@BENCH=$(BUILD)/dev/bench_cpu bash dev/bench_cpu.sh
 
 clean:
 	rm -rf $(ROOT_BUILD) train_moe test_moe

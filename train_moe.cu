@@ -234,6 +234,8 @@ int main(int argc, char **argv) {
     int threads = grid_threads((int)o.threads);
     CommOptions comm = { o.timeout, o.force_comm, o.check_comm };
     comm_start(comm);
+    if (!o.plan || !strcmp(device_backend(), "cpu")) device_init(comm_local_rank(), threads);      // a plan needs no GPU, but the number of threads
+    attention_select(o.attention_kernel);
     char *path = *o.model ? xasprintf("%s/config.json", o.model) : xasprintf("%s", o.init);
     Config config = config_read(path);
     if (o.plan) {
@@ -243,8 +245,6 @@ int main(int argc, char **argv) {
         comm_finish();
         return 0;
     }
-    device_init(comm_local_rank(), threads);           // after --plan, which needs no device
-    attention_select(o.attention_kernel);
     Grid grid = grid_build(&config, (int)o.dp, (int)o.fsdp, (int)o.ep, (Dispatch)o.dispatch, o.attention == 1);
     if (o.selftest) {
         int failed = comm_selftest(&grid, stdout);

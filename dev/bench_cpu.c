@@ -3,24 +3,25 @@
 //   bench_cpu tokens FILE VOCABULARY N        writes N random token ids as an llm.c shard (uint16)
 //   bench_cpu step DIR FILE [options]         updates of a checkpoint: one line of JSON
 //   bench_cpu kernels DIR [options]           every kernel at the shapes of that model: a table
-//       --seq-len 512 --batch 8 --steps 8 --warmup 3 --threads 0 --skew 1
+//       --seq-len 512 --batch 8 --steps 8 --warmup 3 --threads 0 --embed 1 --skew 1
 //
 // The peak is device_peak_flops(): square products, one on each thread, best of 0.2 s; it is measured before and after every update, because other
 // programs and the clock of the processor change it within seconds, and an update is judged by the mean of its two neighbours.
 // Model FLOPs of a token: config_flops_per_token = 6 x parameters a token meets in matrix products + 12 x layers x heads x head_dim x T / 2.
-// --skew S multiplies the router's rows of the first eighth of the experts by S: their logits spread S times as far, so they are chosen more often.
+// Two scalings of the checkpoint, in memory, the same in dev/hf/bench.py: --embed S multiplies the embedding, so that what a token routes to is decided
+// by the token and not by what its neighbours share (near-balanced with random tokens); --skew S multiplies the router's rows of the first
+// eighth of the experts: their logits spread S times as far, so they are chosen more often.
 #define _GNU_SOURCE
 #include "../kernels/cpu/gemm.h"
 #include "../kernels/fail.h"
 #include "../model/checkpoint.h"
 #include "../model/profile.h"
 #include "../model/step.h"
-#include "../kernels/random.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/resource.h>
 
-typedef struct { int T, batch, steps, warmup, threads; double skew; } Bench;
+typedef struct { int T, batch, steps, warmup, threads; double embed, skew; } Bench;
 
 static void write_tokens(const char *path, int vocabulary, int n) {
     FILE *f = fopen(path, "wb");
@@ -46,14 +47,11 @@ static double median(double *x, int n) {
 }
 
 // ---- the whole update ---------------------------------------------------------------------------------------------------------------------
-static void skew_routers(Trainer *t, double factor) {
-    const Config *c = &t->m->c;
-    for (int l = 0; l < c->L; l++) {
-        const Param *p = model_param(t->m, P_ROUTER, l);
-        if (!p) continue;
-        floatX *w = t->optimizer.state[p->block].param + p->offset;
-        for (int i = 0; i < c->E / 8 * c->C; i++) store(w + i, load(w + i) * (real)factor);
-    }
+static void scale(Trainer *t, ParamId id, int layer, int64_t n, double factor) {
+    const Param *p = model_param(t->m, id, layer);
+    if (!p || factor == 1) return;
+    floatX *w = t->optimizer.state[p->block].param + p->offset;
+    for (int64_t i = 0; i < n; i++) store(w + i, load(w + i) * (real)factor);
 }
 
 static Trainer *start(Model *m, Grid *grid, const Bench *b, const char *dir) {
@@ -69,7 +67,9 @@ static Trainer *start(Model *m, Grid *grid, const Bench *b, const char *dir) {
     checkpoint_load_model(k, dir, t->optimizer.state);
     checkpoint_free(k);
     arena_free(&staging);
-    if (b->skew != 1) skew_routers(t, b->skew);
+    const Config *c = &m->c;
+    scale(t, P_EMBED, -1, (int64_t)c->V * c->C, b->embed);
+    for (int l = 0; l < c->L; l++) scale(t, P_ROUTER, l, c->E / 8 * c->C, b->skew);
     return t;
 }
 
@@ -122,15 +122,15 @@ static void row(const char *name, double calls, double flops, double bytes, doub
 // Median of at least 5 calls and 0.1 s; the first call is not counted. calls: in one update. flops, bytes: of one call, bytes as if each operand moved once.
 #define KERNEL(name, calls, flops, bytes, call)                                                    \
     do {                                                                                           \
-        double times[1000];                                                                        \
-        int n = 0;                                                                                 \
+        double times_[1000];                                                                       \
+        int n_ = 0;                                                                                \
         call;                                                                                      \
-        for (double begin = now_seconds(); n < 1000 && (n < 5 || now_seconds() - begin < 0.1); ) { \
-            double at = now_seconds();                                                             \
+        for (double begin_ = now_seconds(); n_ < 1000 && (n_ < 5 || now_seconds() - begin_ < 0.1); ) { \
+            double at_ = now_seconds();                                                            \
             call;                                                                                  \
-            times[n++] = now_seconds() - at;                                                       \
+            times_[n_++] = now_seconds() - at_;                                                    \
         }                                                                                          \
-        row(name, calls, flops, bytes, median(times, n));                                          \
+        row(name, calls, flops, bytes, median(times_, n_));                                        \
     } while (0)
 
 static floatX *normal(Arena *a, size_t n, uint64_t key) {
@@ -244,7 +244,7 @@ int main(int argc, char **argv) {
     if (argc == 5 && !strcmp(argv[1], "tokens")) { write_tokens(argv[2], atoi(argv[3]), atoi(argv[4])); return 0; }
     int step = argc > 3 && !strcmp(argv[1], "step"), kernel = argc > 2 && !strcmp(argv[1], "kernels");
     if (!step && !kernel) die("nothing to do|see the first lines of dev/bench_cpu.c");
-    Bench b = { .T = 512, .batch = 8, .steps = 8, .warmup = 3, .threads = 0, .skew = 1 };
+    Bench b = { .T = 512, .batch = 8, .steps = 8, .warmup = 3, .threads = 0, .embed = 1, .skew = 1 };
     for (int i = step ? 4 : 3; i < argc; i += 2) {
         const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : "";
         if (!strcmp(name, "--seq-len")) b.T = atoi(value);
@@ -252,10 +252,11 @@ int main(int argc, char **argv) {
         else if (!strcmp(name, "--steps")) b.steps = atoi(value);
         else if (!strcmp(name, "--warmup")) b.warmup = atoi(value);
         else if (!strcmp(name, "--threads")) b.threads = atoi(value);
+        else if (!strcmp(name, "--embed")) b.embed = atof(value);
         else if (!strcmp(name, "--skew")) b.skew = atof(value);
         else die("unknown option %s|see the first lines of dev/bench_cpu.c", name);
     }
-    if (b.T < 1 || b.batch < 1 || b.steps < 1 || b.warmup < 0 || b.skew <= 0) die("a number is missing or out of range|see the first lines of dev/bench_cpu.c");
+    if (b.T < 1 || b.batch < 1 || b.steps < 1 || b.warmup < 0 || b.embed <= 0 || b.skew <= 0) die("a number is missing or out of range|see the first lines of dev/bench_cpu.c");
     comm_init(&argc, &argv);
     CommOptions comm = { 600, 0, 0 };
     comm_start(comm);

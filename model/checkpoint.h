@@ -48,7 +48,7 @@ void checkpoint_resume(Checkpoint *k, const char *dir, const OptimizerState *sha
 // The step of the newest complete checkpoint under `out`, -1 where there is none; the same on all ranks. Rank 0 removes what interrupted saves left and repairs `latest`.
 int64_t checkpoint_find(Comm *all, const char *out);
 char *checkpoint_folder(const char *out, int64_t step);      // out/checkpoints/step_N (caller frees)
-// trainer.json of a checkpoint (caller: cJSON_Delete). The number or text of a key; dies where it is missing, naming file and key.
+// trainer.json of a checkpoint (caller: cJSON_Delete). JSON numbers are doubles: keep 64-bit values (seeds) as text. The number or text of a key; dies where it is missing, naming file and key.
 struct cJSON *checkpoint_trainer(const char *dir);
 double trainer_number(const struct cJSON *trainer, const char *key);
 const char *trainer_text(const struct cJSON *trainer, const char *key);

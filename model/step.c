@@ -269,12 +269,15 @@ static void reduce_layer(Trainer *t, int layer, int round) {
     if (t->m->local_block[layer] >= 0) fsdp_reduce(t->fsdp, t->m->local_block[layer], round > 0);
 }
 
-// With --update layer the reduction of a layer runs under the backward of the next one down, and the layer is stepped behind that.
+// With --update layer the reduction of a layer runs under the backward of the next one down, and the layer is stepped behind that; in one process, where there is nothing to wait
+// for, at once: one layer's gradient is alive.
 static void step_backward(Trainer *t, int round, int64_t update, double lr) {
     const Config *c = &t->m->c;
     Model *m = t->m;
     int n = t->n_micro, lag1 = t->n_slots > 1 ? 1 : 0, lag2 = 2 * lag1;
+    int behind = fsdp_reduces(t->fsdp);
     fsdp_reduce(t->fsdp, m->head_block, round > 0);
+    if (t->o.update_layer && !behind) update_layer(t, c->L, update, lr);
     for (int l = c->L - 1; l >= 0; l--) {
         profile_mark("gather weights", 0);
         gather_layer(t, l - 1);
@@ -303,7 +306,7 @@ static void step_backward(Trainer *t, int round, int64_t update, double lr) {
         release_layer(t, l);
         profile_mark("reduce gradients", 0);
         reduce_layer(t, l, round);
-        if (t->o.update_layer) update_layer(t, l + 1, update, lr);
+        if (t->o.update_layer) update_layer(t, l + behind, update, lr);
     }
     profile_mark("embedding backward", 0);
     gradX *de = fsdp_grad(t->fsdp, m->embed_block);
@@ -313,7 +316,7 @@ static void step_backward(Trainer *t, int round, int64_t update, double lr) {
     profile_mark("reduce gradients", 0);
     fsdp_reduce(t->fsdp, m->embed_block, round > 0);
     if (!t->o.update_layer) return;
-    update_layer(t, 0, update, lr);
+    if (behind) update_layer(t, 0, update, lr);
     update_layer(t, -1, update, lr);
 }
 

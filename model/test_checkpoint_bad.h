@@ -1,4 +1,6 @@
-// Odd and bad inputs, second half of test_checkpoint.c (which includes it): every bad one must end the program with exit status 1 and one line that names the file, the tensor or key, and a hint.
+// Odd and bad inputs, second half of test_checkpoint.c (which includes it): every bad one must end the program with exit status 1 and one
+// line that names the file, the tensor or key, and a hint.
+
 // A safetensors file from a header and a number of zero bytes.
 static void raw_file(const char *path, const char *header, size_t data) {
     size_t n = strlen(header);

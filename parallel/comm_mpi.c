@@ -14,6 +14,9 @@ int mpi_world_rank, mpi_oversubscribed;
 static int world_size, local_rank, local_size, thread_level, on_device;
 static Comm **groups;                            // (n_groups) in the order of their building
 static int n_groups;
+static MPI_Win board_window = MPI_WIN_NULL;
+static volatile int *board;                      // (local_size) 1: that rank waits; 0 where there is no shared memory
+static int *board_place;                         // (world_size) place on the board, MPI_UNDEFINED = another machine
 
 // ---- joining and leaving ---------------------------------------------------------------------------------------------------------------------------------
 void comm_abort(int status) {
@@ -26,6 +29,31 @@ void comm_abort(int status) {
 }
 
 static void abort_all(void) { comm_abort(1); }
+
+static void build_board(MPI_Comm here) {
+    int *mine, unit;
+    MPI_Aint bytes;
+    MPI_Comm_set_errhandler(here, MPI_ERRORS_RETURN);
+    if (MPI_Win_allocate_shared(sizeof *mine, sizeof *mine, MPI_INFO_NULL, here, &mine, &board_window) != MPI_SUCCESS) return;   // reports then say less
+    *mine = 0;
+    MPI_Barrier(here);
+    int *first;
+    MPI_Win_shared_query(board_window, 0, &bytes, &unit, &first);     // the ranks' pieces lie behind one another
+    board = first;
+    int *ranks = (int *)xmalloc((size_t)world_size * sizeof *ranks, "ranks of this machine");
+    board_place = (int *)xmalloc((size_t)world_size * sizeof *board_place, "ranks of this machine");
+    for (int i = 0; i < world_size; i++) ranks[i] = i;
+    MPI_Group all, local;
+    MPI_Comm_group(MPI_COMM_WORLD, &all);
+    MPI_Comm_group(here, &local);
+    MPI_Group_translate_ranks(all, world_size, ranks, local, board_place);
+    MPI_Group_free(&all);
+    MPI_Group_free(&local);
+    free(ranks);
+}
+
+void mpi_set_waiting(int waiting) { if (board) board[local_rank] = waiting; }
+int mpi_is_waiting(int world_rank) { return board && board_place[world_rank] != MPI_UNDEFINED ? board[board_place[world_rank]] : -1; }
 
 void comm_init(int *argc, char ***argv) {
     // More ranks than cores: MPI's own blocking calls must give the core away. Before MPI_Init only the launcher's variable tells.
@@ -41,6 +69,7 @@ void comm_init(int *argc, char ***argv) {
     mpi_check(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, mpi_world_rank, MPI_INFO_NULL, &here), "ranks of this machine");
     MPI_Comm_rank(here, &local_rank);
     MPI_Comm_size(here, &local_size);
+    build_board(here);
     MPI_Comm_free(&here);
     mpi_oversubscribed = local_size > cores;
 }
@@ -65,6 +94,9 @@ void comm_finish(void) {
     }
     free(groups);
     calls_free_memory();
+    if (board) MPI_Win_free(&board_window);
+    board = 0;
+    free(board_place);
     MPI_Finalize();
     watch_leave();
     watch_stop();

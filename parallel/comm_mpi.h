@@ -56,6 +56,9 @@ typedef struct {
 
 extern int mpi_world_rank, mpi_oversubscribed;
 
+// A board in the machine's shared memory says which of its ranks are inside a wait, so that a report can tell the rank that holds everybody up from those that are held up too.
+void mpi_set_waiting(int waiting);
+int mpi_is_waiting(int world_rank);              // 1, 0, or -1: on another machine
 // Dies with MPI's text unless error is MPI_SUCCESS.
 void mpi_check(int error, const char *what);
 // At least `bytes` of memory that stays with the room.

@@ -266,32 +266,36 @@ static void give_way(int idle) {
     nanosleep(&nap, 0);
 }
 
-// Watchdog: "step 3, layer 2 backward: call 17 in group ep, ...: no answer from rank 3 5".
+// Watchdog: "step 3, layer 2 backward: call 17 in group ep, ...: no answer from ranks 3, 5, of which 5 waits for nobody (busy, stopped or gone)".
 static void report_call(const void *context, char *text, size_t size) {
     const Call *c = (const Call *)context;
     const Comm *g = c->g;
-    char what[256], who[2][512] = { "", "" };
-    size_t n[2] = { 0, 0 };
+    char what[256], who[512] = "", idle[512] = "";
+    size_t n = 0, n_idle = 0;
     call_text(&c->record, g->name, what, sizeof what);
-    for (int i = 0; i < c->n_messages; i++) {
+    int receives = 0, last = -1;                     // what has not come matters more than what was not taken
+    for (int i = 0; i < c->n_messages; i++) receives |= c->message[i].receive && !c->message[i].done;
+    for (int i = 0; i < c->n_messages && n + 16 < sizeof who; i++) {
         const Message *m = &c->message[i];
-        int again = i && m[-1].peer == m->peer && m[-1].receive == m->receive && !m[-1].done;       // a long message in pieces
-        if (!m->done && !again && n[m->receive] + 12 < sizeof who[0])
-            n[m->receive] += (size_t)snprintf(who[m->receive] + n[m->receive], sizeof who[0] - n[m->receive], " %d", g->world[m->peer]);
+        if (m->done || m->receive != receives || m->peer == last) continue;      // a long message comes in pieces
+        last = m->peer;
+        n += (size_t)snprintf(who + n, sizeof who - n, "%s %d", n ? "," : "", g->world[m->peer]);
+        if (mpi_is_waiting(g->world[m->peer]) == 0) n_idle += (size_t)snprintf(idle + n_idle, sizeof idle - n_idle, "%s %d", n_idle ? "," : "", g->world[m->peer]);
     }
-    const char *plural = strchr(n[1] ? who[1] + 1 : who[0] + (n[0] > 0), ' ') ? "s" : "";
-    if (n[1]) snprintf(text, size, "%s: no answer from rank%s%s", what, plural, who[1]);
-    else snprintf(text, size, "%s: not taken by rank%s%s", what, plural, n[0] ? who[0] : " (none: sums in progress)");
+    snprintf(text, size, "%s: %s rank%s%s%s%s%s", what, receives ? "no answer from" : "not taken by", strchr(who, ',') ? "s" : "", who, n_idle ? ", of which" : "", idle,
+             n_idle ? " waits for nobody (busy, stopped or gone)" : "");
 }
 
 void call_finish(Call *c) {                        // until no message of the call is on its way
     if (c->phase == FINISHED) return;
+    mpi_set_waiting(1);
     watch_enter(report_call, c);
     for (int idle = 0; c->phase != FINISHED; ) {
         if (progress()) idle = 0;
         else give_way(idle++);
     }
     watch_leave();
+    mpi_set_waiting(0);
 }
 
 // ---- calls --------------------------------------------------------------------------------------------------------------------------------------------------

@@ -124,7 +124,8 @@ Fsdp *fsdp_create(const Model *m, const Grid *g, int keep_grads, Arena *arena) {
         k->n_slots = !moves ? 0 : two && blocks[i] > 1 ? 2 : blocks[i] > 0;
         // The embedding of a tied model keeps its gradient: then no block is left in KIND_ENDS that would need a buffer of the kind.
         int keep_all = keep_grads || (m->c.tied && i == KIND_ENDS);
-        k->n_shards = keep_all ? 0 : blocks[i] > 1 ? 2 : blocks[i];
+        int takes_time = dense_moves || local_moves || f->dp_moves;      // then the next gradient is written while this one is summed
+        k->n_shards = keep_all ? 0 : blocks[i] > 1 && takes_time ? 2 : blocks[i] > 0;
         for (int s = 0; s < k->n_slots; s++) {
             k->weight[s].data = ARENA_TAKE(arena, floatX, k->size, "weights (gathered, slots)");
             k->grad[s].data = ARENA_TAKE(arena, gradX, k->size, "gradients (full, slots)");
@@ -152,6 +153,12 @@ void fsdp_rounds(Fsdp *f, int rounds) { f->rounds = rounds; }
 
 floatX *fsdp_shard(Fsdp *f, int block) { return state_of(f, block, "fsdp_shard")->weight; }
 int fsdp_accumulates_in_place(const Fsdp *f, int block) { return !f->block[block].moves; }
+
+int fsdp_reduces(const Fsdp *f) {
+    int moves = f->dp_moves;
+    for (int b = 0; b < f->m->n_blocks; b++) moves |= f->block[b].moves;
+    return moves;
+}
 
 // ---- weights ---------------------------------------------------------------------------------------------------------------------------------------------------
 static WeightSlot *weight_slot(Fsdp *f, int block) {      // the slot that holds the block, or 0

@@ -25,6 +25,8 @@ gradX *fsdp_grad(Fsdp *f, int block);                // (block.size) full gradie
 // 1: fsdp_grad is the final shard gradient itself (its group has one rank), so rounds after the first must ACCUMULATE in the kernels; 0: it is a full buffer that each round
 // overwrites (the first micro-batch of every round has accumulate 0) while the shard gradient adds up the rounds in fsdp_reduce.
 int fsdp_accumulates_in_place(const Fsdp *f, int block);
+// 0 where fsdp_reduce of any block is done at once (one process): a caller of keep_grads 0 must then use a layer's gradient up before it asks for the next one's, else one layer later.
+int fsdp_reduces(const Fsdp *f);
 // The gradient of `block` is final on this rank: starts its sum over the ranks (reduce-scatter, then all-reduce over dp). accumulate: adds to what the shard gradient
 // holds (exactly the rounds after the first).
 void fsdp_reduce(Fsdp *f, int block, int accumulate);

@@ -55,8 +55,8 @@ if [ "$MPIRUN" != none ]; then
     expect_fault 20 3 'rank 0 expects 80 bytes from rank 2, which sends more' --fault rows
     expect_fault 20 3 'rank 0 expects 80 bytes from rank 2, which sends 64' --fault rows-few
     # ranks that are gone or stuck
-    expect_fault 20 3 'waited 2.* step 7, layer 3 backward: call 2 in group all, reduce_scatter of 1000 f32: no answer from rank 2 ' --timeout 2 --fault stuck
-    expect_fault 20 3 'waited 2.* no answer from rank 2 ' --timeout 2 --fault last
+    expect_fault 20 3 'waited 2.* step 7, layer 3 backward: call 2 in group all, reduce_scatter of 1000 f32: no answer from rank 2, of which 2 waits for nobody' --timeout 2 --fault stuck
+    expect_fault 20 3 'waited 2.* no answer from rank 2' --timeout 2 --fault last
     expect_fault 20 3 'something is wrong on one rank (rank 2)' --fault die
     timeout 20 $MPIRUN -np 3 "$program" --timeout 5 --fault kill > "$output" 2>&1
     status=$?

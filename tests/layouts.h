@@ -35,15 +35,19 @@ typedef struct { int value[FACTORS]; } Case;     // layout, dispatch, heads, rec
 typedef struct { int dp, fsdp, ep; } Shape;
 static const char *const dispatch_names[] = { "alltoall", "allgather", "allreduce" }, *const recompute_names[] = { "none", "moe", "layer", "auto" };
 
-// Sequences of a rank in this case; 0 where the case is impossible.
+// The micro-batch: choice 0 = all, 1 = single sequences, 2 = halves.
+static int micro_of(int choice, int sequences) { return choice == 0 ? sequences : choice == 1 ? 1 : sequences / 2; }
+
+// Sequences of a rank in this case; 0 where the case is impossible, or the same as another one: without ep nothing travels, one sequence is not split. A pair of
+// values counts as covered only where both do something.
 static int local_sequences(const Config *c, const Shape *shape, const Case *k, int batch) {
     const Shape *s = &shape[k->value[0]];
-    int ranks = s->dp * s->fsdp * s->ep / (k->value[1] == DISPATCH_ALLREDUCE ? s->ep : 1);
+    int ranks = s->dp * s->fsdp * s->ep / (k->value[1] == DISPATCH_ALLREDUCE ? s->ep : 1), sequences = batch % ranks ? 0 : batch / ranks;
+    if (s->ep == 1 && (k->value[1] || k->value[2])) return 0;
     if (k->value[2] && c->KV % s->ep) return 0;
-    return batch % ranks ? 0 : batch / ranks;
+    if ((k->value[4] == 1 && sequences < 2) || (k->value[4] == 2 && (sequences < 4 || sequences % 2))) return 0;
+    return sequences;
 }
-// The micro-batch: 0 = all, 1 = single sequences, 2 = halves (three in flight need more than two, so single sequences do that where a rank has four).
-static int micro_of(int choice, int sequences) { return choice == 0 ? sequences : choice == 1 ? 1 : sequences % 2 ? sequences : sequences / 2; }
 
 // A set of cases in which every possible pair of values of two factors occurs: greedily, the case that covers most pairs not yet covered comes next. The same on all ranks.
 static int covering(Case *out, const Config *c, const Shape *shape, int n_shapes, int batch) {
@@ -159,7 +163,7 @@ static void test_edge_load(const Fixture *f, const Config *c, const Shape *shape
             Case k = { { i, dispatch, 0, 0, 0, 0 } };
             int sequences = local_sequences(c, shape, &k, batch);
             if (!sequences) continue;
-            s.step.micro_batch = micro_of(1, sequences);
+            s.step.micro_batch = 1;
             Outcome o = outcome_of(f, &l, &s, steps);
             Difference d = difference_of(&o, &solo);
             check(difference_worst(&d) <= layout_bound() && o.r[0].expert_dead == c->n_moe * (c->E - c->K), "dp %d fsdp %d ep %d, %s, all tokens to %d experts of one rank for %d updates: %s", l.dp,

@@ -1,0 +1,49 @@
+# The whole CUDA program on machines without a GPU: every .cu of the project compiled by g++ for the emulator in dev/cuemu, NCCL over MPI. The Makefile includes this file.
+#   build/cuemu/MODE-PRECISION/PROGRAM      MODE plain | asan (with UBSan) | tsan, PRECISION bf16 | fp32, PROGRAM train_moe, test_moe, parallel/test_comm, ... (any .cu or .c with main)
+#   make test-cuemu                         kernels against their CPU twins (test-cuemu-kernels), then the whole program (test-cuemu-program); 'N passed, N failed'
+CUEMU_DIR = dev/cuemu
+CUEMU_BUILD = $(ROOT_BUILD)/cuemu
+PYTHON ?= python3
+CUEMU_CXX = g++
+
+# Flags by mode: those of dev/cuemu/Makefile, which explains them. Sanitized builds run blocks one after another and without OpenMP, whose runtime ThreadSanitizer does not know.
+CUEMU_FLAGS_plain = -O2 -g1 -fopenmp
+CUEMU_FLAGS_asan = -O1 -g -DCUEMU_SEQ -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -DMOE_DEBUG
+CUEMU_FLAGS_tsan = -O1 -g -DCUEMU_SEQ -fsanitize=thread -DMOE_DEBUG
+CUEMU_COMMON = -DMOE_MPI $(CJSON_CFLAGS) $(MPI_CFLAGS) -DOMPI_SKIP_MPICXX -Wall -Wextra $(WERROR)
+CUEMU_EMULATE = -std=c++17 -x c++ -DCUEMU -include cuemu.h -I$(CUEMU_DIR)/include -isystem $(CUDA_INCLUDE) -fno-strict-aliasing -Wno-attributes -Wno-unknown-pragmas -Wno-sign-compare \
+    -Wno-unused-parameter -Wno-unused-function -Wno-psabi
+CUEMU_LIBRARY = $(filter-out kernels/cuda/%cudnn.cu kernels/cuda/%cudnn.c,$(CUDA_KERNELS)) $(filter-out model/test_%,$(wildcard model/*.c)) \
+    $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)) parallel/comm_common.c $(TRANSPORT_nccl) data/loader.c data/tokens.c
+CUEMU_HEADERS = $(patsubst %,$(CUEMU_BUILD)/source/%,$(wildcard kernels/cuda/*.cuh))
+CUEMU_PROGRAMS = train_moe test_moe parallel/test_comm kernels/test_cuda
+
+# Launches and dynamic shared memory are rewritten to C++; the rewritten files keep their places relative to one another, what was not rewritten is found beside the original.
+.PRECIOUS: $(CUEMU_BUILD)/source/%.cu $(CUEMU_BUILD)/source/%.cuh
+$(CUEMU_BUILD)/source/%.cu: %.cu $(CUEMU_DIR)/tools/cuemu_pp.py
+	@mkdir -p $(@D)
+	@$(PYTHON) $(CUEMU_DIR)/tools/cuemu_pp.py $< > $@.new && mv $@.new $@
+$(CUEMU_BUILD)/source/%.cuh: %.cuh $(CUEMU_DIR)/tools/cuemu_pp.py
+	@mkdir -p $(@D)
+	@$(PYTHON) $(CUEMU_DIR)/tools/cuemu_pp.py $< > $@.new && mv $@.new $@
+
+# The emulator, by its own Makefile.
+$(CUEMU_BUILD)/%/libcuemu.a: $(wildcard $(CUEMU_DIR)/src/* $(CUEMU_DIR)/include/* $(CUEMU_DIR)/include/*/*)
+	@mkdir -p $(@D)
+	+$(MAKE) --no-print-directory -C $(CUEMU_DIR) CUDA_HOME=$(CUDA_INCLUDE:/include=) BUILD=$(abspath $(CUEMU_BUILD)) $(abspath $@) $(abspath $(@D)/libcuemu_nccl.a)
+
+# $(1) mode, $(2) precision
+define CUEMU_VARIANT
+$(CUEMU_BUILD)/$(1)-$(2)/%.o: $(CUEMU_BUILD)/source/%.cu $(CUEMU_HEADERS) $(ROOT_BUILD)/detected.mk
+	@mkdir -p $$(@D)
+	@echo "cuemu $(1) $(2) $$*.cu"
+	@$(CUEMU_CXX) $(CUEMU_FLAGS_$(1)) $(DEFINES_$(2)) $(CUEMU_COMMON) -I$$(dir $$*) -Ikernels/cuda $(CUEMU_EMULATE) -MMD -MP -c $$< -o $$@
+$(CUEMU_BUILD)/$(1)-$(2)/%.o: %.c $(ROOT_BUILD)/detected.mk
+	@mkdir -p $$(@D)
+	@echo "cuemu $(1) $(2) $$<"
+	@$(CC) -std=c11 $(CUEMU_FLAGS_$(1)) $(DEFINES_$(2)) $(CUEMU_COMMON) $$(EXTRA_$$(basename $$(notdir $$<))) -MMD -MP -c $$< -o $$@
+$(CUEMU_PROGRAMS:%=$(CUEMU_BUILD)/$(1)-$(2)/%): %: %.o $(patsubst %,$(CUEMU_BUILD)/$(1)-$(2)/%.o,$(basename $(CUEMU_LIBRARY))) $(CUEMU_BUILD)/$(1)/libcuemu.a
+	@$(CUEMU_CXX) $(CUEMU_FLAGS_$(1)) $$(filter %.o,$$^) $(CUEMU_BUILD)/$(1)/libcuemu_nccl.a $(CUEMU_BUILD)/$(1)/libcuemu.a $(CJSON_LIBS) $(BLAS_LIBS) $(MPI_LIBS) -lpthread -lm -o $$@
+-include $(wildcard $(CUEMU_BUILD)/$(1)-$(2)/*.d $(CUEMU_BUILD)/$(1)-$(2)/*/*.d $(CUEMU_BUILD)/$(1)-$(2)/*/*/*.d)
+endef
+$(foreach m,plain asan tsan,$(foreach p,bf16 fp32,$(eval $(call CUEMU_VARIANT,$(m),$(p)))))
