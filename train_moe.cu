@@ -253,6 +253,9 @@ int main(int argc, char **argv) {
     }
     Model model = model_build(config, grid_cut(&grid));
     int64_t first = open_folder(&o, grid.all);
+    char *resumed = first > 0 ? checkpoint_folder(o.out, first) : 0;
+    cJSON *trainer = resumed ? checkpoint_trainer(resumed) : 0;
+    if (trainer) check_resumed(trainer, &o, resumed);          // before anything under --out is touched
     Loader *data = o.train.n ? loader_open(o.train.name, o.train.n, (int)o.seq_len, (uint64_t)o.seed, o.shuffle, config.V) : 0;
     Loader *val = o.val.n ? loader_open(o.val.name, o.val.n, (int)o.seq_len, 0, 0, config.V) : 0;
     char *table = *o.tokens ? xasprintf("%s", o.tokens) : o.train.n ? tokens_beside(o.train.name[0]) : 0;
@@ -267,18 +270,12 @@ int main(int argc, char **argv) {
     checkpoint = checkpoint_create(&model, grid.all, grid.dp_rank == 0, &staging);
     Report report = report_open(t, o.out, first, o.steps, peak);
     report_start(&report, t, &o, path, data, val);
-    if (*o.model) checkpoint_load_model(checkpoint, o.model, t->optimizer.state);
-    else trainer_init(t);
-    if (first > 0) {
-        char *dir = checkpoint_folder(o.out, first);
-        cJSON *trainer = checkpoint_trainer(dir);
-        check_resumed(trainer, &o, dir);
-        checkpoint_resume(checkpoint, dir, t->optimizer.state);
+    if (resumed) {
+        checkpoint_resume(checkpoint, resumed, t->optimizer.state);
         restore_trainer(t, trainer);
-        cJSON_Delete(trainer);
-        if (screen) printf("resumed from %s\n", dir);
-        free(dir);
-    }
+        if (screen) printf("resumed from %s\n", resumed);
+    } else if (*o.model) checkpoint_load_model(checkpoint, o.model, t->optimizer.state);
+    else trainer_init(t);
     catch_signals();
     if (o.steps > 0) train(t, &o, &report, checkpoint, data, val, tokens, first);
     else {
@@ -294,6 +291,8 @@ int main(int argc, char **argv) {
     loader_close(data);
     loader_close(val);
     model_free(&model);
+    cJSON_Delete(trainer);
+    free(resumed);
     free(table);
     free(path);
     free((void *)o.train.name);

@@ -7,8 +7,13 @@
 
 static const char *const send_name[SEND_KINDS] = { "weights, dense", "weights, experts", "gradients, dense", "gradients, experts", "gradients over dp", "routing ids", "tokens", "attention heads", "statistics" };
 
-// ---- bytes: the collectives of model/step.c, in its order. Direct exchange: an all-gather sends a rank's part to n-1 others, a reduce-scatter n-1 parts, an all-reduce both --------
-static double all_reduce_bytes(double count, double width, int n) { return n < 2 ? 0 : 2.0 * (n - 1) * (count / n) * width; }
+// ---- bytes: the collectives of model/step.c, in its order. Direct exchange: an all-gather sends a rank's part to n-1 others, a reduce-scatter n-1 parts, an all-reduce both: the
+// pieces of the others, then its own sum to each of them. Pieces are ceil(count / n) elements, the last ones shorter. ------------------------------------------------------------------
+static double all_reduce_bytes(int64_t count, double width, int n, int rank) {
+    if (n < 2) return 0;
+    int64_t piece = (count + n - 1) / n, left = count - rank * piece, mine = left < 0 ? 0 : left < piece ? left : piece;
+    return (double)(count - mine + (n - 1) * mine) * width;
+}
 
 double plan_uniform_rows(const Config *c, const Grid *g, int R) {
     if (g->ep < 2 || g->dispatch == DISPATCH_ALLREDUCE || !c->n_moe) return 0;
@@ -24,39 +29,44 @@ double plan_most_rows(const Config *c, const Grid *g, int R) {
     return (double)most * R;
 }
 
-Traffic plan_traffic(const Model *m, const Grid *g, const StepOptions *o, double rows, double respread) {
+Traffic plan_traffic(const Model *m, const Grid *g, const StepOptions *o, Routing routing) {
     const Config *c = &m->c;
     Traffic s;
     memset(&s, 0, sizeof s);
     double X = sizeof(floatX), G = sizeof(gradX), rounds = o->rounds, micro = (double)(o->batch / g->data_ranks) / o->micro_batch;    // micro-batches of the update
-    double R = (double)o->micro_batch * o->T;
+    int64_t R = (int64_t)o->micro_batch * o->T, token = R * c->C;                                       // rows and elements of a micro-batch
     for (int b = 0; b < m->n_blocks; b++) {
         const Block *k = &m->block[b];
         int n = k->local ? g->fsdp : g->fsdp * g->ep, ends = k->layer < 0 || k->layer == c->L;
         double gathers = (ends ? 1 + (c->tied && k->layer < 0) : 2) * rounds;                   // a layer's weights forward and backward; ends once (a tied embedding at both ends)
         s.bytes[k->local ? SEND_LOCAL_WEIGHTS : SEND_DENSE_WEIGHTS] += gathers * (n - 1) * (double)k->shard * X;
         s.bytes[k->local ? SEND_LOCAL_GRADS : SEND_DENSE_GRADS] += rounds * (n - 1) * (double)k->shard * G;
-        s.bytes[SEND_DP] += all_reduce_bytes((double)k->shard, G, g->dp);
+        s.bytes[SEND_DP] += all_reduce_bytes(k->shard, G, g->dp, g->dp_rank);
     }
-    if (g->ep > 1) {
-        double ids = (double)(g->ep - 1) * R * c->K * sizeof(int), passes = micro * c->n_moe;
-        s.bytes[SEND_ROUTING] = 2 * passes * ids;                                               // forward's plan and backward's
-        if (g->dispatch == DISPATCH_ALLREDUCE) s.bytes[SEND_TOKENS] = 2 * passes * all_reduce_bytes(R * c->C, X, g->ep);
-        else {
-            double score = c->K * sizeof(real), copy = c->C * X;
-            // forward: spread (token, scores), collect. Backward: spread dy, collect (dx, dscore), and a second forward spread where the pool was not kept.
-            s.bytes[SEND_TOKENS] = passes * rows * (4 * copy + 2 * score + respread * (copy + score));
-        }
-        if (g->split_heads) {
-            // forward: gather x, reduce the output. Backward: gather x again, gather d_out, reduce dx. Recomputing the layer repeats forward's two.
-            double again = o->recompute == RECOMPUTE_LAYER ? 2 : 0, moves = (5 + again) * micro * c->L;
-            s.bytes[SEND_HEADS] = g->dispatch == DISPATCH_ALLREDUCE ? (2 + again / 2) * micro * c->L * all_reduce_bytes(R * c->C, X, g->ep) : moves * (g->ep - 1) * R * c->C * X;
-        }
+    double passes = micro * c->n_moe, pairs = micro * c->L, others = g->ep - 1;
+    int replicated = g->dispatch == DISPATCH_ALLREDUCE;
+    if (replicated) s.bytes[SEND_TOKENS] = 2 * passes * all_reduce_bytes(token, X, g->ep, g->ep_rank);       // y forward, dy backward; every rank knows topk
+    else {
+        double score = c->K * sizeof(real), copy = c->C * X;
+        s.bytes[SEND_ROUTING] = 2 * passes * others * (double)R * c->K * sizeof(int);                       // topk for forward's plan and for backward's
+        // A spread sends, a collect sends back what came. Forward: spread (token, scores), collect. Backward: spread dy, collect (dx, dscore), and the first again where the
+        // pool was not kept.
+        s.bytes[SEND_TOKENS] = passes * (routing.sent * (2 * copy + score + routing.respread * (copy + score)) + routing.received * (2 * copy + score));
     }
-    if (g->world > 1) {
-        double E = (double)c->n_moe * c->E;
-        s.bytes[SEND_STATISTICS] = rounds * all_reduce_bytes(2 * E + 2 * c->n_moe, 8, g->world) + all_reduce_bytes(1, 8, g->world) + all_reduce_bytes(m->n_blocks, 8, g->fsdp * g->ep);
+    if (g->split_heads) {
+        // forward: gather x, reduce the output. Backward: gather x again, gather d_out, reduce dx. Recomputing attention repeats forward's two.
+        // Replicated tokens: reduce the output, reduce d_out, and the output again where it is recomputed.
+        s.bytes[SEND_HEADS] = replicated ? (2 + routing.reattended) * pairs * all_reduce_bytes(token, X, g->ep, g->ep_rank) : (5 + 2 * routing.reattended) * pairs * others * (double)token * X;
     }
+    if (c->n_moe) {                                        // counts, probabilities, z and entropy of a round
+        int64_t E = (int64_t)c->n_moe * c->E;
+        s.bytes[SEND_STATISTICS] = rounds * (2 * all_reduce_bytes(E, 8, g->world, g->rank) + all_reduce_bytes(2 * c->n_moe, 8, g->world, g->rank));
+    }
+    s.bytes[SEND_STATISTICS] += all_reduce_bytes(1, 8, g->world, g->rank);                                  // the loss
+    int dense = g->fsdp * g->ep, dense_rank = g->fsdp_rank * g->ep + g->ep_rank;
+    if (!o->update_layer) s.bytes[SEND_STATISTICS] += all_reduce_bytes(m->n_blocks, 8, dense, dense_rank);   // squares of the gradients: of all blocks at once, or layer by layer
+    for (int l = -1; l <= c->L && o->update_layer; l++)
+        s.bytes[SEND_STATISTICS] += all_reduce_bytes(l >= 0 && l < c->L && m->local_block[l] >= 0 ? 2 : 1, 8, dense, dense_rank);
     return s;
 }
 
@@ -114,9 +124,11 @@ static Estimate try_layout(const Config *c, const Grid *g, StepOptions *o, Optim
     Model m = model_build(copy, grid_cut(g));
     Trainer *t = trainer_create(&m, (Grid *)g, *o, opt, 1, table);
     *o = t->o;                                             // with the micro-batch filled in
-    double respread = o->recompute == RECOMPUTE_NONE || o->recompute == RECOMPUTE_AUTO ? 0 : 1;
-    *uniform = plan_traffic(&m, g, o, plan_uniform_rows(c, g, t->R), respread);
-    *most = plan_traffic(&m, g, o, plan_most_rows(c, g, t->R), respread);
+    double respread = o->recompute == RECOMPUTE_NONE || o->recompute == RECOMPUTE_AUTO ? 0 : 1, reattended = o->recompute == RECOMPUTE_LAYER;
+    double rows = plan_uniform_rows(c, g, t->R), rows_most = plan_most_rows(c, g, t->R);
+    Routing expected = { rows, rows, respread, reattended }, worst = { rows_most, (double)(g->ep - 1) * t->R, respread, reattended };
+    *uniform = plan_traffic(&m, g, o, expected);
+    *most = plan_traffic(&m, g, o, worst);
     Estimate e = estimate(&m, g, o, uniform, t->arena.used, k);
     trainer_free(t);
     model_free(&m);

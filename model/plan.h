@@ -6,12 +6,17 @@
 #include <stdio.h>
 MOE_BEGIN_C
 
-// Bytes that rank 0 sends to other ranks in one update, by purpose.
+// Bytes that this rank (in a plan: rank 0) sends to others in one update, by purpose; what ranks agree on through the host (a few numbers an update) is not counted.
 typedef enum { SEND_DENSE_WEIGHTS, SEND_LOCAL_WEIGHTS, SEND_DENSE_GRADS, SEND_LOCAL_GRADS, SEND_DP, SEND_ROUTING, SEND_TOKENS, SEND_HEADS, SEND_STATISTICS, SEND_KINDS } SendKind;
 typedef struct { double bytes[SEND_KINDS]; } Traffic;
-// rows: token copies that this rank sends in one forward spread of one micro-batch, on average over MoE layers and micro-batches: measured (ExchangeLoad.sent_rows), or
-// plan_uniform_rows(), or plan_most_rows(). respread: share of (layer, micro-batch) pairs whose experts are recomputed, which spread again.
-Traffic plan_traffic(const Model *m, const Grid *g, const StepOptions *o, double rows, double respread);
+// What only a run knows, or a guess of it.
+typedef struct {
+    double sent, received;       // token copies in the forward spread of a micro-batch, mean over MoE layers and micro-batches: measured (Trainer), plan_uniform_rows(),
+                                 // plan_most_rows()
+    double respread;             // share of the sent ones that backward spreads again, because what arrived was not kept
+    double reattended;           // share of (layer, micro-batch) pairs whose attention is recomputed
+} Routing;
+Traffic plan_traffic(const Model *m, const Grid *g, const StepOptions *o, Routing routing);
 double plan_uniform_rows(const Config *c, const Grid *g, int R);     // every expert set equally likely
 double plan_most_rows(const Config *c, const Grid *g, int R);        // no routing sends more
 

@@ -56,15 +56,21 @@ static void place_attention(Trainer *t, Kept *k, const Slot *s, int training) {
 
 // The size is the largest of any rank of the ep group, so all of them keep or recompute alike: recomputing spreads again (I2).
 static void place_experts(Trainer *t, Kept *k, const Slot *s, int layer, int training) {
+    const ExchangeLoad *load = t->m->c.is_moe[layer] ? exchange_load(s->exchange) : 0;
     int64_t rows = t->work.dense.M, pool = 0;
-    if (t->m->c.is_moe[layer]) {
-        const ExchangeLoad *load = exchange_load(s->exchange);
+    if (load) {
         rows = load->rows_max;
         pool = load->pool_max;
     }
     int keep = training && (t->o.recompute == RECOMPUTE_NONE || t->o.recompute == RECOMPUTE_AUTO);
     kept_expert_place(k, &t->work, layer, rows, pool, keep ? store_take(t, kept_expert_bytes(&t->work, layer, rows, pool)) : 0);
     if (!training) return;
+    if (load) {
+        t->sent_rows += load->sent_rows;
+        t->received_rows += load->received_rows;
+        t->respread_rows += k->has_experts ? 0 : load->sent_rows;
+    }
+    t->reattended += !k->has_attention;
     if (k->has_attention && k->has_experts) t->kept_all++;
     else if (k->has_attention) t->kept_attention++;
     else t->kept_none++;
@@ -447,6 +453,7 @@ StepResult trainer_step(Trainer *t, Loader *data, int64_t update, double lr) {
     double N = read_tokens(t, data, update), aux = 0;
     device_zero(t->loss_sum, sizeof(double));
     t->kept_all = t->kept_attention = t->kept_none = 0;
+    t->sent_rows = t->received_rows = t->respread_rows = t->reattended = 0;
     clear_statistics(t, 1);
     for (int round = 0; round < t->o.rounds; round++) {
         if (round) clear_statistics(t, 0);

@@ -51,6 +51,8 @@ typedef struct Trainer {
     char *store;                 // activations kept at their actual size, bumped in forward
     size_t store_size, store_used, store_peak;
     int kept_all, kept_attention, kept_none;   // of this update: (layer, micro-batch) pairs by what was kept
+    int64_t sent_rows, received_rows, respread_rows, reattended;   // of this update: rows sent and received by forward spreads, those sent that backward spreads again; pairs
+                                                                   // whose attention is recomputed
     floatX *dx;                  // (n_micro, R, C) running gradient of every micro-batch
     floatX *yf, *logits, *dyf;   // head: (chunk,C) (chunk,V) (chunk,C)
     real *head_rstd;             // (chunk)

@@ -56,7 +56,7 @@ Exchange *exchange_create(const Grid *g, const Config *c, int R, Arena *arena) {
     e->out = ARENA_TAKE(arena, floatX, P * C, "token exchange");
     e->score = ARENA_TAKE(arena, real, P * K, "token exchange");
     e->dscore = ARENA_TAKE(arena, real, P * K, "token exchange");
-    e->load.sent_rows = (int64_t)(n - 1) * R;
+    e->load.sent_rows = e->load.received_rows = (int64_t)(n - 1) * R;
     if (e->dispatch == DISPATCH_ALLGATHER) { e->choice = e->all_topk, comm_reserve(e->group, P * C * sizeof(floatX), arena); return e; }
 
     e->choice = ARENA_TAKE(arena, int, P * K, "token exchange");
@@ -127,7 +127,7 @@ static void route(Exchange *e) {
         }
         for (; j < J; j++) sum_row[(size_t)r * J + j] = -1;
     }
-    e->load.sent_rows = row[n - 1] - e->send_rows[e->me];
+    e->load.sent_rows = row[n - 1] - e->send_rows[e->me], e->load.received_rows = e->load.pool - e->recv_rows[e->me];
     device_upload(e->send_token, e->host_index, (2 * (size_t)R * J + (size_t)e->load.pool) * sizeof(int));
     rows_gather(e->choice, e->all_topk, e->pool_token, e->load.pool, (size_t)K * sizeof(int));
 }

@@ -38,7 +38,8 @@ void collect_wait(Exchange *e, Pass pass);              // y and dscore are comp
 typedef struct {
     int pool, rows;                      // of this rank: tokens of the pool, expert rows including padding (= plan->P, plan->M)
     int pool_max, rows_max;              // the largest of any rank of the ep group: the same number on all of them, so a decision made from it is agreed (I2)
-    int64_t sent_rows;                   // rows of C floatX (with K scores each) that this rank sends to OTHER ranks in one spread; the BACKWARD collect receives as many
+    int64_t sent_rows, received_rows;    // rows of C floatX that this rank sends to, and gets from, OTHER ranks in one spread; a collect sends back what a spread brought. With K
+                                         // numbers each: scores in the FORWARD spread, their gradients in the BACKWARD collect
 } ExchangeLoad;
 const ExchangeLoad *exchange_load(const Exchange *e);
 MOE_END_C

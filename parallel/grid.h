@@ -28,6 +28,8 @@ Cut grid_cut(const Grid *g);
 // The membership table, at most 32 rows, for the startup report (malloc'd text).
 char *grid_table(const Grid *g);
 // Threads for this rank: the option, or cores of the machine / ranks on it, at least 1.
+// What this rank has sent and how long it was in communication calls since the last reset, by group and kind of call, as a table (caller frees); empty where nothing moves.
+char *grid_traffic(const Grid *g, int reset);
 int grid_threads(int option);
 MOE_END_C
 #endif

@@ -291,9 +291,17 @@ static double distance(const double *a, const double *b, int64_t n) {
 }
 static double relative(double a, double b) { double e = b != 0 ? fabs(a - b) / fabs(b) : fabs(a - b); return isnan(e) ? INFINITY : e; }
 
-// The largest distance over all tensors, of gradients or of parameters, and whose it is.
+// The largest distance over all tensors, of gradients or of parameters, and whose it is. bf16 gradients: over all of them together.
 static double worst_of(const Weights *a, const Weights *b, int gradients, const char **name) {
     double worst = -1;
+    if (gradients && sizeof(floatX) == 2) {      // bf16: see layouts.h
+        double difference = 0, size = 0;
+        for (int i = 0; i < a->n; i++)
+            for (int64_t k = 0; k < a->weight[i].n; k++) { difference += pow(a->weight[i].g[k] - b->weight[i].g[k], 2); size += pow(b->weight[i].g[k], 2); }
+        *name = "all";
+        worst = sqrt(difference / size);
+        return isnan(worst) ? INFINITY : worst;
+    }
     for (int i = 0; i < a->n; i++) {
         double e = gradients ? distance(a->weight[i].g, b->weight[i].g, a->weight[i].n) : distance(a->weight[i].w, b->weight[i].w, a->weight[i].n);
         if (e > worst) { worst = e; *name = a->weight[i].name; }

@@ -3,7 +3,9 @@
 // The reference is made inside the same processes: each rank first runs the update alone (a group of one). Compared: logits, loss, aux, z, gradient norm, EVERY gradient of the first
 // update and every parameter after five. SGD, because Adam divides a constant factor away; clipping active; aux and z on; momentum and decay on; and valid targets spread as unevenly
 // as can be: in some updates half of the windows have none, so ranks have none.
-// fp32: sums over ranks regroup what one process sums in one piece: 1e-7 typically, 1e-6 where terms cancel; the bound 1e-5 is 100 times below what a wrong factor makes.
+// fp32: sums over ranks regroup what one process sums in one piece: 1e-7 typically, 1e-6 where terms cancel; the bound 1e-5 is far below what a wrong factor makes.
+// bf16: partial sums are rounded where they travel, so a token whose experts are nearly tied may choose others: a single expert's gradient then differs by that token's share. Only the
+// gradient as a whole is bounded there; what a layout may do wrong is independent of the element type and caught in fp32.
 #ifndef MOE_LAYOUTS_H
 #define MOE_LAYOUTS_H
 #include "harness.h"
@@ -11,7 +13,7 @@
 // ---- tokens with unequal valid targets -----------------------------------------------------------------------------------------------------------
 // The fixture's tokens; windows whose bit is set in ignored[update] keep no target that counts. T targets of window w are tokens wT+1 .. wT+T.
 static char *uneven_tokens(const Fixture *f, int batch, int updates) {
-    static const unsigned ignored[] = { 0x0f, 0xf0, 0xbf, 0x00, 0x2a };          // first half, second half, all but one, none, every other
+    static const unsigned ignored[] = { 0x0f, 0xf0, 0xef, 0x00, 0x2a };          // first half, second half, all but one, none, every other
     char *path = xasprintf("%s/uneven%d.bin", temporary, comm_world_rank());
     unsigned char *bytes = (unsigned char *)xcalloc(1 << 20, 1, "tokens");
     FILE *in = fopen(f->tokens, "rb"), *out = fopen(path, "wb");
@@ -111,7 +113,7 @@ static void test_cover(const Fixture *f, const Config *c, const Shape *shape, in
         Difference d = difference_of(&o, &solo[v[5]]);
         int counts = 1;
         for (int k = 0; k < 5; k++) counts = counts && o.r[k].valid == solo[0].r[k].valid && o.r[k].expert_dead == solo[v[5]].r[k].expert_dead;
-        check(difference_worst(&d) <= layout_bound() && o.equal && counts, "dp %d fsdp %d ep %d, %s, attention %s, recompute %s, micro-batch %d of %d, update %s: %s%s%s", l.dp, l.fsdp, l.ep,
+        check(difference_worst(&d) <= layout_bound() && o.equal && (counts || sizeof(floatX) == 2), "dp %d fsdp %d ep %d, %s, attention %s, recompute %s, micro-batch %d of %d, update %s: %s%s%s", l.dp, l.fsdp, l.ep,
               dispatch_names[v[1]], v[2] ? "heads" : "data", recompute_names[v[3]], s.step.micro_batch, sequences, v[5] ? "layer" : "end", difference_text(&d),
               o.equal ? "" : "; COPIES DIFFER", counts ? "" : "; COUNTS DIFFER");
         outcome_free(&o);

@@ -24,7 +24,7 @@ def step(a):
             layer.mlp.gate.weight[:config.num_experts // 8].mul_(a.skew)
     windows = Windows(a.train, a.seq_len, config.vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
-    flops, seconds, peaks, load = step_flops(model, config, a.batch, a.seq_len), [], [], 0.0
+    flops, seconds, peaks, load, first = step_flops(model, config, a.batch, a.seq_len), [], [], 0.0, 0.0
     for s in range(-a.warmup, a.steps):
         inputs, targets = windows.batch((s + a.warmup) * a.batch, a.batch)
         if s == 0:
@@ -37,6 +37,7 @@ def step(a):
         optimizer.step()
         optimizer.zero_grad()
         value = loss.item()
+        first = value if s == -a.warmup else first
         if s >= 0:
             seconds.append(time.perf_counter() - start)
             peaks.append(matmul_peak(torch.float32))
@@ -46,7 +47,7 @@ def step(a):
     share = statistics.median(flops / t / (0.5 * (x + y)) for t, x, y in zip(seconds, peaks, peaks[1:]))
     print(json.dumps({"who": f"transformers, {a.experts}", "skew": a.skew, "tokens": tokens, "steps": a.steps, "seconds": middle, "tok_s": tokens / middle,
                       "gflops": flops / middle / 1e9, "peak_gflops": statistics.median(peaks) / 1e9, "share": share, "fastest": min(seconds), "load": load,
-                      "loss": value, "memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "flops_per_token": flops / tokens,
+                      "first_loss": first, "memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "flops_per_token": flops / tokens,
                       "device": f"torch {torch.__version__}, transformers {transformers.__version__}, {a.threads} threads, {a.attn}"}), flush=True)
 
 
@@ -58,7 +59,7 @@ def report(a):
     for skew in sorted({r["skew"] for r in rows}):
         here = [r for r in rows if r["skew"] == skew]
         out += [f"## {'Near-balanced routing' if skew == 1 else f'Skewed routing (router rows of an eighth of the experts x {skew:g})'}", "",
-                "| | tokens/s | GFLOP/s | of the sgemm peak | sgemm peak, GFLOP/s | s/update (median of rounds) | all rounds, tokens/s | max/mean load | loss | peak memory, MiB |",
+                "| | tokens/s | GFLOP/s | of the sgemm peak | sgemm peak, GFLOP/s | s/update (median of rounds) | all rounds, tokens/s | max/mean load | loss of the first update | peak memory, MiB |",
                 "|---|---|---|---|---|---|---|---|---|---|"]
         middle = {}
         for who in dict.fromkeys(r["who"] for r in here):
@@ -66,7 +67,7 @@ def report(a):
             m = {k: statistics.median(r[k] for r in mine) for k in ("tok_s", "gflops", "share", "peak_gflops", "seconds", "load", "memory_mib")}
             middle[who] = m
             out.append(f"| {who} | {m['tok_s']:.0f} | {m['gflops']:.1f} | {100 * m['share']:.1f} % | {m['peak_gflops']:.0f} | {m['seconds']:.3f} | "
-                       f"{' '.join(format(r['tok_s'], '.0f') for r in mine)} | {m['load']:.2f} | {mine[-1]['loss']:.6f} | {m['memory_mib']:.0f} |")
+                       f"{' '.join(format(r['tok_s'], '.0f') for r in mine)} | {m['load']:.2f} | {mine[-1]['first_loss']:.6f} | {m['memory_mib']:.0f} |")
         others = {w: m for w, m in middle.items() if w != "moe.c"}
         if others and "moe.c" in middle:
             best = max(others, key=lambda w: others[w]["tok_s"])

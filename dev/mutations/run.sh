@@ -1,8 +1,10 @@
 #!/bin/sh
-# Plants the bugs that other systems shipped, one at a time, and checks that a test fails for each: make test-mutations (nightly; about 40 minutes on 2 cores).
+# Plants the bugs that other systems shipped, one at a time, and checks that a test fails for each: make test-mutations (nightly; about half an hour on 2 cores).
 #   dev/mutations/run.sh [NAME-PART]       only mutations whose name contains it
-# dev/mutations/list.txt holds blocks separated by lines of ----: a name, `file:`, `test:`, then the text to find (it must occur exactly once) between `<<<` and `===`, and what replaces it up to `>>>`.
-# Each is built in a copy of the tree under build/mutants, so only the changed file compiles again. A mutant that survives, does not compile, or whose text is not found counts as failed.
+# list.txt holds blocks separated by lines of ----: `name:`, `file:`, `test:`, then the text to find (it must occur exactly once) between `<<<` and `===`, and what replaces it up to
+# `>>>`. test: RANKS PROGRAM ARGUMENTS..., where PROGRAM is test_moe or the source of another test without its .c.
+# Each is built in a copy of the tree under build/mutants, so only the changed file compiles again. A mutant is caught when a check prints FAIL or the program ends with its own
+# `error:` line; the test is stopped there. A mutant that survives, crashes or hangs without a word, does not compile, or whose text is not found counts as failed.
 set -u
 top=$(cd "$(dirname "$0")/../.." && pwd)
 copy=$top/build/mutants/tree
@@ -11,22 +13,38 @@ mkdir -p "$copy"
 (cd "$top" && git ls-files -z --cached --others --exclude-standard -- . ':!dev/cuemu' ':!dev/results' | xargs -0 tar cf - 2> /dev/null) | tar xf - -C "$copy"
 cd "$copy" || exit 1
 mkdir -p build
-cp "$top/build/detected.mk" build/ 2> /dev/null
-make -s test_moe > build/log 2>&1 || { cat build/log; echo "the unchanged tree does not build"; exit 1; }
+cp -p "$top/build/detected.mk" build/ 2> /dev/null
+quiet() { "$@" > build/log 2>&1; }
+folder=$(make -s --eval='show-folder: ; @echo $(BUILD)' show-folder)
 
-# The test of a mutation: fails (status 1) when the mutant is caught; prints the first failed check.
+program() { case $1 in test_moe) echo ./test_moe ;; *) echo "$folder/$1" ;; esac; }          # the file that `make` builds for a test
+build() {                                    # RANKS PROGRAM ARGUMENTS...: the program, and the trainer where it is an argument
+    target=$(program "$2")
+    case " $* " in *" ./train_moe "*) quiet make -s "${target#./}" train_moe ;; *) quiet make -s "${target#./}" ;; esac
+}
+# Runs RANKS PROGRAM ARGUMENTS into build/out, until it ends, or says FAIL or error:, or 10 minutes have passed.
+said='FAIL |^error: '
 run_test() {
-    case $1 in
-    one) timeout 300 ./test_moe ;;
-    two) timeout 300 $(sh dev/mpirun.sh 2) ./test_moe ;;
-    four) timeout 600 $(sh dev/mpirun.sh 4) ./test_moe ;;
-    esac > build/out 2>&1
+    ranks=$1 what=$2; shift 2
+    launcher=
+    [ "$ranks" = 1 ] || launcher=$(sh dev/mpirun.sh "$ranks")
+    timeout 600 $launcher "$(program "$what")" "$@" > build/out 2>&1 &
+    pid=$!
+    while kill -0 $pid 2> /dev/null; do
+        if grep -qE "$said" build/out; then sleep 0.2; kill $pid 2> /dev/null; break; fi
+        sleep 0.3
+    done
+    wait $pid
+    status=$?
+    if grep -qE "$said" build/out; then return 1; fi
+    return $((status ? 2 : 0))
 }
 
 passed=0; failed=0
 perl -0777 -ne 'for (split /^----\n/m) { next unless /\S/; my ($n) = /^name: (.*)$/m; my ($f) = /^file: (.*)$/m; my ($t) = /^test: (.*)$/m; print "$n\t$f\t$t\n"; }' dev/mutations/list.txt > build/names
-while IFS="$(printf '\t')" read -r name file test; do
+while IFS="$(printf '\t')" read -r name file test <&3; do
     case $name in *"$only"*) ;; *) continue ;; esac
+    set -- $test
     cp "$file" build/saved
     NAME="$name" perl -0777 -e '
         open F, "<", "dev/mutations/list.txt"; $all = <F>; close F;
@@ -37,12 +55,18 @@ while IFS="$(printf '\t')" read -r name file test; do
         $text =~ s/\Q$old\E/$new/; open F, ">", $ARGV[0]; print F $text;' "$file"
     status=$?
     if [ $status -ne 0 ]; then verdict="FAILED  $name: its text is not found exactly once in $file"
-    elif ! make -s test_moe > build/log 2>&1; then verdict="FAILED  $name: does not compile: $(grep -m1 error build/log)"
-    elif run_test $test; then verdict="FAILED  $name: SURVIVED the test '$test'"
-    else verdict="ok      $name: $(grep -m1 -E 'FAILED|error:' build/out | cut -c1-150)"; fi
+    elif ! build "$@"; then verdict="FAILED  $name: does not compile: $(grep -m1 error build/log)"
+    else
+        run_test "$@"
+        case $? in
+        1) verdict="ok      $name: $(grep -m1 -E "$said" build/out | sed 's/^ *[0-9]* *FAIL *//' | cut -c1-150)" ;;
+        0) verdict="FAILED  $name: SURVIVED $test" ;;
+        *) verdict="FAILED  $name: $test ended without a failed check: $(tail -1 build/out | cut -c1-150)" ;;
+        esac
+    fi
     case $verdict in ok*) passed=$((passed + 1)) ;; *) failed=$((failed + 1)) ;; esac
     printf '%4d %s\n' $((passed + failed)) "$verdict"
     cp build/saved "$file"
-done < build/names
-echo "$passed passed, $failed failed"
+done 3< build/names
+echo "mutations: $passed caught, $failed not"
 [ $failed -eq 0 ]
