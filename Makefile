@@ -12,7 +12,7 @@ ifneq ($(filter help deps clean quickstart doctor compare-hf,$(MAKECMDGOALS)),)
 NO_DETECT = 1
 endif
 
-.PHONY: help say-cuda detect deps clean test test-quick test-full test-kernels test-data test-checkpoint test-model test-parallel quickstart bench-cpu compare-hf doctor FORCE
+.PHONY: help show-build say-cuda detect deps clean test test-quick test-full test-kernels test-data test-checkpoint test-model test-parallel quickstart bench-cpu compare-hf doctor FORCE
 help:
 	@echo "moe.c: trains Qwen3-MoE, every parameter, forward and backward written by hand"
 	@echo
@@ -133,7 +133,7 @@ PARALLEL = $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)
 LIBRARY = $(KERNELS) $(filter-out model/test_%,$(wildcard model/*.c)) $(PARALLEL) data/loader.c data/tokens.c
 OBJECTS = $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(LIBRARY))))
 TESTS = kernels/test_kernels kernels/test_experts kernels/test_optimizer data/test_data model/test_checkpoint
-DEPENDS = $(OBJECTS:.o=.d) $(BUILD)/train_moe.d $(BUILD)/test_moe.d $(TESTS:%=$(BUILD)/%.d) $(BUILD)/parallel/test_comm.d $(BUILD)/parallel/test_expert.d $(BUILD)/dev/bench_cpu.d
+DEPENDS = $(OBJECTS:.o=.d) $(BUILD)/train_moe.d $(BUILD)/test_moe.d $(TESTS:%=$(BUILD)/%.d) $(BUILD)/parallel/test_comm.d $(BUILD)/parallel/test_expert.d $(BUILD)/dev/bench_cpu.d $(BUILD)/tests/edge.d $(BUILD)/tests/test_cli.d
 
 # ---- programs ---------------------------------------------------------------------------------------------------------------------
 train_moe test_moe: %: $(if $(filter cuda,$(BACKEND)),say-cuda) $(BUILD)/% FORCE
@@ -141,7 +141,7 @@ train_moe test_moe: %: $(if $(filter cuda,$(BACKEND)),say-cuda) $(BUILD)/% FORCE
 $(BUILD)/train_moe: $(BUILD)/train_moe.o $(OBJECTS)
 	$(if $(HAVE_CJSON),,@echo "cJSON is missing: make deps" && exit 1)
 	$(CC) $(CFLAGS) $^ $(LIBS) -o $@
-$(BUILD)/test_moe $(TESTS:%=$(BUILD)/%) $(BUILD)/parallel/test_comm $(BUILD)/parallel/test_expert $(BUILD)/dev/bench_cpu: %: %.o $(OBJECTS)
+$(BUILD)/test_moe $(TESTS:%=$(BUILD)/%) $(BUILD)/parallel/test_comm $(BUILD)/parallel/test_expert $(BUILD)/dev/bench_cpu $(BUILD)/tests/edge $(BUILD)/tests/test_cli: %: %.o $(OBJECTS)
 	$(CC) $(CFLAGS) $^ $(LIBS) -o $@
 ifeq ($(BACKEND),cuda)
 say-cuda:
@@ -166,6 +166,14 @@ EXTRA_report = -DMOE_COMMIT='"$(COMMIT)"'
 ifndef NO_DETECT
 include dev/cuemu.mk
 endif
+
+# ---- tests: each ends with 'N passed, N failed' -------------------------------------------------------------------------------------
+test:
+	@CC=$(CC) sh tests/run.sh test
+test-full:
+	@CC=$(CC) sh tests/run.sh full
+show-build:
+	@echo $(BUILD)
 
 # ---- scripts ----------------------------------------------------------------------------------------------------------------------
 deps:

@@ -202,10 +202,18 @@ static void train(Trainer *t, const Options *o, Report *report, Checkpoint *chec
     for (int64_t step = first + 1; step <= o->steps; step++) {
         if (step == first + 1 && *o->dump) t->dump = dump_open(o->dump, t);
         if (step == first + 1 && o->trace_token >= 0) t->trace = trace_open(t, o->trace_token);
-        if (step == o->profile) profile_start();
+        if (step == o->profile) {
+            free(grid_traffic(t->g, 1));
+            profile_start();
+        }
         begin = now_seconds();
         StepResult s = trainer_step(t, data, step, o->lr * schedule_factor(&schedule, step));
-        if (step == o->profile) profile_print(t->g->rank == 0 ? stdout : 0);
+        if (step == o->profile) {
+            profile_print(t->g->rank == 0 ? stdout : 0);
+            char *traffic = grid_traffic(t->g, 0);
+            if (t->g->rank == 0) printf("%s", traffic);
+            free(traffic);
+        }
         int show = o->router_every && step % o->router_every == 0;
         report_step(report, t, step, &s, now_seconds() - begin, show);
         if (show && t->g->rank == 0 && t->m->c.n_moe) report_heat_map(t, stdout);

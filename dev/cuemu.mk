@@ -19,7 +19,7 @@ CUEMU_HEADERS = $(patsubst %,$(CUEMU_BUILD)/source/%,$(wildcard kernels/cuda/*.c
 CUEMU_PROGRAMS = train_moe test_moe parallel/test_comm kernels/test_cuda
 
 # Launches and dynamic shared memory are rewritten to C++; the rewritten files keep their places relative to one another, what was not rewritten is found beside the original.
-.PRECIOUS: $(CUEMU_BUILD)/source/%.cu $(CUEMU_BUILD)/source/%.cuh
+.PRECIOUS: $(CUEMU_BUILD)/%/built $(CUEMU_BUILD)/source/%.cu $(CUEMU_BUILD)/source/%.cuh
 $(CUEMU_BUILD)/source/%.cu: %.cu $(CUEMU_DIR)/tools/cuemu_pp.py
 	@mkdir -p $(@D)
 	@$(PYTHON) $(CUEMU_DIR)/tools/cuemu_pp.py $< > $@.new && mv $@.new $@
@@ -28,9 +28,10 @@ $(CUEMU_BUILD)/source/%.cuh: %.cuh $(CUEMU_DIR)/tools/cuemu_pp.py
 	@$(PYTHON) $(CUEMU_DIR)/tools/cuemu_pp.py $< > $@.new && mv $@.new $@
 
 # The emulator, by its own Makefile.
-$(CUEMU_BUILD)/%/libcuemu.a: $(wildcard $(CUEMU_DIR)/src/* $(CUEMU_DIR)/include/* $(CUEMU_DIR)/include/*/*)
+$(CUEMU_BUILD)/%/built: $(wildcard $(CUEMU_DIR)/src/* $(CUEMU_DIR)/include/* $(CUEMU_DIR)/include/*/*)
 	@mkdir -p $(@D)
-	+$(MAKE) --no-print-directory -C $(CUEMU_DIR) CUDA_HOME=$(CUDA_INCLUDE:/include=) BUILD=$(abspath $(CUEMU_BUILD)) $(abspath $@) $(abspath $(@D)/libcuemu_nccl.a)
+	+$(MAKE) --no-print-directory -C $(CUEMU_DIR) CUDA_HOME=$(CUDA_INCLUDE:/include=) BUILD=$(abspath $(CUEMU_BUILD)) $(abspath $(@D)/libcuemu.a) $(abspath $(@D)/libcuemu_nccl.a)
+	@touch $@
 
 # $(1) mode, $(2) precision
 define CUEMU_VARIANT
@@ -42,7 +43,7 @@ $(CUEMU_BUILD)/$(1)-$(2)/%.o: %.c $(ROOT_BUILD)/detected.mk
 	@mkdir -p $$(@D)
 	@echo "cuemu $(1) $(2) $$<"
 	@$(CC) -std=c11 $(CUEMU_FLAGS_$(1)) $(DEFINES_$(2)) $(CUEMU_COMMON) $$(EXTRA_$$(basename $$(notdir $$<))) -MMD -MP -c $$< -o $$@
-$(CUEMU_PROGRAMS:%=$(CUEMU_BUILD)/$(1)-$(2)/%): %: %.o $(patsubst %,$(CUEMU_BUILD)/$(1)-$(2)/%.o,$(basename $(CUEMU_LIBRARY))) $(CUEMU_BUILD)/$(1)/libcuemu.a
+$(CUEMU_PROGRAMS:%=$(CUEMU_BUILD)/$(1)-$(2)/%): %: %.o $(patsubst %,$(CUEMU_BUILD)/$(1)-$(2)/%.o,$(basename $(CUEMU_LIBRARY))) $(CUEMU_BUILD)/$(1)/built
 	@$(CUEMU_CXX) $(CUEMU_FLAGS_$(1)) $$(filter %.o,$$^) $(CUEMU_BUILD)/$(1)/libcuemu_nccl.a $(CUEMU_BUILD)/$(1)/libcuemu.a $(CJSON_LIBS) $(BLAS_LIBS) $(MPI_LIBS) -lpthread -lm -o $$@
 -include $(wildcard $(CUEMU_BUILD)/$(1)-$(2)/*.d $(CUEMU_BUILD)/$(1)-$(2)/*/*.d $(CUEMU_BUILD)/$(1)-$(2)/*/*/*.d)
 endef

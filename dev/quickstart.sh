@@ -17,23 +17,10 @@ sh dev/deps.sh "$CC"
 say "build"
 make -s -j "$(getconf _NPROCESSORS_ONLN)" CC="$CC" show-detected train_moe
 
-# ---- text: the last sixteenth of every file is held out -------------------------------------------------------------------------------
 say "text"
 WORK=build/quickstart
-rm -rf "$WORK" && mkdir -p "$WORK"
-if [ -n "$TEXT" ]; then
-    [ -r "$TEXT" ] || { echo "error: TEXT=$TEXT cannot be read, hint: name a text file" >&2; exit 1; }
-    echo "$TEXT"
-else
-    find . \( -name build -o -name runs -o -name results -o -name fixtures -o -name '.?*' \) -prune -o \
-        -type f \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.md' -o -name '*.py' -o -name '*.sh' -o -name Makefile \) -print | LC_ALL=C sort
-fi > "$WORK/files"
-while read -r file; do
-    bytes=$(wc -c < "$file")
-    head -c $((bytes - bytes / 16)) "$file" >> "$WORK/train.txt"
-    tail -c $((bytes / 16)) "$file" >> "$WORK/val.txt"
-done < "$WORK/files"
-echo "$(wc -l < "$WORK/files") files; $(wc -c < "$WORK/train.txt") bytes to learn from, $(wc -c < "$WORK/val.txt") held out; a byte is a token"
+rm -rf "$WORK"
+sh dev/text.sh "$WORK" "$TEXT"
 
 # ---- training --------------------------------------------------------------------------------------------------------------------------
 RUN=$(grep -q '^MPI_LIBS := .' build/detected.mk && sh dev/mpirun.sh 2 || true)

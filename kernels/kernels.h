@@ -143,7 +143,7 @@ typedef struct {             // buffers of one shard; unused ones are 0
     const gradX *grad;       // (n)
     real *m, *v;             // (n) momentum or first moment; second moment
     uint8_t *m8, *v8;        // (n) 8-bit codes
-    float *m_scale, *v_scale;// (blocks) absolute maximum of each 256-element block
+    float *m_scale, *v_scale;// (blocks) scales of each 256-element block (quant8.h)
 } OptimizerState;
 typedef struct {
     OptimizerKind kind;

@@ -251,7 +251,7 @@ void layer_backward_experts(Work *w, Slot *s, Kept *kept, int layer, const Layer
 }
 
 void layer_backward_finish(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p, const LayerGrads *d, const RouterLoss *loss, floatX *dx,
-                           int accumulate) {
+                           int accumulate, int accumulate_qkvo) {
     const Config *c = w->c;
     int Q = w->Hl * c->D, KV = w->KVl * c->D;
     floatX *du = s->y;
@@ -269,7 +269,7 @@ void layer_backward_finish(Work *w, Slot *s, Kept *kept, int layer, const LayerW
     profile_mark("o backward", 2 * product(w->Ra, c->C, Q));
     const floatX *h = heads_gather(w->heads, w->h), *d_mid = heads_reduce_adjoint(w->heads, dx);
     linear_backward_input(w->d_o, d_mid, p->o, w->Ra, c->C, Q);
-    linear_backward_weight(d->o, d_mid, kept->o, accumulate, w->Ra, c->C, Q);
+    linear_backward_weight(d->o, d_mid, kept->o, accumulate_qkvo, w->Ra, c->C, Q);
     profile_mark("q k norm and rope", 0);
     qk_norm_rope_forward(w->qn, w->kn, kept->q, kept->k, p->q_norm, p->k_norm, w->cos, w->sin, (real)c->rms_eps, w->Ra, w->T, w->Hl, w->KVl, c->D);
     profile_mark("attention backward", 2.5 * attention_flops(w));
@@ -278,9 +278,9 @@ void layer_backward_finish(Work *w, Slot *s, Kept *kept, int layer, const LayerW
     qk_norm_rope_backward(w->dq, w->dk, d->q_norm, d->k_norm, w->dq, w->dk, kept->q, kept->k, p->q_norm, p->k_norm, w->cos, w->sin, (real)c->rms_eps,
                           accumulate, w->Ra, w->T, w->Hl, w->KVl, c->D);
     profile_mark("q k v backward", 2 * product(w->Ra, Q + 2 * KV, c->C));
-    linear_backward_weight(d->q, w->dq, h, accumulate, w->Ra, Q, c->C);
-    linear_backward_weight(d->k, w->dk, h, accumulate, w->Ra, KV, c->C);
-    linear_backward_weight(d->v, w->dv, h, accumulate, w->Ra, KV, c->C);
+    linear_backward_weight(d->q, w->dq, h, accumulate_qkvo, w->Ra, Q, c->C);
+    linear_backward_weight(d->k, w->dk, h, accumulate_qkvo, w->Ra, KV, c->C);
+    linear_backward_weight(d->v, w->dv, h, accumulate_qkvo, w->Ra, KV, c->C);
     floatX *dh = heads_gather_target(w->heads, w->dh);
     linear_backward_input(dh, w->dq, p->q, w->Ra, Q, c->C);
     linear_backward_input_add(dh, w->dk, p->k, w->Ra, KV, c->C);

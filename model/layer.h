@@ -96,6 +96,8 @@ void layer_forward_finish(Work *w, Slot *s, Kept *kept, int layer, floatX *out /
 // routing (I7): pieces that are not kept must be placed in the slot's scratch again before _start.
 void layer_backward_start(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p, const floatX *dx);
 void layer_backward_experts(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p, const LayerGrads *d, const floatX *dx, int accumulate);
-void layer_backward_finish(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p, const LayerGrads *d, const RouterLoss *loss, floatX *dx, int accumulate);
+// accumulate_qkvo: of the gradients of q, k, v, o, which with split heads lie in the local block.
+void layer_backward_finish(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p, const LayerGrads *d, const RouterLoss *loss, floatX *dx, int accumulate,
+                           int accumulate_qkvo);
 MOE_END_C
 #endif

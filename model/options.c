@@ -68,6 +68,18 @@ int64_t options_count(const char *name, const char *value, int64_t total) {
     return (int64_t)ceil(ratio * (double)total - 1e-9);
 }
 
+// The choices for a hint: "a, b, c" (a bar would end the message there). Lives until the next call.
+static const char *choices_text(const Option *o) {
+    static char text[256];
+    size_t n = 0;
+    for (const char *p = *o->choices ? o->choices : "a number"; *p && n + 3 < sizeof text; p++) {
+        if (*p == '|') text[n++] = ',';
+        text[n++] = *p == '|' ? ' ' : *p;
+    }
+    text[n] = 0;
+    return text;
+}
+
 static int parse_choice(const Option *o, const char *value) {
     int i = 0;
     for (const char *p = o->choices; ; i++) {
@@ -76,7 +88,7 @@ static int parse_choice(const Option *o, const char *value) {
         if (!p[n]) break;
         p += n + 1;
     }
-    die("--%s %s is not a choice|choose one of %s", o->name, value, o->choices);
+    die("--%s %s is not a choice|choose one of %s", o->name, value, choices_text(o));
 }
 
 static void set(Options *options, const Option *o, const char *value) {
@@ -113,13 +125,13 @@ Options options_parse(int argc, char **argv) {
             FileList *list = (FileList *)((char *)&options + o->at);
             int first = equals ? i - 1 : i, end = first;
             while (end < argc && (end == first ? equals || strncmp(argv[end], "--", 2) : strncmp(argv[end], "--", 2))) end++;
-            if (end == first) die("--%s needs a value|%s", o->name, o->choices);
+            if (end == first) die("--%s needs a value|%s", o->name, choices_text(o));
             list->name = (const char **)realloc((void *)list->name, (size_t)(list->n + end - first) * sizeof(char *));
             if (!list->name) die("out of host memory for --%s|free memory", o->name);
             for (int k = first; k < end; k++) list->name[list->n++] = k == first && equals ? next : argv[k];
             i = end;
         } else {
-            if (!next || (!equals && !strncmp(next, "--", 2))) die("--%s needs a value|%s", o->name, *o->choices ? o->choices : "a number");
+            if (!next || (!equals && !strncmp(next, "--", 2))) die("--%s needs a value|%s", o->name, choices_text(o));
             set(&options, o, next);
             i += !equals;
         }

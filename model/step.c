@@ -305,7 +305,8 @@ static void step_backward(Trainer *t, int round, int64_t update, double lr) {
                                        accumulates(t, c->is_moe[l] ? local : m->dense_block[l], k1, round));
             if (k2 >= 0 && k2 < n) {
                 floatX *dx = t->dx + (size_t)k2 * (size_t)t->R * (size_t)c->C;
-                layer_backward_finish(&t->work, &t->slot[k2 % t->n_slots], &kept[k2], l, &w, &d, &loss, dx, accumulates(t, m->dense_block[l], k2, round));
+                layer_backward_finish(&t->work, &t->slot[k2 % t->n_slots], &kept[k2], l, &w, &d, &loss, dx, accumulates(t, m->dense_block[l], k2, round),
+                                      accumulates(t, m->cut.split_heads ? local : m->dense_block[l], k2, round));
                 if (t->trace) trace_backward(t, l, k2);
             }
         }

@@ -75,8 +75,8 @@ static void allocate(Trainer *t, OptimizerOptions opt, Arena *a) {
     t->guard = ARENA_TAKE(a, real, 1, "norms and losses");
     t->factor = ARENA_TAKE(a, float, t->o.expert_grad_scale ? segments : 0, "norms and losses");
     size_t stats = E * sizeof(double);
-    comm_reserve(t->g->all, stats > 4096 ? stats : 4096, a);
-    comm_reserve(t->g->dense_group, (size_t)m->n_blocks * sizeof(double), a);
+    if (t->g->all || t->g->world > 1) comm_reserve(t->g->all, stats > 4096 ? stats : 4096, a);                      // a plan has no groups, only their sizes
+    if (t->g->dense_group || t->g->fsdp * t->g->ep > 1) comm_reserve(t->g->dense_group, (size_t)m->n_blocks * sizeof(double), a);
     t->store_size = store_wanted(t);
     if (t->o.recompute == RECOMPUTE_AUTO) {
         size_t limit = t->o.memory ? t->o.memory : device_memory() / 10 * 9, free_bytes = limit > a->used ? limit - a->used : 0;

@@ -27,9 +27,9 @@ Grid grid_plan(const Config *c, int world, int dp, int fsdp, int ep, Dispatch di
 Cut grid_cut(const Grid *g);
 // The membership table, at most 32 rows, for the startup report (malloc'd text).
 char *grid_table(const Grid *g);
-// Threads for this rank: the option, or cores of the machine / ranks on it, at least 1.
-// What this rank has sent and how long it was in communication calls since the last reset, by group and kind of call, as a table (caller frees); empty where nothing moves.
+// What this rank has sent, and how long it was in communication calls, since the last reset: a table by group and kind of call (malloc'd; empty where nothing moves).
 char *grid_traffic(const Grid *g, int reset);
+// Threads for this rank: the option, or cores of the machine / ranks on it, at least 1.
 int grid_threads(int option);
 MOE_END_C
 #endif

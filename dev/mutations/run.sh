@@ -61,7 +61,7 @@ while IFS="$(printf '\t')" read -r name file test <&3; do
         case $? in
         1) verdict="ok      $name: $(grep -m1 -E "$said" build/out | sed 's/^ *[0-9]* *FAIL *//' | cut -c1-150)" ;;
         0) verdict="FAILED  $name: SURVIVED $test" ;;
-        *) verdict="FAILED  $name: $test ended without a failed check: $(tail -1 build/out | cut -c1-150)" ;;
+        *) verdict="FAILED  $name: $test ended with status $status and no failed check: $(grep -v '^[- ]*$' build/out | tail -2 | tr '\n' ' ' | cut -c1-250)" ;;
         esac
     fi
     case $verdict in ok*) passed=$((passed + 1)) ;; *) failed=$((failed + 1)) ;; esac

@@ -1,0 +1,96 @@
+#!/bin/bash
+# The same checkpoint, the same text, the same order of windows: trained here and by transformers, curve over curve.
+#   make compare-hf               about 15 minutes on two cores; installs torch and transformers into .venv where they are missing
+#   TEXT=file  PYTHON=...  STEPS=200  SGD_STEPS=60  CONFIG=model/configs/tiny.json  OUT=dev/results/DATE-compare-hf
+#
+# Routing is discrete and Adam divides by the size of a gradient: two runs that differ in the last bit part after some tens of updates. How far is
+# what transformers shows against itself: one thread, several threads, and float64. Required of moe.c:
+#   SGD     |difference of the loss| to transformers in fp32 at most 1e-5 in every one of 60 updates
+#   AdamW   mean |difference| over updates 101-200 to any of the three at most 1.5 x the largest such mean between two of the three
+# Writes OUT.md, OUT-adamw.png, OUT-sgd.png and OUT.csv (all losses). Exit status 1 where a requirement is not met.
+set -e -o pipefail
+cd "$(dirname "$0")/.."
+CC=${CC:-cc} TEXT=${TEXT:-} STEPS=${STEPS:-200} SGD_STEPS=${SGD_STEPS:-60} CONFIG=${CONFIG:-model/configs/tiny.json} OUT=${OUT:-dev/results/$(date +%Y-%m-%d)-compare-hf}
+unset ${!OPENBLAS_*} ${!GOTO_*}
+sh dev/deps.sh "$CC"
+make -s -j "$(nproc)" CC="$CC" train_moe
+PYTHON=$(bash dev/hf/python.sh)
+threads=$(nproc)
+[ "$threads" -gt 1 ] || threads=2
+WORK=build/compare
+rm -rf "$WORK" && mkdir -p "$WORK" "$(dirname "$OUT")"
+sh dev/text.sh "$WORK" "$TEXT"
+say() { printf '\n== %s  [%d s]\n' "$1" $SECONDS; }
+
+say "checkpoint"
+./train_moe --init "$CONFIG" --steps 0 --out "$WORK/init" | tail -1
+common=(--model "$WORK/init/checkpoints/step_0" --train "$WORK/train.txt" --seq-len 128 --batch 8)
+adamw=(--optimizer adamw --lr 1e-3 --warmup 10 --weight-decay 0.1 --steps "$STEPS")
+sgd=(--optimizer sgd --lr 0.1 --steps "$SGD_STEPS")
+declare -A variant=([hf-1thread]="--threads 1" [hf-threads]="--threads $threads" [hf-float64]="--threads $threads --dtype fp64")
+for kind in sgd adamw; do
+    if [ $kind = sgd ]; then options=("${sgd[@]}"); else options=("${adamw[@]}"); fi
+    say "$kind: moe.c"
+    ./train_moe "${common[@]}" "${options[@]}" --shuffle off --out "$WORK/$kind/moe.c" --dump "$WORK/$kind.safetensors" | tee "$WORK/$kind.txt" | grep -E '^step [0-9]+0/' || { tail -2 "$WORK/$kind.txt"; exit 1; }
+    for name in hf-1thread hf-threads hf-float64; do
+        say "$kind: $name"
+        dump=$([ $name = hf-1thread ] && echo "--dump $WORK/$kind-hf.safetensors" || true)
+        "$PYTHON" dev/hf/reference.py "${common[@]}" "${options[@]}" ${variant[$name]} $dump --out "$WORK/$kind/$name" > "$WORK/$kind-$name.txt" 2>&1 || { tail -3 "$WORK/$kind-$name.txt"; exit 1; }
+        tail -1 "$WORK/$kind-$name.txt"
+    done
+done
+
+say "comparison"
+{
+    echo "# make compare-hf"
+    echo
+    echo "- command: make compare-hf$([ -n "$TEXT" ] && echo " TEXT=$TEXT"); commit $(git describe --always --dirty 2> /dev/null || echo unknown), $(date +%Y-%m-%d)"
+    echo "- model: $CONFIG, initialised by moe.c; sequences of 128, 8 an update; $(tail -1 "$WORK/files" > /dev/null; wc -c < "$WORK/train.txt") bytes of text in file order"
+    echo "- AdamW: ${adamw[*]}; SGD: ${sgd[*]}; gradient clip 1, aux coefficient of the config"
+    echo "- $(head -1 "$WORK/adamw-hf-1thread.txt" | cut -d, -f1-2); machine: $(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -1), $(nproc) hardware threads"
+    echo
+    echo "## The first update"
+    echo
+    echo '```'
+    "$PYTHON" dev/hf/compare.py dumps "$WORK/adamw.safetensors" "$WORK/adamw-hf.safetensors" || true
+    echo '```'
+    for kind in sgd adamw; do
+        echo
+        echo "## $kind"
+        echo
+        echo "![$kind]($(basename "$OUT")-$kind.png)"
+        echo
+        echo '```'
+        "$PYTHON" dev/hf/compare.py curves "$WORK/$kind"/{moe.c,hf-1thread,hf-threads,hf-float64}/log.jsonl --names moe.c hf-1thread "hf-${threads}threads" hf-float64 --out "$OUT-$kind.png" | grep -v '^drawn'
+        echo '```'
+    done
+    echo
+} > "$OUT.md"
+"$PYTHON" - "$WORK" "$OUT" "$STEPS" << 'END' || failed=1
+import itertools, json, sys
+work, out, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
+names = ["moe.c", "hf-1thread", "hf-threads", "hf-float64"]
+loss = {(k, n): [json.loads(line)["loss"] for line in open(f"{work}/{k}/{n}/log.jsonl") if '"loss"' in line] for k in ("sgd", "adamw") for n in names}
+with open(f"{out}.csv", "w") as f:
+    f.write("optimizer,update," + ",".join(names) + "\n")
+    for k in ("sgd", "adamw"):
+        for i in range(len(loss[k, names[0]])):
+            f.write(f"{k},{i + 1}," + ",".join(f"{loss[k, n][i]:.9g}" for n in names) + "\n")
+sgd = max(abs(x - y) for x, y in zip(loss["sgd", "moe.c"], loss["sgd", "hf-1thread"]))
+first = steps // 2
+def mean(a, b):
+    d = [abs(x - y) for x, y in zip(loss["adamw", a][first:], loss["adamw", b][first:])]
+    return sum(d) / len(d)
+among = max(mean(a, b) for a, b in itertools.combinations(names[1:], 2))
+ours = max(mean("moe.c", n) for n in names[1:])
+good = (sgd <= 1e-5, ours <= 1.5 * among)
+text = (f"SGD: largest |difference| to transformers over {len(loss['sgd', 'moe.c'])} updates {sgd:.2e}, at most 1e-5 required: {'met' if good[0] else 'NOT MET'}.\n"
+        f"AdamW: mean |difference| over updates {first + 1}-{steps}: {ours:.2e} (the largest of moe.c to the three), between transformers' own runs {among:.2e}; "
+        f"{ours / among:.2f} x, at most 1.5 x required: {'met' if good[1] else 'NOT MET'}.\n")
+with open(f"{out}.md", "a") as f:
+    f.write("## Required\n\n" + text)
+print(text, end="")
+sys.exit(0 if all(good) else 1)
+END
+echo "written: $OUT.md"
+exit ${failed:-0}

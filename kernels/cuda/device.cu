@@ -1,0 +1,209 @@
+// One NVIDIA GPU as a device: arenas by cudaMalloc, three streams, copies through pinned staging memory.
+#include "common.cuh"
+#include "gemm.cuh"
+#include <stdio.h>
+#include <stdlib.h>
+
+void cuda_failed(cudaError_t error, const char *call, const char *file, int line) {
+    const char *name = strrchr(file, '/');
+    die("CUDA: %s (%s) in %s at %s:%d|%s", cudaGetErrorString(error), cudaGetErrorName(error), call, name ? name + 1 : file, line,
+        error == cudaErrorMemoryAllocation ? "smaller --micro-batch, --recompute layer, or more ranks"
+                                           : "an error of an earlier kernel can show here: run once with CUDA_LAUNCH_BLOCKING=1, or under compute-sanitizer");
+}
+void require_packs(const char *what, int width) {
+    if (width % PACK) die("the CUDA kernels move rows 16 bytes at a time: %s is %d, not a multiple of %d|change the config, or BACKEND=cpu", what, width, PACK);
+}
+
+// ---- the device ---------------------------------------------------------------------------------------------------------------
+// Uploads go through STAGES pinned buffers in turn, so that the host may reuse its memory at once and waits only for a copy STAGES back.
+static const size_t STAGE_BYTES = 4 << 20;
+enum { STAGES = 4 };
+static cudaStream_t streams[STREAM_COUNT];
+static cudaEvent_t stream_events[STREAM_COUNT], stage_events[STAGES];
+static char *stage_memory;
+static int stage_next, device_ready;
+static cudaDeviceProp properties;
+static struct { void *memory; size_t bytes; } scratch_slots[SCRATCH_SLOTS];
+
+static __global__ void probe() {}         // exists for the card's architecture or not at all
+
+cudaStream_t device_stream(Stream stream) { return streams[stream]; }
+
+void device_init(int local_rank, int threads) {
+    (void)threads;
+    int count = 0, device;
+    cudaError_t error = cudaGetDeviceCount(&count);       // without a driver the count is left as it was: any error means none
+    if (error != cudaSuccess || count < 1)
+        die("no CUDA GPU: %s|check the driver with nvidia-smi and CUDA_VISIBLE_DEVICES, or build for the CPU: make BACKEND=cpu",
+            error != cudaSuccess ? cudaGetErrorString(error) : "the driver sees no device");
+    device = local_rank % count;
+    CUDA_CHECK(cudaSetDevice(device));
+    CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
+    cudaFuncAttributes attributes;
+    if (cudaFuncGetAttributes(&attributes, probe) != cudaSuccess)
+        die("this program holds no kernels for %s (compute capability %d.%d)|rebuild on this machine, or with ARCH=%d%d", properties.name, properties.major,
+            properties.minor, properties.major, properties.minor);
+    int least, greatest;      // what others wait for goes first: gathers and the exchange before compute
+    CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    for (int s = 0; s < STREAM_COUNT; s++) {
+        CUDA_CHECK(cudaStreamCreateWithPriority(&streams[s], cudaStreamNonBlocking, s == STREAM_COMPUTE ? least : greatest));
+        CUDA_CHECK(cudaEventCreateWithFlags(&stream_events[s], cudaEventDisableTiming));
+    }
+    CUDA_CHECK(cudaMallocHost((void **)&stage_memory, (size_t)STAGES * STAGE_BYTES));
+    for (int s = 0; s < STAGES; s++) CUDA_CHECK(cudaEventCreateWithFlags(&stage_events[s], cudaEventDisableTiming));
+    gemm_init();
+    device_ready = 1;
+}
+void device_finish(void) {
+    if (!device_ready) return;
+    device_sync();
+    gemm_finish();
+    for (int i = 0; i < SCRATCH_SLOTS; i++) {
+        CUDA_CHECK(cudaFree(scratch_slots[i].memory));
+        scratch_slots[i].memory = 0, scratch_slots[i].bytes = 0;
+    }
+    for (int s = 0; s < STAGES; s++) CUDA_CHECK(cudaEventDestroy(stage_events[s]));
+    CUDA_CHECK(cudaFreeHost(stage_memory));
+    for (int s = 0; s < STREAM_COUNT; s++) {
+        CUDA_CHECK(cudaEventDestroy(stream_events[s]));
+        CUDA_CHECK(cudaStreamDestroy(streams[s]));
+    }
+    device_ready = 0;
+}
+const char *device_backend(void) { return "cuda"; }
+const char *device_describe(void) {
+    static char text[512];
+    snprintf(text, sizeof text, "cuda, %s (sm_%d%d, %d multiprocessors, %.1f GiB), %s, %s", properties.name, properties.major, properties.minor,
+             properties.multiProcessorCount, (double)properties.totalGlobalMem / (1 << 30), gemm_library(), PRECISION_NAME);
+    return text;
+}
+// The kernels' own scratch grows after the arenas are laid out: it must find room. Largest users: sorted ids and split router gradients,
+// below 600 bytes a token at 128 experts; RESERVE covers micro-batches of 400 thousand tokens.
+size_t device_memory(void) {
+    const size_t RESERVE = (size_t)256 << 20;
+    size_t available, total;
+    CUDA_CHECK(cudaMemGetInfo(&available, &total));
+    return available > RESERVE ? available - RESERVE : 0;
+}
+// Dense tensor-core peak for bf16 (vendor data sheets, without sparsity), vector peak for fp32; TFLOP/s at the largest power limit.
+double device_peak_flops(void) {
+    static const struct { const char *name; double bf16, fp32; } table[] = {
+        {"GB300", 2500, 80}, {"GB200", 2500, 80}, {"B300", 2250, 75}, {"B200", 2250, 75}, {"GH200", 989, 67}, {"H200", 989, 67}, {"H100 PCIe", 756, 51},
+        {"H100 NVL", 835, 60}, {"H100", 989, 67}, {"H800", 989, 67}, {"H20", 148, 44}, {"A100", 312, 19.5}, {"A800", 312, 19.5}, {"L40S", 362, 91.6}, {"L40", 181, 90.5},
+        {"RTX 6000 Ada", 182, 91.1}, {"A40", 150, 37.4}, {"RTX 5090", 209.5, 104.8}, {"RTX 4090", 165.2, 82.6}, {"RTX 3090", 71, 35.6}};
+    for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
+        if (strstr(properties.name, table[i].name)) return (sizeof(floatX) == 2 ? table[i].bf16 : table[i].fp32) * 1e12;
+    return 0;
+}
+int device_row_tile(void) { return 128; }      // the M tile of the expert products: no tile has rows of two experts
+
+void *device_scratch(int slot, size_t bytes) {
+    if (bytes > scratch_slots[slot].bytes) {
+        CUDA_CHECK(cudaStreamSynchronize(streams[STREAM_COMPUTE]));      // only while shapes are new
+        CUDA_CHECK(cudaFree(scratch_slots[slot].memory));
+        scratch_slots[slot].bytes = (bytes + 0xffff) & ~(size_t)0xffff;
+        CUDA_CHECK(cudaMalloc(&scratch_slots[slot].memory, scratch_slots[slot].bytes));
+    }
+    return scratch_slots[slot].memory;
+}
+
+// ---- arenas -------------------------------------------------------------------------------------------------------------------
+static const size_t ARENA_ALIGN = 256;
+
+Arena arena_counting(const char *name) {
+    Arena a;
+    memset(&a, 0, sizeof a);
+    a.name = name;
+    return a;
+}
+static void count_row(Arena *a, size_t bytes, const char *what) {
+    for (int i = 0; i < a->rows; i++)
+        if (!strcmp(a->row[i].what, what)) {
+            a->row[i].bytes += bytes;
+            return;
+        }
+    if (a->rows == ARENA_ROWS) die("arena %s has more than %d kinds of pieces|raise ARENA_ROWS in kernels/device.h", a->name, ARENA_ROWS);
+    a->row[a->rows].what = what;
+    a->row[a->rows++].bytes = bytes;
+}
+void *arena_take(Arena *a, size_t bytes, const char *what) {
+    if (bytes > SIZE_MAX / 2 - a->used) die("arena %s: the size of %s overflows|a dimension is too large", a->name, what);
+    size_t taken = (bytes + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN, start = a->used;
+    a->used += taken;
+    if (!a->base) {
+        count_row(a, taken, what);
+        return 0;
+    }
+    if (a->used > a->capacity)
+        die("arena %s: %s wants %zu bytes behind %zu of %zu|the counting pass and the taking pass differ: a defect of the program", a->name, what, bytes, start,
+            a->capacity);
+    device_poison(a->base + start, bytes);
+    return a->base + start;
+}
+static int larger_first(const void *a, const void *b) {
+    size_t x = ((const ArenaRow *)a)->bytes, y = ((const ArenaRow *)b)->bytes;
+    return (x < y) - (x > y);
+}
+void arena_commit(Arena *a) {
+    if (a->base) die("arena %s is committed twice|a defect of the program", a->name);
+    a->capacity = a->used > 0 ? a->used : ARENA_ALIGN;
+    size_t available = device_memory();
+    if (a->capacity > available || cudaMalloc((void **)&a->base, a->capacity) != cudaSuccess) {
+        char table[1024] = "";
+        qsort(a->row, (size_t)a->rows, sizeof a->row[0], larger_first);
+        for (int i = 0; i < a->rows; i++) {
+            size_t at = strlen(table);
+            snprintf(table + at, sizeof table - at, "%s%s %.3f GiB", i ? ", " : "", a->row[i].what, (double)a->row[i].bytes / (1 << 30));
+        }
+        die("arena %s does not fit: %.3f GiB wanted, %.3f GiB available on the GPU (%s)|smaller --micro-batch or --seq-len, --recompute layer, --optimizer "
+            "adamw8bit, --update layer, or more ranks", a->name, (double)a->capacity / (1 << 30), (double)available / (1 << 30), table);
+    }
+    a->used = 0;
+    device_zero(a->base, a->capacity);
+}
+void arena_free(Arena *a) {
+    if (a->base) {
+        device_sync();
+        CUDA_CHECK(cudaFree(a->base));
+    }
+    *a = arena_counting(a->name);
+}
+
+// ---- streams and copies -----------------------------------------------------------------------------------------------------------
+// cudaStreamWaitEvent looks at the event when it is called: one event a stream can be recorded again at once.
+void stream_order(Stream first, Stream then) {
+    if (first == then) return;
+    CUDA_CHECK(cudaEventRecord(stream_events[first], streams[first]));
+    CUDA_CHECK(cudaStreamWaitEvent(streams[then], stream_events[first], 0));
+}
+void device_sync(void) {
+    for (int s = 0; s < STREAM_COUNT; s++) CUDA_CHECK(cudaStreamSynchronize(streams[s]));
+}
+void device_zero(void *dst, size_t bytes) {
+    if (bytes) CUDA_CHECK(cudaMemsetAsync(dst, 0, bytes, streams[STREAM_COMPUTE]));
+}
+void device_copy(void *dst, const void *src, size_t bytes) {
+    if (bytes) CUDA_CHECK(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, streams[STREAM_COMPUTE]));
+}
+void device_upload(void *device, const void *host, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += STAGE_BYTES) {
+        size_t n = bytes - at < STAGE_BYTES ? bytes - at : STAGE_BYTES;
+        char *stage = stage_memory + (size_t)stage_next * STAGE_BYTES;
+        CUDA_CHECK(cudaEventSynchronize(stage_events[stage_next]));       // the copy that used this stage last
+        memcpy(stage, (const char *)host + at, n);
+        CUDA_CHECK(cudaMemcpyAsync((char *)device + at, stage, n, cudaMemcpyHostToDevice, streams[STREAM_COMPUTE]));
+        CUDA_CHECK(cudaEventRecord(stage_events[stage_next], streams[STREAM_COMPUTE]));
+        stage_next = (stage_next + 1) % STAGES;
+    }
+}
+void device_download(void *host, const void *device, size_t bytes) {
+    if (bytes) CUDA_CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, streams[STREAM_COMPUTE]));
+    CUDA_CHECK(cudaStreamSynchronize(streams[STREAM_COMPUTE]));
+}
+void device_poison(void *dst, size_t bytes) {
+#ifdef MOE_DEBUG
+    if (bytes) CUDA_CHECK(cudaMemsetAsync(dst, 0xff, bytes, streams[STREAM_COMPUTE]));
+#else
+    (void)dst, (void)bytes;
+#endif
+}

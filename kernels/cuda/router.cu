@@ -1,0 +1,195 @@
+// The router: which experts a token goes to, with what weight, and the gradient of that choice. Logits, probabilities and scores are fp32
+// whatever floatX is: a logit rounded to bf16 makes ties, and ties make routing depend on noise.
+//
+// Selection is a constant of the backward pass. With p = softmax(z), S the chosen set, d_e the gradient of score_e, c = sum_S score d:
+//   normalised: score_e = p_e / sum_S p = softmax of z restricted to S, so dz_e = score_e (d_e - c) on S and exactly 0 elsewhere.
+//   not:        score_e = p_e on S, so dp = d on S, and softmax's Jacobian gives dz_e = p_e ([e in S] d_e - c).
+//   aux = E sum_e f_e P_e with f constant, P_e = mean of p_e over `positions`: daux/dp_e = E f_e / positions, hence the same Jacobian on f.
+//   z = mean of lse^2: dlse/dz_e = p_e, hence 2 lse p_e / positions.
+//
+// The three products (R x E x C, E = 128) run on the tensor cores. Forward: bf16 operands are exact, sums are fp32. Backward: dz is fp32 and
+// is written as the sum of two bf16 numbers, dz = hi + lo (16 bits of mantissa, error 2^-17); then
+//   du += [hi | lo] [W ; W]   and   dW = hi^T u + lo^T u     have bf16 operands. fp32 builds take dz as it is.
+// FLOPs: 6 R E C forward and backward (times 2 for the split): 0.1 % of the layer. The kernels here are one warp a token and bound by memory: 0.5 KB
+// of logits in, 64 bytes out.
+#include "gemm.cuh"
+
+enum { WARPS = 8, MEMBERS = 8, E_MAX = 1024 };    // warps (tokens at a time) of a block; token groups that a block of the statistics adds up
+
+// One warp: p (E, shared memory of the warp) = softmax(z); returns log sum exp z.
+static __device__ float softmax(float *p, const real *z, int E) {
+    int lane = threadIdx.x % 32;
+    float top = -INFINITY, sum = 0;
+    for (int e = lane; e < E; e += 32) top = fmaxf(top, z[e]);
+    top = warp_max(top);
+    for (int e = lane; e < E; e += 32) sum += p[e] = expf(z[e] - top);
+    sum = group_sum(sum);
+    for (int e = lane; e < E; e += 32) p[e] /= sum;
+    __syncwarp();
+    return top + logf(sum);
+}
+// Statistics of a block's tokens: partial (gridDim, 2E + 2) doubles: E probabilities, E counts, lse^2, entropy.
+static __global__ void __launch_bounds__(WARPS * 32)
+route_kernel(int *topk, real *score, double *partial, const real *logits, const real *bias, int normalize, int R, int E, int K, int tokens) {
+    extern __shared__ float shared[];             // (WARPS, 2E) probabilities and selection values; (WARPS, E) counts; then (WARPS, E) sums
+    __shared__ double tail[WARPS][2];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float *p = shared + (int64_t)warp * 4 * E, *value = p + E, *sum = p + 2 * E;
+    int *count = (int *)(p + 3 * E);
+    for (int e = lane; e < E; e += 32) sum[e] = 0, count[e] = 0;
+    if (lane == 0) tail[warp][0] = tail[warp][1] = 0;
+    int64_t first = (int64_t)blockIdx.x * tokens, last = first + tokens < R ? first + tokens : R;
+    for (int64_t r = first + warp; r < last; r += WARPS) {
+        const real *z = logits + r * E;
+        float lse = softmax(p, z, E), entropy = 0, total = 0;
+        for (int e = lane; e < E; e += 32) {
+            value[e] = bias ? p[e] + bias[e] : p[e];
+            sum[e] += p[e];
+            entropy += p[e] == 0 ? 0 : p[e] * (lse - z[e]);       // 0 log 0 = 0 also where z is -inf
+        }
+        entropy = group_sum(entropy);
+        if (lane == 0) tail[warp][0] += (double)lse * lse, tail[warp][1] += (double)entropy;
+        // K rounds of a warp-wide argmax by (value descending, id ascending); a taken expert's value becomes NaN, which compares as smaller than all.
+        // Rows of NaN choose the lowest ids: id E stands for "none yet", and a NaN that was not taken still beats it.
+        __syncwarp();
+        for (int k = 0; k < K; k++) {
+            float best = 0;
+            int id = E;
+#pragma unroll 1
+            for (int e = lane; e < E; e += 32)
+                if (count[e] >= 0 && (id == E || value[e] > best)) best = value[e], id = e;
+            for (int d = 16; d > 0; d /= 2) {
+                float other = __shfl_xor_sync(0xffffffffu, best, d);
+                int from = __shfl_xor_sync(0xffffffffu, id, d);
+                if (from < E && (id == E || other > best || (!(best > other) && from < id))) best = other, id = from;
+            }
+            if (lane == id % 32) count[id] = -1 - count[id];      // taken; undone below
+            __syncwarp();
+        }
+        // Ascending ids: every lane looks at its 32nd of the experts, a ballot gives the place.
+        int before = 0;
+        for (int base = 0; base < E; base += 32) {
+            int e = base + lane, taken = e < E && count[e] < 0;
+            unsigned ballot = __ballot_sync(0xffffffffu, taken);
+            if (taken) {
+                int at = before + __popc(ballot & ((1u << lane) - 1));
+                topk[r * K + at] = e;
+                value[at] = p[e];                 // selection is over: the place of the values is free
+                count[e] = -count[e];             // -1 - n becomes n + 1
+            }
+            before += __popc(ballot);
+        }
+        __syncwarp();
+        for (int k = 0; k < K; k++) total += value[k];
+        for (int k = lane; k < K; k += 32) score[r * K + k] = normalize ? value[k] / total : value[k];
+        __syncwarp();
+    }
+    __syncthreads();
+    double *out = partial + (int64_t)blockIdx.x * (2 * E + 2);
+    for (int i = threadIdx.x; i < 2 * E + 2; i += WARPS * 32) {
+        double total = 0;
+        for (int w = 0; w < WARPS; w++) {
+            const float *of_warp = shared + (int64_t)w * 4 * E;
+            total += i < E ? (double)of_warp[2 * E + i] : i < 2 * E ? (double)((const int *)of_warp)[2 * E + i] : tail[w][i - 2 * E];
+        }
+        out[i] = total;
+    }
+}
+static __global__ void statistics_kernel(RouterStats stats, const double *partial, int blocks, int E) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x, width = 2 * E + 2;
+    if (i >= width) return;
+    double total = 0;
+    for (int b = 0; b < blocks; b++) total += partial[(int64_t)b * width + i];
+    if (i < E && stats.prob) stats.prob[i] += total;
+    if (i >= E && i < 2 * E && stats.count) stats.count[i - E] += (int64_t)total;
+    if (i >= 2 * E && stats.z) stats.z[i - 2 * E] += total;
+}
+// Shared memory of `floats` floats a warp, beyond 48 KiB only for more than 384 experts.
+template <class Kernel> static size_t warp_memory(Kernel kernel, int floats) {
+    size_t bytes = (size_t)WARPS * (size_t)floats * sizeof(float);
+    if (bytes > 48 * 1024) CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    return bytes;
+}
+static void check_experts(int E, int K) {
+    if (E > E_MAX || K > E) die("a router with %d experts, %d a token|the CUDA backend takes up to %d experts", E, K, E_MAX);
+}
+void router_forward(real *logits, int *topk, real *score, RouterStats stats, const floatX *u, const floatX *W, const real *bias, int normalize, int R,
+                    int C, int E, int K) {
+    check_experts(E, K);
+    if (R == 0) return;
+    gemm(0, 1, R, E, C, u, C, W, 0, logits, 1);
+    // tokens of a block: so that a wave of some 500 blocks covers all, and the second kernel adds at most so many partial sums
+    int tokens = (int)div_up(div_up(R, 512), WARPS) * WARPS, blocks = (int)div_up(R, tokens);
+    double *partial = (double *)device_scratch(SCRATCH_PARTIAL, (size_t)blocks * (size_t)(2 * E + 2) * sizeof(double));
+    route_kernel<<<blocks, WARPS * 32, warp_memory(route_kernel, 4 * E), compute_stream()>>>(topk, score, partial, logits, bias, normalize, R, E, K, tokens);
+    LAUNCHED();
+    statistics_kernel<<<grid_for(2 * E + 2, 64), 64, 0, compute_stream()>>>(stats, partial, blocks, E);
+    LAUNCHED();
+}
+
+// split (R,2E) bf16 builds: [hi | lo] of dz.
+static __global__ void __launch_bounds__(WARPS * 32)
+logits_backward_kernel(real *dz, floatX *split, const real *dscore, const real *logits, const int *topk, const real *score, const double *f,
+                       double aux_scale, double z_scale, int normalize, int R, int E, int K) {
+    extern __shared__ float shared[];             // (WARPS, 2E): p, then dz
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float *p = shared + (int64_t)warp * 2 * E, *d = p + E;
+    int64_t r = (int64_t)blockIdx.x * WARPS + warp;
+    if (r >= R) return;
+    float lse = softmax(p, logits + r * E, E), c = 0, mean = 0;
+    for (int k = 0; k < K; k++) c += (normalize ? score[r * K + k] : p[topk[r * K + k]]) * dscore[r * K + k];
+    float common = (float)(2 * z_scale * (double)lse) - (normalize ? 0 : c);
+    if (aux_scale != 0) {
+        for (int e = lane; e < E; e += 32) mean += (float)f[e] * p[e];
+        mean = group_sum(mean);
+    }
+    for (int e = lane; e < E; e += 32) d[e] = p[e] * (common + (aux_scale != 0 ? (float)aux_scale * ((float)f[e] - mean) : 0));
+    __syncwarp();
+    for (int k = lane; k < K; k += 32) {          // chosen experts are distinct
+        int e = topk[r * K + k];
+        d[e] += normalize ? score[r * K + k] * (dscore[r * K + k] - c) : p[e] * dscore[r * K + k];
+    }
+    __syncwarp();
+    for (int e = lane; e < E; e += 32) {
+        dz[r * E + e] = d[e];
+        if (split) {
+            float high = round_x(d[e]);
+            store(split + r * 2 * E + e, high);
+            store(split + r * 2 * E + E + e, d[e] - high);
+        }
+    }
+}
+void router_backward_add(floatX *du, gradX *dW, real *dz, const real *dscore, const real *logits, const int *topk, const real *score, const floatX *u,
+                         const floatX *W, const double *f, double aux_scale, double z_scale, int normalize, int accumulate, int R, int C, int E, int K) {
+    check_experts(E, K);
+    if (R == 0) return gemm(1, 0, E, C, 0, u, E, u, accumulate, dW, 1);
+    int is_bf16 = sizeof(floatX) == 2;
+    size_t n = (size_t)R * (size_t)E, weights = (size_t)E * (size_t)C;
+    floatX *split = is_bf16 ? (floatX *)device_scratch(SCRATCH_ROUTER, (2 * n + 2 * weights) * sizeof(floatX)) : 0;
+    logits_backward_kernel<<<grid_for(R, WARPS), WARPS * 32, warp_memory(logits_backward_kernel, 2 * E), compute_stream()>>>(
+        dz, split, dscore, logits, topk, score, f, aux_scale, z_scale, normalize, R, E, K);
+    LAUNCHED();
+    if (!is_bf16) {
+        gemm(0, 0, R, C, E, (const floatX *)dz, E, W, 1, du, 0);
+        gemm(1, 0, E, C, R, (const floatX *)dz, E, u, accumulate, dW, 1);
+        return;
+    }
+    floatX *twice = split + 2 * n;
+    device_copy(twice, W, weights * sizeof(floatX));
+    device_copy(twice + weights, W, weights * sizeof(floatX));
+    gemm(0, 0, R, C, 2 * E, split, 2 * E, twice, 1, du, 0);
+    gemm(1, 0, E, C, R, split, 2 * E, u, accumulate, dW, 1);
+    gemm(1, 0, E, C, R, split + E, 2 * E, u, 1, dW, 1);
+}
+static __global__ void share_kernel(double *f, const int64_t *count, double positions, int n_layers, int E) {
+    int e = blockIdx.x * blockDim.x + threadIdx.x;
+    if (e >= E) return;
+    int64_t total = 0;
+    for (int l = 0; l < n_layers; l++) total += count[(int64_t)l * E + e];
+    f[e] = (double)total / positions;
+}
+void router_share(double *f, const int64_t *count, double positions, int n_layers, int E) {
+    if (E == 0) return;
+    share_kernel<<<grid_for(E, 64), 64, 0, compute_stream()>>>(f, count, positions, n_layers, E);
+    LAUNCHED();
+}
