@@ -12,7 +12,7 @@ ifneq ($(filter help deps clean quickstart doctor compare-hf,$(MAKECMDGOALS)),)
 NO_DETECT = 1
 endif
 
-.PHONY: help show-build say-cuda detect deps clean test test-quick test-full test-kernels test-data test-checkpoint test-model test-parallel quickstart bench-cpu compare-hf doctor FORCE
+.PHONY: help show-build say-cuda detect deps clean test test-quick test-full test-mutations test-kernels test-data test-checkpoint test-model test-parallel quickstart bench-cpu compare-hf doctor FORCE
 help:
 	@echo "moe.c: trains Qwen3-MoE, every parameter, forward and backward written by hand"
 	@echo
@@ -26,6 +26,7 @@ help:
 	@echo "  make test-full      make test and the longer suites (sanitizers, more layouts)"
 	@echo "  make bench-cpu      tokens/s and share of the sgemm peak, kernels, transformers beside it"
 	@echo "  make compare-hf     the same 200 steps here and in transformers, curves over one another"
+	@echo "  make test-mutations bugs planted one by one, each must be caught; ranks killed 50 times (nightly, about an hour)"
 	@echo "  make clean"
 	@echo
 	@echo "  variables: CC, PRECISION=fp32|bf16|fp64, DEBUG=1, BLAS=off, OPENMP=off, MPI=off, MARCH=..., BACKEND=cpu|cuda (ARCH=, COMM=)"
@@ -133,7 +134,7 @@ PARALLEL = $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)
 LIBRARY = $(KERNELS) $(filter-out model/test_%,$(wildcard model/*.c)) $(PARALLEL) data/loader.c data/tokens.c
 OBJECTS = $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(LIBRARY))))
 TESTS = kernels/test_kernels kernels/test_experts kernels/test_optimizer data/test_data model/test_checkpoint
-DEPENDS = $(OBJECTS:.o=.d) $(BUILD)/train_moe.d $(BUILD)/test_moe.d $(TESTS:%=$(BUILD)/%.d) $(BUILD)/parallel/test_comm.d $(BUILD)/parallel/test_expert.d $(BUILD)/dev/bench_cpu.d $(BUILD)/tests/edge.d $(BUILD)/tests/test_cli.d
+DEPENDS = $(OBJECTS:.o=.d) $(BUILD)/train_moe.d $(BUILD)/test_moe.d $(TESTS:%=$(BUILD)/%.d) $(BUILD)/parallel/test_comm.d $(BUILD)/parallel/test_expert.d $(BUILD)/dev/bench_cpu.d $(BUILD)/tests/edge.d $(BUILD)/tests/reshard.d $(BUILD)/tests/test_cli.d
 
 # ---- programs ---------------------------------------------------------------------------------------------------------------------
 train_moe test_moe: %: $(if $(filter cuda,$(BACKEND)),say-cuda) $(BUILD)/% FORCE
@@ -141,7 +142,7 @@ train_moe test_moe: %: $(if $(filter cuda,$(BACKEND)),say-cuda) $(BUILD)/% FORCE
 $(BUILD)/train_moe: $(BUILD)/train_moe.o $(OBJECTS)
 	$(if $(HAVE_CJSON),,@echo "cJSON is missing: make deps" && exit 1)
 	$(CC) $(CFLAGS) $^ $(LIBS) -o $@
-$(BUILD)/test_moe $(TESTS:%=$(BUILD)/%) $(BUILD)/parallel/test_comm $(BUILD)/parallel/test_expert $(BUILD)/dev/bench_cpu $(BUILD)/tests/edge $(BUILD)/tests/test_cli: %: %.o $(OBJECTS)
+$(BUILD)/test_moe $(TESTS:%=$(BUILD)/%) $(BUILD)/parallel/test_comm $(BUILD)/parallel/test_expert $(BUILD)/dev/bench_cpu $(BUILD)/tests/edge $(BUILD)/tests/reshard $(BUILD)/tests/test_cli: %: %.o $(OBJECTS)
 	$(CC) $(CFLAGS) $^ $(LIBS) -o $@
 ifeq ($(BACKEND),cuda)
 say-cuda:
@@ -172,6 +173,9 @@ test:
 	@CC=$(CC) sh tests/run.sh test
 test-full:
 	@CC=$(CC) sh tests/run.sh full
+test-mutations: train_moe $(BUILD)/tests/reshard
+	@sh dev/mutations/run.sh $(ONLY)
+	@sh tests/kill.sh $(BUILD)/train_moe $(BUILD)/tests/reshard 50
 show-build:
 	@echo $(BUILD)
 

@@ -45,8 +45,8 @@ static void positive(const char *name, int64_t value, int64_t least) {
 
 static void check_options(const Options *o) {
     if (!*o->model == !*o->init) die("%s|give --model DIR (a Hugging Face checkpoint) or --init CONFIG.json (from scratch)", *o->model ? "both --model and --init were given" : "no model was given");
-    positive("seq-len", o->seq_len, 1);
-    positive("batch", o->batch, 1);
+    positive("seq-len", o->seq_len, 0);
+    positive("batch", o->batch, 0);
     positive("micro-batch", o->micro_batch, 0);
     positive("rounds", o->rounds, 1);
     positive("steps", o->steps, 0);
@@ -67,6 +67,12 @@ static void check_options(const Options *o) {
     if (o->resume && !*o->out) die("--resume needs the folder of the run|add --out DIR");
     if (o->balance && o->balance_rate <= 0) die("--balance-rate %g|give a number above 0", o->balance_rate);
     save_dtype_parse(o->save_dtype);
+}
+
+// --batch 0: 8 sequences, or the next number that ranks, rounds and micro-batches divide.
+static void default_batch(Options *o, const Grid *g) {
+    int64_t unit = g->data_ranks * o->rounds * (o->micro_batch ? o->micro_batch : 1);
+    if (!o->batch) o->batch = (8 + unit - 1) / unit * unit;
 }
 
 static StepOptions step_options(const Options *o, const Config *c) {
@@ -179,12 +185,13 @@ static void save(Checkpoint *k, const Trainer *t, const Options *o, int64_t step
     }
 }
 
-static void plan(const Options *o, const Config *config) {
+static void plan(Options *o, const Config *config) {
     if (comm_world_rank()) return;
     Machine machine = plan_machine(o->plan_device);
     if (o->gpu_mem > 0) machine.memory = o->gpu_mem * 1073741824.0;
     if (o->gpus_per_node) machine.per_node = (int)o->gpus_per_node;
     Grid grid = grid_plan(config, o->world ? (int)o->world : comm_world_size(), (int)o->dp, (int)o->fsdp, (int)o->ep, (Dispatch)o->dispatch, o->attention == 1);
+    default_batch(o, &grid);
     plan_print(stdout, config, &grid, step_options(o, config), optimizer_options(o), &machine);
 }
 
@@ -246,6 +253,7 @@ int main(int argc, char **argv) {
     attention_select(o.attention_kernel);
     char *path = *o.model ? xasprintf("%s/config.json", o.model) : xasprintf("%s", o.init);
     Config config = config_read(path);
+    if (!o.seq_len) o.seq_len = config.max_positions < 512 ? config.max_positions : 512;
     if (o.plan) {
         plan(&o, &config);
         config_free(&config);
@@ -254,6 +262,7 @@ int main(int argc, char **argv) {
         return 0;
     }
     Grid grid = grid_build(&config, (int)o.dp, (int)o.fsdp, (int)o.ep, (Dispatch)o.dispatch, o.attention == 1);
+    default_batch(&o, &grid);
     if (o.selftest) {
         int failed = comm_selftest(&grid, stdout);
         comm_finish();

@@ -27,7 +27,7 @@ RUN=$(grep -q '^MPI_LIBS := .' build/detected.mk && sh dev/mpirun.sh 2 || true)
 if [ -n "$RUN" ]; then say "training: two processes, each with half of the experts"; EP=2; else say "training: one process (no MPI was found)"; EP=1; fi
 rm -rf "$OUT"
 set -- ./train_moe --init model/configs/tiny.json --train "$WORK/train.txt" --val "$WORK/val.txt" --ep $EP --seq-len 128 --batch 8 --steps "$STEPS" \
-    --lr 4e-3 --beta2 0.98 --warmup 0.1 --schedule cosine --eval-every 50 --eval-batches 8 --router-every 50 --prompt "static void " --generate 256 --out "$OUT"
+    --lr 4e-3 --beta2 0.98 --warmup 0.1 --schedule cosine --eval-every 50 --eval-batches 8 --router-every 50 --prompt "static void " --generate 240 --temperature 0.9 --out "$OUT"
 echo "$ $RUN $(printf '%s ' "$@" | sed 's/static void /"static void "/')"
 # all of it goes to screen.txt, here every tenth update is shown
 { $RUN "$@" 2>&1 || echo $? > "$WORK/failed"; } | tee "$WORK/screen.txt" | grep --line-buffered -Ev '^step ([2-9]|[0-9]+[1-9])/'

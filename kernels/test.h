@@ -167,7 +167,9 @@ static inline double test_dot(const double *a, const double *b, size_t n) {
     for (size_t i = 0; i < n; i++) s += a[i] * b[i];
     return s;
 }
+// n threads from now on. The runtime may end the threads of a larger team, and their scratch would be lost with them: freed first, it grows again.
 static inline void test_threads(int n) {
+    device_finish();
 #ifdef _OPENMP
     omp_set_num_threads(n);
 #else

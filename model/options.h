@@ -17,8 +17,8 @@ typedef struct { const char **name; int n; } FileList;
     X(train,             "train",            FILES,  "",         "FILE...",                       "token shards (quoted globs too) or .txt (bytes)")            \
     X(val,               "val",              FILES,  "",         "FILE...",                       "validation tokens, likewise")                                \
     X(tokens,            "tokens",           TEXT,   "",         "FILE.vocab",                    "decode table for samples (default: the one beside --train)") \
-    X(seq_len,           "seq-len",          INT,    "512",      "T",                             "tokens of a sequence")                                       \
-    X(batch,             "batch",            INT,    "8",        "B",                             "distinct sequences of an update over all ranks")             \
+    X(seq_len,           "seq-len",          INT,    "0",        "T",                             "tokens of a sequence (0: 512, or what the model has positions for)") \
+    X(batch,             "batch",            INT,    "0",        "B",                             "distinct sequences of an update over all ranks (0: 8, or the next number that divides)") \
     X(micro_batch,       "micro-batch",      INT,    "0",        "M",                             "sequences of a micro-batch on a rank (0: all of a round)")   \
     X(rounds,            "rounds",           INT,    "1",        "N",                             "passes over all layers per update, for batches larger than memory") \
     X(shuffle,           "shuffle",          CHOICE, "on",       "off|on",                        "order of windows: a permutation of (seed, epoch), or file order") \

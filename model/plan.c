@@ -86,12 +86,18 @@ Machine plan_machine(const char *name) {
     die("--plan-device %s is not known|choose h200, h100, a100, b200 or cpu", name);
 }
 
-typedef struct { double compute, weights, tokens, optimizer, step, memory; } Estimate;
+typedef struct { double compute, weights, tokens, exposed, optimizer, step, memory; } Estimate;      // exposed: of tokens, what no compute hides
 
 // A group crosses nodes when its span of ranks does.
 static double group_bandwidth(const Machine *k, int span) { return span > k->per_node ? k->network : k->link; }
 
-static Estimate estimate(const Model *m, const Grid *g, const StepOptions *o, const Traffic *s, size_t memory, const Machine *k) {
+// Bytes that a step of the optimizer reads and writes for one parameter: gradient, weight (or master read and written, weight written), moments read and written.
+static double optimizer_bytes(OptimizerOptions o) {
+    double weight = o.master ? 2 * sizeof(real) + sizeof(floatX) : 2 * sizeof(floatX), moments = o.kind == OPT_ADAMW ? 4 * sizeof(real) : o.kind == OPT_ADAMW8 ? 4 : o.momentum != 0 ? 2 * sizeof(real) : 0;
+    return sizeof(gradX) + weight + moments;
+}
+
+static Estimate estimate(const Model *m, const Grid *g, const StepOptions *o, OptimizerOptions opt, const Traffic *s, size_t memory, const Machine *k) {
     const Config *c = &m->c;
     double tokens = (double)o->batch * o->T / g->data_ranks, extra = o->recompute == RECOMPUTE_LAYER ? 0.28 : o->recompute == RECOMPUTE_MOE ? 0.12 : 0, shard = 0;
     for (int b = 0; b < m->n_blocks; b++) shard += (double)m->block[b].shard;
@@ -102,9 +108,11 @@ static Estimate estimate(const Model *m, const Grid *g, const StepOptions *o, co
     e.weights = (s->bytes[SEND_DENSE_WEIGHTS] + s->bytes[SEND_DENSE_GRADS]) / group_bandwidth(k, inner) + (s->bytes[SEND_LOCAL_WEIGHTS] + s->bytes[SEND_LOCAL_GRADS]) / group_bandwidth(k, inner) +
                 s->bytes[SEND_DP] / group_bandwidth(k, g->world);
     e.tokens = (s->bytes[SEND_TOKENS] + s->bytes[SEND_ROUTING] + s->bytes[SEND_HEADS]) / group_bandwidth(k, g->ep);
-    e.optimizer = shard * 26 / k->memory_bandwidth;         // AdamW with master: 12 B of state read and written, gradient read, weight written
+    e.optimizer = shard * optimizer_bytes(opt) / k->memory_bandwidth;
     // Weight traffic runs under compute; token exchange does where there are at least three micro-batches to interleave.
-    double micro = (double)(o->batch / g->data_ranks) / o->rounds / o->micro_batch, exposed = micro >= 3 ? e.tokens / micro : e.tokens, work = e.compute + exposed;
+    double micro = (double)(o->batch / g->data_ranks) / o->rounds / o->micro_batch;
+    e.exposed = micro >= 3 ? e.tokens / micro : e.tokens;
+    double work = e.compute + e.exposed;
     e.step = (work > e.weights ? work : e.weights) + e.optimizer;
     return e;
 }
@@ -129,7 +137,7 @@ static Estimate try_layout(const Config *c, const Grid *g, StepOptions *o, Optim
     Routing expected = { rows, rows, respread, reattended }, worst = { rows_most, (double)(g->ep - 1) * t->R, respread, reattended };
     *uniform = plan_traffic(&m, g, o, expected);
     *most = plan_traffic(&m, g, o, worst);
-    Estimate e = estimate(&m, g, o, uniform, t->arena.used, k);
+    Estimate e = estimate(&m, g, o, opt, uniform, t->arena.used, k);
     trainer_free(t);
     model_free(&m);
     return e;
@@ -195,9 +203,10 @@ void plan_print(FILE *out, const Config *c, const Grid *g, StepOptions o, Optimi
     double tokens = (double)o.batch * o.T;
     fprintf(out, "time by roofline on %s (products %.0f TFLOP/s, copies %.1f TB/s, links %.0f GB/s in a node of %d, %.0f GB/s between nodes; not a measurement)\n", k->name, k->flops / 1e12,
             k->memory_bandwidth / 1e12, k->link / 1e9, k->per_node, k->network / 1e9);
-    fprintf(out, "  compute %.1f ms, weights and gradients %.1f ms (under compute), tokens %.1f ms, optimizer %.1f ms\n", 1e3 * e.compute, 1e3 * e.weights, 1e3 * e.tokens, 1e3 * e.optimizer);
+    fprintf(out, "  compute %.1f ms, weights and gradients %.1f ms (under compute), tokens %.1f ms (%.1f ms not under compute), optimizer %.1f ms\n", 1e3 * e.compute,
+            1e3 * e.weights, 1e3 * e.tokens, 1e3 * e.exposed, 1e3 * e.optimizer);
     fprintf(out, "  update %.1f ms, %.0f tokens/s in all, %.0f a rank; limited by %s\n", 1e3 * e.step, tokens / e.step, tokens / e.step / g->world,
-            e.weights > e.compute + e.tokens ? "moving weights and gradients" : e.tokens > e.compute ? "moving tokens" : "compute");
+            e.weights > e.compute + e.exposed ? "moving weights and gradients" : e.exposed > e.compute ? "moving tokens" : "compute");
     if (g->ep > k->per_node)
         fprintf(out, "warning    ep %d leaves a node of %d: tokens cross the network at %.0f GB/s; uniform routing sends %.1f kB a token and layer in each direction\n", g->ep, k->per_node, k->network / 1e9,
                 plan_uniform_rows(c, g, 1) * c->C * sizeof(floatX) / 1e3);

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+#include "test_device.h"
 
 static int rank, world, passed, failed;
 
@@ -338,23 +339,29 @@ typedef struct { const Model *m; const Grid *g; Fsdp *f; int rounds, bad_weight,
 static void use_weights(Walk *w, int b) {
     if (b < 0) return;
     const Block *k = &w->m->block[b];
-    const floatX *W = fsdp_get(w->f, b);
+    floatX *W = (floatX *)xmalloc((size_t)k->size * sizeof *W, "weights");
     char want[8];
+    device_download(W, fsdp_get(w->f, b), (size_t)k->size * sizeof *W);
     for (int64_t i = 0; i < k->size; i++) {
         store(want, 0, DTYPE_FLOATX, number(block_key(w->g, k->local, b), (uint64_t)i));
         w->bad_weight += value_x(W, i, DTYPE_FLOATX) != value_x(want, 0, DTYPE_FLOATX);
     }
+    free(W);
 }
 
 static void make_gradient(Walk *w, int b, int round) {
     if (b < 0) return;
     gradX *G = fsdp_grad(w->f, b);
-    real *p = (real *)(void *)G;
+    size_t bytes = (size_t)w->m->block[b].size * sizeof(gradX);
+    real *p = (real *)xmalloc(bytes, "gradients");
+    device_download(p, G, bytes);
     int add = round > 0 && fsdp_accumulates_in_place(w->f, b);       // what a kernel is told
     for (int64_t i = 0; i < w->m->block[b].size; i++) {
         real x = (real)number(gradient_key(w->g->rank, b, round), (uint64_t)i);
         p[i] = add ? p[i] + x : x;
     }
+    device_upload(G, p, bytes);
+    free(p);
 }
 
 // The shard gradient must be, bit by bit: over dp in rank order, of rounds in order, of the ranks of the group in order.
@@ -362,7 +369,8 @@ static void use_gradient(Walk *w, int b) {
     if (b < 0) return;
     const Grid *g = w->g;
     const Block *k = &w->m->block[b];
-    const real *shard = (const real *)(void *)fsdp_grad_shard(w->f, b);
+    real *shard = (real *)xmalloc((size_t)k->shard * sizeof *shard, "gradients");
+    device_download(shard, fsdp_grad_shard(w->f, b), (size_t)k->shard * sizeof *shard);
     int n = k->local ? g->fsdp : g->fsdp * g->ep;
     for (int64_t i = 0; i < k->shard; i++) {
         real total = 0;
@@ -380,6 +388,7 @@ static void use_gradient(Walk *w, int b) {
         }
         w->bad_gradient += shard[i] != total;
     }
+    free(shard);
     fsdp_grad_done(w->f, b);
 }
 
@@ -441,7 +450,12 @@ static void test_fsdp(int dp, int fsdp, int ep, int tied, int split_heads, int l
     w.f = fsdp_create(&m, &g, !layered, &arena);
     check(arena.used == count.used, "the arena holds what was counted", "grid", world);
     fsdp_rounds(w.f, rounds);
-    for (int b = 0; b < m.n_blocks; b++) fill(fsdp_shard(w.f, b), (size_t)m.block[b].shard, DTYPE_FLOATX, block_key(&g, m.block[b].local, b), (size_t)m.block[b].shard0);
+    for (int b = 0; b < m.n_blocks; b++) {
+        floatX *W = (floatX *)xmalloc((size_t)m.block[b].shard * sizeof *W, "weights");
+        fill(W, (size_t)m.block[b].shard, DTYPE_FLOATX, block_key(&g, m.block[b].local, b), (size_t)m.block[b].shard0);
+        device_upload(fsdp_shard(w.f, b), W, (size_t)m.block[b].shard * sizeof *W);
+        free(W);
+    }
     for (int update = 0; update < 2; update++) { comm_where(update + 1, -1, "update"); walk_update(&w, layered); }
     char what[128];
     snprintf(what, sizeof what, "blocks dp %d fsdp %d ep %d%s%s%s rounds %d", dp, fsdp, ep, tied ? " tied" : "", split_heads ? " heads" : "", layered ? " update layer" : "", rounds);

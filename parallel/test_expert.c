@@ -248,10 +248,10 @@ static double error_of(const Answer *a, const Problem *p, const Slot *s) {
 
 // ---- tests -----------------------------------------------------------------------------------------------------------------------------------------------------------------------------
 static void test_load(const Slot *s, const Problem *p, const Grid *g, const char *what) {
-    ExchangeLoad want = { 0, 0, 0, 0, 0 };
+    ExchangeLoad want = { 0, 0, 0, 0, 0, 0 };
     int tile = device_row_tile(), n = p->n, local = p->E / n;
     for (int j = 0; j < n; j++) {
-        int rows = 0, pool = 0, sent = 0;
+        int rows = 0, pool = 0, sent = 0, received = 0;
         for (int e = j * local; e < (j + 1) * local; e++) {
             int count = 0;
             for (int i = 0; i < p->N * p->K; i++) count += p->topk[i] == e;
@@ -261,16 +261,16 @@ static void test_load(const Slot *s, const Problem *p, const Grid *g, const char
             int goes = 0;
             for (int k = 0; k < p->K; k++) goes |= p->topk[(size_t)t * p->K + k] / local == j;
             if (g->dispatch != DISPATCH_ALLTOALL) goes = 1;
-            pool += goes, sent += goes && t / p->R == p->me && j != p->me;
+            pool += goes, sent += goes && t / p->R == p->me && j != p->me, received += goes && t / p->R != p->me && j == p->me;
         }
         if (j == p->me) want.pool = pool, want.rows = rows;
         if (pool > want.pool_max) want.pool_max = pool;
         if (rows > want.rows_max) want.rows_max = rows;
-        if (g->dispatch != DISPATCH_ALLREDUCE) want.sent_rows += sent;
+        if (g->dispatch != DISPATCH_ALLREDUCE) want.sent_rows += sent, want.received_rows += received;
     }
     const ExchangeLoad *l = exchange_load(s->e);
-    check(comm_is_local(g->ep_group) || memcmp(l, &want, sizeof want) == 0, "%s: pool %d rows %d largest %d %d sent %lld, want %d %d %d %d %lld", what, l->pool, l->rows, l->pool_max, l->rows_max,
-          (long long)l->sent_rows, want.pool, want.rows, want.pool_max, want.rows_max, (long long)want.sent_rows);
+    check(comm_is_local(g->ep_group) || memcmp(l, &want, sizeof want) == 0, "%s: pool %d rows %d largest %d %d sent %lld received %lld, want %d %d %d %d %lld %lld", what, l->pool, l->rows,
+          l->pool_max, l->rows_max, (long long)l->sent_rows, (long long)l->received_rows, want.pool, want.rows, want.pool_max, want.rows_max, (long long)want.sent_rows, (long long)want.received_rows);
 }
 
 static void test_layers(const Config *c, const Grid grid[3], int R) {

@@ -67,7 +67,7 @@ static void bad_options(void) {
     bad("no model", "no model was given", "--train $T/text.txt");
     bad("two models", "both --model and --init", "--model $F/gqa $S");
     bad("no training data", "no training data was given", "--init $T/config.json --steps 2");
-    bad("no batch", "--batch 0 is out of range", "$S --batch 0");
+    bad("no batch", "--batch -2 is out of range", "$S --batch -2");
     bad("negative steps", "--steps -1 is out of range", "$S --steps -1");
     bad("beta2 of one", "lie in [0, 1)", "$S --beta2 1");
     bad("negative learning rate", "cannot be negative", "$S --lr -1");

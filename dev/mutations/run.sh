@@ -1,10 +1,10 @@
 #!/bin/sh
 # Plants the bugs that other systems shipped, one at a time, and checks that a test fails for each: make test-mutations (nightly; about half an hour on 2 cores).
-#   dev/mutations/run.sh [NAME-PART]       only mutations whose name contains it
+#   dev/mutations/run.sh [PATTERN]         only mutations whose name, file or test matches it (grep)
 # list.txt holds blocks separated by lines of ----: `name:`, `file:`, `test:`, then the text to find (it must occur exactly once) between `<<<` and `===`, and what replaces it up to
 # `>>>`. test: RANKS PROGRAM ARGUMENTS..., where PROGRAM is test_moe or the source of another test without its .c.
 # Each is built in a copy of the tree under build/mutants, so only the changed file compiles again. A mutant is caught when a check prints FAIL or the program ends with its own
-# `error:` line; the test is stopped there. A mutant that survives, crashes or hangs without a word, does not compile, or whose text is not found counts as failed.
+# `error:` line; the test is stopped there. So every test that is used must first pass on the unchanged tree. A mutant that survives, crashes or hangs without a word, does not compile, or whose text is not found counts as failed.
 set -u
 top=$(cd "$(dirname "$0")/../.." && pwd)
 copy=$top/build/mutants/tree
@@ -13,6 +13,7 @@ mkdir -p "$copy"
 (cd "$top" && git ls-files -z --cached --others --exclude-standard -- . ':!dev/cuemu' ':!dev/results' | xargs -0 tar cf - 2> /dev/null) | tar xf - -C "$copy"
 cd "$copy" || exit 1
 mkdir -p build
+[ -f build/mutated ] && touch "$(cat build/mutated)"         # a run was cut short: that object is a mutant's
 cp -p "$top/build/detected.mk" build/ 2> /dev/null
 quiet() { "$@" > build/log 2>&1; }
 folder=$(make -s --eval='show-folder: ; @echo $(BUILD)' show-folder)
@@ -27,14 +28,15 @@ said='FAIL |^error: '
 run_test() {
     ranks=$1 what=$2; shift 2
     launcher=
-    [ "$ranks" = 1 ] || launcher=$(sh dev/mpirun.sh "$ranks")
+    [ "$ranks" = 1 ] || launcher=$(GRACE=1 sh dev/mpirun.sh "$ranks")
+    : > build/out                            # the last mutant's words must not be heard again
     timeout 600 $launcher "$(program "$what")" "$@" > build/out 2>&1 &
     pid=$!
     while kill -0 $pid 2> /dev/null; do
         if grep -qE "$said" build/out; then sleep 0.2; kill $pid 2> /dev/null; break; fi
         sleep 0.3
     done
-    wait $pid
+    wait $pid 2> /dev/null
     status=$?
     if grep -qE "$said" build/out; then return 1; fi
     return $((status ? 2 : 0))
@@ -42,10 +44,17 @@ run_test() {
 
 passed=0; failed=0
 perl -0777 -ne 'for (split /^----\n/m) { next unless /\S/; my ($n) = /^name: (.*)$/m; my ($f) = /^file: (.*)$/m; my ($t) = /^test: (.*)$/m; print "$n\t$f\t$t\n"; }' dev/mutations/list.txt > build/names
+grep -- "$only" build/names > build/chosen
+cut -f3 build/chosen | sort -u > build/tests
+while read -r test <&3; do
+    set -- $test
+    build "$@" || { cat build/log; echo "the unchanged tree does not build"; exit 1; }
+    run_test "$@" || { grep -E -m3 "$said" build/out || tail -3 build/out; echo "the unchanged tree fails '$test'"; exit 1; }
+done 3< build/tests
 while IFS="$(printf '\t')" read -r name file test <&3; do
-    case $name in *"$only"*) ;; *) continue ;; esac
     set -- $test
     cp "$file" build/saved
+    echo "$file" > build/mutated
     NAME="$name" perl -0777 -e '
         open F, "<", "dev/mutations/list.txt"; $all = <F>; close F;
         for (split /^----\n/m, $all) { next unless /^name: \Q$ENV{NAME}\E$/m; ($old, $new) = /^<<<\n(.*?)^===\n(.*?)^>>>$/ms; }
@@ -67,6 +76,7 @@ while IFS="$(printf '\t')" read -r name file test <&3; do
     case $verdict in ok*) passed=$((passed + 1)) ;; *) failed=$((failed + 1)) ;; esac
     printf '%4d %s\n' $((passed + failed)) "$verdict"
     cp build/saved "$file"
-done 3< build/names
+done 3< build/chosen
+rm -f build/mutated
 echo "mutations: $passed caught, $failed not"
 [ $failed -eq 0 ]

@@ -22,7 +22,7 @@ launch() {
     ranks=$1
     shift
     case $LAUNCH in
-    mpirun*) $LAUNCH $([ "$(id -u)" = 0 ] && echo --allow-run-as-root) --oversubscribe --bind-to none --mca odls_base_sigkill_timeout 120 -np "$ranks" "$@" ;;
+    mpirun*) $LAUNCH $([ "$(id -u)" = 0 ] && echo --allow-run-as-root) --oversubscribe --bind-to none --mca odls_base_sigkill_timeout ${GRACE:-20} -np "$ranks" "$@" ;;
     *) $LAUNCH --ntasks "$ranks" --ntasks-per-node "$RANKS_PER_NODE" --cpus-per-task "$CPUS_PER_RANK" --kill-on-bad-exit=1 "$@" ;;
     esac
 }

@@ -36,6 +36,7 @@ void device_init(int local_rank, int threads) {
 #endif
     gemm_init();
 }
+// Frees the scratch of the team's threads; a kernel called later grows it again.
 void device_finish(void) {
     OMP(parallel)
     for (int slot = 0; slot < SCRATCH_SLOTS; slot++) {

@@ -2,7 +2,7 @@
 //
 //   load, store          one floatX <-> real; store rounds bf16 to nearest even, NaN stays NaN
 //   load_row, store_row  the same for n elements;  view_row: without a copy where floatX already is real
-//   exp_real             e^x: fp32 builds a branch-free polynomial (below 1 ulp from the correctly rounded value, whole range
+//   exp_real             e^x: fp32 builds a branch-free polynomial (within 2 units in the last place, whole range
 //                        including denormals, 0, +inf and NaN), fp64 builds libm's
 //   row_sum, row_dot, row_max   reductions over n reals in 16 fixed lanes: vector speed, one order
 //   OMP(...)             an OpenMP pragma, or nothing in builds without OpenMP
