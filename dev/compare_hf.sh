@@ -71,6 +71,7 @@ say "comparison"
 } > "$OUT.md"
 "$PYTHON" - "$WORK" "$OUT" "$STEPS" << 'END' || failed=1
 import itertools, json, sys
+from PIL import Image
 work, out, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
 names = ["moe.c", "hf-1thread", "hf-threads", "hf-kernels", "hf-float64"]
 loss = {(k, n): [json.loads(line)["loss"] for line in open(f"{work}/{k}/{n}/log.jsonl") if '"loss"' in line] for k in ("sgd", "adamw") for n in names}
@@ -79,6 +80,8 @@ with open(f"{out}.csv", "w") as f:
     for k in ("sgd", "adamw"):
         for i in range(len(loss[k, names[0]])):
             f.write(f"{k},{i + 1}," + ",".join(f"{loss[k, n][i]:.9g}" for n in names) + "\n")
+for k in ("sgd", "adamw"):                                     # 64 colours are enough, and a third of the bytes
+    Image.open(f"{out}-{k}.png").convert("RGB").quantize(64).save(f"{out}-{k}.png", optimize=True)
 sgd = max(abs(x - y) for x, y in zip(loss["sgd", "moe.c"], loss["sgd", "hf-1thread"]))
 first = steps // 2
 def mean(a, b):

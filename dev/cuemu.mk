@@ -48,3 +48,11 @@ $(CUEMU_PROGRAMS:%=$(CUEMU_BUILD)/$(1)-$(2)/%): %: %.o $(patsubst %,$(CUEMU_BUIL
 -include $(wildcard $(CUEMU_BUILD)/$(1)-$(2)/*.d $(CUEMU_BUILD)/$(1)-$(2)/*/*.d $(CUEMU_BUILD)/$(1)-$(2)/*/*/*.d)
 endef
 $(foreach m,plain asan tsan,$(foreach p,bf16 fp32,$(eval $(call CUEMU_VARIANT,$(m),$(p)))))
+
+# ---- tests -------------------------------------------------------------------------------------------------------------------------
+CUEMU_TESTED = $(foreach v,plain-fp32 plain-bf16 asan-bf16 tsan-bf16,$(CUEMU_BUILD)/$(v)/train_moe) $(CUEMU_BUILD)/plain-fp32/parallel/test_comm
+.PHONY: test-cuemu test-cuemu-program
+test-cuemu-program: $(CUEMU_TESTED)
+	@fp32=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=fp32)/train_moe; bf16=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=bf16)/train_moe; \
+	    $(MAKE) -s BACKEND=cpu PRECISION=fp32 $$fp32 && $(MAKE) -s BACKEND=cpu PRECISION=bf16 $$bf16 && \
+	    PYTHON="$(PYTHON)" sh tests/test_cuemu_program.sh $(CUEMU_BUILD) $$fp32 $$bf16 $(QUICK)

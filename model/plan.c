@@ -198,6 +198,7 @@ void plan_print(FILE *out, const Config *c, const Grid *g, StepOptions o, Optimi
         }
         fprintf(out, "  %-20s ", "together");
         print_bytes(out, total);
+        if (worst > total) { fprintf(out, "  ["); print_bytes(out, worst); fprintf(out, "]"); }
         fprintf(out, "\n");
     }
     double tokens = (double)o.batch * o.T;

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""compare_dumps.py WANT GOT LIMIT [NAIVE]: two --dump files (or any fp32 safetensors of the same tensors), tensor by tensor. Standard library only.
+"""compare_dumps.py WANT GOT LIMIT [NAIVE]: two --dump files (or any fp32 safetensors of the same tensors), tensor by tensor; or two log.jsonl, whose columns are the tensors.
 
 The error of a tensor is |got - want| / |want| in the Euclidean norm; a tensor that is zero in WANT must be zero in GOT (I3). LIMIT bounds it. With NAIVE, a dump of the plain
 version of the same precision, a tensor may instead have twice the error of NAIVE's, or twice the median of NAIVE's errors where that is more (a tensor of a few numbers can be
@@ -12,6 +12,9 @@ import sys
 
 
 def read(path):
+    if path.endswith('.jsonl'):
+        steps = [s for s in map(json.loads, open(path)) if 'loss' in s]
+        return {name: [s[name] for s in steps] for name in ('loss', 'aux', 'z', 'grad_norm')}
     with open(path, 'rb') as f:
         n = int.from_bytes(f.read(8), 'little')
         header = json.loads(f.read(n))
@@ -28,7 +31,7 @@ def read(path):
 
 def error(got, want):
     """Relative error; infinite where shapes differ, something is not finite, or a zero tensor is not zero."""
-    if got is None or len(got) != len(want) or not all(map(math.isfinite, got)):
+    if got is None or len(got) != len(want) or None in got or not all(map(math.isfinite, got)):
         return math.inf
     size = math.sqrt(math.fsum(x * x for x in want))
     difference = math.sqrt(math.fsum((x - y) ** 2 for x, y in zip(got, want)))

@@ -24,7 +24,7 @@ build() {                                    # RANKS PROGRAM ARGUMENTS...: the p
     case " $* " in *" ./train_moe "*) quiet make -s "${target#./}" train_moe ;; *) quiet make -s "${target#./}" ;; esac
 }
 # Runs RANKS PROGRAM ARGUMENTS into build/out, until it ends, or says FAIL or error:, or 10 minutes have passed.
-said='FAIL |^error: '
+said='FAIL(ED)? |^error: '
 run_test() {
     ranks=$1 what=$2; shift 2
     launcher=
@@ -58,7 +58,7 @@ while IFS="$(printf '\t')" read -r name file test <&3; do
     NAME="$name" perl -0777 -e '
         open F, "<", "dev/mutations/list.txt"; $all = <F>; close F;
         for (split /^----\n/m, $all) { next unless /^name: \Q$ENV{NAME}\E$/m; ($old, $new) = /^<<<\n(.*?)^===\n(.*?)^>>>$/ms; }
-        chomp $old; chomp $new;
+        s/\n\z// for $old, $new;
         open F, "<", $ARGV[0]; $text = <F>; close F;
         $n = () = $text =~ /\Q$old\E/g; exit 2 if $n != 1;
         $text =~ s/\Q$old\E/$new/; open F, ">", $ARGV[0]; print F $text;' "$file"
@@ -68,7 +68,7 @@ while IFS="$(printf '\t')" read -r name file test <&3; do
     else
         run_test "$@"
         case $? in
-        1) verdict="ok      $name: $(grep -m1 -E "$said" build/out | sed 's/^ *[0-9]* *FAIL *//' | cut -c1-150)" ;;
+        1) verdict="ok      $name: $(grep -m1 -E "$said" build/out | sed -E 's/^ *[0-9]* *FAIL(ED)? *//' | cut -c1-150)" ;;
         0) verdict="FAILED  $name: SURVIVED $test" ;;
         *) verdict="FAILED  $name: $test ended with status $status and no failed check: $(grep -v '^[- ]*$' build/out | tail -2 | tr '\n' ' ' | cut -c1-250)" ;;
         esac

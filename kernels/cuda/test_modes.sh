@@ -22,7 +22,9 @@ for mode in "$@"; do
     lazy)
         for seed in 1 2 77; do run "bf16 streams late, seed $seed" CUEMU_LAZY=$seed "$build/plain-bf16/kernels/test_cuda"; done
         run "bf16 copies early" CUEMU_ASYNC=early CUEMU_RANDOM=5 "$build/plain-bf16/kernels/test_cuda";;
-    tsan) run "bf16 tsan" "$build/tsan-bf16/kernels/test_cuda";;
+    tsan)
+        run "bf16 tsan" "$build/tsan-bf16/kernels/test_cuda"     # and copies to shared memory as early as allowed: into a buffer that is still read
+        for what in attention experts; do run "bf16 tsan, copies early, $what" CUEMU_ASYNC=early "$build/tsan-bf16/kernels/test_cuda" $what; done;;
     *)
         run "bf16 $mode" "$build/$mode-bf16/kernels/test_cuda"
         run "fp32 $mode" "$build/$mode-fp32/kernels/test_cuda";;

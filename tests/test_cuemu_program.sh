@@ -1,0 +1,101 @@
+#!/bin/sh
+# The whole CUDA program, run by the emulator of dev/cuemu, against the CPU backend: every gradient of the first update and the losses of three.
+#   test_cuemu_program.sh BUILD CPU_FP32 CPU_BF16 [quick]     BUILD: folder with MODE-PRECISION/PROGRAM (dev/cuemu.mk); CPU_*: train_moe of the CPU backend; quick: one run of each mode
+#
+# fp32: both sides round in fp32 and differ in the order of sums; the CPU is within 5e-6 of fp64 (test_moe.c), a mistake makes 8e-5 and more: 1e-5.
+# bf16: at most twice the error that the CPU's bf16 build, which rounds wherever it stores, has against fp32 (FlashAttention's rule). The fixture's routing is the same in all.
+# Modes: plain; asan with UBSan; tsan; streams as late as a synchronisation forces them (CUEMU_LAZY=1) and running ahead of each other at random (seeds);
+#        asynchronous copies early and at random, threads in random order.
+build=$1 cpu_fp32=$2 cpu_bf16=$3 quick=$4
+: "${MPIRUN:=mpirun --allow-run-as-root --oversubscribe --bind-to none}" "${PYTHON:=python3}"
+here=$(dirname "$0")
+fixture=$here/../dev/fixtures/gqa
+dir=$(mktemp -d) || exit 1
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+export OMPI_MCA_btl=self,vader OMPI_MCA_btl_vader_single_copy_mechanism=none OMPI_MCA_mpi_yield_when_idle=1     # no sockets: ThreadSanitizer dislikes their locks
+export ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0 detect_deadlocks=0"
+base="--model $fixture --train $fixture/tokens.bin --seq-len 16 --batch 4 --steps 3 --shuffle off --aux-coef 0.01 --z-coef 0.001"
+
+ok() { passed=$((passed + 1)); echo "ok    $1"; }
+bad() { failed=$((failed + 1)); echo "FAIL  $1"; grep -v '^ *$' "$dir/output" | tail -${2:-25} | sed 's/^/      /'; }
+
+# reference NAME OPTIONS: what the CPU backend makes of it, in both precisions
+reference() {
+    options=$2
+    for p in fp32 bf16; do
+        [ $p = fp32 ] && program=$cpu_fp32 || program=$cpu_bf16
+        # shellcheck disable=SC2086
+        "$program" $base $options --out "$dir/$1.$p" --dump "$dir/$1.$p.safetensors" > "$dir/output" 2>&1 || { bad "the CPU backend, $p: $options"; exit 1; }
+    done
+    name=$1
+}
+# run 'SETTINGS' MODE-PRECISION RANKS OPTIONS: the last reference's numbers, in another layout
+run() {
+    settings=$1 variant=$2 ranks=$3; shift 3
+    what="$settings${settings:+ }$variant, $ranks ranks: $name $*"
+    rm -rf "$dir/run" "$dir/run.safetensors"
+    program=$build/$variant/train_moe
+    [ "$ranks" = 1 ] || program="$MPIRUN -np $ranks $program"
+    # shellcheck disable=SC2086
+    if ! timeout 300 env $settings $program $base $options "$@" --out "$dir/run" --dump "$dir/run.safetensors" > "$dir/output" 2>&1; then bad "$what"; return; fi
+    for kind in safetensors log; do
+        case $kind in
+        log) want=$dir/$name.fp32/log.jsonl got=$dir/run/log.jsonl naive=$dir/$name.bf16/log.jsonl ;;
+        *)   want=$dir/$name.fp32.safetensors got=$dir/run.safetensors naive=$dir/$name.bf16.safetensors ;;
+        esac
+        case $variant in *fp32) naive= ;; esac
+        # shellcheck disable=SC2086
+        "$PYTHON" "$here/compare_dumps.py" "$want" "$got" 1e-5 $naive > "$dir/output" 2>&1 || { bad "$what ($kind)"; return; }
+        [ $kind = log ] || line=$(cat "$dir/output")
+    done
+    ok "$what  [$line]"
+}
+# program NAME RANKS 'SETTINGS' ARGUMENTS: a test program that counts for itself
+program() {
+    test=$1 ranks=$2 settings=$3; shift 3
+    # shellcheck disable=SC2086
+    timeout 400 env $settings $MPIRUN -np "$ranks" "$build/$test" "$@" > "$dir/output" 2>&1
+    status=$?
+    line=$(grep -E '[0-9]+ passed, [0-9]+ failed' "$dir/output" | tail -1)
+    if [ $status = 0 ] && [ -n "$line" ]; then ok "$settings $test, $ranks ranks $*  [$line]"; else bad "$settings $test, $ranks ranks $* (status $status)"; fi
+}
+
+reference sgd "--optimizer sgd --lr 0.05 --momentum 0.9 --weight-decay 0.01 --grad-clip 0.5"
+run '' plain-fp32 1
+run '' plain-bf16 4 --ep 2 --fsdp 2
+run '' asan-bf16 1
+run '' tsan-bf16 1
+run CUEMU_LAZY=1 plain-fp32 2 --ep 2 --micro-batch 1
+if [ "$quick" != quick ]; then
+    run '' plain-fp32 1 --force-comm --check-comm
+    run '' plain-fp32 2 --fsdp 2 --micro-batch 1
+    run '' plain-fp32 4 --ep 4
+    run '' plain-fp32 4 --dp 2 --ep 2 --dispatch allgather
+    run '' plain-fp32 4 --ep 2 --fsdp 2 --dispatch allreduce
+    run '' plain-fp32 4 --ep 2 --fsdp 2 --attention heads
+    run '' plain-bf16 1
+    run '' plain-bf16 2 --ep 2
+    run CUEMU_ASYNC=early plain-bf16 1
+    run 'CUEMU_ASYNC=random CUEMU_RANDOM=7' plain-bf16 1
+    run '' asan-bf16 2 --ep 2
+    run '' asan-bf16 4 --ep 2 --fsdp 2
+    run '' tsan-bf16 2 --ep 2
+    run '' tsan-bf16 4 --ep 2 --fsdp 2
+    run CUEMU_LAZY=1 plain-fp32 1
+    run CUEMU_LAZY=77 plain-fp32 2 --fsdp 2 --micro-batch 1
+    for seed in 2 3 5; do run CUEMU_LAZY=$seed plain-fp32 4 --ep 2 --fsdp 2; done
+    reference adamw "--optimizer adamw --lr 0.001 --weight-decay 0.01 --update layer --recompute layer"
+    run '' plain-fp32 1
+    run CUEMU_LAZY=1 plain-fp32 2 --ep 2 --micro-batch 1
+    run CUEMU_LAZY=11 plain-bf16 4 --ep 2 --fsdp 2
+    run '' asan-bf16 2 --fsdp 2 --micro-batch 1
+    program plain-fp32/parallel/test_comm 1 '' --force
+    program plain-fp32/parallel/test_comm 3 '' --check
+    program plain-fp32/parallel/test_comm 4 ''
+    program plain-fp32/parallel/test_comm 3 CUEMU_LAZY=9
+    program plain-fp32/parallel/test_comm 2 MOE_COMM_SUMS=nccl
+fi
+echo "test_cuemu_program.sh: $passed passed, $failed failed"
+[ "$failed" = 0 ]
