@@ -1,5 +1,5 @@
 # moe.c. `make` prints help. What the machine has is found by compiling (dev/detect.sh) and can be overridden on the command line:
-#   CC=clang  PRECISION=fp32|bf16|fp64  DEBUG=1 (ASan, UBSan, NaN-filled memory)  BLAS=off  OPENMP=off  MPI=off  MARCH=-march=x86-64-v3  WERROR=-Werror
+#   V=1 (show the commands)  CC=clang  PRECISION=fp32|bf16|fp64  DEBUG=1 (ASan, UBSan, NaN-filled memory)  BLAS=off  OPENMP=off  MPI=off  MARCH=-march=x86-64-v3  WERROR=-Werror
 #   BACKEND=cuda: PRECISION=bf16|fp32  ARCH="90a 100" (default: the GPUs here, else 80 90a 100)  COMM=nccl|mpi|none  DEBUG=1 (NaN-filled memory, -lineinfo)
 CC = cc
 PRECISION = $(if $(filter cuda,$(BACKEND)),bf16,fp32)
@@ -141,9 +141,11 @@ train_moe test_moe: %: $(if $(filter cuda,$(BACKEND)),say-cuda) $(BUILD)/% FORCE
 	@cmp -s $(BUILD)/$@ $@ || cp $(BUILD)/$@ $@
 $(BUILD)/train_moe: $(BUILD)/train_moe.o $(OBJECTS)
 	$(if $(HAVE_CJSON),,@echo "cJSON is missing: make deps" && exit 1)
-	$(CC) $(CFLAGS) $^ $(LIBS) -o $@
+	@echo "  link $@"
+	$(QUIET)$(CC) $(CFLAGS) $^ $(LIBS) -o $@
 $(BUILD)/test_moe $(TESTS:%=$(BUILD)/%) $(BUILD)/parallel/test_comm $(BUILD)/parallel/test_expert $(BUILD)/dev/bench_cpu $(BUILD)/tests/edge $(BUILD)/tests/reshard $(BUILD)/tests/test_cli: %: %.o $(OBJECTS)
-	$(CC) $(CFLAGS) $^ $(LIBS) -o $@
+	@echo "  link $@"
+	$(QUIET)$(CC) $(CFLAGS) $^ $(LIBS) -o $@
 ifeq ($(BACKEND),cuda)
 say-cuda:
 	$(if $(NVCC),,@echo "BACKEND=cuda needs nvcc, which is not in PATH  hint: PATH=/usr/local/cuda/bin:\$$PATH make ..., or BACKEND=cpu" && exit 1)
@@ -152,16 +154,24 @@ say-cuda:
 	    "$(PRECISION) (PRECISION=), ranks over $(COMM) (COMM=)$(if $(filter none,$(COMM)),: one GPU), attention $(if $(USE_CUDNN),cudnn and flash,flash)"
 $(BUILD)/%.o: %.cu $(ROOT_BUILD)/detected.mk
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCCFLAGS) -MMD -MP -c $< -o $@
+	@echo "  nvcc $<"
+	$(QUIET)$(NVCC) $(NVCCFLAGS) -MMD -MP -c $< -o $@
 else
 $(BUILD)/train_moe.o: train_moe.cu $(ROOT_BUILD)/detected.mk
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -MMD -MP -x c -c $< -o $@
+	@echo "  cc   $<"
+	$(QUIET)$(CC) $(CFLAGS) -MMD -MP -x c -c $< -o $@
 endif
 $(BUILD)/%.o: %.c $(ROOT_BUILD)/detected.mk
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) $(EXTRA_$(basename $(notdir $<))) -MMD -MP -c $< -o $@
+	@echo "  cc   $<"
+	$(QUIET)$(CC) $(CFLAGS) $(EXTRA_$(basename $(notdir $<))) -MMD -MP -c $< -o $@
+QUIET = $(if $(V),,@)
 EXTRA_report = -DMOE_COMMIT='"$(COMMIT)"'
+$(BUILD)/model/report.o: $(ROOT_BUILD)/commit
+$(ROOT_BUILD)/commit: FORCE
+	@mkdir -p $(@D)
+	@echo '$(COMMIT)' | cmp -s - $@ || echo '$(COMMIT)' > $@
 -include $(DEPENDS)
 
 ifndef NO_DETECT
