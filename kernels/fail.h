@@ -16,6 +16,10 @@ MOE_BEGIN_C
 void die(const char *format, ...) MOE_PRINTF(1, 2) MOE_NORETURN;
 // What die() calls after it printed; comm sets it to abort all ranks. Default: exit(1). rank: as die() should see it.
 void die_set(int rank, void (*abort_all)(void));
+// Asked before a rank prints the run's last words: 1 for the first rank of a machine that asks, and again for that one. A rank that gets 0 says nothing and waits to be ended.
+// die_claim_set: who decides (memory that the machine's ranks share); 0 = everybody may speak.
+void die_claim_set(int (*claim)(void));
+void die_claim(void);            // returns only where this rank may speak
 // malloc and calloc that die with the name of what was asked for. Host memory, for small tables and staging.
 void *xmalloc(size_t bytes, const char *what);
 void *xcalloc(size_t count, size_t size, const char *what);

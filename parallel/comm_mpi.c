@@ -15,7 +15,7 @@ static int world_size, local_rank, local_size, thread_level, on_device;
 static Comm **groups;                            // (n_groups) in the order of their building
 static int n_groups;
 static MPI_Win board_window = MPI_WIN_NULL;
-static volatile int *board;                      // (local_size) 1: that rank waits; 0 where there is no shared memory
+static volatile int *board;                      // (local_size + 1) 1: that rank waits; last: 1 + the rank that speaks for all when the run ends. 0 where there is no shared memory
 static int *board_place;                         // (world_size) place on the board, MPI_UNDEFINED = another machine
 
 // ---- joining and leaving ---------------------------------------------------------------------------------------------------------------------------------
@@ -34,8 +34,9 @@ static void build_board(MPI_Comm here) {
     int *mine, unit;
     MPI_Aint bytes;
     MPI_Comm_set_errhandler(here, MPI_ERRORS_RETURN);
-    if (MPI_Win_allocate_shared(sizeof *mine, sizeof *mine, MPI_INFO_NULL, here, &mine, &board_window) != MPI_SUCCESS) return;   // reports then say less
-    *mine = 0;
+    int last = local_rank + 1 == local_size;
+    if (MPI_Win_allocate_shared((MPI_Aint)sizeof *mine * (1 + last), sizeof *mine, MPI_INFO_NULL, here, &mine, &board_window) != MPI_SUCCESS) return;   // reports then say less
+    mine[0] = mine[last] = 0;
     MPI_Barrier(here);
     int *first;
     MPI_Win_shared_query(board_window, 0, &bytes, &unit, &first);     // the ranks' pieces lie behind one another
@@ -50,6 +51,10 @@ static void build_board(MPI_Comm here) {
     MPI_Group_free(&all);
     MPI_Group_free(&local);
     free(ranks);
+}
+
+static int claim_last_words(void) {
+    return !board || __sync_bool_compare_and_swap(&board[local_size], 0, 1 + mpi_world_rank) || board[local_size] == 1 + mpi_world_rank;
 }
 
 void mpi_set_waiting(int waiting) { if (board) board[local_rank] = waiting; }
@@ -70,6 +75,7 @@ void comm_init(int *argc, char ***argv) {
     MPI_Comm_rank(here, &local_rank);
     MPI_Comm_size(here, &local_size);
     build_board(here);
+    die_claim_set(claim_last_words);
     MPI_Comm_free(&here);
     mpi_oversubscribed = local_size > cores;
 }

@@ -26,6 +26,7 @@ void watch_unlock(void) { pthread_mutex_unlock(&watch.lock); }
 static void end_run(double waited) {
     char text[2048] = "";
     watch.report(watch.context, text, sizeof text);
+    die_claim();
     fflush(stdout);
     fprintf(stderr, "error: rank %d waited %.1f s (--timeout %g): %s  hint: see whether the ranks named still run; a slow one needs a larger --timeout\n", watch.rank, waited,
             comm_options.timeout, text);
@@ -36,6 +37,7 @@ static void end_run(double waited) {
 }
 
 static void end_polled(const char *text) {
+    die_claim();
     fflush(stdout);
     fprintf(stderr, "error: rank %d: %s\n", watch.rank, text);
     fflush(stderr);

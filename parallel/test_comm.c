@@ -416,7 +416,7 @@ static void walk_update(Walk *w, int layered) {
         fsdp_reduce(w->f, m->head_block, round > 0);
         if (layered) use_gradient(w, m->head_block);
         fsdp_gather(w->f, m->dense_block[L - 1]); fsdp_gather(w->f, m->local_block[L - 1]);
-        int waiting = -1;                                // layer whose reduction runs under the next one
+        int waiting = -1, behind = fsdp_reduces(w->f);   // layer whose reduction runs under the next one; used at once where nothing moves
         for (int l = L - 1; l >= 0; l--) {
             if (l > 0) { fsdp_gather(w->f, m->dense_block[l - 1]); fsdp_gather(w->f, m->local_block[l - 1]); }
             use_weights(w, m->dense_block[l]); use_weights(w, m->local_block[l]);
@@ -425,7 +425,8 @@ static void walk_update(Walk *w, int layered) {
             fsdp_reduce(w->f, m->dense_block[l], round > 0);
             if (m->local_block[l] >= 0) fsdp_reduce(w->f, m->local_block[l], round > 0);
             if (layered && waiting >= 0) { use_gradient(w, m->dense_block[waiting]); use_gradient(w, m->local_block[waiting]); }
-            waiting = l;
+            waiting = behind ? l : -1;
+            if (layered && !behind) { use_gradient(w, m->dense_block[l]); use_gradient(w, m->local_block[l]); }
         }
         if (layered && waiting >= 0) { use_gradient(w, m->dense_block[waiting]); use_gradient(w, m->local_block[waiting]); }
         if (!tied) make_gradient(w, m->embed_block, round);

@@ -6,6 +6,7 @@
 # LIST=1 only prints the suites; ONLY=word runs those whose title has the word in it.
 cd "$(dirname "$0")/.." || exit 1
 what=${1:-test}
+case $what in test|full) ;; *) echo "usage: tests/run.sh test|full" >&2; exit 2 ;; esac
 jobs=$(nproc 2> /dev/null || echo 2)
 passed=0 failed=0
 log=$(mktemp)
@@ -87,7 +88,7 @@ if [ "$what" = test ]; then
     fi
     # shellcheck disable=SC2046
     if [ -n "$ranks" ] && prepare "fp32, several ranks" -- parallel/test_comm parallel/test_expert tests/edge; then
-        suite "communication" 600 env MPIRUN="$(launcher 2 | sed 's/ -np 2$//') --oversubscribe" sh parallel/test_comm.sh "$plain/parallel/test_comm" quick
+        suite "communication" 600 env MPIRUN="$(GRACE=1 sh dev/mpirun.sh 2 | sed 's/ -np 2$//') --oversubscribe" sh parallel/test_comm.sh "$plain/parallel/test_comm" quick
         suite "dispatchers" 300 sh parallel/test_expert.sh "$plain/parallel/test_expert" 1 2 4
         suite "model on 2 ranks" 300 $(launcher 2) "$plain/test_moe"
         suite "model on 4 ranks" 600 $(launcher 4) "$plain/test_moe"
@@ -130,7 +131,7 @@ else
     # shellcheck disable=SC2046
     case $dir in *-mpi*) if [ -n "$(launcher 2)" ]; then
         plain=$dir
-        suite "communication, all" 1200 env MPIRUN="$(launcher 2 | sed 's/ -np 2$//') --oversubscribe" sh parallel/test_comm.sh "$dir/parallel/test_comm"
+        suite "communication, all" 1200 env MPIRUN="$(GRACE=1 sh dev/mpirun.sh 2 | sed 's/ -np 2$//') --oversubscribe" sh parallel/test_comm.sh "$dir/parallel/test_comm"
         suite "dispatchers, more ranks" 900 sh parallel/test_expert.sh "$dir/parallel/test_expert" 3 6 8
         suite "model through the transport on 1 rank" 900 "$dir/test_moe" --force-comm
         for n in 3 6 8; do suite "model on $n ranks" 900 $(launcher $n) "$plain/test_moe"; done

@@ -31,7 +31,7 @@ echo "== checkpoint: random weights, written by moe.c in fp32"
 timed "$WORK/time.init" ./train_moe --init "$WORK/config.json" --steps 0 --seq-len "$SEQ" --batch "$BATCH" --optimizer sgd --out "$WORK/init" | tail -1
 common=(--model "$WORK/init/checkpoints/step_0" --train "$WORK/tokens.bin" --shuffle off --seq-len "$SEQ" --batch "$BATCH" --optimizer sgd --lr 1e-2 --aux-coef 0.001 --steps 2)
 echo "== moe.c: two updates, the first one dumped"
-timed "$WORK/time.moe" ./train_moe "${common[@]}" --dump "$WORK/moe.safetensors" --out "$WORK/moe" --save-dtype bf16 | tee "$WORK/moe.txt" | grep -E '^(step|error)'
+timed "$WORK/time.moe" ./train_moe "${common[@]}" --dump "$WORK/moe.safetensors" --out "$WORK/moe" | tee "$WORK/moe.txt" | grep -E '^(step|error)'
 echo "== transformers: the same"
 timed "$WORK/time.hf" "$PYTHON" dev/hf/reference.py "${common[@]}" --threads "$(nproc)" --dump "$WORK/hf.safetensors" --out "$WORK/hf" | tee "$WORK/hf.txt"
 {

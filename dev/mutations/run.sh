@@ -13,7 +13,7 @@ mkdir -p "$copy"
 (cd "$top" && git ls-files -z --cached --others --exclude-standard -- . ':!dev/cuemu' ':!dev/results' | xargs -0 tar cf - 2> /dev/null) | tar xf - -C "$copy"
 cd "$copy" || exit 1
 mkdir -p build
-[ -f build/mutated ] && touch "$(cat build/mutated)"         # a run was cut short: that object is a mutant's
+[ -f build/mutated ] && xargs touch < build/mutated          # a run was cut short: objects of these may be mutants
 cp -p "$top/build/detected.mk" build/ 2> /dev/null
 quiet() { "$@" > build/log 2>&1; }
 folder=$(make -s --eval='show-folder: ; @echo $(BUILD)' show-folder)
@@ -54,7 +54,7 @@ done 3< build/tests
 while IFS="$(printf '\t')" read -r name file test <&3; do
     set -- $test
     cp "$file" build/saved
-    echo "$file" > build/mutated
+    echo "$file" >> build/mutated
     NAME="$name" perl -0777 -e '
         open F, "<", "dev/mutations/list.txt"; $all = <F>; close F;
         for (split /^----\n/m, $all) { next unless /^name: \Q$ENV{NAME}\E$/m; ($old, $new) = /^<<<\n(.*?)^===\n(.*?)^>>>$/ms; }

@@ -141,7 +141,6 @@ PTX_FN void ptx_stmatrix_x4(void *row, const uint32_t r[4]) { cuemu::stmatrix(ro
 PTX_FN void ptx_stmatrix_x4_trans(void *row, const uint32_t r[4]) { cuemu::stmatrix(row, 4, r, true); }
 PTX_FN void ptx_stmatrix_x2(void *row, const uint32_t r[2]) { cuemu::stmatrix(row, 2, r, false); }
 PTX_FN void ptx_mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2], const float c[4]) { cuemu::mma_m16n8k16_bf16(d, a, b, c); }
-PTX_FN void ptx_mma_m16n8k16_f32(float d[4], const uint32_t a[8], const uint32_t b[4], const float c[4]) { cuemu::mma_m16n8k16_f32(d, a, b, c); }
 #else
 #define PTX_LDMATRIX4(name, trans) PTX_FN void name(uint32_t r[4], const void *row) { \
     asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : PTX_S(row) : "memory"); }
@@ -160,9 +159,11 @@ PTX_FN void ptx_mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
+#endif
+
 // No instruction: the same product of fp32 numbers (bits in uint32_t, a[4 h + 2 r + c] is row g + 8 r, column 2t + c + 8 h; b[2 h + c] is row
 // 2t + c + 8 h of column g) by shuffles and FFMA.
-PTX_FN void ptx_mma_m16n8k16_f32(float d[4], const uint32_t a[8], const uint32_t b[4], const float c[4]) {
+PTX_FN void ptx_mma_m16n8k16_f32_shuffles(float d[4], const uint32_t a[8], const uint32_t b[4], const float c[4]) {
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float s[4] = {c[0], c[1], c[2], c[3]};
 #pragma unroll 1                                            // a quarter of the code: only lane numbers depend on owner
@@ -178,7 +179,9 @@ PTX_FN void ptx_mma_m16n8k16_f32(float d[4], const uint32_t a[8], const uint32_t
         }
     for (int i = 0; i < 4; i++) d[i] = s[i];
 }
-#endif
+PTX_FN void ptx_mma_m16n8k16_f32(float d[4], const uint32_t a[8], const uint32_t b[4], const float c[4]) {
+    PTX(cuemu::mma_m16n8k16_f32(d, a, b, c), ptx_mma_m16n8k16_f32_shuffles(d, a, b, c));
+}
 
 // ---- wgmma. Order: fence, mma..., commit, wait; the accumulators belong to the hardware until the wait.
 PTX_FN void ptx_wgmma_fence() { PTX(cuemu::wgmma_fence(), asm volatile("wgmma.fence.sync.aligned;" ::: "memory")); }

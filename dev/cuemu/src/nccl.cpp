@@ -262,6 +262,17 @@ void run_point_to_point(const std::vector<Job> &jobs) {
     set_status("no call; last was a group of %s", text.substr(0, 140).c_str());
 }
 
+// With NCCL_LAUNCH_ORDER_IMPLICIT=1 operations of all communicators start in the order in which the host launched them, as NCCL 2.26 does; else streams may reorder them, and where
+// ranks then differ they wait for one another.
+void launch(cudaStream_t s, std::function<void()> work) {
+    static const bool ordered = getenv("NCCL_LAUNCH_ORDER_IMPLICIT") && atoi(getenv("NCCL_LAUNCH_ORDER_IMPLICIT"));
+    static cudaEvent_t last;
+    if (ordered && last) cudaStreamWaitEvent(s, last, 0);
+    enqueue(s, std::move(work));
+    if (ordered && !last) cudaEventCreate(&last);
+    if (ordered) cudaEventRecord(last, s);
+}
+
 ncclResult_t launch_group() {
     std::vector<Job> jobs;
     jobs.swap(group);
@@ -270,7 +281,7 @@ ncclResult_t launch_group() {
     std::vector<Job> p2p;
     for (auto &j : jobs) {
         if (j.c.kind == SEND || j.c.kind == RECV) p2p.push_back(j);
-        else enqueue(j.stream, [j] { run_collective(j); });
+        else launch(j.stream, [j] { run_collective(j); });
     }
     for (size_t i = 1; i < p2p.size(); i++) if (p2p[i].stream != p2p[0].stream) {      // one batch: ordered after all streams it names
         cudaEvent_t e;
@@ -278,7 +289,7 @@ ncclResult_t launch_group() {
         cudaEventRecord(e, p2p[i].stream);
         cudaStreamWaitEvent(p2p[0].stream, e, 0);
     }
-    if (!p2p.empty()) enqueue(p2p[0].stream, [p2p] { run_point_to_point(p2p); });
+    if (!p2p.empty()) launch(p2p[0].stream, [p2p] { run_point_to_point(p2p); });
     return ncclSuccess;
 }
 ncclResult_t submit(Kind kind, const void *in, void *out, size_t count, int type, int op, int root, ncclComm *c, cudaStream_t s) {
