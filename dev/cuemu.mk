@@ -16,7 +16,7 @@ CUEMU_EMULATE = -std=c++17 -x c++ -DCUEMU -include cuemu.h -I$(CUEMU_DIR)/includ
 CUEMU_LIBRARY = $(filter-out kernels/cuda/%cudnn.cu kernels/cuda/%cudnn.c,$(CUDA_KERNELS)) $(filter-out model/test_%,$(wildcard model/*.c)) \
     $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)) parallel/comm_common.c $(TRANSPORT_nccl) data/loader.c data/tokens.c
 CUEMU_HEADERS = $(patsubst %,$(CUEMU_BUILD)/source/%,$(wildcard kernels/cuda/*.cuh))
-CUEMU_PROGRAMS = train_moe test_moe parallel/test_comm kernels/test_cuda
+CUEMU_PROGRAMS = train_moe test_moe parallel/test_comm parallel/test_join kernels/test_cuda
 
 # Launches and dynamic shared memory are rewritten to C++; the rewritten files keep their places relative to one another, what was not rewritten is found beside the original.
 .PRECIOUS: $(CUEMU_BUILD)/%/built $(CUEMU_BUILD)/source/%.cu $(CUEMU_BUILD)/source/%.cuh
@@ -50,7 +50,7 @@ endef
 $(foreach m,plain asan tsan,$(foreach p,bf16 fp32,$(eval $(call CUEMU_VARIANT,$(m),$(p)))))
 
 # ---- tests -------------------------------------------------------------------------------------------------------------------------
-CUEMU_TESTED = $(foreach v,plain-fp32 plain-bf16 asan-bf16 tsan-bf16,$(CUEMU_BUILD)/$(v)/train_moe) $(CUEMU_BUILD)/plain-fp32/parallel/test_comm
+CUEMU_TESTED = $(foreach v,plain-fp32 plain-bf16 asan-bf16 tsan-bf16,$(CUEMU_BUILD)/$(v)/train_moe) $(CUEMU_BUILD)/plain-fp32/parallel/test_comm $(CUEMU_BUILD)/asan-bf16/parallel/test_join
 .PHONY: test-cuemu test-cuemu-program
 test-cuemu-program: $(CUEMU_TESTED)
 	@fp32=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=fp32)/train_moe; bf16=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=bf16)/train_moe; \

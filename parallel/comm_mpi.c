@@ -65,6 +65,8 @@ void comm_init(int *argc, char ***argv) {
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     const char *ranks_here = getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
     if (ranks_here && atol(ranks_here) > cores) setenv("OMPI_MCA_mpi_yield_when_idle", "1", 0);
+    // Started without a launcher: Open MPI would first start a daemon of its own, for ranks that are never spawned.
+    if (!ranks_here && !getenv("PMIX_RANK") && !getenv("PMI_RANK") && !getenv("SLURM_PROCID")) setenv("OMPI_MCA_ess_singleton_isolated", "1", 0);
     mpi_check(MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &thread_level), "MPI_Init");
     MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
     MPI_Comm_rank(MPI_COMM_WORLD, &mpi_world_rank);

@@ -52,11 +52,11 @@ run() {
     done
     ok "$what  [$line]"
 }
-# program NAME RANKS 'SETTINGS' ARGUMENTS: a test program that counts for itself
+# program NAME RANKS 'SETTINGS' ARGUMENTS: a test program that counts for itself; 0 ranks: without mpirun
 program() {
     test=$1 ranks=$2 settings=$3; shift 3
     # shellcheck disable=SC2086
-    timeout 400 env $settings $MPIRUN -np "$ranks" "$build/$test" "$@" > "$dir/output" 2>&1
+    timeout 400 env $settings $([ "$ranks" = 0 ] || echo $MPIRUN -np "$ranks") "$build/$test" "$@" > "$dir/output" 2>&1
     status=$?
     line=$(grep -E '[0-9]+ passed, [0-9]+ failed' "$dir/output" | tail -1)
     if [ $status = 0 ] && [ -n "$line" ]; then ok "$settings $test, $ranks ranks $*  [$line]"; else bad "$settings $test, $ranks ranks $* (status $status)"; fi
@@ -91,6 +91,7 @@ if [ "$quick" != quick ]; then
     run CUEMU_LAZY=1 plain-fp32 2 --ep 2 --micro-batch 1
     run CUEMU_LAZY=11 plain-bf16 4 --ep 2 --fsdp 2
     run '' asan-bf16 2 --fsdp 2 --micro-batch 1
+    program asan-bf16/parallel/test_join 0 ''
     program plain-fp32/parallel/test_comm 1 '' --force
     program plain-fp32/parallel/test_comm 3 '' --check
     program plain-fp32/parallel/test_comm 4 ''
