@@ -2,7 +2,7 @@
 # Plants the bugs that other systems shipped, one at a time, and checks that a test fails for each: make test-mutations (nightly; about half an hour on 2 cores).
 #   dev/mutations/run.sh [PATTERN]         only mutations whose name, file or test matches it (grep)
 # list.txt holds blocks separated by lines of ----: `name:`, `file:`, `test:`, then the text to find (it must occur exactly once) between `<<<` and `===`, and what replaces it up to
-# `>>>`. test: RANKS PROGRAM ARGUMENTS..., where PROGRAM is test_moe or the source of another test without its .c.
+# `>>>`. test: RANKS, then a command in which tests are named as their source without its .c.
 # Each is built in a copy of the tree under build/mutants, so only the changed file compiles again. A mutant is caught when a check prints FAIL or the program ends with its own
 # `error:` line; the test is stopped there. So every test that is used must first pass on the unchanged tree. A mutant that survives, crashes or hangs without a word, does not compile, or whose text is not found counts as failed.
 set -u
@@ -18,19 +18,27 @@ cp -p "$top/build/detected.mk" build/ 2> /dev/null
 quiet() { "$@" > build/log 2>&1; }
 folder=$(make -s --eval='show-folder: ; @echo $(BUILD)' show-folder)
 
-program() { case $1 in test_moe) echo ./test_moe ;; *) echo "$folder/$1" ;; esac; }          # the file that `make` builds for a test
-build() {                                    # RANKS PROGRAM ARGUMENTS...: the program, and the trainer where it is an argument
-    target=$(program "$2")
-    case " $* " in *" ./train_moe "*) quiet make -s "${target#./}" train_moe ;; *) quiet make -s "${target#./}" ;; esac
+# The words of a test as a command: test_moe and ./train_moe lie at the root, other tests (words with a source) in the folder of this variant; `targets` are what `make` builds for it.
+command() {
+    line='' targets=''
+    for word; do
+        case $word in
+        test_moe|./train_moe) word=./${word#./} targets="$targets ${word#./}" ;;
+        *.sh) word="sh $word" ;;
+        *) [ -f "$word.c" ] && word=$folder/$word && targets="$targets $word" ;;
+        esac
+        line="$line $word"
+    done
 }
-# Runs RANKS PROGRAM ARGUMENTS into build/out, until it ends, or says FAIL or error:, or 10 minutes have passed.
+build() { shift; command "$@"; quiet make -s $targets; }      # RANKS WORDS...
+# Runs RANKS WORDS... into build/out, until it ends, or says FAIL or error:, or 10 minutes have passed.
 said='FAIL(ED)? |^error: '
 run_test() {
-    ranks=$1 what=$2; shift 2
+    ranks=$1; shift; command "$@"
     launcher=
     [ "$ranks" = 1 ] || launcher=$(GRACE=1 sh dev/mpirun.sh "$ranks")
     : > build/out                            # the last mutant's words must not be heard again
-    timeout 600 $launcher "$(program "$what")" "$@" > build/out 2>&1 &
+    timeout 600 $launcher $line > build/out 2>&1 &
     pid=$!
     while kill -0 $pid 2> /dev/null; do
         if grep -qE "$said" build/out; then sleep 0.2; kill $pid 2> /dev/null; break; fi
