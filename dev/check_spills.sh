@@ -41,4 +41,4 @@ awk -v list=dev/spills.txt '
           if (index($0, kernel[i]) && (precision[i] == "*" || precision[i] == $2) && (arch[i] == "*" || arch[i] == $1) && $4 <= most[i]) ok = used[i] = 1
       if (ok) passed++; else { failed++; name = $0; sub(/^[^ ]+ [^ ]+ [^ ]+ [^ ]+ /, "", name); print "FAIL sm_" $1 " " $2 ": " $4 " bytes spilled (" $3 " registers): " substr(name, 1, 120) } }
     END { for (i = 1; i <= n; i++) if (!used[i]) print "note: dev/spills.txt: " kernel[i] " " precision[i] " " arch[i] " is not needed here"
-          print "check_spills.sh: " passed + 0 " passed, " failed + 0 " failed"; exit failed > 0 }' "$dir/named"
+          print passed + 0 " passed, " failed + 0 " failed"; exit failed > 0 }' "$dir/named"

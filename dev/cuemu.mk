@@ -56,3 +56,21 @@ test-cuemu-program: $(CUEMU_TESTED)
 	@fp32=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=fp32)/train_moe; bf16=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=bf16)/train_moe; \
 	    $(MAKE) -s BACKEND=cpu PRECISION=fp32 $$fp32 && $(MAKE) -s BACKEND=cpu PRECISION=bf16 $$bf16 && \
 	    PYTHON="$(PYTHON)" sh tests/test_cuemu_program.sh $(CUEMU_BUILD) $$fp32 $$bf16 $(QUICK)
+# Both, one after the other, and their sum in the last line. A part that ends without its own closing line is one failure.
+test-cuemu:
+	@mkdir -p $(CUEMU_BUILD)
+	@for part in kernels program; do echo "==== test-cuemu-$$part"; $(MAKE) --no-print-directory test-cuemu-$$part 2>&1 | tee $(CUEMU_BUILD)/$$part.log; done
+	@awk '/(^|: )[0-9]+ passed, [0-9]+ failed$$/ { passed[FILENAME] = $$(NF - 3); failed[FILENAME] = $$NF } \
+	    END { for (i = 1; i < ARGC; i++) { f = ARGV[i]; if (!(f in passed)) { print f ": no closing line"; bad++ } good += passed[f]; bad += failed[f] } \
+	          print good + 0 " passed, " bad + 0 " failed"; exit bad > 0 }' $(CUEMU_BUILD)/kernels.log $(CUEMU_BUILD)/program.log
+
+# What CI has time for beside the other suites: every kernel against its CPU twin, plain.
+.PHONY: test-cuemu-quick
+test-cuemu-quick:
+	@$(MAKE) --no-print-directory test-cuemu-kernels KERNEL_MODES=plain
+
+# No kernel may spill registers; needs nvcc, no GPU.
+.PHONY: check-spills
+check-spills:
+	@NVCC="$(NVCC)" sh dev/check_spills.sh $(CODES)
+-include kernels/cuda/Makefile.inc

@@ -19,7 +19,7 @@ quiet() { "$@" > build/log 2>&1; }
 folder=$(make -s --eval='show-folder: ; @echo $(BUILD)' show-folder)
 
 # The words of a test as a command: test_moe and ./train_moe lie at the root, other tests (words with a source) in the folder of this variant; `targets` are what `make` builds for it.
-command() {
+resolve() {
     line='' targets=''
     for word; do
         case $word in
@@ -30,11 +30,11 @@ command() {
         line="$line $word"
     done
 }
-build() { shift; command "$@"; quiet make -s $targets; }      # RANKS WORDS...
+build() { shift; resolve "$@"; quiet make -s $targets; }      # RANKS WORDS...
 # Runs RANKS WORDS... into build/out, until it ends, or says FAIL or error:, or 10 minutes have passed.
 said='FAIL(ED)? |^error: '
 run_test() {
-    ranks=$1; shift; command "$@"
+    ranks=$1; shift; resolve "$@"
     launcher=
     [ "$ranks" = 1 ] || launcher=$(GRACE=1 sh dev/mpirun.sh "$ranks")
     : > build/out                            # the last mutant's words must not be heard again
