@@ -22,6 +22,13 @@ double schedule_factor(const Schedule *k, int64_t update) {
     return k->final_lr + (1 - k->final_lr) * f;
 }
 
+// State begins as zeros: said here, because debug builds fill arenas with NaN.
+static void *take_zero(Arena *arena, size_t bytes, const char *what) {
+    void *p = arena_take(arena, bytes, what);
+    if (p) device_zero(p, bytes);
+    return p;
+}
+
 Optimizer optimizer_create(const Model *m, OptimizerOptions o, Arena *arena) {
     Optimizer opt;
     opt.o = o; opt.m = m;
@@ -33,14 +40,14 @@ Optimizer optimizer_create(const Model *m, OptimizerOptions o, Arena *arena) {
         size_t n = (size_t)block->shard, q = (size_t)block->n_qblocks;
         if (o.kind == OPT_ADAMW8 && block->quant_cut)
             die("adamw8bit: this layout cuts a 256-element quantisation block of a tensor in block %d|use fewer fsdp or ep ranks, --attention data, or --optimizer adamw", b);
-        if (master) s->master = ARENA_TAKE(arena, real, n, "fp32 master weights");
-        if (adam || (o.kind == OPT_SGD && o.momentum != 0)) s->m = ARENA_TAKE(arena, real, n, "optimizer state");
-        if (adam) s->v = ARENA_TAKE(arena, real, n, "optimizer state");
+        if (master) s->master = (real *)take_zero(arena, n * sizeof(real), "fp32 master weights");
+        if (adam || (o.kind == OPT_SGD && o.momentum != 0)) s->m = (real *)take_zero(arena, n * sizeof(real), "optimizer state");
+        if (adam) s->v = (real *)take_zero(arena, n * sizeof(real), "optimizer state");
         if (o.kind == OPT_ADAMW8) {
-            s->m8 = ARENA_TAKE(arena, uint8_t, n, "optimizer state");
-            s->v8 = ARENA_TAKE(arena, uint8_t, n, "optimizer state");
-            s->m_scale = ARENA_TAKE(arena, float, q, "optimizer state");
-            s->v_scale = ARENA_TAKE(arena, float, q, "optimizer state");
+            s->m8 = (uint8_t *)take_zero(arena, n, "optimizer state");
+            s->v8 = (uint8_t *)take_zero(arena, n, "optimizer state");
+            s->m_scale = (float *)take_zero(arena, q * sizeof(float), "optimizer state");
+            s->v_scale = (float *)take_zero(arena, q * sizeof(float), "optimizer state");
         }
     }
     return opt;

@@ -38,7 +38,10 @@ static void allocate(Trainer *t, OptimizerOptions opt, Arena *a) {
     t->fsdp = fsdp_create(m, t->g, !t->o.update_layer, a);
     fsdp_rounds(t->fsdp, t->o.rounds);
     t->optimizer = optimizer_create(m, opt, a);
-    for (int b = 0; b < m->n_blocks; b++) t->optimizer.state[b].param = fsdp_shard(t->fsdp, b);     // loading and saving find parameters and state in one place
+    for (int b = 0; b < m->n_blocks; b++) {
+        floatX *shard = t->optimizer.state[b].param = fsdp_shard(t->fsdp, b);     // loading and saving find parameters and state in one place
+        if (shard) device_zero(shard, (size_t)m->block[b].shard * sizeof(floatX));     // the padding behind parameters too
+    }
     work_create(&t->work, m, t->g, R / t->o.T, t->o.T, a);
     t->slot = (Slot *)xcalloc((size_t)t->n_slots, sizeof(Slot), "slots");
     for (int i = 0; i < t->n_slots; i++) slot_create(&t->slot[i], &t->work, t->g, a);
@@ -67,6 +70,7 @@ static void allocate(Trainer *t, OptimizerOptions opt, Arena *a) {
     t->zstat = ARENA_TAKE(a, double, 2 * c->n_moe, "router statistics");
     t->share = ARENA_TAKE(a, double, E, "router statistics");
     t->bias = t->o.balance_rate > 0 ? ARENA_TAKE(a, real, E, "router statistics") : 0;
+    if (t->bias) device_zero(t->bias, E * sizeof(real));
     t->loss_sum = ARENA_TAKE(a, double, 1, "norms and losses");
     t->segment_sum = ARENA_TAKE(a, double, segments, "norms and losses");
     t->block_sum = ARENA_TAKE(a, double, m->n_blocks, "norms and losses");
