@@ -9,8 +9,8 @@ what=${1:-test}
 case $what in test|full) ;; *) echo "usage: tests/run.sh test|full" >&2; exit 2 ;; esac
 jobs=$(nproc 2> /dev/null || echo 2)
 passed=0 failed=0
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+log=$(mktemp) bad=$(mktemp)      # bad: what failed, said once more above the closing line
+trap 'rm -f "$log" "$bad"' EXIT
 unset MAKEFLAGS MAKELEVEL MFLAGS
 cc=${CC:-cc}
 
@@ -28,6 +28,7 @@ count() {
     fi
     passed=$((passed + p)) failed=$((failed + f))
     echo "---- $1: $p passed, $f failed, $(($(seconds) - begin)) s"
+    [ "$f" = 0 ] || { echo "---- $1: exit status $2"; grep FAIL "$log" || tail -15 "$log"; } >> "$bad"
 }
 # suite TITLE LIMIT COMMAND...: one program, at most LIMIT seconds
 suite() {
@@ -54,8 +55,7 @@ prepare() {
     begin=$(seconds)
     # shellcheck disable=SC2086
     if make --no-print-directory -j "$jobs" -s CC="$cc" $variables $targets > "$log" 2>&1; then echo "---- build $title: $dir, $(($(seconds) - begin)) s"; return 0; fi
-    echo "---- build $title FAILED:"
-    tail -30 "$log"
+    { echo "---- build $title FAILED:"; tail -30 "$log"; } | tee -a "$bad"
     failed=$((failed + 1))
     return 1
 }
@@ -127,7 +127,7 @@ else
     prepare "no OpenMP" OPENMP=off -- test_moe && suite "model without OpenMP" 600 "$dir/test_moe"
     prepare "nothing optional" BLAS=off OPENMP=off MPI=off -- train_moe test_moe tests/test_cli &&
         { suite "model with nothing optional" 600 "$dir/test_moe"; suite "command line with nothing optional" 900 "$dir/tests/test_cli" "$dir/train_moe"; }
-    prepare "fp32, several ranks" -- train_moe test_moe parallel/test_comm parallel/test_expert tests/edge tests/test_cli
+    prepare "fp32, several ranks" -- train_moe test_moe parallel/test_comm parallel/test_expert tests/edge tests/reshard tests/test_cli
     # shellcheck disable=SC2046
     case $dir in *-mpi*) if [ -n "$(launcher 2)" ]; then
         plain=$dir
@@ -136,6 +136,7 @@ else
         suite "model through the transport on 1 rank" 900 "$dir/test_moe" --force-comm
         for n in 3 6 8; do suite "model on $n ranks" 900 $(launcher $n) "$plain/test_moe"; done
         suite "edges on 4 ranks" 900 $(launcher 4) "$plain/tests/edge"
+        suite "checkpoints across layouts, killed ranks" 900 sh tests/kill.sh "$plain/train_moe" "$plain/tests/reshard"
         prepare fp64 PRECISION=fp64 -- test_moe && suite "model fp64 on 4 ranks" 900 $(launcher 4) "$dir/test_moe"
         prepare bf16 PRECISION=bf16 -- test_moe && suite "model bf16 on 4 ranks" 900 $(launcher 4) "$dir/test_moe"
     fi ;; esac
@@ -150,5 +151,6 @@ else
     fi
 fi
 [ -n "$LIST" ] && exit 0
+[ ! -s "$bad" ] || { echo "==== failed:"; cat "$bad"; }
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ] && [ "$passed" -gt 0 ]
