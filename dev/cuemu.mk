@@ -16,7 +16,7 @@ CUEMU_EMULATE = -std=c++17 -x c++ -DCUEMU -include cuemu.h -I$(CUEMU_DIR)/includ
 CUEMU_LIBRARY = $(filter-out kernels/cuda/%cudnn.cu kernels/cuda/%cudnn.c,$(CUDA_KERNELS)) $(filter-out model/test_%,$(wildcard model/*.c)) \
     $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)) parallel/comm_common.c $(TRANSPORT_nccl) data/loader.c data/tokens.c
 CUEMU_HEADERS = $(patsubst %,$(CUEMU_BUILD)/source/%,$(wildcard kernels/cuda/*.cuh))
-CUEMU_PROGRAMS = train_moe test_moe parallel/test_comm parallel/test_join kernels/test_cuda
+CUEMU_PROGRAMS = train_moe test_moe parallel/test_comm parallel/test_join kernels/test_cuda dev/bench_cuda
 
 # Launches and dynamic shared memory are rewritten to C++; the rewritten files keep their places relative to one another, what was not rewritten is found beside the original.
 .PRECIOUS: $(CUEMU_BUILD)/%/built $(CUEMU_BUILD)/source/%.cu $(CUEMU_BUILD)/source/%.cuh
