@@ -15,7 +15,7 @@
 typedef std::vector<double> Numbers;
 
 enum World { CUDA, SAME, TRUTH, WORLDS };
-#define TWIN(name) extern "C" decltype(name) ref_##name, true_##name;
+#define TWIN(name) extern "C" decltype(name) ref_##name; extern "C" decltype(name) true_##name;      // nvcc 13 loses the second of two in one declaration
 TWIN(embed_forward) TWIN(embed_backward) TWIN(cross_entropy) TWIN(rmsnorm_forward) TWIN(rmsnorm_backward) TWIN(linear_forward) TWIN(linear_backward_input)
 TWIN(linear_backward_input_add) TWIN(linear_backward_weight) TWIN(add) TWIN(rope_table) TWIN(qk_norm_rope_forward) TWIN(qk_norm_rope_backward)
 TWIN(attention_forward) TWIN(attention_backward) TWIN(attention_workspace) TWIN(router_forward) TWIN(router_backward_add) TWIN(router_share) TWIN(plan_rows)
