@@ -114,8 +114,8 @@ COMM = $(if $(filter cuda,$(BACKEND)),$(CUDA_COMM),$(if $(USE_MPI),mpi,none))
 NVCCFLAGS = -std=c++17 -O3 $(if $(filter 1,$(DEBUG)),-lineinfo -DMOE_DEBUG) $(foreach c,$(CODES),-gencode=arch=compute_$(c),code=sm_$(c)) -Xcompiler=-Wall,-Wextra $(if $(WERROR),-Werror=all-warnings) \
     $(DEFINES_$(PRECISION)) $(USE_CUDNN:1=-DMOE_CUDNN) $(CJSON_CFLAGS)
 CUDA_LIBS = $(if $(CUDA_LIB),-L$(CUDA_LIB) -Wl$(comma)-rpath$(comma)$(CUDA_LIB)) $(if $(filter nccl,$(COMM)),-lnccl) $(USE_CUDNN:1=-lcudnn) -lcublasLt -lcublas -lcudart -lstdc++
-CUDA_KERNELS = $(wildcard kernels/cuda/*.cu kernels/cuda/*.c) kernels/fail.c
-ifneq ($(and $(HAVE_CUDNN),$(wildcard kernels/cuda/*cudnn*)),)
+CUDA_KERNELS = $(filter-out $(if $(USE_CUDNN),,%cudnn.c),$(wildcard kernels/cuda/*.cu kernels/cuda/*.c)) kernels/fail.c
+ifneq ($(and $(HAVE_CUDNN),$(filter bf16,$(PRECISION))),)
 USE_CUDNN = 1
 endif
 ifeq ($(BACKEND),cuda)

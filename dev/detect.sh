@@ -54,7 +54,11 @@ if [ -n "$NVCC" ]; then
 #error too old
 #endif
 int main(void) { int v; return ncclGetVersion(&v); }' && echo "HAVE_NCCL := 1"
+    # 9.8: a GPU described by its properties
     try "$include" "$lib -lcudnn" '#include <cudnn.h>
+#if CUDNN_VERSION < 90800
+#error too old
+#endif
 int main(void) { return cudnnGetVersion() == 0; }' && echo "HAVE_CUDNN := 1"
     caps=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | grep -E '^[0-9]+\.[0-9]+$' | tr -d . | sort -un | tr '\n' ' ')
     [ -n "$caps" ] && { echo "HAVE_GPU := 1"; echo "GPU_CAPS := $caps"; }

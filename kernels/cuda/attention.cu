@@ -10,18 +10,34 @@
 //           atomics (I8) and without buffers between them.
 // FLOPs of a causal head: forward 2 T^2 D, backward 7 T^2 D. Bytes: q, k, v, o once; K and V of a head again for each of T/64 query tiles, from the
 // L2 cache. The tile that moves is copied by cp.async while its predecessor is multiplied. Long rows of the triangle start first.
+// In bf16 builds with cuDNN (MOE_CUDNN) its kernel comes first; this file is the readable one, the fp32 one, the emulated one, and the one for shapes that cuDNN has no plan for.
 #include "mma.cuh"
+#if defined(MOE_CUDNN) && defined(MOE_BF16)
+#include "attention_cudnn.h"
+#define CUDNN_OR_FLASH 1
+#endif
 
 enum { OWNED = 64, WALKED = sizeof(floatX) == 2 ? 64 : 32, WALKED_BACKWARD = 32, ATTENTION_THREADS = 128 };      // rows; 4 warps x 16 owned rows
 static const float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
 
+static int use_cudnn;
 void attention_select(const char *name) {
-    if (strcmp(name, "auto") && strcmp(name, "flash"))
-        die("the CUDA backend of this build has no attention kernel \"%s\"|choose --attention-kernel auto or flash", name);
+#ifdef CUDNN_OR_FLASH
+    const char *hint = "auto (cudnn), cudnn or flash";
+    use_cudnn = !strcmp(name, "auto") || !strcmp(name, "cudnn");
+#else
+    const char *hint = strcmp(name, "cudnn") ? "auto (flash) or flash" : "auto or flash; cudnn needs PRECISION=bf16 and a cuDNN that make found (make detect)";
+#endif
+    if (!use_cudnn && strcmp(name, "auto") && strcmp(name, "flash")) die("the CUDA backend of this build has no attention kernel \"%s\"|choose --attention-kernel %s", name, hint);
 }
 size_t attention_workspace(int B, int T, int H, int KV, int D) {      // delta (B,H,T)
+    size_t bytes = (size_t)B * (size_t)T * (size_t)H * sizeof(float);
     (void)KV, (void)D;
-    return (size_t)B * (size_t)T * (size_t)H * sizeof(float);
+#ifdef CUDNN_OR_FLASH
+    size_t other = use_cudnn ? cudnn_attention_workspace(B, T, H, KV, D) : 0;
+    if (other > bytes) return other;
+#endif
+    return bytes;
 }
 
 // ---- pieces ---------------------------------------------------------------------------------------------------------------------
@@ -279,9 +295,22 @@ template <int D> static void backward(floatX *dq, floatX *dk, floatX *dv, const 
     } while (0)
 void attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, const floatX *v, void *workspace, int B, int T, int H, int KV, int D) {
     (void)workspace;
-    if (B && T) BY_HEAD_SIZE(D, forward, o, lse, q, k, v, B, T, H, KV);
+    if (!B || !T) return;
+#ifdef CUDNN_OR_FLASH
+    if (use_cudnn && cudnn_attention_forward(o, lse, q, k, v, workspace, B, T, H, KV, D, compute_stream())) return;
+#endif
+    BY_HEAD_SIZE(D, forward, o, lse, q, k, v, B, T, H, KV);
 }
 void attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o, const floatX *o, const real *lse, const floatX *q, const floatX *k,
                         const floatX *v, void *workspace, int B, int T, int H, int KV, int D) {
-    if (B && T) BY_HEAD_SIZE(D, backward, dq, dk, dv, d_o, o, lse, q, k, v, (float *)workspace, B, T, H, KV);
+    if (!B || !T) return;
+#ifdef CUDNN_OR_FLASH
+    if (use_cudnn && cudnn_attention_backward(dq, dk, dv, d_o, o, lse, q, k, v, workspace, B, T, H, KV, D, compute_stream())) return;
+#endif
+    BY_HEAD_SIZE(D, backward, dq, dk, dv, d_o, o, lse, q, k, v, (float *)workspace, B, T, H, KV);
+}
+void attention_finish(void) {
+#ifdef CUDNN_OR_FLASH
+    cudnn_attention_finish();
+#endif
 }

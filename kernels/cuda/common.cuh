@@ -25,6 +25,7 @@ static inline cudaStream_t compute_stream(void) { return device_stream(STREAM_CO
 // are ordered by STREAM_COMPUTE.
 enum { SCRATCH_PARTIAL, SCRATCH_SORT, SCRATCH_ROUTER, SCRATCH_SLOTS };
 void *device_scratch(int slot, size_t bytes);
+void attention_finish(void);      // of device_finish
 // Dies unless width is a multiple of PACK.
 void require_packs(const char *what, int width);
 

@@ -57,6 +57,7 @@ void device_init(int local_rank, int threads) {
 void device_finish(void) {
     if (!device_ready) return;
     device_sync();
+    attention_finish();
     gemm_finish();
     for (int i = 0; i < SCRATCH_SLOTS; i++) {
         CUDA_CHECK(cudaFree(scratch_slots[i].memory));
