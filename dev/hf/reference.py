@@ -210,7 +210,7 @@ def train(model, windows, B, steps, dtype="fp32", aux_coef=0.0, z_coef=0.0, aux_
     opt = make_optimizer(model, optimizer, lr, weight_decay, momentum, beta1, beta2, eps)
     for s in range(steps):
         start = time.perf_counter()
-        inputs, targets = windows.batch(s * B, B)
+        inputs, targets = (x.to(model.device) for x in windows.batch(s * B, B))
         with precision(dtype):
             logits, router = forward(model, inputs)
             total, loss, aux, z = losses(model.config, logits, router, targets, aux_coef, z_coef, aux_pool, ignore)
@@ -276,7 +276,7 @@ def write_safetensors(path, tensors):
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for t in tensors.values():
-            f.write(t.float().contiguous().numpy())
+            f.write(t.float().contiguous().cpu().numpy())
 
 
 def dump(path, out, model):
@@ -308,6 +308,7 @@ def main():
     add("--decay", default="0", help="the last part of wsd: steps, or a ratio with a point in it")
     add("--dtype", choices=["fp32", "fp64", "bf16"], default="fp32")
     add("--threads", type=int, default=1)
+    add("--device", default="cpu", help="cpu or cuda (mfu is then 0: no peak is measured there)")
     add("--attn", choices=["eager", "sdpa"], default="eager")
     add("--experts", choices=["eager", "grouped_mm"], default="eager")
     a = p.parse_args()
@@ -315,13 +316,13 @@ def main():
     if a.out and os.path.exists(os.path.join(a.out, "log.jsonl")):
         die(f"{a.out} already holds a run", "give another --out, or remove it")
     torch.set_num_threads(a.threads)
-    torch.use_deterministic_algorithms(True)
-    model = load_model(a.model, a.dtype, a.attn, a.experts)
+    torch.use_deterministic_algorithms(True, warn_only=a.device != "cpu")
+    model = load_model(a.model, a.dtype, a.attn, a.experts).to(a.device)
     config = model.config
     windows = Windows(a.train, a.seq_len, config.vocab_size)
     aux_coef = config.router_aux_loss_coef if a.aux_coef is None else a.aux_coef
     warmup, decay = steps_or_ratio(a.warmup, a.steps), steps_or_ratio(a.decay, a.steps)
-    flops, peak = step_flops(model, config, a.batch, a.seq_len), matmul_peak(torch.float64 if a.dtype == "fp64" else torch.float32)
+    flops, peak = step_flops(model, config, a.batch, a.seq_len), math.inf if a.device != "cpu" else matmul_peak(torch.float64 if a.dtype == "fp64" else torch.float32)
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, {a.dtype}, {a.threads} threads, attention {a.attn}, "
           f"experts {a.experts}, aux coefficient {aux_coef:g} ({a.aux_pool}), {windows.ends[-1]} windows, peak {peak / 1e9:.0f} GFLOP/s")
     log = None
