@@ -3,7 +3,9 @@
 // Order     A call first waits for COMPUTE as it stands (stream_order), then runs on its own stream; comm_wait makes COMPUTE wait for its event. The host never waits. Calls of one
 //           group run one after another even where they name different streams. Groups are used from two streams at once, so two communicators can be at work on one GPU; that
 //           cannot deadlock as long as all GPUs start their operations in one order: every rank issues the same calls in the same order (I2), and NCCL_LAUNCH_ORDER_IMPLICIT
-//           (NCCL 2.26, set here) makes the GPU keep the host's order of launches across communicators.
+//           (NCCL 2.26, set here) makes the GPU keep the host's order of launches across communicators. With an older NCCL, or that variable at 0, they run one after another.
+// Memory    NCCL makes the connections of a group, and their buffers on the GPU (some GiB for 8 GPUs that all send to each other), at the group's first call. So that call is made when the
+//           group is, before the arenas look at what is free.
 // Sums      Piece j of a sum goes to rank j by grouped sends and receives, in rounds of what the staging area holds; the owner adds the parts in the order of ranks, in fp32 (F64 in
 //           fp64), and rounds once. So the bits follow from the group alone, and all ranks of an all-reduce hold the bits that one rank made. On the links of one machine this costs
 //           what a ring costs. Between machines of G GPUs it sends up to G times a ring's bytes, so there sums from NATIVE_BYTES on go through NCCL's own reduce-scatter and
@@ -56,7 +58,9 @@ typedef struct {
 
 static ncclComm_t world_nccl;
 static Comm **groups;                // (n_groups) in the order of their building
-static int n_groups, sums_by = SUMS_AUTO;
+static int n_groups, sums_by = SUMS_AUTO, device = -1;
+static int one_at_a_time;            // no two communicators at work together: each operation waits for the latest one of any group
+static Comm *latest;
 static Call calls[MAX_CALLS];        // a ring; the watchdog reads it under watch_lock
 static unsigned next_call, oldest_call;
 static int serial;
@@ -75,6 +79,7 @@ static void report_text(const void *context, char *text, size_t size) { snprintf
 // The watchdog's look around, under watch_lock.
 static int look_around(char *text, size_t size) {
     int gone = join_lost();
+    if (device >= 0) cudaSetDevice(device);                // or this thread's first CUDA call makes a context on GPU 0, half a GiB a rank
     if (gone >= 0) { snprintf(text, size, "the process of rank %d is gone  hint: its own message says why", gone); return 1; }
     for (int i = 0; i < n_groups; i++) {
         ncclResult_t error = ncclSuccess;
@@ -134,7 +139,7 @@ void comm_finish(void) {
     if (host_room.p) CUDA_CHECK(cudaFree(host_room.p));
     if (check_sums) CUDA_CHECK(cudaFree(check_sums));
     free(groups);
-    groups = 0, n_groups = 0, world_nccl = 0;
+    groups = 0, n_groups = 0, world_nccl = 0, latest = 0, device = -1;
     join_leave();
 }
 
@@ -155,12 +160,60 @@ const char *comm_describe(void) {
 // ---- groups -----------------------------------------------------------------------------------------------------------------------------------------------------------------
 static void join_world(void) {
     const Joined *j = joined();
+    const char *order = getenv("NCCL_LAUNCH_ORDER_IMPLICIT");
+    int version = 0;
     ncclUniqueId id;
     memset(&id, 0, sizeof id);
+    CUDA_CHECK(cudaGetDevice(&device));
+    NCCL_CHECK(ncclGetVersion(&version));
+    if (version < NCCL_VERSION(2, 18, 0)) die("the NCCL found at run time has version code %d, older than 2.18|LD_LIBRARY_PATH names an old one", version);
+    one_at_a_time = version < NCCL_VERSION(2, 26, 0) || (order && !strcmp(order, "0"));
     if (j->rank == 0) NCCL_CHECK(ncclGetUniqueId(&id));
     watch_enter(report_text, "meeting the other ranks, ncclCommInitRank");
     join_broadcast(&id, sizeof id);
     NCCL_CHECK(ncclCommInitRank(&world_nccl, j->size, id, j->rank));
+    watch_leave();
+}
+
+// Device memory of calls on host memory; it grows.
+static char *room(size_t bytes) {
+    if (bytes > host_room.bytes) {
+        if (host_room.p) CUDA_CHECK(cudaFree(host_room.p));
+        host_room.bytes = bytes < 4096 ? 4096 : bytes;
+        CUDA_CHECK(cudaMalloc((void **)&host_room.p, host_room.bytes));
+    }
+    return host_room.p;
+}
+
+// The stream on which the group's next operation runs: behind its last one.
+static cudaStream_t group_stream(Comm *g, Stream stream) {
+    const Comm *before = one_at_a_time ? latest : g->used ? g : 0;
+    if (before && stream != before->last_stream) CUDA_CHECK(cudaStreamWaitEvent(device_stream(stream), before->last, 0));
+    g->used = 1;
+    g->last_stream = stream;
+    return device_stream(stream);
+}
+static void group_stream_done(Comm *g) {
+    CUDA_CHECK(cudaEventRecord(g->last, device_stream(g->last_stream)));
+    latest = g;
+}
+// A byte from every member to every other, by each way that calls go: all connections exist afterwards.
+static void connect_members(Comm *g) {
+    char text[96];
+    snprintf(text, sizeof text, "connecting the members of group %s", g->name);
+    char *all = room((size_t)g->n + 1), *mine = all + g->n;
+    cudaStream_t s = group_stream(g, STREAM_EXCHANGE);
+    watch_enter(report_text, text);
+    CUDA_CHECK(cudaMemsetAsync(all, 0, (size_t)g->n + 1, s));
+    NCCL_CHECK(ncclAllGather(mine, all, 1, ncclUint8, g->nccl, s));
+    NCCL_CHECK(ncclGroupStart());
+    for (int j = 0; j < g->n; j++) {
+        NCCL_CHECK(ncclRecv(all + j, 1, ncclUint8, j, g->nccl, s));
+        NCCL_CHECK(ncclSend(mine, 1, ncclUint8, j, g->nccl, s));
+    }
+    NCCL_CHECK(ncclGroupEnd());
+    group_stream_done(g);
+    CUDA_CHECK(cudaStreamSynchronize(s));
     watch_leave();
 }
 
@@ -200,6 +253,7 @@ Comm *comm_group(const char *name, const int *world_ranks, int n) {
     if (!groups) die("out of host memory for groups of ranks|free memory");
     groups[n_groups++] = g;
     watch_unlock();
+    if (nccl) connect_members(g);
     return g;
 }
 
@@ -227,24 +281,6 @@ CommTraffic comm_traffic(Comm *g, int kind, int reset) {
 }
 
 // ---- blocking calls on host memory: set-up and agreement, through small device buffers ------------------------------------------------------------------------------------------
-static char *room(size_t bytes) {
-    if (bytes > host_room.bytes) {
-        if (host_room.p) CUDA_CHECK(cudaFree(host_room.p));
-        host_room.bytes = bytes < 4096 ? 4096 : bytes;
-        CUDA_CHECK(cudaMalloc((void **)&host_room.p, host_room.bytes));
-    }
-    return host_room.p;
-}
-
-// The stream on which the group's next operation runs: behind its last one.
-static cudaStream_t group_stream(Comm *g, Stream stream) {
-    if (g->used && stream != g->last_stream) CUDA_CHECK(cudaStreamWaitEvent(device_stream(stream), g->last, 0));
-    g->used = 1;
-    g->last_stream = stream;
-    return device_stream(stream);
-}
-static void group_stream_done(Comm *g) { CUDA_CHECK(cudaEventRecord(g->last, device_stream(g->last_stream))); }
-
 // recv (n * bytes) from all ranks' send; or, with a root, recv (bytes) from it.
 static void move_host(Comm *g, const CallRecord *r, void *recv, const void *send, size_t bytes, int root) {
     if (!bytes) return;

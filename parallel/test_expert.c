@@ -495,8 +495,9 @@ int main(int argc, char **argv) {
         scratch = (char *)arena_take(&memory, 1 << 20, "conversion");
         if (!commit) arena_commit(&memory);
     }
-    // E divides by 1, 2, 3, 4; sizes are not multiples of anything a kernel likes. K = 1: one destination per token.
-    Config config[2] = { { .C = 20, .L = 1, .H = 12, .KV = 12, .D = 4, .V = 32, .E = 12, .K = 3, .F = 10, .I = 8, .is_moe = is_moe, .n_moe = 1 } };
+    // Heads and experts divide by the ranks (12: 1, 2, 3, 4, 6); sizes are not multiples of anything a kernel likes. K = 1: one destination per token.
+    int many = 12 % world ? 3 * world : 12;
+    Config config[2] = { { .C = 20, .L = 1, .H = many, .KV = many, .D = 4, .V = 32, .E = many, .K = 3, .F = 10, .I = 8, .is_moe = is_moe, .n_moe = 1 } };
     config[1] = config[0], config[1].K = 1;
     for (int ep = world; ep > 1 || ep == world; ep = ep == 4 ? 2 : 0)                            // 4 ranks: ep 4, then two ep groups of 2
         for (int k = 0; k < 2; k++) {

@@ -168,6 +168,12 @@ static long resident_pages(void) {
     return resident;
 }
 
+// AddressSanitizer keeps freed blocks in quarantine: there the resident set says nothing.
+#if defined(__SANITIZE_ADDRESS__)
+enum { QUARANTINE = 1 };
+#else
+enum { QUARANTINE = 0 };
+#endif
 // A new random bias before every update moves most tokens: every message has another size. lr 0, so that one process and the layout see the same weights for ever. Memory may not grow
 // after the first updates: arena fixed, resident set constant up to what the message library still sets up (1 MiB).
 static void test_changing(const Fixture *f, const Config *c, int batch, int updates) {
@@ -204,7 +210,7 @@ static void test_changing(const Fixture *f, const Config *c, int batch, int upda
         }
         late = resident_pages();
         int64_t grown = comm_max(r->g.all, (int64_t)(late - early) * 4);
-        check(!unchanged && worst <= layout_bound() && grown <= 1024 && r->t->arena.used == arena, "dp %d fsdp %d ep %d, %s: other counts in each of %d updates: loss and norm %.1e, resident memory "
+        check(!unchanged && worst <= layout_bound() && (QUARANTINE || grown <= 1024) && r->t->arena.used == arena, "dp %d fsdp %d ep %d, %s: other counts in each of %d updates: loss and norm %.1e, resident memory "
               "%+lld KiB after the fifth", l.dp, l.fsdp, l.ep, dispatch_names[l.dispatch], updates, worst, (long long)grown);
         free(before);
         run_close(r); run_close(one);
