@@ -115,7 +115,8 @@ COMM = $(if $(filter cuda,$(BACKEND)),$(CUDA_COMM),$(if $(USE_MPI),mpi,none))
 NVCCFLAGS = -std=c++17 -O3 $(if $(filter 1,$(DEBUG)),-lineinfo -DMOE_DEBUG) $(foreach c,$(CODES),-gencode=arch=compute_$(c),code=sm_$(c)) -Xcompiler=-Wall,-Wextra $(if $(WERROR),-Werror=all-warnings) \
     $(DEFINES_$(PRECISION)) $(USE_CUDNN:1=-DMOE_CUDNN) $(CJSON_CFLAGS)
 CUDA_LIBS = $(if $(CUDA_LIB),-L$(CUDA_LIB) -Wl$(comma)-rpath$(comma)$(CUDA_LIB)) $(if $(filter nccl,$(COMM)),-lnccl) $(USE_CUDNN:1=-lcudnn) -lcublasLt -lcublas -lcudart -lstdc++
-CUDA_KERNELS = $(filter-out $(if $(USE_CUDNN),,%cudnn.c),$(wildcard kernels/cuda/*.cu kernels/cuda/*.c)) kernels/fail.c
+KERNELS_COMMON = kernels/arena.c kernels/fail.c
+CUDA_KERNELS = $(filter-out $(if $(USE_CUDNN),,%cudnn.c),$(wildcard kernels/cuda/*.cu kernels/cuda/*.c)) $(KERNELS_COMMON)
 ifneq ($(and $(HAVE_CUDNN),$(filter bf16,$(PRECISION))),)
 USE_CUDNN = 1
 endif
@@ -127,7 +128,7 @@ endif
 
 VARIANT = $(BACKEND)-$(PRECISION)-$(notdir $(CC))$(subst /,_,$(subst =,_,$(subst -march,,$(MARCH))))$(FEATURES)
 BUILD = $(ROOT_BUILD)/$(VARIANT)
-KERNELS = $(if $(filter cuda,$(BACKEND)),$(CUDA_KERNELS),$(wildcard kernels/cpu/*.c) kernels/fail.c)
+KERNELS = $(if $(filter cuda,$(BACKEND)),$(CUDA_KERNELS),$(wildcard kernels/cpu/*.c) $(KERNELS_COMMON))
 TRANSPORT_none = parallel/comm_none.c
 TRANSPORT_mpi = parallel/comm_mpi.c parallel/comm_mpi_call.c parallel/comm_watch.c
 TRANSPORT_nccl = parallel/comm_nccl.cu parallel/comm_join.c parallel/comm_watch.c

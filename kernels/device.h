@@ -1,5 +1,5 @@
-// Where numbers live and when they are ready: arenas, copies, streams and events. One implementation per backend
-// (cpu/device_cpu.c, cuda/device.cu); nothing else of the program knows which one is linked.
+// Where numbers live and when they are ready: arenas (arena.c), and what each backend has its own of: memory, copies, streams
+// (cpu/device_cpu.c, cuda/device.cu). Nothing else of the program knows which one is linked.
 #ifndef MOE_DEVICE_H
 #define MOE_DEVICE_H
 #include "types.h"
@@ -14,6 +14,9 @@ const char *device_backend(void);                 // "cpu" or "cuda"
 const char *device_describe(void);
 // Free memory in bytes that the arenas may take (CPU: available physical memory; GPU: free device memory).
 size_t device_memory(void);
+// That much device memory, zeroed (CPU: whole pages, touched now), or 0 where there is not enough; and back. For arenas.
+void *device_take(size_t bytes);
+void device_give(void *memory, size_t bytes);
 // Peak FLOP/s of dense products in floatX, for MFU. CPU: measured by a short sgemm on all threads; GPU: table by device name, 0 = unknown.
 double device_peak_flops(void);
 // Rows of an expert are padded to a multiple of this in a Plan (1 on CPUs).

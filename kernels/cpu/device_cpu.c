@@ -95,79 +95,21 @@ size_t device_memory(void) {
     return pages > 0 && page > 0 ? (size_t)pages * (size_t)page : 0;
 }
 
-// ---- arenas -------------------------------------------------------------------------------------------------------------------
-enum { ARENA_ALIGN = 256 };
-
-Arena arena_counting(const char *name) {
-    Arena a = {0};
-    a.name = name;
-    return a;
-}
-static void count_row(Arena *a, size_t bytes, const char *what) {
-    for (int i = 0; i < a->rows; i++)
-        if (!strcmp(a->row[i].what, what)) {
-            a->row[i].bytes += bytes;
-            return;
-        }
-    if (a->rows == ARENA_ROWS) die("arena %s has more than %d kinds of pieces|raise ARENA_ROWS in kernels/device.h", a->name, ARENA_ROWS);
-    a->row[a->rows].what = what;
-    a->row[a->rows++].bytes = bytes;
-}
-void *arena_take(Arena *a, size_t bytes, const char *what) {
-    if (bytes > SIZE_MAX / 2 - a->used) die("arena %s: the size of %s overflows|a dimension is too large", a->name, what);
-    size_t taken = (bytes + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN, start = a->used;
-    a->used += taken;
-    if (!a->base) {
-        count_row(a, taken, what);
-        return 0;
-    }
-    if (a->used > a->capacity)
-        die("arena %s: %s wants %zu bytes behind %zu of %zu|the counting pass and the taking pass differ: a defect of the program", a->name, what, bytes, start,
-            a->capacity);
-    device_poison(a->base + start, bytes);
-    return a->base + start;
-}
-// The table on one line, largest first: what die() can print.
-static char *arena_table(const Arena *a) {
-    int order[ARENA_ROWS];
-    for (int i = 0; i < a->rows; i++) {
-        int j = i;
-        for (; j > 0 && a->row[order[j - 1]].bytes < a->row[i].bytes; j--) order[j] = order[j - 1];
-        order[j] = i;
-    }
-    char *text = xasprintf("%s", "");
-    for (int i = 0; i < a->rows; i++) {
-        char *longer = xasprintf("%s%s%s %.3f GiB", text, i ? ", " : "", a->row[order[i]].what, (double)a->row[order[i]].bytes / (1 << 30));
-        free(text);
-        text = longer;
-    }
-    return text;
-}
+// ---- memory -------------------------------------------------------------------------------------------------------------------
 // Fresh pages are zero by mmap. Writing one word of each from all threads spreads them over memory controllers (first touch) and
 // makes a machine that promised too much fail here, at the start, not in the middle of a step.
-static void touch(char *base, size_t bytes) {
+void *device_take(size_t bytes) {
+    size_t available = device_memory();
+    if (available && bytes > available) return 0;
+    void *memory = mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return 0;
     const int64_t PAGE = 4096;
     int64_t pages = (int64_t)(bytes / (size_t)PAGE);
     PARALLEL_FOR
-    for (int64_t i = 0; i < pages; i++) *(volatile char *)(base + i * PAGE) = 0;
+    for (int64_t i = 0; i < pages; i++) *((volatile char *)memory + i * PAGE) = 0;
+    return memory;
 }
-void arena_commit(Arena *a) {
-    if (a->base) die("arena %s is committed twice|a defect of the program", a->name);
-    a->capacity = a->used > 0 ? a->used : ARENA_ALIGN;
-    size_t available = device_memory();
-    void *base = MAP_FAILED;
-    if (!available || a->capacity <= available) base = mmap(0, a->capacity, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED)
-        die("arena %s does not fit: %.3f GiB wanted, %.3f GiB available (%s)|smaller --micro-batch or --seq-len, --recompute layer, --optimizer adamw8bit, or more ranks",
-            a->name, (double)a->capacity / (1 << 30), (double)available / (1 << 30), arena_table(a));
-    a->base = (char *)base;
-    a->used = 0;
-    touch(a->base, a->capacity);
-}
-void arena_free(Arena *a) {
-    if (a->base) munmap(a->base, a->capacity);
-    *a = arena_counting(a->name);
-}
+void device_give(void *memory, size_t bytes) { munmap(memory, bytes); }
 
 // ---- streams and copies -----------------------------------------------------------------------------------------------------------
 void stream_order(Stream first, Stream then) { (void)first, (void)then; }

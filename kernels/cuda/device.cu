@@ -108,66 +108,21 @@ void *device_scratch(int slot, size_t bytes) {
     return scratch_slots[slot].memory;
 }
 
-// ---- arenas -------------------------------------------------------------------------------------------------------------------
-static const size_t ARENA_ALIGN = 256;
-
-Arena arena_counting(const char *name) {
-    Arena a;
-    memset(&a, 0, sizeof a);
-    a.name = name;
-    return a;
-}
-static void count_row(Arena *a, size_t bytes, const char *what) {
-    for (int i = 0; i < a->rows; i++)
-        if (!strcmp(a->row[i].what, what)) {
-            a->row[i].bytes += bytes;
-            return;
-        }
-    if (a->rows == ARENA_ROWS) die("arena %s has more than %d kinds of pieces|raise ARENA_ROWS in kernels/device.h", a->name, ARENA_ROWS);
-    a->row[a->rows].what = what;
-    a->row[a->rows++].bytes = bytes;
-}
-void *arena_take(Arena *a, size_t bytes, const char *what) {
-    if (bytes > SIZE_MAX / 2 - a->used) die("arena %s: the size of %s overflows|a dimension is too large", a->name, what);
-    size_t taken = (bytes + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN, start = a->used;
-    a->used += taken;
-    if (!a->base) {
-        count_row(a, taken, what);
+// ---- memory -------------------------------------------------------------------------------------------------------------------
+void *device_take(size_t bytes) {
+    void *memory = 0;
+    if (bytes > device_memory()) return 0;
+    if (cudaMalloc(&memory, bytes) != cudaSuccess) {
+        cudaGetLastError();                   // the caller says it better: not left for the next call to find
         return 0;
     }
-    if (a->used > a->capacity)
-        die("arena %s: %s wants %zu bytes behind %zu of %zu|the counting pass and the taking pass differ: a defect of the program", a->name, what, bytes, start,
-            a->capacity);
-    device_poison(a->base + start, bytes);
-    return a->base + start;
+    device_zero(memory, bytes);
+    return memory;
 }
-static int larger_first(const void *a, const void *b) {
-    size_t x = ((const ArenaRow *)a)->bytes, y = ((const ArenaRow *)b)->bytes;
-    return (x < y) - (x > y);
-}
-void arena_commit(Arena *a) {
-    if (a->base) die("arena %s is committed twice|a defect of the program", a->name);
-    a->capacity = a->used > 0 ? a->used : ARENA_ALIGN;
-    size_t available = device_memory();
-    if (a->capacity > available || cudaMalloc((void **)&a->base, a->capacity) != cudaSuccess) {
-        char table[1024] = "";
-        qsort(a->row, (size_t)a->rows, sizeof a->row[0], larger_first);
-        for (int i = 0; i < a->rows; i++) {
-            size_t at = strlen(table);
-            snprintf(table + at, sizeof table - at, "%s%s %.3f GiB", i ? ", " : "", a->row[i].what, (double)a->row[i].bytes / (1 << 30));
-        }
-        die("arena %s does not fit: %.3f GiB wanted, %.3f GiB available on the GPU (%s)|smaller --micro-batch or --seq-len, --recompute layer, --optimizer "
-            "adamw8bit, --update layer, or more ranks", a->name, (double)a->capacity / (1 << 30), (double)available / (1 << 30), table);
-    }
-    a->used = 0;
-    device_zero(a->base, a->capacity);
-}
-void arena_free(Arena *a) {
-    if (a->base) {
-        device_sync();
-        CUDA_CHECK(cudaFree(a->base));
-    }
-    *a = arena_counting(a->name);
+void device_give(void *memory, size_t bytes) {
+    (void)bytes;
+    device_sync();
+    CUDA_CHECK(cudaFree(memory));
 }
 
 // ---- streams and copies -----------------------------------------------------------------------------------------------------------
