@@ -33,9 +33,11 @@ void device_init(int local_rank, int threads) {
     (void)threads;
     int count = 0, device;
     cudaError_t error = cudaGetDeviceCount(&count);       // without a driver the count is left as it was: any error means none
-    if (error != cudaSuccess || count < 1)
-        die("no CUDA GPU: %s|check the driver with nvidia-smi and CUDA_VISIBLE_DEVICES, or build for the CPU: make BACKEND=cpu",
-            error != cudaSuccess ? cudaGetErrorString(error) : "the driver sees no device");
+    if (error != cudaSuccess || count < 1) {
+        const char *why = error == cudaErrorInsufficientDriver ? "there is no driver, or one older than this program's CUDA"
+                        : error != cudaSuccess ? cudaGetErrorString(error) : "the driver sees no device";
+        die("no CUDA GPU: %s|check the driver with nvidia-smi and CUDA_VISIBLE_DEVICES, or build for the CPU: make BACKEND=cpu", why);
+    }
     device = local_rank % count;
     CUDA_CHECK(cudaSetDevice(device));
     CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
