@@ -4,7 +4,7 @@
   dev/bench_torch.py [--tokens 4096 32768] [--seconds 0.15] [--device cuda|cpu] [--tiny]
 
 A line computes what the kernel of that name computes, with the fewest calls torch offers (eager, no torch.compile): gathers, SwiGLU and sums are timed with the product they belong
-to. Weight gradients are bf16 here, fp32 there. 256 MiB are written before every call. The best of several ways counts (dev/ledger.py --torch).
+to. Weight gradients are bf16 here, fp32 there. 256 MiB are written before every call. The best of several ways counts (dev/bench_report.py).
 """
 import argparse
 import json

@@ -1,6 +1,6 @@
 # Programs for a machine with a GPU, of the kernels alone: they need neither cJSON nor MPI (after dev/cuemu.mk; `make gpu-check` runs everything: dev/gpu_check.sh).
 #   BACKEND=cuda $(BUILD)/kernels/test_cuda     every kernel against its CPU twin        $(BUILD)/dev/bench_cuda     every kernel against the ceilings of the card
-#   make bench-cuda          the benchmark as a table, beside the predictions of dev/ledger.py     ARGS="--only experts"
+#   make bench-cuda          the benchmark as a table, beside the predictions of dev/ledger.py (dev/bench_report.py)     ARGS="--only experts"
 #   make test-cuemu-bench    the benchmark at toy shapes in the emulator: every kernel of dev/costs.h is called; 'N passed, N failed'
 ifeq ($(BACKEND),cuda)
 $(BUILD)/kernels/test_cuda: $(TWINS)/ref_$(PRECISION).o $(TWINS)/true_fp32.o
@@ -12,6 +12,6 @@ endif
 
 .PHONY: bench-cuda test-cuemu-bench
 bench-cuda:
-	@dir=$$($(MAKE) -s show-build BACKEND=cuda); $(MAKE) BACKEND=cuda $$dir/dev/bench_cuda && $$dir/dev/bench_cuda $(ARGS) > $$dir/bench.jsonl && $(PYTHON) dev/ledger.py --bench $$dir/bench.jsonl
+	@dir=$$($(MAKE) -s show-build BACKEND=cuda); $(MAKE) BACKEND=cuda $$dir/dev/bench_cuda && $$dir/dev/bench_cuda $(ARGS) > $$dir/bench.jsonl && $(PYTHON) dev/bench_report.py $$dir/bench.jsonl
 test-cuemu-bench: $(CUEMU_BUILD)/plain-bf16/dev/bench_cuda
-	@$< --tiny > $(CUEMU_BUILD)/bench.jsonl && $(PYTHON) dev/ledger.py --check $(CUEMU_BUILD)/bench.jsonl
+	@$< --tiny > $(CUEMU_BUILD)/bench.jsonl && $(PYTHON) dev/bench_report.py $(CUEMU_BUILD)/bench.jsonl --check

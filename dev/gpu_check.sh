@@ -57,7 +57,7 @@ step() {
     esac
 }
 # missing PROGRAM: why it cannot run, or nothing
-missing() { [ -x "$1" ] || echo "${2:-not built, see build.log}"; }
+missing() { [ -x "$1" ] || echo "not built, see build.log"; }
 
 # ---- what is here -----------------------------------------------------------------------------------------------------------------------
 bf16=build/cuemu/plain-bf16 fp32=build/cuemu/plain-fp32 ranks='' tiny=
@@ -70,7 +70,7 @@ else
 fi
 cjson=; have HAVE_CJSON || cjson="cJSON was not found: make deps"
 hopper=$([ -n "$DRY" ] || nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | grep -q '^9\.' || echo "its instructions are Hopper's")
-nogpu=${DRY:+no GPU}
+nogpu=${DRY:+no GPU} mpirun=; have MPI_LIBS && mpirun=$(sh dev/mpirun.sh 4)
 sanitizer=$(command -v compute-sanitizer || ls "$(dirname "$(sed -n 's/^NVCC := //p' build/detected.mk)")/compute-sanitizer" 2> /dev/null)
 for python in $PYTHON .venv/bin/python python3; do command -v "$python" > /dev/null 2>&1 && break; python=; done
 torch=$([ -n "$python" ] && "$python" -c 'import torch; print(torch.__version__ if torch.cuda.is_available() else "")' 2> /dev/null)
@@ -92,7 +92,7 @@ build() {
 }
 bench() {
     "$bf16/dev/bench_cuda" $tiny > "$OUT/bench.jsonl" || return
-    if [ -n "$python" ]; then "$python" dev/ledger.py --check "$OUT/bench.jsonl"; else wc -l < "$OUT/bench.jsonl"; fi
+    if [ -n "$python" ]; then "$python" dev/bench_report.py "$OUT/bench.jsonl" --check; else wc -l < "$OUT/bench.jsonl"; fi
 }
 bench_torch() { "$python" dev/bench_torch.py > "$OUT/torch.jsonl"; }
 sanitize() {
@@ -139,18 +139,18 @@ R=130                          # seconds kept for the benchmark
 step build 240 $R "" build
 step instructions 60 $R "${nogpu:-$hopper}" $emu gpu-run
 step ceilings 40 $R "${nogpu:-$(missing build/cuemu/gpu/ceilings)}" build/cuemu/gpu/ceilings
-step cudnn 60 $R "${nogpu:-$(have HAVE_CUDNN || echo "cuDNN was not found; ")$(missing "$bf16/kernels/test_cuda")}" "$bf16/kernels/test_cuda" attention
+step cudnn 60 $R "${nogpu:-$(have HAVE_CUDNN || echo "cuDNN 9.8 was not found; ")$(missing "$bf16/kernels/test_cuda")}" "$bf16/kernels/test_cuda" attention
 step kernels-bf16 90 $R "$(missing "$bf16/kernels/test_cuda")" "$bf16/kernels/test_cuda" ${DRY:+rows}
 step kernels-fp32 90 $R "${nogpu:-$(missing "$fp32/kernels/test_cuda")}" "$fp32/kernels/test_cuda"
 step model-fp32 90 $R "${nogpu:-${cjson:-$(missing "$fp32/test_moe")}}" "$fp32/test_moe"
 step model-bf16 90 $R "${nogpu:-${cjson:-$(missing "$bf16/test_moe")}}" "$bf16/test_moe"
 step bench 80 40 "$(missing "$bf16/dev/bench_cuda")" bench
 step bench-torch 60 0 "${nogpu:-$([ -n "$torch" ] || echo "no torch with CUDA")}" bench_torch
-step sanitizer 60 0 "${nogpu:-${cjson:-$([ -n "$sanitizer" ] || echo "compute-sanitizer was not found")$(missing "$bf16/train_moe")}}" sanitize
-step ranks 60 0 "${nogpu:-${cjson:-$([ -n "$(sh dev/mpirun.sh 4)" ] && have MPI_LIBS || echo "MPI was not found")}}" $(sh dev/mpirun.sh 4) "$ranks/test_moe"
+step sanitizer 60 0 "${nogpu:-${cjson:-$([ -n "$sanitizer" ] || echo "compute-sanitizer was not found; ")$(missing "$bf16/train_moe")}}" sanitize
+step ranks 60 0 "${nogpu:-${cjson:-$([ -n "$mpirun" ] || echo "MPI was not found; ")$(missing "$ranks/test_moe")}}" $mpirun "$ranks/test_moe"
 step curve 80 0 "${nogpu:-${cjson:-$([ -n "$hf" ] || echo "no torch with CUDA beside transformers")}}" curve
 step update-4 50 0 "${nogpu:-${cjson:-$(missing "$bf16/train_moe")}}" update 4 --steps 4 --profile 3
-step update-48 60 0 "${nogpu:-${cjson:-$([ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2> /dev/null | head -1)" -ge 140000 ] 2> /dev/null || echo "needs a GPU of 139 GiB")}}" update 48 --steps 3
+step update-48 60 0 "${nogpu:-${cjson:-$([ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2> /dev/null | head -1)" -ge 140000 ] 2> /dev/null || echo "needs a GPU of 139 GiB; ")$(missing "$bf16/train_moe")}}" update 48 --steps 3
 
 # ---- the report -------------------------------------------------------------------------------------------------------------------------
 lines() { [ -s "$1" ] && grep '^{' "$1" | paste -sd, -; }
@@ -170,7 +170,7 @@ commit=$(git describe --always --dirty 2> /dev/null || echo unknown)
     cat "$rows"
     if [ -s "$OUT/bench.jsonl" ]; then
         printf '\n## Kernels\n\n'
-        if [ -n "$python" ]; then "$python" dev/ledger.py --bench "$OUT/bench.jsonl" $([ ! -s "$OUT/torch.jsonl" ] || echo --torch "$OUT/torch.jsonl")
+        if [ -n "$python" ]; then "$python" dev/bench_report.py "$OUT/bench.jsonl" $([ ! -s "$OUT/torch.jsonl" ] || echo --torch "$OUT/torch.jsonl")
         else printf '```\n'; cat "$OUT/bench.jsonl"; printf '```\n'; fi
     fi
     for log in ceilings curve update-4 update-48; do

@@ -1,42 +1,49 @@
 #!/usr/bin/env python3
-"""Predicted and measured time of each kernel, from one table of costs (dev/costs.h). Plain Python, nothing to install.
+"""Predicted time of each kernel on one H200, and of whole updates of Qwen3-30B-A3B, from one table of costs (dev/costs.h). Plain Python, nothing to install.
 
-  dev/ledger.py                             predictions for one H200: kernels, then whole updates of Qwen3-30B-A3B as model/step.c runs them (dev/results/ledger.md)
-  dev/ledger.py --floors                    formula, FLOPs, bytes and the shortest possible time of each kernel (the table in kernels/README.md)
-  dev/ledger.py --bench B.jsonl [--torch T.jsonl]    what dev/bench_cuda measured, beside the prediction and beside torch's own kernels
-  dev/ledger.py --check B.jsonl             whether every kernel of dev/costs.h was timed: 'N passed, N failed'
+  dev/ledger.py             predictions: the tables of dev/results/ledger.md
+  dev/ledger.py --floors    formula, FLOPs, bytes and the shortest possible time of each kernel: the table of kernels/README.md
 
 The floor of a kernel is max(FLOPs / PRODUCTS, bytes / COPIES). The prediction replaces both ceilings by what kernels of the same build were seen to reach (RATES), adds the rows that pad
-every expert to whole tiles, and LAUNCH for each call.
+every expert to whole tiles, and LAUNCH for each call. What is measured stands beside it in dev/bench_report.py.
 """
 import argparse
-import json
 import os
 import re
-import sys
 
 PRODUCTS, COPIES = 790e12, 4.3e12       # one H200: dense bf16 on random numbers, copies; nominal 989 TFLOP/s and 4.8 TB/s
 LAUNCH = 2e-6                           # between two kernels on one stream, host ahead
 MODEL = dict(C=2048, H=32, Q=4096, KVD=512, E=128, K=8, F=768, V=151936, P=3 * 128 * 2048 * 768, x=2)
 LAYERS, PARAMETERS, LOGITS = 48, 30532122624, 1 << 30
-# FLOP/s or bytes/s that a kernel of this build should reach, and whose numbers say so. What is not here: streams 0.90 of COPIES, products by cuBLASLt 700e12.
+# FLOP/s or bytes/s that the kernels of this build should reach, and why. What is not here: streams 0.90 of COPIES, products by cuBLASLt 700e12.
 RATES = {
-    "attention_forward": (600e12, "cuDNN, causal head 128: FlashAttention-3's own table has cuDNN at 609 beside its 638, and itself at 667 causal"),
-    "attention_backward": (440e12, "FlashAttention-3 backward, 4,096 tokens, causal: 444; cuDNN assumed equal"),
-    "experts_up": (480e12, "wgmma with gathered rows, SonicMoE and Liger near this shape: 460 to 510"),
+    "attention_forward": (600e12, "cuDNN, causal, heads of 128: published 609 beside FlashAttention-3's 638, which has 667 causal"),
+    "attention_backward": (400e12, "FlashAttention-3 backward at 4,096 tokens, causal: 444; cuDNN's deterministic form writes and reads dS, 10 % assumed"),
+    "experts_up": (480e12, "wgmma, 128 x 256 tiles: 85 FLOPs a byte from the L2 cache, which gives some 6 TB/s; SonicMoE and Liger near this shape: 460 to 510"),
     "experts_up_again": (480e12, "as experts_up"),
-    "experts_down": (480e12, "as experts_up"),
-    "experts_down_backward": (440e12, "as experts_up, and a heavy epilogue: two more reads, three writes, an exponential an element"),
-    "experts_up_backward": (490e12, "SonicMoE backward"),
-    "experts_wgrad": (490e12, "SonicMoE backward, gathers along the rows"),
+    "experts_down": (450e12, "as experts_up; the reduction is only 768 long, so filling the pipeline and the result weigh more"),
+    "experts_down_backward": (350e12, "128 x 128 tiles, 64 FLOPs a byte: 384 at most; two inputs and three results beside the products"),
+    "experts_up_backward": (480e12, "as experts_up"),
+    "experts_wgrad": (470e12, "as experts_up; gathers along the rows, and 2.4 GB of fp32 gradients are written"),
     "rows_combine": (0.85 * COPIES, "gathered rows of 4 KB: SonicMoE's own takes 85 to 98 % of a copy"),
     "rows_sum": (0.85 * COPIES, "as rows_combine"),
-    "cross_entropy": (0.60 * COPIES, "a row is read twice: once for the sum, once for the gradient"),
-    "router_forward": (0.40 * COPIES, "selection of 8 among 128 by shuffles, a warp a token"),
-    "router_backward_add": (0.30 * COPIES, "the gradient of the logits is split into two bf16 numbers, which doubles its traffic"),
-    "plan_build": (0.02 * COPIES, "three small kernels of a counting sort"),
-    "embed_backward": (0.80 * COPIES, "mostly zeros written; before it, two or three sorting passes over the ids"),
-    "optimizer_adamw8": (0.80 * COPIES, "a quantisation block needs its own maximum first"),
+    "cross_entropy": (0.60 * COPIES, "a row is read twice, and 264 rows of 304 KB in flight do not stay in the L2 cache: 3 passes, not 2"),
+    "router_forward": (0.40 * COPIES, "a product of 128 columns, then some 800 instructions a token for softmax and 8 of 128"),
+    "router_backward_add": (0.30 * COPIES, "the gradient of the logits is split into two bf16 numbers: both products are done twice"),
+    "plan_build": (0.02 * COPIES, "three small kernels of a counting sort, and a memset"),
+    "embed_backward": (0.80 * COPIES, "mostly zeros written; before it, three sorting passes over the ids"),
+    "optimizer_sgd": (0.75 * COPIES, "noise for stochastic rounding: about 350 instructions for 256 parameters, near the issue limit"),
+    "optimizer_adamw8": (0.35 * COPIES, "instructions: about 1,450 a warp for 256 parameters, mostly exact divisions and roots (sm_90a code: 2,568 with the cases of cut blocks); 132 x 4 schedulers at "
+                         "1.75 GHz issue 9.3e11 a second, three quarters of them assumed: 4.9 ms for 604 M parameters, where memory alone would take 1.7"),
+    "init_segments": (0.12 * COPIES, "an inverse normal distribution in fp64 for each number"),
+}
+# Without cuDNN and wgmma: the kernels for sm_80 and newer, on the same card.
+OLDER = {
+    "attention_forward": (280e12, "mma.sync; FlashAttention-2 has 368 on this chip without a mask"),
+    "attention_backward": (150e12, "mma.sync, and 7 products for the 5 that count"),
+    "experts_up": (280e12, "mma.sync, 128 x 128 tiles through cp.async: 64 FLOPs a byte from the L2 cache, no asynchronous product; FlashAttention-2 is at 60 % of its successor"),
+    **{name: (280e12, "as experts_up") for name in ("experts_up_again", "experts_down", "experts_up_backward", "experts_wgrad")},
+    "experts_down_backward": (230e12, "as the others, and the epilogue"),
 }
 PADDED = ("experts_up", "experts_up_again", "experts_down", "experts_down_backward", "experts_up_backward", "experts_wgrad")
 
@@ -66,32 +73,39 @@ def work(kernel, tokens, sequence=4096, **other):
     return tuple(float(eval(text, {"__builtins__": {}}, at)) for text in COSTS[kernel])
 
 
-def floor(kernel, tokens, products=PRODUCTS, copies=COPIES, **other):
+def predicted(kernel, tokens, rates=RATES, **other):
+    """Seconds of one call; rates = 0: the floor. A rate below 10^13 is one of bytes: a kernel bound by what it moves, or slower than its bytes."""
     flops, bytes = work(kernel, tokens, **other)
-    return max(flops / products, bytes / copies)
-
-
-def predicted(kernel, tokens, **other):
-    """Seconds of one call. A rate below 10^13 is one of bytes: a kernel bound by what it moves."""
-    flops, bytes = work(kernel, tokens, **other)
-    rate = RATES.get(kernel, (700e12 if flops else 0.9 * COPIES, ""))[0]
+    if not rates:
+        return max(flops / PRODUCTS, bytes / COPIES)
+    rate = rates.get(kernel, (700e12 if flops else 0.9 * COPIES, ""))[0]
     if rate < 1e13:
         return bytes / rate + LAUNCH
     padding = 1 + 64 * MODEL["E"] / (tokens * MODEL["K"]) if kernel in PADDED else 1     # half a tile of 128 rows an expert
     return max(flops * padding / rate, bytes / (0.9 * COPIES)) + LAUNCH
 
 
-def update(sequences, micro, recompute, optimizer, length=4096):
+def floor(kernel, tokens):
+    return predicted(kernel, tokens, 0)
+
+
+def update(sequences, micro, recompute, optimizer, rates=RATES, length=4096):
     """{part: seconds} of one update of the whole model on one GPU."""
-    tokens, n = micro * length, sequences // micro
-    layer = lambda calls: n * LAYERS * sum(k * predicted(name, tokens) for name, k in calls.items())
-    chunk = LOGITS // (MODEL["V"] * MODEL["x"])
-    chunks = [chunk] * (tokens // chunk) + [tokens % chunk]
+    tokens, n, chunk = micro * length, sequences // micro, LOGITS // (MODEL["V"] * MODEL["x"])
+    calls = lambda table, rows: sum(k * predicted(name, rows, rates) for name, k in table.items())
     return {
-        "layers": layer(KEPT), "recompute": layer({"none": {}, "moe": MOE, "layer": LAYER}[recompute]),
-        "head": n * sum(k * predicted(name, rows) for rows in chunks if rows for name, k in HEAD.items()),
-        "embedding": n * sum(k * predicted(name, tokens) for name, k in ENDS.items()),
-        "gradient norm": predicted("gradient_squares", 1, P=PARAMETERS), "optimizer": predicted("optimizer_" + optimizer, 1, P=PARAMETERS)}
+        "layers": n * LAYERS * calls(KEPT, tokens), "recompute": n * LAYERS * calls({"none": {}, "moe": MOE, "layer": LAYER}[recompute], tokens),
+        "head": n * sum(calls(HEAD, rows) for rows in [chunk] * (tokens // chunk) + [tokens % chunk] if rows), "embedding": n * calls(ENDS, tokens),
+        "gradient norm": predicted("gradient_squares", 1, rates, P=PARAMETERS), "optimizer": predicted("optimizer_" + optimizer, 1, rates, P=PARAMETERS)}
+
+
+# What fits into 139 GiB with --update layer --master off (./train_moe --plan), as arguments of update().
+UPDATES = {
+    "SGD": (7, 7, "none", "sgd"),
+    "8-bit AdamW": (8, 4, "layer", "adamw8"),
+    "8-bit AdamW, more tokens": (16, 4, "layer", "adamw8"),
+    "the same without cuDNN and wgmma": (16, 4, "layer", "adamw8", {**RATES, **OLDER}),
+}
 
 
 def number(v):
@@ -100,8 +114,7 @@ def number(v):
 
 def rate(kernel, tokens, seconds):
     flops, bytes = work(kernel, tokens)
-    by_products = flops / PRODUCTS > bytes / COPIES
-    return f"{flops / seconds / 1e12:.0f} TFLOP/s" if by_products else f"{bytes / seconds / 1e9:.0f} GB/s"
+    return f"{flops / seconds / 1e12:.0f} TFLOP/s" if flops / PRODUCTS > bytes / COPIES else f"{bytes / seconds / 1e9:.0f} GB/s"
 
 
 def print_floors():
@@ -119,59 +132,19 @@ def print_predictions():
         again = LAYER.get(name, 0)
         calls = f"{KEPT.get(name, 0)}{f' + {again}' if again else ''}" if name in KEPT or again else ""
         print(f"| `{name}` | {calls} | {' | '.join(us)} | {rate(name, 32768, predicted(name, 32768))} |")
-    print("\n| rate | of | because |\n|---|---|---|")
-    for name, (r, why) in RATES.items():
-        print(f"| {f'{r / 1e12:.0f} TFLOP/s' if r >= 1e13 else f'{r / COPIES:.2f} of a copy'} | `{name}` | {why} |")
-    print("\n| one update of all 48 layers | " + " | ".join(update(8, 8, "none", "sgd")) + " | together | tokens/s |\n" + "|---" * 9 + "|")
-    for title, arguments in {"`--optimizer sgd --recompute none`, 7 sequences in one micro-batch": (7, 7, "none", "sgd"),
-                             "`--optimizer adamw8bit --recompute moe`, 4 in one": (4, 4, "moe", "adamw8"),
-                             "`--optimizer adamw8bit --recompute layer`, 8 in two": (8, 4, "layer", "adamw8"),
-                             "the same, 32 in eight": (32, 4, "layer", "adamw8")}.items():
-        parts = update(*arguments)
-        total = sum(parts.values())
-        print(f"| {title} | " + " | ".join(f"{1e3 * v:.1f} ms" for v in parts.values()) + f" | {1e3 * total:.0f} ms | {arguments[0] * 4096 / total:.0f} |")
-
-
-def print_measured(bench, torch):
-    lines = [json.loads(line) for line in open(bench) if line.startswith("{")]
-    ceilings, kernels = [x for x in lines if "ceiling" in x], [x for x in lines if "kernel" in x]
-    for when, x in zip(("before", "after"), ceilings):
-        print(f"ceilings {when}: {x['ceiling']}: copy {max(x['memcpy_gbs'], x['copy_kernel_gbs']):.0f} GB/s (memcpy {x['memcpy_gbs']:.0f}, kernel {x['copy_kernel_gbs']:.0f}), "
-              f"product of {x['side']} cubed {x['product_tflops']:.0f} TFLOP/s\n")
-    theirs = {}
-    for x in (json.loads(line) for line in (open(torch) if torch else []) if line.startswith("{")):
-        key = (x["kernel"], x["tokens"])
-        if key not in theirs or x["us"] < theirs[key]["us"]:
-            theirs[key] = x
-    print("| kernel | tokens | us | rate | share of ceiling | predicted us | measured / predicted | torch us (its best) | torch / ours |\n|---|---|---|---|---|---|---|---|---|")
-    for x in kernels:
-        guess, t = 1e6 * predicted(x["kernel"], x["tokens"]), theirs.get((x["kernel"], x["tokens"]))
-        speed = f"{x['tflops']:.0f} TFLOP/s" if x["bound"] == "products" else f"{x['gbs']:.0f} GB/s"
-        beside = f"{number(t['us'])} ({t['how']}) | {t['us'] / x['us']:.2f}" if t else " | "
-        print(f"| `{x['kernel']}` {x['variant']} | {x['tokens']} | {number(x['us'])} | {speed} | {100 * x['share']:.0f} % | {number(guess)} | {x['us'] / guess:.2f} | {beside} |")
-
-
-def check(bench):
-    """Exit status 1 unless each kernel has a line with a time and a share that are positive numbers."""
-    with open(bench) as f:
-        good = {x["kernel"] for x in map(json.loads, f) if "kernel" in x and 0 < x["us"] < float("inf") and 0 < x["share"] < float("inf")}
-    for name in COSTS:
-        print(f"{'ok    ' if name in good else 'FAILED'} {name}")
-    print(f"{len(good & COSTS.keys())} passed, {len(COSTS.keys() - good)} failed")
-    return 1 if COSTS.keys() - good else 0
-
-
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--floors", action="store_true")
-    p.add_argument("--bench")
-    p.add_argument("--torch")
-    p.add_argument("--check")
-    a = p.parse_args()
-    if a.check:
-        return check(a.check)
-    print_measured(a.bench, a.torch) if a.bench else print_floors() if a.floors else print_predictions()
+    for title, rates in (("rate", RATES), ("without cuDNN and wgmma", OLDER)):
+        print(f"\n| {title} | of | because |\n|---|---|---|")
+        for name, (r, why) in rates.items():
+            print(f"| {f'{r / 1e12:.0f} TFLOP/s' if r >= 1e13 else f'{r / COPIES:.2f} of a copy'} | `{name}` | {why} |")
+    print("\n| one update of all 48 layers | " + " | ".join(update(8, 8, "none", "sgd")) + " | together | tokens/s | of the floor |\n" + "|---" * 10 + "|")
+    for title, arguments in UPDATES.items():
+        parts, shortest = update(*arguments), sum(update(*arguments[:4], 0).values())
+        total, (sequences, micro, recompute, optimizer) = sum(parts.values()), arguments[:4]
+        print(f"| {title}: {sequences} sequences of 4,096, {micro} a micro-batch, recompute {recompute} | " + " | ".join(f"{1e3 * v:.1f} ms" for v in parts.values()) +
+              f" | {1e3 * total:.0f} ms | {sequences * 4096 / total:.0f} | {100 * shortest / total:.0f} % |")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--floors", action="store_true")
+    print_floors() if p.parse_args().floors else print_predictions()

@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""What dev/bench_cuda measured as a table, beside the predictions of dev/ledger.py and torch's own kernels (dev/bench_torch.py).
+
+  dev/bench_report.py B.jsonl [--torch T.jsonl]
+  dev/bench_report.py B.jsonl --check       whether every kernel of dev/costs.h was timed: 'N passed, N failed'
+"""
+import argparse
+import json
+import sys
+
+from ledger import COSTS, OLDER, RATES, number, predicted
+
+
+def check(kernels):
+    good = {x["kernel"] for x in kernels if 0 < x["us"] < float("inf") and 0 < x["share"] < float("inf")}
+    for name in COSTS:
+        print(f"{'ok    ' if name in good else 'FAILED'} {name}")
+    print(f"{len(good & COSTS.keys())} passed, {len(COSTS.keys() - good)} failed")
+    return 1 if COSTS.keys() - good else 0
+
+
+def table(ceilings, kernels, torch):
+    for when, x in zip(("before", "after"), ceilings):
+        print(f"{when}: {x['ceiling']}: copy {max(x['memcpy_gbs'], x['copy_kernel_gbs']):.0f} GB/s (memcpy {x['memcpy_gbs']:.0f}, kernel {x['copy_kernel_gbs']:.0f}), "
+              f"product of {x['side']} cubed {x['product_tflops']:.0f} TFLOP/s\n")
+    best = {}
+    for x in torch:
+        key = x["kernel"], x["tokens"]
+        if key not in best or x["us"] < best[key]["us"]:
+            best[key] = x
+    print("| kernel | tokens | us | rate | share of the ceiling | predicted us | measured / predicted | torch's best us | torch / ours |\n" + "|---" * 9 + "|")
+    for x in kernels:
+        guess = 1e6 * predicted(x["kernel"], x["tokens"], {**RATES, **OLDER} if x["variant"] == "flash" else RATES)
+        speed = f"{x['tflops']:.0f} TFLOP/s" if x["bound"] == "products" else f"{x['gbs']:.0f} GB/s"
+        t = best.get((x["kernel"], x["tokens"])) if x["variant"] != "skewed" else None      # torch's routing is even
+        beside = f"{number(t['us'])} ({t['how']}) | {t['us'] / x['us']:.2f}" if t else " | "
+        load = f" (load {x['load']:.1f})" if "load" in x else ""
+        print(f"| `{x['kernel']}` {x['variant']}{load} | {x['tokens']} | {number(x['us'])} | {speed} | {100 * x['share']:.0f} % | {number(guess)} | {x['us'] / guess:.2f} | {beside} |")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("bench")
+    p.add_argument("--torch")
+    p.add_argument("--check", action="store_true")
+    a = p.parse_args()
+    read = lambda path: [json.loads(line) for line in open(path) if line.startswith("{")] if path else []
+    lines = read(a.bench)
+    kernels = [x for x in lines if "kernel" in x]
+    return check(kernels) if a.check else table([x for x in lines if "ceiling" in x], kernels, read(a.torch))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
