@@ -4,10 +4,10 @@
 #   make test-cuemu-bench    the benchmark at toy shapes in the emulator: every kernel of dev/costs.h is called; 'N passed, N failed'
 ifeq ($(BACKEND),cuda)
 $(BUILD)/kernels/test_cuda: $(TWINS)/ref_$(PRECISION).o $(TWINS)/true_fp32.o
-$(BUILD)/kernels/test_cuda $(BUILD)/dev/bench_cuda: %: %.o $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(CUDA_KERNELS))))
+$(BUILD)/kernels/test_cuda $(BUILD)/kernels/test_offsets $(BUILD)/dev/bench_cuda: %: %.o $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(CUDA_KERNELS))))
 	@echo "  link $@"
 	$(QUIET)$(CC) $(CFLAGS) $(filter %.o,$^) $(CUDA_LIBS) $(BLAS_LIBS) -lm -lpthread -o $@
--include $(BUILD)/kernels/test_cuda.d $(BUILD)/dev/bench_cuda.d
+-include $(BUILD)/kernels/test_cuda.d $(BUILD)/kernels/test_offsets.d $(BUILD)/dev/bench_cuda.d
 endif
 
 .PHONY: bench-cuda test-cuemu-bench
