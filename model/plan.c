@@ -72,11 +72,12 @@ Traffic plan_traffic(const Model *m, const Grid *g, const StepOptions *o, Routin
 
 // ---- time: a roofline -----------------------------------------------------------------------------------------------------------------
 static const Machine machines[] = {
-    // products and copies as measured or published for training shapes; memory that a program gets; NVLink and network per GPU and direction as collectives reach them
-    { "h200", 700e12, 4.3e12, 139.0 * 1073741824, 300e9, 45e9, 8 },
-    { "h100", 650e12, 2.9e12, 78.0 * 1073741824, 300e9, 45e9, 8 },
-    { "a100", 250e12, 1.7e12, 78.0 * 1073741824, 200e9, 22e9, 8 },
-    { "b200", 1500e12, 7.0e12, 178.0 * 1073741824, 650e9, 45e9, 8 },
+    // model FLOPs that the kernels of an update reach together: predicted from published kernels for h200 (dev/ledger.py), for the others by the ratio of their dense products, 650, 250
+    // and 1,500 to 700 TFLOP/s; copies; memory that a program gets; NVLink and network per GPU and direction as collectives reach them
+    { "h200", 445e12, 4.3e12, 139.0 * 1073741824, 300e9, 45e9, 8 },
+    { "h100", 415e12, 2.9e12, 78.0 * 1073741824, 300e9, 45e9, 8 },
+    { "a100", 160e12, 1.7e12, 78.0 * 1073741824, 200e9, 22e9, 8 },
+    { "b200", 950e12, 7.0e12, 178.0 * 1073741824, 650e9, 45e9, 8 },
     { "cpu", 0.2e12, 2e10, 0, 5e9, 1e9, 64 },
 };
 enum { MACHINES = (int)(sizeof machines / sizeof machines[0]) };
@@ -91,15 +92,16 @@ typedef struct { double compute, weights, tokens, exposed, optimizer, step, memo
 // A group crosses nodes when its span of ranks does.
 static double group_bandwidth(const Machine *k, int span) { return span > k->per_node ? k->network : k->link; }
 
-// Bytes that a step of the optimizer reads and writes for one parameter: gradient, weight (or master read and written, weight written), moments read and written.
+// Bytes that a step of the optimizer reads and writes for one parameter: gradient (twice: the norm), weight (or master read and written, weight written), moments read and written.
 static double optimizer_bytes(OptimizerOptions o) {
     double weight = o.master ? 2 * sizeof(real) + sizeof(floatX) : 2 * sizeof(floatX), moments = o.kind == OPT_ADAMW ? 4 * sizeof(real) : o.kind == OPT_ADAMW8 ? 4 : o.momentum != 0 ? 2 * sizeof(real) : 0;
-    return sizeof(gradX) + weight + moments;
+    return 2 * sizeof(gradX) + weight + moments;
 }
 
 static Estimate estimate(const Model *m, const Grid *g, const StepOptions *o, OptimizerOptions opt, const Traffic *s, size_t memory, const Machine *k) {
     const Config *c = &m->c;
-    double tokens = (double)o->batch * o->T / g->data_ranks, extra = o->recompute == RECOMPUTE_LAYER ? 0.28 : o->recompute == RECOMPUTE_MOE ? 0.12 : 0, shard = 0;
+    double extra = o->recompute == RECOMPUTE_LAYER ? 0.21 : o->recompute == RECOMPUTE_MOE ? 0.10 : 0;      // of the time without it (dev/ledger.py)
+    double tokens = (double)o->batch * o->T / g->data_ranks, shard = 0;
     for (int b = 0; b < m->n_blocks; b++) shard += (double)m->block[b].shard;
     Estimate e;
     e.memory = (double)memory;
@@ -202,7 +204,7 @@ void plan_print(FILE *out, const Config *c, const Grid *g, StepOptions o, Optimi
         fprintf(out, "\n");
     }
     double tokens = (double)o.batch * o.T;
-    fprintf(out, "time by roofline on %s (products %.0f TFLOP/s, copies %.1f TB/s, links %.0f GB/s in a node of %d, %.0f GB/s between nodes; not a measurement)\n", k->name, k->flops / 1e12,
+    fprintf(out, "time by roofline on %s (kernels %.0f TFLOP/s together, copies %.1f TB/s, links %.0f GB/s in a node of %d, %.0f GB/s between nodes; not a measurement)\n", k->name, k->flops / 1e12,
             k->memory_bandwidth / 1e12, k->link / 1e9, k->per_node, k->network / 1e9);
     fprintf(out, "  compute %.1f ms, weights and gradients %.1f ms (under compute), tokens %.1f ms (%.1f ms not under compute), optimizer %.1f ms\n", 1e3 * e.compute,
             1e3 * e.weights, 1e3 * e.tokens, 1e3 * e.exposed, 1e3 * e.optimizer);

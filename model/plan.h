@@ -22,7 +22,7 @@ double plan_most_rows(const Config *c, const Grid *g, int R);        // no routi
 
 typedef struct {
     const char *name;
-    double flops, memory_bandwidth;      // dense bf16 peak that products reach, bytes/s of copies
+    double flops, memory_bandwidth;      // model FLOP/s of a whole update's bf16 kernels, bytes/s of copies
     double memory;                       // bytes that a program can use
     double link, network;                // bytes/s per rank and direction: inside a node, between nodes
     int per_node;
