@@ -12,6 +12,7 @@
 #   kernels-*     every kernel against its CPU twin
 #   model-*       test_moe: fixtures of transformers; bf16 at most twice the error of the naive bf16 version, fp32 1e-4
 #   bench         every kernel at the shapes of Qwen3-30B-A3B, share of the ceilings measured in the same run; then torch's own kernels beside them
+#   offsets       indices beyond 2^31 elements in every kernel                        needs 60 GB
 #   sanitizer     compute-sanitizer: memory, races in shared memory, barriers, two updates of the tiny model
 #   ranks         test_moe on 4 ranks that share the card, over MPI
 #   curve         60 updates here and by transformers on the same card
@@ -70,6 +71,7 @@ else
 fi
 cjson=; have HAVE_CJSON || cjson="cJSON was not found: make deps"
 hopper=$([ -n "$DRY" ] || nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | grep -q '^9\.' || echo "its instructions are Hopper's")
+memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2> /dev/null | head -1 | grep -E '^[0-9]+$')      # MiB
 nogpu=${DRY:+no GPU} mpirun=; have MPI_LIBS && mpirun=$(sh dev/mpirun.sh 4)
 sanitizer=$(command -v compute-sanitizer || ls "$(dirname "$(sed -n 's/^NVCC := //p' build/detected.mk)")/compute-sanitizer" 2> /dev/null)
 for python in $PYTHON .venv/bin/python python3; do command -v "$python" > /dev/null 2>&1 && break; python=; done
@@ -84,7 +86,7 @@ build() {
     local pids='' failed=0 pid model=(train_moe test_moe)
     [ -z "$cjson" ] || model=()
     [ -n "$hopper" ] || { $emu -k -j "$jobs" gpu-build & pids="$pids $!"; }
-    mk -k -j "$jobs" BACKEND=cuda PRECISION=bf16 "$bf16/kernels/test_cuda" "$bf16/dev/bench_cuda" "${model[@]/#/$bf16/}" & pids="$pids $!"
+    mk -k -j "$jobs" BACKEND=cuda PRECISION=bf16 "$bf16/kernels/test_cuda" "$bf16/kernels/test_offsets" "$bf16/dev/bench_cuda" "${model[@]/#/$bf16/}" & pids="$pids $!"
     mk -k -j "$jobs" BACKEND=cuda PRECISION=fp32 "$fp32/kernels/test_cuda" "${model[@]/#/$fp32/}" & pids="$pids $!"
     [ -n "$cjson" ] || [ "$ranks" = "$fp32" ] || ! have MPI_LIBS || { mk -k -j "$jobs" BACKEND=cuda PRECISION=fp32 COMM=mpi "$ranks/test_moe" & pids="$pids $!"; }
     for pid in $pids; do wait "$pid" || failed=1; done
@@ -146,11 +148,12 @@ step model-fp32 90 $R "${nogpu:-${cjson:-$(missing "$fp32/test_moe")}}" "$fp32/t
 step model-bf16 90 $R "${nogpu:-${cjson:-$(missing "$bf16/test_moe")}}" "$bf16/test_moe"
 step bench 80 40 "$(missing "$bf16/dev/bench_cuda")" bench
 step bench-torch 60 0 "${nogpu:-$([ -n "$torch" ] || echo "no torch with CUDA")}" bench_torch
+step offsets 60 0 "${nogpu:-$([ "${memory:-0}" -ge 62000 ] || echo "needs a GPU of 60 GB; ")$(missing "$bf16/kernels/test_offsets")}" "$bf16/kernels/test_offsets"
 step sanitizer 60 0 "${nogpu:-${cjson:-$([ -n "$sanitizer" ] || echo "compute-sanitizer was not found; ")$(missing "$bf16/train_moe")}}" sanitize
 step ranks 60 0 "${nogpu:-${cjson:-$([ -n "$mpirun" ] || echo "MPI was not found; ")$(missing "$ranks/test_moe")}}" $mpirun "$ranks/test_moe"
 step curve 80 0 "${nogpu:-${cjson:-$([ -n "$hf" ] || echo "no torch with CUDA beside transformers")}}" curve
 step update-4 50 0 "${nogpu:-${cjson:-$(missing "$bf16/train_moe")}}" update 4 --steps 4 --profile 3
-step update-48 60 0 "${nogpu:-${cjson:-$([ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2> /dev/null | head -1)" -ge 140000 ] 2> /dev/null || echo "needs a GPU of 139 GiB; ")$(missing "$bf16/train_moe")}}" update 48 --steps 3
+step update-48 60 0 "${nogpu:-${cjson:-$([ "${memory:-0}" -ge 140000 ] || echo "needs a GPU of 139 GiB; ")$(missing "$bf16/train_moe")}}" update 48 --steps 3
 
 # ---- the report -------------------------------------------------------------------------------------------------------------------------
 lines() { [ -s "$1" ] && grep '^{' "$1" | paste -sd, -; }
