@@ -118,7 +118,7 @@ def rate(kernel, tokens, seconds):
 
 
 def print_floors():
-    print("| kernel | FLOPs | bytes | floor, 4,096 tokens | 32,768 tokens | bound |\n|---|---|---|---|---|---|")
+    print("| kernel | FLOPs | bytes | floor at 4,096 tokens, us | at 32,768 | bound there |\n|---|---|---|---|---|---|")
     for name, (flops, bytes) in COSTS.items():
         f, b = work(name, 32768)
         plain = lambda s: s.replace("*", " ") if s != "0" else ""
