@@ -1,7 +1,7 @@
 #!/bin/bash
 # Speed on this machine: updates of model/configs/bench.json here and in transformers, in turns, with near-balanced and with skewed routing; every kernel;
-# memory. Writes dev/results/DATE-bench-cpu.md.
-#   make bench-cpu                    about 12 minutes on two cores; nothing else should run
+# memory; two ranks beside one (dev/scaling.sh). Writes dev/results/DATE-bench-cpu.md.
+#   make bench-cpu                    about 17 minutes on two cores; nothing else should run
 #   ROUNDS=3  STEPS=8  HF_STEPS=3  EXPERTS="grouped_mm eager"  SKEWS="1 4"     repetitions
 #   CONFIG=model/configs/bench.json  SEQ=512  BATCH=8                          another shape
 #   PYTHON=...  with torch and transformers; PYTHON=off leaves transformers away      OUT=file.md
@@ -37,6 +37,7 @@ done
 "$BENCH" kernels "$model" --seq-len "$SEQ" --batch "$BATCH" | tee "$WORK/kernels.txt"
 first=${SKEWS%% *}
 cat "$WORK/phases.$first.txt"
+ROUNDS=$ROUNDS STEPS=$STEPS CONFIG=$CONFIG SEQ=$SEQ BATCH=$BATCH OUT=$WORK/scaling.md bash dev/scaling.sh ./train_moe
 if [ "$PYTHON" = off ]; then echo "no report: PYTHON=off"; exit 0; fi
 cpu=$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -1)
 "$PYTHON" dev/hf/bench.py report "$WORK/lines.jsonl" --kernels "$WORK/kernels.txt" --phases "$WORK/phases.$first.txt" --out "$OUT" --note \
@@ -45,4 +46,5 @@ cpu=$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -1)
     "commit $(git describe --always --dirty 2> /dev/null || echo unknown), $(date +%Y-%m-%d)" \
     "machine: ${cpu:-unknown}, $threads hardware threads, $(awk '/MemTotal/ { printf "%.0f GiB", $2 / 1048576 }' /proc/meminfo), load average at the start $load" \
     "compiler: $(cc --version | head -1)"
+[ ! -f "$WORK/scaling.md" ] || { echo; sed 's/^# /## /' "$WORK/scaling.md"; } >> "$OUT"
 echo "written: $OUT"

@@ -1,5 +1,6 @@
 # The whole CUDA program on machines without a GPU: every .cu of the project compiled by g++ for the emulator in dev/cuemu, NCCL over MPI. The Makefile includes this file.
 #   build/cuemu/MODE-PRECISION/PROGRAM      MODE plain | asan (with UBSan) | tsan, PRECISION bf16 | fp32, PROGRAM train_moe, test_moe, parallel/test_comm, ... (any .cu or .c with main)
+#                                           PROGRAM_staged: with the MPI transport, staged through the host, in place of NCCL: several ranks on one GPU (COMM=mpi)
 #   make test-cuemu                         kernels against their CPU twins (test-cuemu-kernels), cuDNN's attention graphs (test-cudnn-graphs), the whole program (test-cuemu-program);
 #                                           'N passed, N failed'
 CUEMU_DIR = dev/cuemu
@@ -16,8 +17,9 @@ CUEMU_EMULATE = -std=c++17 -x c++ -DCUEMU -include cuemu.h -I$(CUEMU_DIR)/includ
     -Wno-unused-parameter -Wno-unused-function -Wno-psabi
 CUEMU_LIBRARY = $(filter-out kernels/cuda/%cudnn.cu kernels/cuda/%cudnn.c,$(CUDA_KERNELS)) $(filter-out model/test_%,$(wildcard model/*.c)) \
     $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)) parallel/comm_common.c $(TRANSPORT_nccl) data/loader.c data/tokens.c
+CUEMU_STAGED = $(filter-out parallel/comm_nccl parallel/comm_join,$(basename $(CUEMU_LIBRARY))) parallel/comm_mpi parallel/comm_mpi_call
 CUEMU_HEADERS = $(patsubst %,$(CUEMU_BUILD)/source/%,$(wildcard kernels/cuda/*.cuh))
-CUEMU_PROGRAMS = train_moe test_moe parallel/test_comm parallel/test_join kernels/test_cuda dev/bench_cuda
+CUEMU_PROGRAMS = train_moe test_moe parallel/test_comm parallel/test_join kernels/test_cuda kernels/test_offsets dev/bench_cuda
 
 # Launches and dynamic shared memory are rewritten to C++; the rewritten files keep their places relative to one another, what was not rewritten is found beside the original.
 .PRECIOUS: $(CUEMU_BUILD)/%/built $(CUEMU_BUILD)/source/%.cu $(CUEMU_BUILD)/source/%.cuh
@@ -46,12 +48,14 @@ $(CUEMU_BUILD)/$(1)-$(2)/%.o: %.c $(ROOT_BUILD)/detected.mk
 	@$(CC) -std=c11 $(CUEMU_FLAGS_$(1)) $(DEFINES_$(2)) $(CUEMU_COMMON) $$(EXTRA_$$(basename $$(notdir $$<))) -MMD -MP -c $$< -o $$@
 $(CUEMU_PROGRAMS:%=$(CUEMU_BUILD)/$(1)-$(2)/%): %: %.o $(patsubst %,$(CUEMU_BUILD)/$(1)-$(2)/%.o,$(basename $(CUEMU_LIBRARY))) $(CUEMU_BUILD)/$(1)/built
 	@$(CUEMU_CXX) $(CUEMU_FLAGS_$(1)) $$(filter %.o,$$^) $(CUEMU_BUILD)/$(1)/libcuemu_nccl.a $(CUEMU_BUILD)/$(1)/libcuemu.a $(CJSON_LIBS) $(BLAS_LIBS) $(MPI_LIBS) -lpthread -lm -o $$@
+$(CUEMU_BUILD)/$(1)-$(2)/%_staged: $(CUEMU_BUILD)/$(1)-$(2)/%.o $(CUEMU_STAGED:%=$(CUEMU_BUILD)/$(1)-$(2)/%.o) $(CUEMU_BUILD)/$(1)/built
+	@$(CUEMU_CXX) $(CUEMU_FLAGS_$(1)) $$(filter %.o,$$^) $(CUEMU_BUILD)/$(1)/libcuemu.a $(CJSON_LIBS) $(BLAS_LIBS) $(MPI_LIBS) -lpthread -lm -o $$@
 -include $(wildcard $(CUEMU_BUILD)/$(1)-$(2)/*.d $(CUEMU_BUILD)/$(1)-$(2)/*/*.d $(CUEMU_BUILD)/$(1)-$(2)/*/*/*.d)
 endef
 $(foreach m,plain asan tsan,$(foreach p,bf16 fp32,$(eval $(call CUEMU_VARIANT,$(m),$(p)))))
 
 # ---- tests -------------------------------------------------------------------------------------------------------------------------
-CUEMU_TESTED = $(foreach v,plain-fp32 plain-bf16 asan-bf16 tsan-bf16,$(CUEMU_BUILD)/$(v)/train_moe) $(CUEMU_BUILD)/plain-fp32/parallel/test_comm $(CUEMU_BUILD)/asan-bf16/parallel/test_join
+CUEMU_TESTED = $(foreach v,plain-fp32 plain-bf16 asan-bf16 tsan-bf16,$(CUEMU_BUILD)/$(v)/train_moe) $(CUEMU_BUILD)/plain-fp32/parallel/test_comm $(CUEMU_BUILD)/plain-fp32/parallel/test_comm_staged $(CUEMU_BUILD)/asan-bf16/parallel/test_join
 .PHONY: test-cuemu test-cuemu-program
 test-cuemu-program: $(CUEMU_TESTED)
 	@fp32=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=fp32)/train_moe; bf16=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=bf16)/train_moe; \

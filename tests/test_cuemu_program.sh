@@ -97,6 +97,8 @@ if [ "$quick" != quick ]; then
     program plain-fp32/parallel/test_comm 4 ''
     program plain-fp32/parallel/test_comm 3 CUEMU_LAZY=9
     program plain-fp32/parallel/test_comm 2 MOE_COMM_SUMS=nccl
+    program plain-fp32/parallel/test_comm 4 NCCL_LAUNCH_ORDER_IMPLICIT=0
+    program plain-fp32/parallel/test_comm_staged 3 CUEMU_LAZY=5 --check
 fi
 echo "test_cuemu_program.sh: $passed passed, $failed failed"
 [ "$failed" = 0 ]

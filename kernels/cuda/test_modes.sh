@@ -27,7 +27,9 @@ for mode in "$@"; do
         for what in attention experts; do run "bf16 tsan, copies early, $what" CUEMU_ASYNC=early "$build/tsan-bf16/kernels/test_cuda" $what; done;;
     *)
         run "bf16 $mode" "$build/$mode-bf16/kernels/test_cuda"
-        run "fp32 $mode" "$build/$mode-fp32/kernels/test_cuda";;
+        run "fp32 $mode" "$build/$mode-fp32/kernels/test_cuda"
+        [ "$mode" = plain ] || continue
+        for p in bf16 fp32; do run "$p offsets" "$build/plain-$p/kernels/test_offsets"; done;;
     esac
 done
 echo "$passed passed, $failed failed"
