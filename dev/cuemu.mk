@@ -1,7 +1,7 @@
 # The whole CUDA program on machines without a GPU: every .cu of the project compiled by g++ for the emulator in dev/cuemu, NCCL over MPI. The Makefile includes this file.
 #   build/cuemu/MODE-PRECISION/PROGRAM      MODE plain | asan (with UBSan) | tsan, PRECISION bf16 | fp32, PROGRAM train_moe, test_moe, parallel/test_comm, ... (any .cu or .c with main)
 #                                           PROGRAM_staged: with the MPI transport, staged through the host, in place of NCCL: several ranks on one GPU (COMM=mpi)
-#   make test-cuemu                         kernels against their CPU twins (test-cuemu-kernels), cuDNN's attention graphs (test-cudnn-graphs), the whole program (test-cuemu-program);
+#   make test-cuemu                         kernels against their CPU twins (test-cuemu-kernels), cuDNN's attention graphs (test-cudnn-graphs), the benchmark (test-cuemu-bench), the whole program (test-cuemu-program);
 #                                           'N passed, N failed'
 CUEMU_DIR = dev/cuemu
 CUEMU_BUILD = $(ROOT_BUILD)/cuemu
@@ -64,10 +64,10 @@ test-cuemu-program: $(CUEMU_TESTED)
 # All, one after the other, and their sum in the last line. A part that ends without its own closing line is one failure.
 test-cuemu:
 	@mkdir -p $(CUEMU_BUILD)
-	@for part in test-cuemu-kernels test-cudnn-graphs test-cuemu-program; do echo "==== $$part"; $(MAKE) --no-print-directory $$part 2>&1 | tee $(CUEMU_BUILD)/$$part.log; done
+	@for part in test-cuemu-kernels test-cudnn-graphs test-cuemu-bench test-cuemu-program; do echo "==== $$part"; $(MAKE) --no-print-directory $$part 2>&1 | tee $(CUEMU_BUILD)/$$part.log; done
 	@awk '/(^|: )[0-9]+ passed, [0-9]+ failed$$/ { passed[FILENAME] = $$(NF - 3); failed[FILENAME] = $$NF } \
 	    END { for (i = 1; i < ARGC; i++) { f = ARGV[i]; if (!(f in passed)) { print f ": no closing line"; bad++ } good += passed[f]; bad += failed[f] } \
-	          print good + 0 " passed, " bad + 0 " failed"; exit bad > 0 }' $(CUEMU_BUILD)/test-cuemu-kernels.log $(CUEMU_BUILD)/test-cudnn-graphs.log $(CUEMU_BUILD)/test-cuemu-program.log
+	          print good + 0 " passed, " bad + 0 " failed"; exit bad > 0 }' $(CUEMU_BUILD)/test-cuemu-kernels.log $(CUEMU_BUILD)/test-cudnn-graphs.log $(CUEMU_BUILD)/test-cuemu-bench.log $(CUEMU_BUILD)/test-cuemu-program.log
 
 # What CI has time for beside the other suites: every kernel against its CPU twin, plain.
 .PHONY: test-cuemu-quick
