@@ -12,7 +12,7 @@ ifneq ($(filter help deps clean quickstart doctor compare-hf gpu-check,$(MAKECMD
 NO_DETECT = 1
 endif
 
-.PHONY: help show-build say-cuda detect deps clean test test-quick test-full test-mutations test-kernels test-data test-checkpoint test-model test-parallel quickstart bench-cpu compare-hf gpu-check doctor FORCE
+.PHONY: help show-build say-cuda detect deps clean test test-quick test-full test-mutations test-mutations-cuda test-kernels test-data test-checkpoint test-model test-parallel quickstart bench-cpu compare-hf gpu-check doctor FORCE
 help:
 	@echo "moe.c: trains Qwen3-MoE, every parameter, forward and backward written by hand"
 	@echo
@@ -187,8 +187,10 @@ test:
 test-full:
 	@CC=$(CC) sh tests/run.sh full
 test-mutations: train_moe $(BUILD)/tests/reshard
-	@sh dev/mutations/run.sh $(ONLY)
+	@sh dev/mutations/run.sh list.txt $(ONLY)
 	@sh tests/kill.sh $(BUILD)/train_moe $(BUILD)/tests/reshard 50
+test-mutations-cuda:
+	@sh dev/mutations/run.sh kernels.txt $(ONLY)
 show-build:
 	@echo $(BUILD)
 

@@ -38,7 +38,7 @@ $(CUEMU_BUILD)/%/built: $(wildcard $(CUEMU_DIR)/src/* $(CUEMU_DIR)/include/* $(C
 
 # $(1) mode, $(2) precision
 define CUEMU_VARIANT
-$(CUEMU_BUILD)/$(1)-$(2)/%.o: $(CUEMU_BUILD)/source/%.cu $(CUEMU_HEADERS) $(ROOT_BUILD)/detected.mk
+$(CUEMU_BUILD)/$(1)-$(2)/%.o: $(CUEMU_BUILD)/source/%.cu $(ROOT_BUILD)/detected.mk | $(CUEMU_HEADERS)
 	@mkdir -p $$(@D)
 	@echo "cuemu $(1) $(2) $$*.cu"
 	@$(CUEMU_CXX) $(CUEMU_FLAGS_$(1)) $(DEFINES_$(2)) $(CUEMU_COMMON) -I$$(dir $$*) -Ikernels/cuda $(CUEMU_EMULATE) -MMD -MP -c $$< -o $$@

@@ -1,21 +1,26 @@
 #!/bin/sh
-# Plants the bugs that other systems shipped, one at a time, and checks that a test fails for each: make test-mutations (nightly; about half an hour on 2 cores).
-#   dev/mutations/run.sh [PATTERN]         only mutations whose name, file or test matches it (grep)
-# list.txt holds blocks separated by lines of ----: `name:`, `file:`, `test:`, then the text to find (it must occur exactly once) between `<<<` and `===`, and what replaces it up to
-# `>>>`. test: RANKS, then a command in which tests are named as their source without its .c.
-# Each is built in a copy of the tree under build/mutants, so only the changed file compiles again. A mutant is caught when a check prints FAIL or the program ends with its own
-# `error:` line; the test is stopped there. So every test that is used must first pass on the unchanged tree. A mutant that survives, crashes or hangs without a word, does not compile, or whose text is not found counts as failed.
+# Plants mistakes one at a time and checks that a test fails for each: make test-mutations, the bugs that other systems shipped (nightly; about half an hour on 2 cores), and
+# make test-mutations-cuda, mistakes of the CUDA backend, found by the emulator.
+#   dev/mutations/run.sh LIST [PATTERN]    LIST: list.txt or kernels.txt of this folder; only mutations whose name, file or test matches PATTERN (grep)
+# A list holds blocks separated by lines of ----: `name:`, `file:`, `test:`, then the text to find (it must occur exactly once) between `<<<` and `===`, and what replaces it up to
+# `>>>`. test: RANKS, NAME=VALUE... for the environment, then a command in which tests are named as their source without its .c, emulated ones as cuemu/MODE-PRECISION/PROGRAM.
+# Each is built in a copy of the tree under build/mutants, so only the changed file compiles again. A mutant is caught when a check prints FAIL, the program ends with its own
+# `error:` line, or a sanitizer or the emulator reports; the test is stopped there. So every test that is used must first pass on the unchanged tree. A mutant that survives, crashes
+# or hangs without a word, does not compile, or whose text is not found counts as failed. The last line is 'N passed, N failed'.
 set -u
 top=$(cd "$(dirname "$0")/../.." && pwd)
 copy=$top/build/mutants/tree
-only=${1:-}
+list=dev/mutations/$1 only=${2:-}
 mkdir -p "$copy"
-(cd "$top" && git ls-files -z --cached --others --exclude-standard -- . ':!dev/cuemu' ':!dev/results' | xargs -0 tar cf - 2> /dev/null) | tar xf - -C "$copy"
+(cd "$top" && git ls-files -z --cached --others --exclude-standard -- . ':!dev/results' | xargs -0 tar cf - 2> /dev/null) | tar xf - -C "$copy"
 cd "$copy" || exit 1
 mkdir -p build
 [ -f build/mutated ] && xargs touch < build/mutated          # a run was cut short: objects of these may be mutants
 cp -p "$top/build/detected.mk" build/ 2> /dev/null
+[ ! -d "$top/build/cuemu" ] || [ -d build/cuemu ] || cp -Rp "$top/build/cuemu" build/      # objects of the same sources: their times are kept
 quiet() { "$@" > build/log 2>&1; }
+case $1 in kernels.txt) export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMPI_MCA_btl=self,vader OMPI_MCA_btl_vader_single_copy_mechanism=none ;; esac      # as tests/test_cuemu_program.sh
+export ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=halt_on_error=1 TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0 detect_deadlocks=0"
 folder=$(make -s --eval='show-folder: ; @echo $(BUILD)' show-folder)
 
 # The words of a test as a command: test_moe and ./train_moe lie at the root, other tests (words with a source) in the folder of this variant; `targets` are what `make` builds for it.
@@ -25,6 +30,8 @@ resolve() {
         case $word in
         test_moe|./train_moe) word=./${word#./} targets="$targets ${word#./}" ;;
         *.sh) word="sh $word" ;;
+        *=*) word="env $word" ;;
+        cuemu/*) word=build/$word; targets="$targets $word" ;;
         *) [ -f "$word.c" ] && word=$folder/$word && targets="$targets $word" ;;
         esac
         line="$line $word"
@@ -32,7 +39,7 @@ resolve() {
 }
 build() { shift; resolve "$@"; quiet make -s $targets; }      # RANKS WORDS...
 # Runs RANKS WORDS... into build/out, until it ends, or says FAIL or error:, or 10 minutes have passed.
-said='FAIL(ED)? |^error: '
+said='FAIL(ED)? |^error: |WARNING: ThreadSanitizer|ERROR: AddressSanitizer|runtime error: |^cuemu: '
 run_test() {
     ranks=$1; shift; resolve "$@"
     launcher=
@@ -51,7 +58,7 @@ run_test() {
 }
 
 passed=0; failed=0
-perl -0777 -ne 'for (split /^----\n/m) { next unless /\S/; my ($n) = /^name: (.*)$/m; my ($f) = /^file: (.*)$/m; my ($t) = /^test: (.*)$/m; print "$n\t$f\t$t\n"; }' dev/mutations/list.txt > build/names
+perl -0777 -ne 'for (split /^----\n/m) { next unless /\S/; my ($n) = /^name: (.*)$/m; my ($f) = /^file: (.*)$/m; my ($t) = /^test: (.*)$/m; print "$n\t$f\t$t\n"; }' "$list" > build/names
 grep -- "$only" build/names > build/chosen
 cut -f3 build/chosen | sort -u > build/tests
 while read -r test <&3; do
@@ -63,8 +70,8 @@ while IFS="$(printf '\t')" read -r name file test <&3; do
     set -- $test
     cp "$file" build/saved
     echo "$file" >> build/mutated
-    NAME="$name" perl -0777 -e '
-        open F, "<", "dev/mutations/list.txt"; $all = <F>; close F;
+    NAME="$name" LIST="$list" perl -0777 -e '
+        open F, "<", $ENV{LIST}; $all = <F>; close F;
         for (split /^----\n/m, $all) { next unless /^name: \Q$ENV{NAME}\E$/m; ($old, $new) = /^<<<\n(.*?)^===\n(.*?)^>>>$/ms; }
         s/\n\z// for $old, $new;
         open F, "<", $ARGV[0]; $text = <F>; close F;
@@ -86,5 +93,5 @@ while IFS="$(printf '\t')" read -r name file test <&3; do
     cp build/saved "$file"
 done 3< build/chosen
 rm -f build/mutated
-echo "mutations: $passed caught, $failed not"
+echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]
