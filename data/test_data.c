@@ -383,6 +383,24 @@ static int shows(const Tokens *t, int id, const char *expected) {
     return tokens_show(t, word, sizeof word, id) == strlen(expected) && !strcmp(word, expected);
 }
 
+// What a text of n bytes prints as, in pieces of `step` bytes as tokens bring them.
+static int prints(const char *text, size_t n, size_t step, const char *expected) {
+    char held[64], shown[64] = "";
+    size_t used = 0, bytes;
+    FILE *f = tmpfile();
+    if (!f) return 0;
+    for (size_t i = 0; i < n; i += step) {
+        size_t more = n - i < step ? n - i : step;
+        memcpy(held + used, text + i, more);
+        size_t done = tokens_print(f, held, used += more, i + more < n);
+        memmove(held, held + done, used -= done);
+    }
+    rewind(f);
+    bytes = fread(shown, 1, sizeof shown - 1, f);
+    fclose(f);
+    return !used && bytes == strlen(expected) && !strcmp(shown, expected);
+}
+
 static void test_tokens(void) {
     char all[256], out[64];
     for (int b = 0; b < 256; b++) all[b] = (char)b;
@@ -397,6 +415,11 @@ static void test_tokens(void) {
     check(shows(t, '\n', "\\n") && shows(t,
           '"', "\\\"") && shows(t, 0x1b, "\\x1b") && shows(t, 0xe2, "\\xe2") && shows(t, 'a', "a") && shows(t, -1, "<-1>"),
           "a token as a printable word");
+    static const char mixed[] = "a\n\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80|\x1b[\0\x7f\xff\xe2\x82(\xc2\x9b\xf0\x9f";
+    int printed = 0;
+    for (size_t step = 1; step <= sizeof mixed; step++)
+        printed += prints(mixed, sizeof mixed - 1, step, "a\n\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80|\xef\xbf\xbd[\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd(\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd");
+    check(printed == sizeof mixed, "text for a terminal: characters whole however they are cut, controls and broken bytes as U+FFFD");
     tokens_close(t);
 
     for (int version = 2; version <= 3; version++) {

@@ -194,6 +194,21 @@ size_t tokens_show(const Tokens *t, char *out, size_t size, int id) {
     return put_end(&text);
 }
 
+size_t tokens_print(FILE *out, const char *text, size_t n, int more) {
+    const unsigned char *s = (const unsigned char *)text;
+    size_t i = 0;
+    for (size_t wide; i < n; i += wide ? wide : 1) {
+        wide = utf8(s + i, n - i);
+        if (wide) { fwrite(s + i, 1, wide, out); continue; }
+        if (s[i] == '\n' || s[i] == '\t' || (s[i] >= 0x20 && s[i] < 0x7f)) { fputc(s[i], out); continue; }
+        size_t left = 1;                                   // bytes from here to the end if all of them continue a character
+        while (i + left < n && (s[i + left] & 0xc0) == 0x80) left++;
+        if (more && i + left == n && s[i] >= 0xc2 && s[i] < 0xf5 && left < (s[i] < 0xe0 ? 2u : s[i] < 0xf0 ? 3u : 4u)) break;
+        fputs("\xef\xbf\xbd", out);                        // U+FFFD
+    }
+    return i;
+}
+
 // ----------------------------------------------------------------------------------------------------------------- encoding
 static int is_newline(int c) { return c == '\n' || c == '\r'; }
 static int is_space(int c) { return c == ' ' || (c >= '\t' && c <= '\r'); }

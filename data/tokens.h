@@ -12,6 +12,7 @@
 #ifndef MOE_TOKENS_H
 #define MOE_TOKENS_H
 #include "../kernels/types.h"
+#include <stdio.h>
 MOE_BEGIN_C
 typedef struct Tokens Tokens;
 
@@ -34,6 +35,10 @@ size_t tokens_decode(const Tokens *tokens, char *out, size_t size, const int *id
 // One token as a printable word for tables and traces: "\n" as \n, other control bytes and broken UTF-8 as \xNN, quote and backslash
 // escaped. Same return value as above.
 size_t tokens_show(const Tokens *tokens, char *out, size_t size, int id);
+
+// Prints text (n bytes) for a terminal: well-formed UTF-8 as it is, control characters but \n and \t and broken bytes as U+FFFD. more: text goes on, so the beginning of a
+// character at its end is left for the next call. Returns the bytes dealt with: n, or up to 3 fewer.
+size_t tokens_print(FILE *out, const char *text, size_t n, int more);
 
 // Text (bytes long) -> ids (max); returns the number of ids of the whole text, writing at most max. Decoding gives back the text exactly.
 // Bytes: each byte its value. With a table: added tokens where they stand literally; the rest is cut into words by Qwen's pattern

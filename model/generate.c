@@ -34,6 +34,8 @@ void generate(Trainer *t, const Tokens *tokens, const char *prompt, int n, doubl
         if (ids[i] >= c->V) die("the prompt has token %d, the vocabulary %d entries|use the decode table of this model (--tokens)", ids[i], c->V);
     if (!length) ids[length++] = tokens_eot(tokens) >= 0 && tokens_eot(tokens) < c->V ? tokens_eot(tokens) : '\n';
     float *logits = (float *)xmalloc((size_t)c->V * sizeof(float), "logits");
+    char held[4];                        // bytes of a character whose last ones are in the next token
+    size_t n_held = 0;
     if (t->g->rank == 0) printf("sample> %s", prompt);
     for (total = length + n; length < total; length++) {
         int64_t first = length > T ? length - T : 0;
@@ -42,12 +44,16 @@ void generate(Trainer *t, const Tokens *tokens, const char *prompt, int n, doubl
         size_t bytes;
         const char *piece = tokens_piece(tokens, ids[length], &bytes);
         if (t->g->rank == 0) {
-            if (ids[length] == tokens_eot(tokens)) fputs("<|endoftext|>", stdout);
-            else if (piece) fwrite(piece, 1, bytes, stdout);
+            if (ids[length] == tokens_eot(tokens)) piece = "<|endoftext|>", bytes = strlen(piece);
+            for (size_t i = 0; piece && i < bytes; i++) {
+                held[n_held++] = piece[i];
+                size_t done = tokens_print(stdout, held, n_held, 1);
+                memmove(held, held + done, n_held -= done);
+            }
             fflush(stdout);
         }
     }
-    if (t->g->rank == 0) { printf("\n"); fflush(stdout); }
+    if (t->g->rank == 0) { tokens_print(stdout, held, n_held, 0); printf("\n"); fflush(stdout); }
     free(ids);
     free(logits);
 }
