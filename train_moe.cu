@@ -44,7 +44,7 @@ static void positive(const char *name, int64_t value, int64_t least) {
 }
 
 static void check_options(const Options *o) {
-    if (!*o->model == !*o->init) die("%s|give --model DIR (a Hugging Face checkpoint) or --init CONFIG.json (from scratch)", *o->model ? "both --model and --init were given" : "no model was given");
+    if (!*o->model == !*o->init && !(o->selftest && !*o->model)) die("%s|give --model DIR (a Hugging Face checkpoint) or --init CONFIG.json (from scratch)", *o->model ? "both --model and --init were given" : "no model was given");
     positive("seq-len", o->seq_len, 0);
     positive("batch", o->batch, 0);
     positive("micro-batch", o->micro_batch, 0);
@@ -59,7 +59,14 @@ static void check_options(const Options *o) {
     positive("fsdp", o->fsdp, 0);
     positive("ep", o->ep, 1);
     positive("threads", o->threads, 0);
+    positive("sample-every", o->sample_every, 0);
+    positive("router-every", o->router_every, 0);
+    positive("profile", o->profile, 0);
+    positive("trace-token", o->trace_token, -1);
+    positive("world", o->world, 0);
+    positive("gpus-per-node", o->gpus_per_node, 0);
     if (o->lr < 0 || o->weight_decay < 0 || o->grad_clip < 0 || o->eps < 0) die("--lr, --weight-decay, --grad-clip and --eps cannot be negative|give 0 or more");
+    if (o->z_coef < 0 || o->temperature < 0 || o->gpu_mem < 0) die("--z-coef, --temperature and --gpu-mem cannot be negative|give 0 or more");
     if (o->beta1 < 0 || o->beta1 >= 1 || o->beta2 < 0 || o->beta2 >= 1 || o->momentum < 0 || o->momentum >= 1) die("--beta1, --beta2 and --momentum lie in [0, 1)|give such numbers");
     if (o->final_lr < 0 || o->final_lr > 1) die("--final-lr %g is a fraction of --lr|give a number from 0 to 1", o->final_lr);
     if (o->timeout <= 0) die("--timeout %g|give seconds above 0", o->timeout);
@@ -86,6 +93,7 @@ static StepOptions step_options(const Options *o, const Config *c) {
     s.update_layer = o->update;
     s.clip = o->grad_clip;
     s.aux_coef = !strcmp(o->aux_coef, "config") ? c->aux_coef : options_real("aux-coef", o->aux_coef);
+    if (s.aux_coef < 0) die("--aux-coef %g cannot be negative|give 0 or more", s.aux_coef);
     s.z_coef = o->z_coef;
     s.aux_per_layer = o->aux_pool;
     s.ignore_target = o->ignore_target < 0 ? -2 : (int)o->ignore_target;     // -1 marks ignored targets themselves
@@ -97,14 +105,17 @@ static StepOptions step_options(const Options *o, const Config *c) {
     return s;
 }
 
+// Without updates there is nothing to remember: a conversion needs memory and disk for weights, not for moments.
 static OptimizerOptions optimizer_options(const Options *o) {
+    if (!o->steps) { OptimizerOptions none = { OPT_SGD, 0, 0, 0, 0, 0, 0, o->master, (uint64_t)o->seed }; return none; }
     OptimizerOptions p = { (OptimizerKind)o->optimizer, o->lr, o->momentum, o->beta1, o->beta2, o->eps, o->weight_decay, o->master, (uint64_t)o->seed };
     return p;
 }
 
 static Schedule schedule_options(const Options *o) {
     Schedule s = { (ScheduleKind)o->schedule, o->steps, options_count("warmup", o->warmup, o->steps), options_count("decay", o->decay, o->steps), o->final_lr };
-    if (s.warmup < 0 || (o->steps > 0 && s.warmup > o->steps)) die("--warmup %s is more than --steps %lld|use a smaller one, or a ratio such as 0.1", o->warmup, (long long)o->steps);
+    if (s.warmup < 0) die("--warmup %s is negative|give a count or a ratio", o->warmup);
+    if (o->steps > 0 && s.warmup > o->steps) die("--warmup %s is more than --steps %lld|use a smaller one, or a ratio such as 0.1", o->warmup, (long long)o->steps);
     if (s.decay < 0) die("--decay %s is negative|give a count or a ratio", o->decay);
     return s;
 }
@@ -138,10 +149,12 @@ static int64_t open_folder(const Options *o, Comm *all) {
 static void check_resumed(const cJSON *trainer, const Options *o, const char *dir) {
     static const char *const optimizers[] = { "sgd", "adamw", "adamw8bit" };
     struct { const char *key; int64_t now; } same[] = { { "seed", o->seed }, { "batch", o->batch }, { "seq_len", o->seq_len }, { "shuffle", o->shuffle } };
-    for (int i = 0; i < 4; i++)
-        if ((int64_t)trainer_number(trainer, same[i].key) != same[i].now)
-            die("%s was trained with --%s %lld, now it is %lld|resume with the same value, or start a new --out", dir, i == 2 ? "seq-len" : same[i].key,
-                (long long)trainer_number(trainer, same[i].key), (long long)same[i].now);
+    for (int i = 0; i < 4; i++) {
+        int64_t was = (int64_t)trainer_number(trainer, same[i].key);
+        if (was == same[i].now) continue;
+        if (i == 3) die("%s was trained with --shuffle %s|resume with the same value, or start a new --out", dir, was ? "on" : "off");
+        die("%s was trained with --%s %lld, now it is %lld|resume with the same value, or start a new --out", dir, i == 2 ? "seq-len" : same[i].key, (long long)was, (long long)same[i].now);
+    }
     if (strcmp(trainer_text(trainer, "optimizer"), optimizers[o->optimizer]))
         die("%s was trained with --optimizer %s, now it is %s|resume with the same optimizer, or start a new --out", dir, trainer_text(trainer, "optimizer"), optimizers[o->optimizer]);
 }
@@ -252,7 +265,9 @@ int main(int argc, char **argv) {
     if (!o.plan || !strcmp(device_backend(), "cpu")) device_init(comm_local_rank(), threads);      // a plan needs no GPU, but the number of threads
     attention_select(o.attention_kernel);
     char *path = *o.model ? xasprintf("%s/config.json", o.model) : xasprintf("%s", o.init);
-    Config config = config_read(path);
+    Config config;
+    memset(&config, 0, sizeof config);                          // --selftest needs no model
+    if (*path) config = config_read(path);
     if (!o.seq_len) o.seq_len = config.max_positions < 512 ? config.max_positions : 512;
     if (o.plan) {
         plan(&o, &config);
@@ -296,7 +311,7 @@ int main(int argc, char **argv) {
     catch_signals();
     if (o.steps > 0) train(t, &o, &report, checkpoint, data, val, tokens, first);
     else {
-        if (val) report_evaluation(&report, 0, trainer_evaluate(t, val, evaluation_windows(&o, val)));
+        if (val) report_evaluation(&report, first, trainer_evaluate(t, val, evaluation_windows(&o, val)));
         if (*o.out && first == 0) save(checkpoint, t, &o, 0);
     }
     if (o.generate) generate(t, tokens, o.prompt, (int)o.generate, o.temperature, -1);

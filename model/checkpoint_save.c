@@ -124,7 +124,7 @@ static void plan_state(const Checkpoint *k, SavePlan *p, unsigned state) {
             int flat = w->vector || is_scale;
             t[n++] = new_tensor(xasprintf("%s%s", w->name, PART_SUFFIX[part]), type, flat ? 1 : 2, flat ? checkpoint_part_elements(w, part) : w->rows, flat ? 0 : w->cols, 0);
         }
-    if (n) add_file(p, xasprintf("optimizer.safetensors"), t, n);
+    add_file(p, xasprintf("optimizer.safetensors"), t, n);        // without a tensor, too: a reader finds the same files in every checkpoint
     for (Part part = PART_MASTER; part < PARTS; part = (Part)(part + 1))
         for (int i = 0; i < k->n; i++)
             if (p->place[part][i].file >= 0) p->place[part][i].at = t[p->place[part][i].at].at;

@@ -79,7 +79,7 @@ typedef struct { const char **name; int n; } FileList;
     X(plan_device,       "plan-device",      TEXT,   "h200",     "h200|h100|a100|b200|cpu",       "whose speed and links --plan assumes")                       \
     X(gpus_per_node,     "gpus-per-node",    INT,    "0",        "N",                             "ranks of a machine that --plan assumes (0: as the device has)") \
     X(gpu_mem,           "gpu-mem",          REAL,   "0",        "GiB",                           "memory of a rank, for --plan and --recompute auto")          \
-    X(selftest,          "selftest",         FLAG,   "off",      "",                              "build all groups, check and time every collective, stop")    \
+    X(selftest,          "selftest",         FLAG,   "off",      "",                              "build all groups, check and time every collective, stop; needs no model") \
     X(dump,              "dump",             TEXT,   "",         "FILE.safetensors",              "the first update's logits, loss, aux and gradients")         \
     X(profile,           "profile",          INT,    "0",        "STEP",                          "print where the time of that update went")                   \
     X(trace_token,       "trace-token",      INT,    "-1",       "I",                             "follow token I of the first update through the experts")     \

@@ -402,6 +402,9 @@ static void test_conversion(void) {
               "%s: --steps 0 --save-dtype source gives back every tensor byte for byte, through the fused layout too", names[i]);
         free(source);
     }
+    SafeTensors state = safetensors_open(at("c1/checkpoints/step_0/optimizer.safetensors"));
+    check(state.n == 0, "a conversion has no optimizer state: a file without a tensor");
+    safetensors_close(&state);
     good("exec $B --model $F/gqa --steps 0 --save-dtype bf16 --out $T/half");
     good("exec $B --model $T/half/checkpoints/step_0 --steps 0 --save-dtype source --out $T/half2");
     good("exec $B --model $T/half/checkpoints/step_0 --steps 0 --save-dtype f32 --out $T/half3");
@@ -431,6 +434,11 @@ static void test_looking(void) {
           safetensors_find(&d, "grad.model.layers.1.mlp.experts.7.down_proj.weight"), "--dump: logits (B, T, V), the loss that is logged, gradients by their Hugging Face names");
     safetensors_close(&d);
     log_free(&l);
+    check(run("exec $B --selftest") == 0 && said("stdout", "self-test"), "--selftest needs no model");
+    good("eval exec $B --model $T/learn/checkpoints/latest --val $T/val.txt --seq-len 32 --batch 8 --steps 0 --out $T/learn --resume");
+    Log evaluated = log_of("learn");
+    check(number(evaluated.line[evaluated.n - 1], "step") > 0 && cJSON_HasObjectItem(evaluated.line[evaluated.n - 1], "val_loss"), "--steps 0 --resume --val: the loss of the newest checkpoint, under its step");
+    log_free(&evaluated);
     // the planner is the allocator, counting
     good("eval exec $B $S --steps 1 --plan");
     char *plan = slurp(at("stdout"), 0), *row = strstr(plan, "memory of a rank"), line[160] = "-";

@@ -71,6 +71,11 @@ static void bad_options(void) {
     bad("negative steps", "--steps -1 is out of range", "$S --steps -1");
     bad("beta2 of one", "lie in [0, 1)", "$S --beta2 1");
     bad("negative learning rate", "cannot be negative", "$S --lr -1");
+    bad("negative coefficients", "--aux-coef -1 cannot be negative", "$S --aux-coef -1");
+    bad("negative temperature", "cannot be negative", "$S --temperature -1");
+    bad("negative intervals", "--sample-every -1 is out of range", "$S --sample-every -1");
+    bad("a plan for no ranks", "--world -8 is out of range", "$S --plan --world -8");
+    bad("negative warmup", "--warmup -1 is negative", "$S --warmup -1");
     bad("final-lr above one", "--final-lr 2", "$S --final-lr 2");
     bad("no time at all", "--timeout 0", "$S --timeout 0");
     bad("resume of nothing", "--resume needs the folder", "$S --resume");
@@ -163,7 +168,7 @@ static void bad_places(void) {
     bad("resumed with another seed", "--seed 1337", "$S --steps 4 --resume --out $T/taken --seed 5");
     bad("resumed with another batch", "--batch 4", "$S --steps 4 --resume --out $T/taken --batch 8");
     bad("resumed with another length", "--seq-len 32", "$S --steps 4 --resume --out $T/taken --seq-len 16");
-    bad("resumed in another order", "--shuffle", "$S --steps 4 --resume --out $T/taken --shuffle off");
+    bad("resumed in another order", "--shuffle on", "$S --steps 4 --resume --out $T/taken --shuffle off");
     bad("resumed with another optimizer", "--optimizer adamw, now it is sgd", "$S --steps 4 --resume --out $T/taken --optimizer sgd");
     good("cp -r $T/taken $T/tampered; exec sed -i 's/\"batch\"/\"BATCH\"/' $T/tampered/checkpoints/step_2/trainer.json");
     bad("resumed from a damaged trainer.json", "trainer.json", "$S --steps 4 --resume --out $T/tampered");
