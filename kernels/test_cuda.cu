@@ -6,7 +6,7 @@
 // single element may be off by four times the largest error of the bf16 version, plus 1e-4 of the largest number. fp32 builds have only the second terms.
 // Inputs are of size 1: what is zero in exact arithmetic (dq of a single position) may be 1e-6.
 // Integers, random numbers and conversions must agree in every bit.
-#include "cuda/common.cuh"
+#include "cuda/experts.cuh"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -337,10 +337,11 @@ static void compare_rows(const char *what, const Plans &p, const Buffer (&b)[WOR
         for (int c = 0; token[m] < 0 && c < width; c++) if (rows[m * width + c] != 0) return complain(what, "a padding row is not zero");
 }
 enum Routing { SPREAD, ONE, FOREIGN, EMPTY };
+static const char *expert_kernel = "auto";
 static void test_experts(int P, int K, int E, int C, int F, Routing routing) {
     char name[120];
     static const char *names[] = {"", " all on one", " two ranks", " nobody here"};
-    snprintf(name, sizeof name, "experts P %d K %d E %d C %d F %d%s", P, K, E, C, F, names[routing]);
+    snprintf(name, sizeof name, "experts (%s) P %d K %d E %d C %d F %d%s", expert_kernel, P, K, E, C, F, names[routing]);
     begin(name);
     int global = routing == FOREIGN || routing == EMPTY ? 2 * E : E, first = routing == FOREIGN ? E / 2 : 0;
     Numbers ids((size_t)P * K);
@@ -359,11 +360,11 @@ static void test_experts(int P, int K, int E, int C, int F, Routing routing) {
     Buffer W2 = random_input(X, (size_t)E * C * F, 2 / sqrt(F)), score = random_input(REAL, (size_t)P * K), dpool = random_input(X, (size_t)P * C), out = output(X, (size_t)P * C);
     Buffer out1 = output(X, (size_t)P * C), dscore = output(REAL, (size_t)P * K), dW1 = output(REAL, (size_t)E * 2 * F * C), dW2 = output(REAL, (size_t)E * C * F);
     Buffer sum1 = random_input(REAL, (size_t)E * 2 * F * C), sum2 = random_input(REAL, (size_t)E * C * F);
-    Buffer H[WORLDS], again[WORLDS], A[WORLDS], Y[WORLDS], sA[WORLDS], dX[WORLDS], dH[WORLDS];
+    Buffer H[WORLDS], again[WORLDS], A[WORLDS], Y[WORLDS], sA[WORLDS], dX[WORLDS], dH[WORLDS], dH1[WORLDS], sA1[WORLDS];
     EACH_WORLD(w) {
         size_t M = p.plan[w].M;
         H[w] = output(X, M * 2 * F), again[w] = output(X, M * 2 * F), A[w] = output(X, M * F), Y[w] = output(X, M * C), sA[w] = output(X, M * F), dX[w] = output(X, M * C);
-        dH[w] = output(X, M * 2 * F);
+        dH[w] = output(X, M * 2 * F), dH1[w] = output(X, M * 2 * F), sA1[w] = output(X, M * F);
         const Plan *plan = &p.plan[w];
         CALL(w, plan_build, &p.plan[w], choice.i(w), routing == FOREIGN ? n_pool.i(w) : 0, first);
         CALL(w, experts_up, H[w].x(w), A[w].x(w), pool.x(w), W1.x(w), plan, C, F);
@@ -373,6 +374,7 @@ static void test_experts(int P, int K, int E, int C, int F, Routing routing) {
         CALL(w, rows_combine, out1.x(w), Y[w].x(w), 0, plan, C);
         CALL(w, experts_down_backward, dH[w].x(w), sA[w].x(w), dscore.r(w), dpool.x(w), H[w].x(w), W2.x(w), score.r(w), plan, C, F);
         CALL(w, experts_down_backward, again[w].x(w), sA[w].x(w), dscore.r(w), dpool.x(w), again[w].x(w), W2.x(w), score.r(w), plan, C, F);       // dH is H
+        CALL(w, experts_down_backward, dH1[w].x(w), sA1[w].x(w), 0, dpool.x(w), H[w].x(w), W2.x(w), 0, plan, C, F);
         CALL(w, experts_up_backward, dX[w].x(w), dH[w].x(w), W1.x(w), plan, C, F);
         CALL(w, experts_wgrad, dW1.g(w), dW2.g(w), pool.x(w), dpool.x(w), dH[w].x(w), sA[w].x(w), plan, 0, C, F);
         CALL(w, experts_wgrad, sum1.g(w), sum2.g(w), pool.x(w), dpool.x(w), dH[w].x(w), sA[w].x(w), plan, 1, C, F);
@@ -380,6 +382,7 @@ static void test_experts(int P, int K, int E, int C, int F, Routing routing) {
     compare_plans(p);
     compare_rows("H", p, H, 2 * F, true), compare_rows("A", p, A, F, true), compare_rows("Y", p, Y, C, true), compare("out", out), compare("out without scores", out1);
     compare_rows("dH", p, dH, 2 * F, true), compare_rows("dH in place", p, again, 2 * F, true), compare_rows("sA", p, sA, F, true), compare("dscore", dscore);
+    compare_rows("dH without scores", p, dH1, 2 * F, true), compare_rows("A of backward", p, sA1, F, true);
     compare_rows("dX", p, dX, C, true), compare("dW1", dW1), compare("dW2", dW2), compare("dW1 accumulated", sum1), compare("dW2 accumulated", sum2);
     end();
 }
@@ -400,6 +403,39 @@ static void test_plan(int P, int K, int E) {
     }
     compare_plans(p);
     compare_plans(dense);
+    end();
+}
+// The same bits on any number of multiprocessors, on all of them and on two: then each block takes several tiles, and its ring and its results go on from tile to tile.
+static void test_experts_budget(int P, int K, int E, int C, int F) {
+    char name[120];
+    snprintf(name, sizeof name, "experts (%s) on fewer multiprocessors, P %d K %d E %d C %d F %d", expert_kernel, P, K, E, C, F);
+    begin(name);
+    Numbers ids((size_t)P * K);
+    for (int p = 0; p < P; p++)
+        for (int k = 0, start = below(E - K + 1); k < K; k++) ids[(size_t)p * K + k] = start + k;
+    Plan plan = make_plans(P, K, E).plan[CUDA];
+    Buffer pool = random_input(X, (size_t)P * C), dpool = random_input(X, (size_t)P * C), W1 = random_input(X, (size_t)E * 2 * F * C), W2 = random_input(X, (size_t)E * C * F);
+    Buffer score = random_input(REAL, (size_t)P * K), choice = input(INT, ids);
+    int multiprocessors;
+    std::vector<Numbers> results[2];
+    plan_build(&plan, choice.i(CUDA), 0, 0);
+    CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+    for (int run = 0; run < 2; run++) {
+        size_t M = plan.M;
+        Buffer H = zeros(X, M * 2 * F), A = zeros(X, M * F), Y = zeros(X, M * C), dH = zeros(X, M * 2 * F), sA = zeros(X, M * F), dX = zeros(X, M * C), dscore = output(REAL, (size_t)P * K);
+        Buffer dW1 = output(REAL, (size_t)E * 2 * F * C), dW2 = output(REAL, (size_t)E * C * F);
+        experts_leave(run ? multiprocessors - 2 : 0);
+        experts_up(H.x(CUDA), A.x(CUDA), pool.x(CUDA), W1.x(CUDA), &plan, C, F);
+        experts_down(Y.x(CUDA), A.x(CUDA), W2.x(CUDA), &plan, C, F);
+        experts_down_backward(dH.x(CUDA), sA.x(CUDA), dscore.r(CUDA), dpool.x(CUDA), H.x(CUDA), W2.x(CUDA), score.r(CUDA), &plan, C, F);
+        experts_up_backward(dX.x(CUDA), dH.x(CUDA), W1.x(CUDA), &plan, C, F);
+        for (int accumulate = 0; accumulate < 2; accumulate++)
+            experts_wgrad(dW1.g(CUDA), dW2.g(CUDA), pool.x(CUDA), dpool.x(CUDA), dH.x(CUDA), sA.x(CUDA), &plan, accumulate, C, F);
+        for (const Buffer &b : {H, A, Y, dH, sA, dX, dscore, dW1, dW2}) results[run].push_back(read(b, CUDA));
+    }
+    experts_leave(0);
+    static const char *names[] = {"H", "A", "Y", "dH", "sA", "dX", "dscore", "dW1", "dW2"};
+    for (int i = 0; i < 9; i++) exact_numbers(names[i], results[1][i], results[0][i]);
     end();
 }
 static void test_rows(int n, int R, int J, int C) {
@@ -561,8 +597,13 @@ int main(int argc, char **argv) {
     RUN(router, 37, 64, 8, 2, 1, 0); RUN(router, 70, 40, 128, 8, 1, 0); RUN(router, 9, 64, 5, 5, 0, 0); RUN(router, 20, 16, 40, 3, 0, 0); RUN(router, 6, 16, 33, 4, 1, 1);
     RUN(router, 0, 16, 8, 2, 1, 0); RUN(router, 5, 16, 1, 1, 1, 0); RUN(router, 3, 16, 400, 8, 1, 0);
     RUN(plan, 1, 1, 1); RUN(plan, 600, 8, 128); RUN(plan, 257, 2, 3); RUN(plan, 0, 2, 4); RUN(plan, 40, 4, 700);
-    RUN(experts, 5, 2, 4, 64, 24, SPREAD); RUN(experts, 150, 2, 3, 72, 40, ONE); RUN(experts, 30, 2, 4, 136, 136, FOREIGN); RUN(experts, 6, 2, 3, 16, 8, EMPTY);
-    RUN(experts, 0, 2, 3, 16, 8, SPREAD); RUN(experts, 140, 1, 1, 264, 72, SPREAD); RUN(experts, 64, 8, 64, 32, 16, SPREAD);
+    for (const char *kernel : {"mma", "wgmma"}) {
+        if (!experts_select(expert_kernel = kernel)) continue;
+        RUN(experts, 5, 2, 4, 64, 24, SPREAD); RUN(experts, 150, 2, 3, 72, 40, ONE); RUN(experts, 30, 2, 4, 136, 136, FOREIGN); RUN(experts, 6, 2, 3, 16, 8, EMPTY);
+        RUN(experts, 0, 2, 3, 16, 8, SPREAD); RUN(experts, 140, 1, 1, 264, 72, SPREAD); RUN(experts, 64, 8, 64, 32, 16, SPREAD); RUN(experts, 3, 8, 256, 16, 8, SPREAD);
+        RUN(experts, 130, 1, 2, 520, 264, ONE); RUN(experts_budget, 300, 2, 3, 328, 264);
+    }
+    experts_select("auto");
     RUN(rows, 20, 9, 3, 64); RUN(rows, 1, 1, 1, 2048); RUN(rows, 0, 4, 2, 8); RUN(rows, 5, 3, 11, 40);
     for (int master = 0; master < 2; master++) {
         RUN(optimizer, OPT_SGD, master, true, 5); RUN(optimizer, OPT_ADAMW, master, true, 70); RUN(optimizer, OPT_ADAMW8, master, false, 6);

@@ -1,4 +1,4 @@
-// The experts' products on tensor cores (mma.sync: sm_80 and newer). A row m of expert e belongs to pool token p = row_token[m]:
+// The experts' products: the functions of kernels.h, and the portable version (mma.sync: sm_80 and newer). A row m of expert e belongs to pool token p = row_token[m]:
 //   H = pool[p] W1^T = [gate | up],  A = silu(gate) up,  Y = A W2^T
 // Backward, with g = dpool[p] W2 (F wide): dY = score dpool[p], so dA = dY W2 = score g, and because Y = A W2^T,
 //   dscore = <dpool[p], Y> = <dpool[p], A W2^T> = <g, A>:  neither Y nor dY is ever needed, and the score joins A: dW2 = dpool[p]^T (score A).
@@ -13,6 +13,8 @@
 //   experts_up_backward   4 C F                    2F in, C out                          7.2 KB
 //   experts_wgrad         6 C F                    2 (C + 2F + C + F) / 2 in            10.2 KB, and 18.9 MB of gradients an expert
 // At 2,048 rows an expert all are bound by the tensor cores.
+#include <stdlib.h>
+#include "experts.cuh"
 #include "tile.cuh"
 
 // The expert of row tile `tile`, or -1 behind the last row. expert_row is ascending: the last e with expert_row[e] <= row.
@@ -26,7 +28,6 @@ static __device__ __forceinline__ int expert_of_tile(const Plan &plan, int tile)
     }
     return low;
 }
-static __device__ __forceinline__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 static __device__ __forceinline__ void put_pair(floatX *tile, int row, int column, float left, float right) {
     floatX *p = tile + row * LD_OUT + column;
     store(p, left), store(p + 1, right);
@@ -71,12 +72,10 @@ rows_kernel(floatX *out, const floatX *in, const floatX *W, Plan plan, int N, in
     __syncthreads();
     store_tile(out + (int64_t)m0 * N + n0, N, N - n0, shared, 0, TILE);
 }
-// silu(x) = x s, s = 1/(1 + e^-x), s' = s (1 - s), so d silu/dx = s + x s (1 - s) = s (1 + x (1 - s)). With a = silu(gate) up:
-//   dgate = dA up s (1 + gate (1 - s)),  dup = dA gate s,  dA = score g.
-// partial (M, column tiles): this tile's share of <g, a>. g leaves the accumulators through shared memory as fp32, so that the elementwise part
+// partial (M, column tiles) or 0: this tile's share of <g, a>. g leaves the accumulators through shared memory as fp32, so that the elementwise part
 // runs along rows: TILE / PACK lanes a row, 16 bytes each. dH may be H: a lane reads its elements before it writes them.
 static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
-down_backward_kernel(floatX *dH, floatX *sA, float *partial, const floatX *dpool, const floatX *H, const floatX *W2, const real *score, Plan plan, int C, int F) {
+down_backward_kernel(floatX *dH, floatX *sA, float *partial, const floatX *dpool, const floatX *H, const floatX *W2, const float *row_score, Plan plan, int C, int F) {
     extern __shared__ __align__(16) floatX shared[];
     const int LD_G = TILE + 4, LANES = TILE / PACK;
     float *tile_g = (float *)shared;
@@ -94,21 +93,9 @@ down_backward_kernel(floatX *dH, floatX *sA, float *partial, const floatX *dpool
     bool inside = f0 + column < F;                // all lanes take part in the sum of a row
     for (int row = threadIdx.x / LANES; row < TILE; row += TILE_THREADS / LANES) {
         int64_t m = m0 + row, at = m * 2 * F + f0 + column;
-        int token = plan.row_token[m];
-        float s = 0, dot = 0, gate[PACK] = {}, up[PACK] = {}, act[PACK];
-        for (int k = 0; token >= 0 && k < plan.K; k++) {      // a row's slot; padding rows keep score 0
-            int64_t slot = (int64_t)token * plan.K + k;
-            if (plan.token_row[slot] == m) s = score ? score[slot] : 1;
-        }
-        if (inside && token >= 0) load_n(gate, H + at), load_n(up, H + at + F);
-        for (int n = 0; n < PACK; n++) {
-            float g = tile_g[row * LD_G + column + n], sg = sigmoid(gate[n]), x = gate[n], dA = s * g;
-            act[n] = round_x(x * sg * up[n]);
-            dot += g * act[n];
-            act[n] *= s;
-            gate[n] = dA * up[n] * sg * (1 + x * (1 - sg));
-            up[n] = dA * x * sg;
-        }
+        float s = row_score[m], dot = 0, gate[PACK] = {}, up[PACK] = {}, act[PACK];
+        if (inside && plan.row_token[m] >= 0) load_n(gate, H + at), load_n(up, H + at + F);
+        for (int n = 0; n < PACK; n++) swiglu_backward(gate[n], up[n], act[n], dot, tile_g[row * LD_G + column + n], s);
         dot = group_sum(dot, LANES);
         if (partial && column == 0) partial[m * column_tiles + f0 / TILE] = dot;
         if (!inside) continue;
@@ -116,6 +103,18 @@ down_backward_kernel(floatX *dH, floatX *sA, float *partial, const floatX *dpool
         store_n(dH + at, gate);
         store_n(dH + at + F, up);
     }
+}
+// The score of each row's slot; padding rows have 0.
+static __global__ void row_score_kernel(float *row_score, const real *score, Plan plan) {
+    int64_t m = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (m >= plan.expert_row[plan.E]) return;
+    int token = plan.row_token[m];
+    float s = 0;
+    for (int k = 0; token >= 0 && k < plan.K; k++) {
+        int64_t slot = (int64_t)token * plan.K + k;
+        if (plan.token_row[slot] == m) s = score ? score[slot] : 1;
+    }
+    row_score[m] = s;
 }
 // dscore[p,k] = the column tiles' shares in order; 0 where the slot has no row.
 static __global__ void dscore_kernel(real *dscore, const float *partial, const int *token_row, int64_t n, int column_tiles) {
@@ -143,6 +142,32 @@ wgrad_kernel(gradX *dW, const floatX *left, const int *left_index, const floatX 
     });
 }
 
+// ---- which kernels ----------------------------------------------------------------------------------------------------------------
+static int chosen = -1;                           // 1: those of experts_hopper.cu; -1: not asked yet
+bool experts_select(const char *name) {
+    bool wgmma = false;
+    if constexpr (sizeof(floatX) == 2) wgmma = hopper_available();
+    if (!strcmp(name, "auto")) chosen = wgmma;
+    else if (!strcmp(name, "mma")) chosen = 0;
+    else if (strcmp(name, "wgmma")) die("there is no expert kernel '%s'|auto, mma, wgmma", name);
+    else if (!wgmma) return false;
+    else chosen = 1;
+    return true;
+}
+static bool use_wgmma() {
+    if (chosen < 0) {
+        const char *name = getenv("MOE_EXPERT_KERNEL");
+        if (!experts_select(name && *name ? name : "auto"))
+            die("MOE_EXPERT_KERNEL=%s: needs a GPU of compute capability 9.0, PRECISION=bf16 and a build for sm_90a|leave it out, or mma", name);
+    }
+    return chosen;
+}
+void experts_leave(int multiprocessors) {
+    if constexpr (sizeof(floatX) == 2) hopper_leave(multiprocessors);
+}
+// In a public function: the Hopper version instead, where it is chosen. fp32 builds do not have it.
+#define WGMMA_INSTEAD(call) do { if constexpr (sizeof(floatX) == 2) if (use_wgmma()) return call; } while (0)
+
 // ---- launches -------------------------------------------------------------------------------------------------------------------
 // Opts a kernel into TILE_SHARED bytes of shared memory, once.
 #define TILE_KERNEL(kernel) do { \
@@ -158,6 +183,7 @@ static unsigned tiles(const Plan *plan, int columns, int width, int C, int F) {
 void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const Plan *plan, int C, int F) {
     unsigned blocks = tiles(plan, F, 64, C, F);
     if (!blocks) return;
+    WGMMA_INSTEAD(hopper_up(H, A, pool, W1, plan, C, F));
     TILE_KERNEL(up_kernel);
     up_kernel<<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(H, A, pool, W1, *plan, C, F);
     LAUNCHED();
@@ -165,8 +191,16 @@ void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, cons
 void experts_down(floatX *Y, const floatX *A, const floatX *W2, const Plan *plan, int C, int F) {
     unsigned blocks = tiles(plan, C, TILE, C, F);
     if (!blocks) return;
+    WGMMA_INSTEAD(hopper_down(Y, A, W2, plan, C, F));
     TILE_KERNEL(rows_kernel<false>);
     rows_kernel<false><<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(Y, A, W2, *plan, C, F);
+    LAUNCHED();
+}
+static void down_backward(floatX *dH, floatX *sA, float *partial, const floatX *dpool, const floatX *H, const floatX *W2, const float *row_score,
+                          const Plan *plan, unsigned blocks, int C, int F) {
+    WGMMA_INSTEAD(hopper_down_backward(dH, sA, partial, dpool, H, W2, row_score, plan, C, F));
+    TILE_KERNEL(down_backward_kernel);
+    down_backward_kernel<<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(dH, sA, partial, dpool, H, W2, row_score, *plan, C, F);
     LAUNCHED();
 }
 void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *dpool, const floatX *H, const floatX *W2, const real *score,
@@ -174,11 +208,12 @@ void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *d
     unsigned blocks = tiles(plan, F, TILE, C, F);
     int column_tiles = (int)div_up(F, TILE);
     int64_t n = (int64_t)plan->P * plan->K;
-    float *partial = dscore ? (float *)device_scratch(SCRATCH_PARTIAL, (size_t)plan->M * (size_t)column_tiles * sizeof(float)) : 0;
+    float *row_score = (float *)device_scratch(SCRATCH_PARTIAL, (size_t)plan->M * (size_t)(1 + (dscore ? column_tiles : 0)) * sizeof(float));
+    float *partial = dscore ? row_score + plan->M : 0;
     if (blocks) {
-        TILE_KERNEL(down_backward_kernel);
-        down_backward_kernel<<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(dH, sA, partial, dpool, H, W2, score, *plan, C, F);
+        row_score_kernel<<<grid_for(plan->M, 256), 256, 0, compute_stream()>>>(row_score, score, *plan);
         LAUNCHED();
+        down_backward(dH, sA, partial, dpool, H, W2, row_score, plan, blocks, C, F);
     }
     if (!dscore || n == 0) return;
     dscore_kernel<<<grid_for(n, 256), 256, 0, compute_stream()>>>(dscore, partial, plan->token_row, n, column_tiles);
@@ -187,6 +222,7 @@ void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *d
 void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const Plan *plan, int C, int F) {
     unsigned blocks = tiles(plan, C, TILE, C, F);
     if (!blocks) return;
+    WGMMA_INSTEAD(hopper_up_backward(dX, dH, W1, plan, C, F));
     TILE_KERNEL(rows_kernel<true>);
     rows_kernel<true><<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(dX, dH, W1, *plan, C, 2 * F);
     LAUNCHED();
@@ -196,6 +232,7 @@ void experts_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpo
     require_packs("hidden_size", C);
     require_packs("the expert width", F);
     if (plan->E == 0) return;
+    if (plan->M > 0) WGMMA_INSTEAD(hopper_wgrad(dW1, dW2, pool, dpool, dH, sA, plan, accumulate, C, F));
     TILE_KERNEL(wgrad_kernel);
     dim3 grid1((unsigned)div_up(C, TILE), (unsigned)div_up(2 * F, TILE), (unsigned)plan->E), grid2((unsigned)div_up(F, TILE), (unsigned)div_up(C, TILE), (unsigned)plan->E);
     wgrad_kernel<<<grid1, TILE_THREADS, TILE_SHARED, compute_stream()>>>(dW1, dH, nullptr, pool, plan->row_token, *plan, accumulate, 2 * F, C);

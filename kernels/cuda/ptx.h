@@ -112,6 +112,14 @@ PTX_FN void ptx_tma_add_2d(const CUtensorMap *map, const void *smem, int x, int 
     asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%2, %3}], [%1];" :: "l"(map), PTX_S(smem), "r"(x), "r"(y) : "memory");
 #endif
 }
+PTX_FN void ptx_tma_add_3d(const CUtensorMap *map, const void *smem, int x, int y, int z) {
+#ifdef CUEMU
+    int c[] = {x, y, z};
+    cuemu::tma_store(map, smem, 3, c, true);
+#else
+    asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4}], [%1];" :: "l"(map), PTX_S(smem), "r"(x), "r"(y), "r"(z) : "memory");
+#endif
+}
 // Plain copies without a tensor map; bytes and addresses are multiples of 16.
 PTX_FN void ptx_bulk_load(void *smem, const void *global, uint32_t bytes, uint64_t *bar) {
     PTX(cuemu::bulk_load(smem, global, bytes, bar), asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
@@ -187,6 +195,12 @@ PTX_FN void ptx_mma_m16n8k16_f32(float d[4], const uint32_t a[8], const uint32_t
 PTX_FN void ptx_wgmma_fence() { PTX(cuemu::wgmma_fence(), asm volatile("wgmma.fence.sync.aligned;" ::: "memory")); }
 PTX_FN void ptx_wgmma_commit() { PTX(cuemu::wgmma_commit(), asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")); }
 template <int N> PTX_FN void ptx_wgmma_wait() { PTX(cuemu::wgmma_wait(N), asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory")); }
+
+// Keeps the compiler from moving accesses of the accumulators over a fence or a wait, which do not name them.
+template <int N> PTX_FN void ptx_wgmma_hold(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) PTX((void)d[i], asm volatile("" : "+f"(d[i]) :: "memory"));
+}
 
 // Shared-memory matrix descriptor; swizzle in bytes: 128, 64, 32 or 0. With S = swizzle:
 //   K-major (rows of S bytes along K):    sbo = distance of 8-row groups (8*S when dense), lbo unused
