@@ -38,6 +38,7 @@ $(CUEMU_BUILD)/%/built: $(wildcard $(CUEMU_DIR)/src/* $(CUEMU_DIR)/include/* $(C
 
 # $(1) mode, $(2) precision
 define CUEMU_VARIANT
+.PRECIOUS: $(CUEMU_BUILD)/$(1)-$(2)/%.o
 $(CUEMU_BUILD)/$(1)-$(2)/%.o: $(CUEMU_BUILD)/source/%.cu $(ROOT_BUILD)/detected.mk | $(CUEMU_HEADERS)
 	@mkdir -p $$(@D)
 	@echo "cuemu $(1) $(2) $$*.cu"
