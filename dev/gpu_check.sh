@@ -17,7 +17,7 @@
 #   ranks         test_moe on 4 ranks that share the card, over MPI
 #   curve         60 updates here and by transformers on the same card
 #   update-4      updates of 4 layers at the true widths, phase by phase; update-48: the whole model, all 30.5B parameters (139 GiB)
-# cJSON or MPI in another place than the compiler's: make gpu-check HAVE_CJSON=1 CJSON_CFLAGS=-I... CJSON_LIBS=...
+# cJSON in another place than the compiler's: make gpu-check HAVE_CJSON=1 CJSON_CFLAGS=-I... CJSON_LIBS=.../libcjson.a      COMMIT=... where git is not
 cd "$(dirname "$0")/.." || exit 1
 BUDGET=${BUDGET:-540} CC=${CC:-cc} DRY=$GPU_CHECK_DRY
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null | head -1)
@@ -27,7 +27,7 @@ OUT=${OUT:-dev/results/$(echo "$gpu" | sed 's/NVIDIA //' | tr ' /' '--')-$(date 
 WORK=build/gpu_check begin=$SECONDS jobs=$(nproc 2> /dev/null || echo 2)
 rm -rf "$WORK" && mkdir -p "$WORK" "$OUT" && rm -f "$OUT"/*.log "$OUT"/*.jsonl || exit 1
 mk() { make --no-print-directory -s CC="$CC" "$@"; }
-have() { grep -q "^$1 := ." build/detected.mk; }
+have() { grep -q "^$1 := ." build/detected.mk || case " $MAKEFLAGS" in *" $1="*) ;; *) false ;; esac; }      # found, or said on the command line
 variant() { mk show-build BACKEND=cuda "$@"; }
 
 # ---- steps ------------------------------------------------------------------------------------------------------------------------------
@@ -63,6 +63,7 @@ missing() { [ -x "$1" ] || echo "not built, see build.log"; }
 # ---- what is here -----------------------------------------------------------------------------------------------------------------------
 bf16=build/cuemu/plain-bf16 fp32=build/cuemu/plain-fp32 ranks='' tiny=
 if [ -z "$DRY" ]; then
+    have HAVE_GPU 2> /dev/null || rm -f build/detected.mk          # of a time without the GPU
     bf16=$(variant PRECISION=bf16) fp32=$(variant PRECISION=fp32) ranks=$(variant PRECISION=fp32 COMM=mpi)
     have NVCC || echo "no nvcc: only programs that are already built can run"
 else
@@ -144,13 +145,13 @@ step ceilings 40 $R "${nogpu:-$(missing build/cuemu/gpu/ceilings)}" build/cuemu/
 step cudnn 60 $R "${nogpu:-$(have HAVE_CUDNN || echo "cuDNN 9.8 was not found; ")$(missing "$bf16/kernels/test_cuda")}" "$bf16/kernels/test_cuda" attention
 step kernels-bf16 90 $R "$(missing "$bf16/kernels/test_cuda")" "$bf16/kernels/test_cuda" ${DRY:+rows}
 step kernels-fp32 90 $R "${nogpu:-$(missing "$fp32/kernels/test_cuda")}" "$fp32/kernels/test_cuda"
-step model-fp32 90 $R "${nogpu:-${cjson:-$(missing "$fp32/test_moe")}}" "$fp32/test_moe"
-step model-bf16 90 $R "${nogpu:-${cjson:-$(missing "$bf16/test_moe")}}" "$bf16/test_moe"
+step model-fp32 110 $R "${nogpu:-${cjson:-$(missing "$fp32/test_moe")}}" "$fp32/test_moe"
+step model-bf16 110 $R "${nogpu:-${cjson:-$(missing "$bf16/test_moe")}}" "$bf16/test_moe"
 step bench 80 40 "$(missing "$bf16/dev/bench_cuda")" bench
 step bench-torch 60 0 "${nogpu:-$([ -n "$torch" ] || echo "no torch with CUDA")}" bench_torch
 step offsets 60 0 "${nogpu:-$([ "${memory:-0}" -ge 62000 ] || echo "needs a GPU of 60 GB; ")$(missing "$bf16/kernels/test_offsets")}" "$bf16/kernels/test_offsets"
 step sanitizer 60 0 "${nogpu:-${cjson:-$([ -n "$sanitizer" ] || echo "compute-sanitizer was not found; ")$(missing "$bf16/train_moe")}}" sanitize
-step ranks 60 0 "${nogpu:-${cjson:-$([ -n "$mpirun" ] || echo "MPI was not found; ")$(missing "$ranks/test_moe")}}" $mpirun "$ranks/test_moe"
+step ranks 100 0 "${nogpu:-${cjson:-$([ -n "$mpirun" ] || echo "MPI was not found; ")$(missing "$ranks/test_moe")}}" $mpirun "$ranks/test_moe"
 step curve 80 0 "${nogpu:-${cjson:-$([ -n "$hf" ] || echo "no torch with CUDA beside transformers")}}" curve
 step update-4 50 0 "${nogpu:-${cjson:-$(missing "$bf16/train_moe")}}" update 4 --steps 4 --profile 3
 step update-48 60 0 "${nogpu:-${cjson:-$([ "${memory:-0}" -ge 140000 ] || echo "needs a GPU of 139 GiB; ")$(missing "$bf16/train_moe")}}" update 48 --steps 3
@@ -160,7 +161,7 @@ lines() { [ -s "$1" ] && grep '^{' "$1" | paste -sd, -; }
 machine="$gpu, driver $(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | head -1), power limit $(nvidia-smi --query-gpu=power.limit --format=csv,noheader 2> /dev/null | head -1)"
 [ -z "$DRY" ] || machine="the emulator on $(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -1): no GPU, times mean nothing"
 software="$($(sed -n 's/^NVCC := //p' build/detected.mk) --version 2> /dev/null | sed -n 's/.*release \([^,]*\).*/nvcc \1/p'), torch ${torch:-none}, transformers ${hf:-none}, $(have HAVE_CUDNN && echo cuDNN || echo "no cuDNN"), $(have MPI_LIBS && echo MPI || echo "no MPI")"
-commit=$(git describe --always --dirty 2> /dev/null || echo unknown)
+commit=${COMMIT:-$(git describe --always --dirty 2> /dev/null || echo unknown)}
 {
     echo "# make gpu-check"
     echo
