@@ -549,12 +549,12 @@ static void test_convert(size_t n) {
 static void test_device() {
     begin("arena, copies, streams");
     Arena a = arena_counting("test");
-    arena_take(&a, 1000, "one"), arena_take(&a, 9u << 20, "two");
+    arena_take(&a, 1000, "one"), arena_take(&a, 17u << 20, "two");         // five pieces of an upload, one more than it has stages
     size_t counted = a.used;
     arena_commit(&a);
-    char *one = (char *)arena_take(&a, 1000, "one"), *two = (char *)arena_take(&a, 9u << 20, "two");
+    char *one = (char *)arena_take(&a, 1000, "one"), *two = (char *)arena_take(&a, 17u << 20, "two");
     if (a.used != counted || (size_t)two % 256 || two != one + 1024) complain("arena", "the second pass differs from the first");
-    std::vector<char> host(9u << 20), back(9u << 20);
+    std::vector<char> host(17u << 20), back(17u << 20);
     for (size_t i = 0; i < host.size(); i++) host[i] = (char)(i * 7 + i / 4096);
     std::vector<char> kept = host;
     device_upload(two, host.data(), host.size());
