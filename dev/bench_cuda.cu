@@ -10,7 +10,7 @@
 // Routing: `even`, K distinct experts drawn alike; `skewed`, expert e drawn with weight (e + 1)^-1/2, and the rows of the most loaded expert over the mean in `load`.
 // Left out: rope_table, router_share, sum_in_order, clip_scale, gradient_scale, rows_sum_real, plan_dense: less than a megabyte, or once a run.
 // --tiny: shapes for the emulator (dev/cuemu), where times mean nothing.
-#include "../kernels/cuda/common.cuh"
+#include "../kernels/cuda/experts.cuh"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -193,7 +193,7 @@ static void experts(const Shape *s, Arena *a) {
     int R = s->B * s->T, C = s->C, E = s->E, K = s->K, F = s->F;
     int64_t M = plan_rows(R, K, E);
     double load, fan = 1 / sqrt((double)C), fan2 = 1 / sqrt((double)F);
-    const char *variant = skew > 0 ? "skewed" : "even";
+    const char *routing = skew > 0 ? "skewed" : "even";
     floatX *x = normal(a, (int64_t)R * C, 1), *y = normal(a, (int64_t)R * C, 1), *dy = normal(a, (int64_t)R * C, 1), *W1 = normal(a, (int64_t)E * 2 * F * C, fan), *W2 = normal(a, (int64_t)E * C * F, fan2);
     floatX *Wr = normal(a, (int64_t)E * C, fan), *Y = normal(a, M * C, 1), *H = normal(a, M * 2 * F, 1), *dH = normal(a, M * 2 * F, 1), *A = normal(a, M * F, 1);
     gradX *dW1 = GRADS((int64_t)E * 2 * F * C), *dW2 = GRADS((int64_t)E * C * F), *dWr = GRADS((int64_t)E * C);
@@ -210,16 +210,21 @@ static void experts(const Shape *s, Arena *a) {
         BENCH("router_forward", "", router_forward(z, topk, score, stats, x, Wr, 0, 1, R, C, E, K));
         BENCH("router_backward_add", "", router_backward_add(dy, dWr, dz, score, z, topk, score, x, Wr, share, 1e-3, 0, 1, 0, R, C, E, K));
     }
-#define ROUTED(kernel, ...) bench(s, kernel, variant, load, [&] { __VA_ARGS__; })
+#define ROUTED(kernel, ...) bench(s, kernel, variant.c_str(), load, [&] { __VA_ARGS__; })
+    std::string variant = routing;
     ROUTED("plan_build", plan_build(&plan, choice, 0, 0));
-    ROUTED("experts_up", experts_up(H, A, x, W1, &plan, C, F));
-    ROUTED("experts_up_again", experts_up(H, 0, x, W1, &plan, C, F));
-    ROUTED("experts_down", experts_down(Y, A, W2, &plan, C, F));
     ROUTED("rows_combine", rows_combine(y, Y, score, &plan, C));
     ROUTED("rows_sum", rows_sum(y, Y, plan.token_row, R, K, C));
-    ROUTED("experts_down_backward", experts_down_backward(dH, A, dscore, dy, H, W2, score, &plan, C, F));
-    ROUTED("experts_up_backward", experts_up_backward(Y, dH, W1, &plan, C, F));
-    ROUTED("experts_wgrad", experts_wgrad(dW1, dW2, x, dy, dH, A, &plan, 0, C, F));
+    for (const char *name : {"wgmma", "mma"}) {
+        if (!experts_select(name)) continue;
+        variant = std::string(routing) + " " + name;
+        ROUTED("experts_up", experts_up(H, A, x, W1, &plan, C, F));
+        ROUTED("experts_up_again", experts_up(H, 0, x, W1, &plan, C, F));
+        ROUTED("experts_down", experts_down(Y, A, W2, &plan, C, F));
+        ROUTED("experts_down_backward", experts_down_backward(dH, A, dscore, dy, H, W2, score, &plan, C, F));
+        ROUTED("experts_up_backward", experts_up_backward(Y, dH, W1, &plan, C, F));
+        ROUTED("experts_wgrad", experts_wgrad(dW1, dW2, x, dy, dH, A, &plan, 0, C, F));
+    }
 }
 
 static void ends(const Shape *s, Arena *a) {

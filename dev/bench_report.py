@@ -30,9 +30,9 @@ def table(ceilings, kernels, torch):
             best[key] = x
     print("| kernel | tokens | us | rate | share of the ceiling | predicted us | measured / predicted | torch's best us | torch / ours |\n" + "|---" * 9 + "|")
     for x in kernels:
-        guess = 1e6 * predicted(x["kernel"], x["tokens"], {**RATES, **OLDER} if x["variant"] == "flash" else RATES)
+        guess = 1e6 * predicted(x["kernel"], x["tokens"], {**RATES, **OLDER} if x["variant"].split(" ")[-1] in ("flash", "mma") else RATES)
         speed = f"{x['tflops']:.0f} TFLOP/s" if x["bound"] == "products" else f"{x['gbs']:.0f} GB/s"
-        t = best.get((x["kernel"], x["tokens"])) if x["variant"] != "skewed" else None      # torch's routing is even
+        t = best.get((x["kernel"], x["tokens"])) if not x["variant"].startswith("skewed") else None      # torch's routing is even
         beside = f"{number(t['us'])} ({t['how']}) | {t['us'] / x['us']:.2f}" if t else " | "
         load = f" (load {x['load']:.1f})" if "load" in x else ""
         print(f"| `{x['kernel']}` {x['variant']}{load} | {x['tokens']} | {number(x['us'])} | {speed} | {100 * x['share']:.0f} % | {number(guess)} | {x['us'] / guess:.2f} | {beside} |")
