@@ -15,3 +15,5 @@ bench-cuda:
 	@dir=$$($(MAKE) -s show-build BACKEND=cuda); $(MAKE) BACKEND=cuda $$dir/dev/bench_cuda && $$dir/dev/bench_cuda $(ARGS) > $$dir/bench.jsonl && $(PYTHON) dev/bench_report.py $$dir/bench.jsonl
 test-cuemu-bench: $(CUEMU_BUILD)/plain-bf16/dev/bench_cuda
 	@$< --tiny > $(CUEMU_BUILD)/bench.jsonl && $(PYTHON) dev/bench_report.py $(CUEMU_BUILD)/bench.jsonl --check
+
+include dev/kernels/ladder.mk

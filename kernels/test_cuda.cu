@@ -601,8 +601,9 @@ int main(int argc, char **argv) {
         if (!experts_select(expert_kernel = kernel)) continue;
         RUN(experts, 5, 2, 4, 64, 24, SPREAD); RUN(experts, 150, 2, 3, 72, 40, ONE); RUN(experts, 30, 2, 4, 136, 136, FOREIGN); RUN(experts, 6, 2, 3, 16, 8, EMPTY);
         RUN(experts, 0, 2, 3, 16, 8, SPREAD); RUN(experts, 140, 1, 1, 264, 72, SPREAD); RUN(experts, 64, 8, 64, 32, 16, SPREAD); RUN(experts, 3, 8, 256, 16, 8, SPREAD);
-        RUN(experts, 130, 1, 2, 520, 264, ONE); RUN(experts_budget, 300, 2, 3, 328, 264);
+        RUN(experts, 130, 1, 2, 520, 264, ONE);
     }
+    if (experts_select(expert_kernel = "wgmma")) RUN(experts_budget, 200, 2, 3, 136, 264);
     experts_select("auto");
     RUN(rows, 20, 9, 3, 64); RUN(rows, 1, 1, 1, 2048); RUN(rows, 0, 4, 2, 8); RUN(rows, 5, 3, 11, 40);
     for (int master = 0; master < 2; master++) {
