@@ -6,6 +6,7 @@
 // Whole tests need kernels that visit all of the buffer. All of them together need a GPU with 60 GB; in the emulator they run small, which checks the test but not the kernel.
 //   make test-cuemu-kernels, make test-cuda-gpu
 #include "cuda/common.cuh"
+#include "cuda/experts.cuh"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -135,10 +136,11 @@ static void test_rows() {
     end();
 }
 // The last of E experts has two rows, of pool tokens LAST and 0; no other has any.
-static void test_experts() {
+static void test_experts(const char *kernel) {
+    if (!experts_select(kernel)) return;          // not on this card
     const int C = 2048, F = 64, E = (int)(FAR / (C * F)) + 2, LAST = (int)(FAR / C), TILE = device_row_tile();
     const int64_t W = (int64_t)2 * F * C;
-    begin("experts");
+    begin(strcmp(kernel, "mma") ? "experts by wgmma" : "experts by mma.sync");
     Plan plan[2];
     floatX *pool[2], *dpool[2], *W1[2], *W2[2], *H[2], *A[2], *Y[2], *dH[2], *sA[2], *dX[2];
     gradX *dW1[2], *dW2[2];
@@ -304,7 +306,7 @@ static void test_gradient_of_logits() {
 
 int main(void) {
     device_init(0, 0);
-    test_embedding(), test_cross_entropy(), test_rows(), test_experts();
+    test_embedding(), test_cross_entropy(), test_rows(), test_experts("mma"), test_experts("wgmma");
     for (int kind = 0; kind < 3; kind++) for (int master = 0; master < 2; master++) test_optimizer((OptimizerKind)kind, master);
     test_norms(), test_attention(), test_router(), test_gradient_of_logits();
     device_finish();
