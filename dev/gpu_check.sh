@@ -12,6 +12,7 @@
 #   kernels-*     every kernel against its CPU twin
 #   model-*       test_moe: fixtures of transformers; bf16 at most twice the error of the naive bf16 version, fp32 1e-4
 #   bench         every kernel at the shapes of Qwen3-30B-A3B, share of the ceilings measured in the same run; then torch's own kernels beside them
+#   ladder        the rungs of dev/kernels, checked against the first and timed
 #   offsets       indices beyond 2^31 elements in every kernel                        needs 60 GB
 #   sanitizer     compute-sanitizer: memory, races in shared memory, barriers, two updates of the tiny model
 #   ranks         test_moe on 4 ranks that share the card, over MPI
@@ -87,7 +88,7 @@ build() {
     local pids='' failed=0 pid model=(train_moe test_moe)
     [ -z "$cjson" ] || model=()
     [ -n "$hopper" ] || { $emu -k -j "$jobs" gpu-build & pids="$pids $!"; }
-    mk -k -j "$jobs" BACKEND=cuda PRECISION=bf16 "$bf16/kernels/test_cuda" "$bf16/kernels/test_offsets" "$bf16/dev/bench_cuda" "${model[@]/#/$bf16/}" & pids="$pids $!"
+    mk -k -j "$jobs" BACKEND=cuda PRECISION=bf16 "$bf16/kernels/test_cuda" "$bf16/kernels/test_offsets" "$bf16/dev/bench_cuda" "$bf16/dev/kernels/ladder" "${model[@]/#/$bf16/}" & pids="$pids $!"
     mk -k -j "$jobs" BACKEND=cuda PRECISION=fp32 "$fp32/kernels/test_cuda" "${model[@]/#/$fp32/}" & pids="$pids $!"
     [ -n "$cjson" ] || [ "$ranks" = "$fp32" ] || ! have MPI_LIBS || { mk -k -j "$jobs" BACKEND=cuda PRECISION=fp32 COMM=mpi "$ranks/test_moe" & pids="$pids $!"; }
     for pid in $pids; do wait "$pid" || failed=1; done
@@ -149,6 +150,7 @@ step model-fp32 110 $R "${nogpu:-${cjson:-$(missing "$fp32/test_moe")}}" "$fp32/
 step model-bf16 110 $R "${nogpu:-${cjson:-$(missing "$bf16/test_moe")}}" "$bf16/test_moe"
 step bench 80 40 "$(missing "$bf16/dev/bench_cuda")" bench
 step bench-torch 60 0 "${nogpu:-$([ -n "$torch" ] || echo "no torch with CUDA")}" bench_torch
+step ladder 40 0 "${nogpu:-$(missing "$bf16/dev/kernels/ladder")}" "$bf16/dev/kernels/ladder"
 step offsets 60 0 "${nogpu:-$([ "${memory:-0}" -ge 62000 ] || echo "needs a GPU of 60 GB; ")$(missing "$bf16/kernels/test_offsets")}" "$bf16/kernels/test_offsets"
 step sanitizer 60 0 "${nogpu:-${cjson:-$([ -n "$sanitizer" ] || echo "compute-sanitizer was not found; ")$(missing "$bf16/train_moe")}}" sanitize
 step ranks 100 0 "${nogpu:-${cjson:-$([ -n "$mpirun" ] || echo "MPI was not found; ")$(missing "$ranks/test_moe")}}" $mpirun "$ranks/test_moe"
@@ -177,8 +179,8 @@ commit=${COMMIT:-$(git describe --always --dirty 2> /dev/null || echo unknown)}
         if [ -n "$python" ]; then "$python" dev/bench_report.py "$OUT/bench.jsonl" $([ ! -s "$OUT/torch.jsonl" ] || echo --torch "$OUT/torch.jsonl")
         else printf '```\n'; cat "$OUT/bench.jsonl"; printf '```\n'; fi
     fi
-    for log in ceilings curve update-4 update-48; do
-        [ -s "$OUT/$log.log" ] && { printf '\n## %s\n\n```\n' "$log"; tail -40 "$OUT/$log.log"; printf '```\n'; }
+    for log in ceilings ladder curve update-4 update-48; do
+        [ -s "$OUT/$log.log" ] && { printf '\n## %s\n\n```\n' "$log"; tail -60 "$OUT/$log.log"; printf '```\n'; }
     done
 } > "$OUT/report.md"
 printf '{"machine": "%s", "software": "%s", "commit": "%s", "date": "%s", "seconds": %d,\n "steps": [%s],\n "bench": [%s],\n "torch": [%s]}\n' "$machine" "$software" "$commit" "$(date +%Y-%m-%d)" $((SECONDS - begin)) \
