@@ -14,6 +14,7 @@
 #include "mma.cuh"
 #if defined(MOE_CUDNN) && defined(MOE_BF16)
 #include "attention_cudnn.h"
+#include <stdio.h>
 #define CUDNN_OR_FLASH 1
 #endif
 
@@ -22,13 +23,19 @@ static const float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
 
 static int use_cudnn;
 void attention_select(const char *name) {
+    int automatic = !strcmp(name, "auto");
 #ifdef CUDNN_OR_FLASH
     const char *hint = "auto (cudnn), cudnn or flash";
-    use_cudnn = !strcmp(name, "auto") || !strcmp(name, "cudnn");
+    use_cudnn = automatic || !strcmp(name, "cudnn");
+    if (use_cudnn && compute_stream() && !cudnn_attention_start()) {      // no stream: a plan without a GPU
+        if (!automatic) die("cuDNN does not start on this GPU|--attention-kernel flash, or a newer driver");
+        fprintf(stderr, "attention: cuDNN does not start on this GPU; the kernel \"flash\" computes it\n");
+        use_cudnn = 0;
+    }
 #else
     const char *hint = strcmp(name, "cudnn") ? "auto (flash) or flash" : "auto or flash; cudnn needs PRECISION=bf16 and a cuDNN that make found (make detect)";
 #endif
-    if (!use_cudnn && strcmp(name, "auto") && strcmp(name, "flash")) die("the CUDA backend of this build has no attention kernel \"%s\"|choose --attention-kernel %s", name, hint);
+    if (!use_cudnn && !automatic && strcmp(name, "flash")) die("the CUDA backend of this build has no attention kernel \"%s\"|choose --attention-kernel %s", name, hint);
 }
 size_t attention_workspace(int B, int T, int H, int KV, int D) {      // delta (B,H,T)
     size_t bytes = (size_t)B * (size_t)T * (size_t)H * sizeof(float);

@@ -11,7 +11,7 @@
 //
 // A plan takes a second or two to make and is kept for each shape. dq is written by the last product, not added up in an fp32 tensor from one place or another by
 // atomics: cudnn-frontend's deterministic form (I8). Its price is memory: dS of a call's heads, 2 T^2 bytes each. So backward runs in calls of some sequences, or
-// of some KV heads of one sequence with their query heads, that keep to CHUNK_BYTES: 16 heads of 4,096 tokens, 512 tiles of 128 keys for the GPU's 132 multiprocessors.
+// of some KV heads of one sequence with their query heads, that keep to cudnn_attention_chunk: 16 heads of 4,096 tokens, 512 tiles of 128 keys for the GPU's 132 multiprocessors.
 #include "attention_cudnn.h"
 #include "../fail.h"
 #include <cudnn.h>
@@ -29,7 +29,8 @@ typedef struct { int64_t dim[4], stride[4]; } Layout;
 // One call: B sequences of T tokens, h query heads on kv of the H and KV heads that lie side by side in memory.
 typedef struct { int backward, B, T, h, kv, H, KV, D; } Shape;
 enum { MADE = 128, OPS = 32, CONFIGS = 16, PLANS = 64 };
-static const int64_t CHUNK_BYTES = 576 << 20, GROUP_BYTES = (int64_t)2 << 30;    // what a call aims at; above the second for one KV head cuDNN is not asked
+int64_t cudnn_attention_chunk = 576 << 20;                    // bytes of dS that a call of backward aims at
+static const int64_t GROUP_BYTES = (int64_t)2 << 30;          // where the query heads of one KV head need more, cuDNN is not asked
 // Names of the tensors that live in memory; 0 is for those that do not. Scalars are passed by value.
 enum { VIRTUAL, Q, K, V, O, LSE, DO, DQ, DK, DV, DELTA, SCALE, MINUS_INFINITY, ONE, NAMES };
 typedef struct {
@@ -203,11 +204,11 @@ static int64_t workspace_bound(const Shape *s) {
     int64_t padded = ((int64_t)s->T + 127) / 128 * 128;
     return 4096 + (s->backward ? (int64_t)s->B * s->h * (2 * padded * padded + 4 * (int64_t)s->T * s->D) : 0);
 }
-// The calls that backward is made of: all heads of as many sequences, or else as many KV heads of one sequence, as CHUNK_BYTES hold; always a divisor.
+// The calls that backward is made of: all heads of as many sequences, or else as many KV heads of one sequence, as cudnn_attention_chunk hold; always a divisor.
 static Shape backward_call(int B, int T, int H, int KV, int D) {
     Shape s = { 1, B, T, H, KV, H, KV, D };
-    while (s.B > 1 && (B % s.B || workspace_bound(&s) > CHUNK_BYTES)) s.B--;
-    while (s.kv > 1 && (KV % s.kv || workspace_bound(&s) > CHUNK_BYTES)) s.kv--, s.h = H / KV * s.kv;
+    while (s.B > 1 && (B % s.B || workspace_bound(&s) > cudnn_attention_chunk)) s.B--;
+    while (s.kv > 1 && (KV % s.kv || workspace_bound(&s) > cudnn_attention_chunk)) s.kv--, s.h = H / KV * s.kv;
     return s;
 }
 static Shape forward_call(int B, int T, int H, int KV, int D) {
@@ -273,9 +274,13 @@ static void plan_create(AttentionPlan *p, const Shape *s) {
 static AttentionPlan *plan_for(const Shape *s) {
     for (int i = 0; i < n_plans; i++) if (!memcmp(&plans[i].g.shape, s, sizeof *s)) return &plans[i];
     if (n_plans == PLANS) cudnn_attention_finish();              // only a test has so many shapes
-    if (!handle && cudnnCreate(&handle) != CUDNN_STATUS_SUCCESS) die("cuDNN %zu does not start on this GPU|--attention-kernel flash, or a driver as new as the toolkit", cudnnGetVersion());
+    if (!cudnn_attention_start()) die("cuDNN %zu does not start on this GPU|--attention-kernel flash, or a newer driver", cudnnGetVersion());
     plan_create(&plans[n_plans], s);
     return &plans[n_plans++];
+}
+int cudnn_attention_start(void) {
+    if (!handle && cudnnCreate(&handle) != CUDNN_STATUS_SUCCESS) handle = 0;
+    return handle != 0;
 }
 void cudnn_attention_finish(void) {
     while (n_plans) graph_free(&plans[--n_plans].g);
