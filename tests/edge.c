@@ -233,6 +233,24 @@ static void test_options(const Fixture *f, const Config *c, int batch) {
     compare_layouts(f, c, v, 5, -1, 0, "--rounds 2 without aux");
 }
 
+// --attention heads: what a rank gathers of q, k, v and o to compute a layer is 1/ep of what it gathers without.
+static void test_head_weights(const Fixture *f, const Config *c) {
+    Setup s = fixture_setup(f, OPT_SGD);
+    for (int i = 0; i < n_shapes; i++) {
+        if (shapes[i].ep == 1 || c->KV % shapes[i].ep) continue;
+        int64_t gathered[2] = { 0, 0 };
+        for (int heads = 0; heads < 2; heads++) {
+            Layout l = { shapes[i].dp, shapes[i].fsdp, shapes[i].ep, DISPATCH_ALLTOALL, heads };
+            Run *r = run_open(f, &l, &s);
+            for (int k = 0; k < r->m.n_params; k++)
+                if (r->m.param[k].id == P_Q || r->m.param[k].id == P_K_ || r->m.param[k].id == P_V_ || r->m.param[k].id == P_O) gathered[heads] += r->m.param[k].size;
+            run_close(r);
+        }
+        check(gathered[0] == gathered[1] * shapes[i].ep, "dp %d fsdp %d ep %d: q, k, v, o gathered by a rank: %lld numbers, with --attention heads %lld", shapes[i].dp, shapes[i].fsdp,
+              shapes[i].ep, (long long)gathered[0], (long long)gathered[1]);
+    }
+}
+
 // The head sees 24 tokens at a time instead of all: logits, loss and every gradient as before, up to the order of sums over tokens.
 static void test_head_chunks(const Fixture *f) {
     Setup s = fixture_setup(f, OPT_SGD);
@@ -292,6 +310,7 @@ int main(int argc, char **argv) {
         test_unused(&f, &c, batch);
     } else {
         test_options(&f, &c, batch);
+        test_head_weights(&f, &c);
         test_loads(&f, &c, batch);
         test_unused(&f, &c, batch);
         test_changing(&f, &c, batch, quick ? 50 : 500);
