@@ -23,11 +23,12 @@ typedef struct { int B, T, C, H, KV, D, E, K, F, V; int64_t P; } Shape;
 static const Shape full = {0, 4096, 2048, 32, 4, 128, 128, 8, 768, 151936, 3ll * 128 * 2048 * 768}, tiny = {2, 32, 64, 4, 2, 16, 8, 2, 16, 160, 3ll * 8 * 64 * 16};
 static const char *only;
 static double seconds = 0.15, peak_flops, peak_bytes;
+static int warm_calls = 3, least_calls = 5;
 static size_t flush_bytes = (size_t)256 << 20;
 static void *flush_memory;
 
 // ---- time ---------------------------------------------------------------------------------------------------------------------------------
-// Median microseconds of call, at least 5 and at most 101 times, as many as fit into `seconds`.
+// Median microseconds of call, at least least_calls and at most 101 times, as many as fit into `seconds`.
 static double time_us(const std::function<void()> &call) {
     static cudaEvent_t begin, end;
     if (!begin) {
@@ -36,7 +37,7 @@ static double time_us(const std::function<void()> &call) {
     }
     std::vector<double> us;
     double spent = 0;
-    for (int i = -3; i < 5 || (i < 101 && spent < seconds * 1e6); i++) {
+    for (int i = -warm_calls; i < least_calls || (i < 101 && spent < seconds * 1e6); i++) {
         CUDA_CHECK(cudaMemsetAsync(flush_memory, i & 255, flush_bytes, compute_stream()));
         CUDA_CHECK(cudaEventRecord(begin, compute_stream()));
         call();
@@ -282,7 +283,7 @@ int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         std::string name = argv[i], value = i + 1 < argc ? argv[i + 1] : "";
         if (name == "--tiny") {
-            s = tiny, seconds = 0, flush_bytes = 1024, tokens = {s.T, 2 * s.T};
+            s = tiny, seconds = 0, warm_calls = 0, least_calls = 1, flush_bytes = 1024, tokens = {s.T, 2 * s.T};
             continue;
         }
         i++;
