@@ -305,7 +305,7 @@ int main(int argc, char **argv) {
     if (resumed) {
         checkpoint_resume(checkpoint, resumed, t->optimizer.state);
         restore_trainer(t, trainer);
-        if (screen) printf("resumed from %s\n", resumed);
+        if (screen) printf("resumed from %s%s\n", resumed, o.steps && first >= o.steps ? ": --steps asks for no more updates" : "");
     } else if (*o.model) checkpoint_load_model(checkpoint, o.model, t->optimizer.state);
     else trainer_init(t);
     catch_signals();

@@ -94,11 +94,12 @@ def heat_map(fig, ax, steps, tables, name):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("logs", nargs="+")
+    p.add_argument("logs", nargs="+", help="log.jsonl of each run, or the folder that holds it")
     p.add_argument("--out", required=True, help="PNG, PDF or SVG")
     p.add_argument("--names", nargs="+", help="labels, default: the folders of the logs")
     p.add_argument("--smooth", type=int, help="the bold loss is the mean over this many updates before and after, default: 1 %% of the run")
     a = p.parse_args()
+    a.logs = [os.path.join(path, "log.jsonl") if os.path.isdir(path) else path for path in a.logs]
     runs = [read_log(path) for path in a.logs]
     names = a.names or [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in a.logs]
     if len(names) != len(runs):

@@ -192,7 +192,7 @@ def main():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
     c = commands.add_parser("curves", help="loss curves and their differences")
-    c.add_argument("logs", nargs="+")
+    c.add_argument("logs", nargs="+", help="log.jsonl of each run, or the folder that holds it")
     c.add_argument("--names", nargs="+", help="labels, default: the folders of the logs")
     c.add_argument("--out", help="PNG to draw")
     c.add_argument("--tol", type=float, help="largest |difference| of the first run to any other")
@@ -203,8 +203,10 @@ def main():
     d.add_argument("--tol", type=float, default=2e-5)
     d.add_argument("--show", type=int, default=10, help="how many of the largest deviations")
     a = p.parse_args()
-    if a.command == "curves" and len(a.logs) < 2:
-        die("one log", "give at least two")
+    if a.command == "curves":
+        a.logs = [os.path.join(path, "log.jsonl") if os.path.isdir(path) else path for path in a.logs]
+        if len(a.logs) < 2:
+            die("one log", "give at least two")
     sys.exit(curves(a) if a.command == "curves" else dumps(a))
 
 
