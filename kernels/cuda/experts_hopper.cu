@@ -18,9 +18,9 @@
 //   up_backward          128 x 256   2F       dH                    W1, MN-major               dX
 //   wgrad                128 x 256   rows     dH or gathered, both MN-major                    fp32 stored, or added by TMA
 //
-// Tiles. A stage feeds 128 x N x 64 products from (128 + N) x 128 bytes: N / (128 + N) x 128 FLOPs a byte, 85 at N = 256, 64 at N = 128. Without clusters all of it comes from the L2
-// cache, some 6 TB/s: ~500 TFLOP/s at N = 256. So N is 256 (the most a wgmma takes, 128 registers), in three stages of 48 KB and 32 KB of results a
-// warpgroup. down_backward has three results and an input beside its products: 48 KB of blocks a warpgroup leave room for N = 128.
+// Tiles. A stage feeds 128 x N x 64 multiply-adds from (128 + N) x 128 bytes: 128 N / (128 + N) FLOPs a byte, 85 at N = 256 and 64 at N = 128. Without
+// clusters all of it comes from the L2 cache, some 6 TB/s: 500 TFLOP/s at N = 256. So N is 256 (the most a wgmma takes, 128 registers), in three stages of
+// 48 KB, with 32 KB of results a warpgroup. down_backward has three results and an input beside its products: 48 KB a warpgroup leave room for N = 128.
 //
 // W1 keeps its Hugging Face order: seen as (2E, F, C), the box of expert e has two layers, gate rows and up rows, each cut off at F, and an accumulator
 // pair of the same thread is gate and up of one element. Tiles of the same rows are neighbours, so the blocks that run together share rows and
@@ -61,8 +61,8 @@ template <bool B_MN, class S> static __device__ __forceinline__ void load_b(S *s
         for (int i = 0; i < S::B_BLOCKS; i++) ptx_tma_load_3d(s->b[stage] + i * BLOCK_BYTES, map, &s->full[stage], n0 + 64 * i, k, layer);
 }
 // Rows of `pool` (K wide) gathered through row_token, weights from layer `layers` x expert at column tile x `width`. All producers.
-template <bool B_MN, class S> static __device__ __forceinline__ void produce_gathered(S *s, const floatX *pool, const CUtensorMap *weights, const Plan &plan, int column_tiles,
-                                                                                    int width, int layers, int K) {
+template <bool B_MN, class S> static __device__ __forceinline__ void produce_gathered(S *s, const floatX *pool, const CUtensorMap *weights, const Plan &plan,
+                                                                                    int column_tiles, int width, int layers, int K) {
     Ring ring = {0, 0};
     int started = -1;                            // the stage whose copies are not yet published
     for_row_tiles(plan, column_tiles, [&](int m0, int column, int e) {
@@ -87,8 +87,8 @@ template <bool B_MN, class S> static __device__ __forceinline__ void produce_gat
     publish<0>(s, started);
 }
 // Rows in place. One thread.
-template <bool B_MN, class S> static __device__ __forceinline__ void produce_rows(S *s, const CUtensorMap *rows, const CUtensorMap *weights, const Plan &plan, int column_tiles,
-                                                                                int K) {
+template <bool B_MN, class S> static __device__ __forceinline__ void produce_rows(S *s, const CUtensorMap *rows, const CUtensorMap *weights, const Plan &plan,
+                                                                                int column_tiles, int K) {
     Ring ring = {0, 0};
     for_row_tiles(plan, column_tiles, [&](int m0, int column, int e) {
         for (int k = 0; k < K; k += K_STEP) {
@@ -101,7 +101,8 @@ template <bool B_MN, class S> static __device__ __forceinline__ void produce_row
     });
 }
 // The gradients' operands, k over the rows of an expert: one by TMA in blocks of 64 rows x 64 columns, the other gathered (GATHER_LEFT: it is A). All producers.
-template <bool GATHER_LEFT> static __device__ __forceinline__ void produce_wgrad(Wide *s, const CUtensorMap *dense, const floatX *pool, const Plan &plan, int N, int O, int accumulate) {
+template <bool GATHER_LEFT> static __device__ __forceinline__ void produce_wgrad(Wide *s, const CUtensorMap *dense, const floatX *pool, const Plan &plan, int N, int O,
+                                                                               int accumulate) {
     const int A_BLOCKS = 2, DENSE = GATHER_LEFT ? Wide::B_BLOCKS : A_BLOCKS, GATHERED = GATHER_LEFT ? A_BLOCKS : Wide::B_BLOCKS;
     Ring ring = {0, 0};
     int started = -1;
@@ -247,7 +248,8 @@ down_backward_kernel(const __grid_constant__ CUtensorMap map_dH, const __grid_co
     if (first) ptx_bulk_wait<0>();
 #endif
 }
-// dW[e] (N,O) (+)= sum over the expert's rows m of left[m]^T right[m]; `dense` is the one that is not gathered. A tile leaves in two halves of 128 columns: four blocks of 32 floats.
+// dW[e] (N,O) (+)= sum over the expert's rows m of left[m]^T right[m]; `dense` is the one that is not gathered. A tile leaves in two halves of
+// 128 columns, four blocks of 32 floats each.
 template <bool GATHER_LEFT> static __global__ void __launch_bounds__(HOPPER_THREADS)
 wgrad_kernel(const __grid_constant__ CUtensorMap map_dW, const __grid_constant__ CUtensorMap dense, const floatX *pool, Plan plan, int accumulate, int N, int O) {
 #ifdef HOPPER_CODE
@@ -299,8 +301,9 @@ CUtensorMap tensor_map(const void *base, int rank, Dimensions d, bool is_float) 
     }
     CUresult error = encode(&map, is_float ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, (cuuint32_t)rank, (void *)base, dim, stride, box, one,
                             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (error != CUDA_SUCCESS) die("cuTensorMapEncodeTiled refuses (%d) %lld x %lld x %lld at %p|a defect of the program", (int)error, (long long)d.dim[0], (long long)d.dim[1],
-                                   rank > 2 ? (long long)d.dim[2] : 1, base);
+    if (error != CUDA_SUCCESS)
+        die("cuTensorMapEncodeTiled refuses (%d) %lld x %lld x %lld at %p|a defect of the program", (int)error, (long long)d.dim[0], (long long)d.dim[1],
+            rank > 2 ? (long long)d.dim[2] : 1, base);
     return map;
 }
 static CUtensorMap matrix_map(const floatX *base, int64_t rows, int64_t columns, unsigned box_rows) {

@@ -65,9 +65,9 @@ template <int PENDING, class S> static __device__ __forceinline__ void publish(S
 }
 
 // ---- consumers ----------------------------------------------------------------------------------------------------------------
-// acc = sum over the next `steps` stages of A B, this warpgroup's 64 rows of A: m64nNk16 four times a stage. One stage is multiplied while the next is
-// waited for; a stage is handed back when the group of wgmma behind it is under way. halfway() runs in the middle of the loop, when the results of the tile before have long left.
-// d[4 j + 2 r + i] of lane 4 g + t of warp v is row 16 v + g + 8 r, column 8 j + 2 t + i.
+// acc = sum over the next `steps` stages of A B, this warpgroup's 64 rows of A: m64nNk16 four times a stage. A stage is handed back when the group of wgmma
+// behind it is under way, so one is multiplied while the next is waited for. halfway() runs in the middle of the loop, when the results of the tile
+// before have long left. acc[4 j + 2 r + i] of lane 4 g + t of warp v is row 16 v + g + 8 r, column 8 j + 2 t + i.
 template <int N, int A_MN, int B_MN, class S, class F>
 static __device__ __forceinline__ void multiply_stages(float (&acc)[N / 2], S *s, Ring &ring, int group, int steps, F halfway) {
     int before = 0;
