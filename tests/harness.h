@@ -16,6 +16,7 @@
 
 // ---- checks: printed by rank 0, decided by what every rank knows -----------------------------------------------------------------------
 static int passed, failed;
+static int quick;                                // few updates each: --quick of test_moe
 static char temporary[256];                      // folder of this run, the same on all ranks
 
 MOE_PRINTF(2, 3) static void check(int ok, const char *format, ...) {
