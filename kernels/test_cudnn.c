@@ -64,5 +64,8 @@ int main(void) {
     refused("backward of one token", 1, &single);
     refused("backward of 32,768 tokens", 1, &longest);
     check(cudnn_attention_workspace(1, 32768, 32, 4, 128) < 1 << 20, "what is refused reserves no memory");
+    int grows = 1;
+    for (int B = 1; B < 100; B++) grows &= cudnn_attention_workspace(B + 1, 1000, 32, 4, 128) >= cudnn_attention_workspace(B, 1000, 32, 4, 128);
+    check(grows, "a smaller micro-batch finds room in what is reserved for a larger one");
     return test_summary();
 }

@@ -220,7 +220,7 @@ static void near(const char *what, const double *got, const double *want, size_t
     for (size_t i = 0; i < n; i++)
         if (!compare(fabs(got[i] - want[i]) <= relative * fabs(want[i]) + 1e-5, "%s[%zu] is %.9g, not %.9g", what, i, got[i], want[i])) return;
 }
-static void test_shape(int B, int T, int H, int KV, int D, int calls) {
+static void test_shape(int B, int T, int H, int KV, int D, const char *calls, int plans) {
     size_t nq = (size_t)B * T * H * D, nk = (size_t)B * T * KV * D, nl = (size_t)B * H * T;
     double *q = test_random(nq, 1, 0), *k = test_random(nk, 1, 0), *v = test_random(nk, 1, 0), *d_o = test_random(nq, 1, 0), scale = 1 / sqrt(D);
     double *o = TEST_TAKE(double, nq), *lse = TEST_TAKE(double, nl), *dq = TEST_TAKE(double, nq), *dk = TEST_TAKE(double, nk), *dv = TEST_TAKE(double, nk), *p = TEST_TAKE(double, T);
@@ -251,19 +251,23 @@ static void test_shape(int B, int T, int H, int KV, int D, int calls) {
     near("o", rounded, o, nq, 0x1p-8), near("lse", from_real(xl, nl), lse, nl, 1e-6);
     int before = graphs;
     for (int again = 0; again < 2; again++) compare(cudnn_attention_backward(xdq, xdk, xdv, xd, xo, xl, xq, xk, xv, workspace, B, T, H, KV, D, 0), "backward is refused");
-    compare(graphs == before + 1, "%d graphs for one shape", graphs - before);
+    compare(graphs == before + plans, "%d graphs, not %d", graphs - before, plans);
     near("dq", from_x(xdq, nq), dq, nq, 0x1p-8), near("dk", from_x(xdk, nk), dk, nk, 0x1p-8), near("dv", from_x(xdv, nk), dv, nk, 0x1p-8);
     char name[120];
-    snprintf(name, sizeof name, "the graphs are attention: B %d T %d, %d heads on %d of %d, %s", B, T, H, KV, D, calls ? "calls of one KV head" : "one call");
+    snprintf(name, sizeof name, "the graphs are attention: B %d T %d, %d heads on %d of %d, %s", B, T, H, KV, D, calls);
     test_group(name);
 }
 
 int main(void) {
-    for (int calls = 0; calls < 2; calls++) {
+    for (int mode = 0; mode < 2; mode++) {
+        const char *calls = mode ? "calls of one KV head" : "one call";
         cudnn_attention_finish();                          // plans are kept for a shape
-        cudnn_attention_chunk = calls ? 1 : (int64_t)1 << 30;
-        test_shape(1, 9, 1, 1, 16, calls), test_shape(2, 7, 4, 2, 32, calls), test_shape(3, 12, 6, 1, 16, calls), test_shape(2, 130, 4, 4, 8, calls), test_shape(1, 2, 8, 2, 128, calls);
+        cudnn_attention_chunk = mode ? 1 : (int64_t)1 << 30;
+        test_shape(1, 9, 1, 1, 16, calls, 1), test_shape(2, 7, 4, 2, 32, calls, 1), test_shape(3, 12, 6, 1, 16, calls, 1), test_shape(2, 130, 4, 4, 8, calls, 1);
+        test_shape(1, 2, 8, 2, 128, calls, 1);
     }
+    cudnn_attention_chunk = 2 * 6 * 2 * 128 * 128 + 16384;          // dS of two sequences of one tile
+    test_shape(5, 12, 6, 2, 16, "calls of two, two and one sequence", 2);
     cudnn_attention_finish();
     check(alive == 0, "every descriptor is destroyed (%d left)", alive);
     return test_summary();

@@ -204,10 +204,11 @@ static int64_t workspace_bound(const Shape *s) {
     int64_t padded = ((int64_t)s->T + 127) / 128 * 128;
     return 4096 + (s->backward ? (int64_t)s->B * s->h * (2 * padded * padded + 4 * (int64_t)s->T * s->D) : 0);
 }
-// The calls that backward is made of: all heads of as many sequences, or else as many KV heads of one sequence, as cudnn_attention_chunk hold; always a divisor.
+// The calls that backward is made of: all heads of as many sequences as cudnn_attention_chunk holds (the last call may have fewer), or else as many KV heads of one
+// sequence, a divisor. More sequences never need less memory: what is reserved for a micro-batch serves smaller ones.
 static Shape backward_call(int B, int T, int H, int KV, int D) {
     Shape s = { 1, B, T, H, KV, H, KV, D };
-    while (s.B > 1 && (B % s.B || workspace_bound(&s) > cudnn_attention_chunk)) s.B--;
+    while (s.B > 1 && workspace_bound(&s) > cudnn_attention_chunk) s.B--;
     while (s.kv > 1 && (KV % s.kv || workspace_bound(&s) > cudnn_attention_chunk)) s.kv--, s.h = H / KV * s.kv;
     return s;
 }
@@ -330,10 +331,11 @@ int cudnn_attention_forward(floatX *o, real *lse, const floatX *q, const floatX 
 int cudnn_attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o, const floatX *o, const real *lse, const floatX *q, const floatX *k, const floatX *v,
                              void *workspace, int B, int T, int H, int KV, int D, cudaStream_t stream) {
     Shape s = backward_call(B, T, H, KV, D);
-    AttentionPlan *p = plan_for(&s);
-    if (!p->plan) return 0;
     float *delta = (float *)workspace;
-    for (int b = 0; b < B; b += s.B)
+    for (int b = 0, most = s.B; b < B; b += most) {
+        s.B = B - b < most ? B - b : most;
+        AttentionPlan *p = plan_for(&s);
+        if (!p->plan) return 0;
         for (int n = 0; n < KV; n += s.kv) {
             size_t h = (size_t)n * (size_t)(H / KV), at_q = ((size_t)b * (size_t)T * (size_t)H + h) * (size_t)D, at_k = ((size_t)b * (size_t)T * (size_t)KV + (size_t)n) * (size_t)D;
             size_t at_row = ((size_t)b * (size_t)H + h) * (size_t)T;
@@ -341,6 +343,7 @@ int cudnn_attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d
                                     [DO] = (void *)(d_o + at_q), [DQ] = dq + at_q, [DK] = dk + at_k, [DV] = dv + at_k, [DELTA] = delta + at_row };
             execute(p, memory, (char *)workspace + delta_bytes(B, T, H), stream);
         }
+    }
     return 1;
 }
 
