@@ -1,8 +1,8 @@
 # The whole CUDA program on machines without a GPU: every .cu of the project compiled by g++ for the emulator in dev/cuemu, NCCL over MPI. The Makefile includes this file.
 #   build/cuemu/MODE-PRECISION/PROGRAM      MODE plain | asan (with UBSan) | tsan, PRECISION bf16 | fp32, PROGRAM train_moe, test_moe, parallel/test_comm, ... (any .cu or .c with main)
 #                                           PROGRAM_staged: with the MPI transport, staged through the host, in place of NCCL: several ranks on one GPU (COMM=mpi)
-#   make test-cuemu                         kernels against their CPU twins (test-cuemu-kernels), cuDNN's attention graphs (test-cudnn-graphs), the benchmark (test-cuemu-bench), the whole program (test-cuemu-program);
-#                                           'N passed, N failed'
+#   make test-cuemu                         kernels against their CPU twins (test-cuemu-kernels), the whole program (test-cuemu-program), the emulator's own tests (test-cuemu-self),
+#                                           planted mistakes (test-cuemu-seeded), the benchmark (test-cuemu-bench), cuDNN's attention graphs (test-cudnn-graphs); 'N passed, N failed'
 CUEMU_DIR = dev/cuemu
 CUEMU_BUILD = $(ROOT_BUILD)/cuemu
 PYTHON ?= python3
@@ -55,20 +55,37 @@ $(CUEMU_BUILD)/$(1)-$(2)/%_staged: $(CUEMU_BUILD)/$(1)-$(2)/%.o $(CUEMU_STAGED:%
 endef
 $(foreach m,plain asan tsan,$(foreach p,bf16 fp32,$(eval $(call CUEMU_VARIANT,$(m),$(p)))))
 
+-include kernels/cuda/Makefile.inc
+
 # ---- tests -------------------------------------------------------------------------------------------------------------------------
-CUEMU_TESTED = $(foreach v,plain-fp32 plain-bf16 asan-bf16 tsan-bf16,$(CUEMU_BUILD)/$(v)/train_moe) $(CUEMU_BUILD)/plain-fp32/parallel/test_comm $(CUEMU_BUILD)/plain-fp32/parallel/test_comm_staged $(CUEMU_BUILD)/asan-bf16/parallel/test_join
-.PHONY: test-cuemu test-cuemu-program
+CUEMU_TESTED = $(foreach v,plain-fp32 plain-bf16 asan-bf16 tsan-bf16,$(CUEMU_BUILD)/$(v)/train_moe) $(foreach v,plain-fp32 plain-bf16,$(CUEMU_BUILD)/$(v)/test_moe) $(CUEMU_BUILD)/plain-fp32/parallel/test_comm $(CUEMU_BUILD)/plain-fp32/parallel/test_comm_staged $(CUEMU_BUILD)/asan-bf16/parallel/test_join
+.PHONY: test-cuemu test-cuemu-build test-cuemu-program test-cuemu-self test-cuemu-seeded
 test-cuemu-program: $(CUEMU_TESTED)
 	@fp32=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=fp32)/train_moe; bf16=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=bf16)/train_moe; \
 	    $(MAKE) -s BACKEND=cpu PRECISION=fp32 $$fp32 && $(MAKE) -s BACKEND=cpu PRECISION=bf16 $$bf16 && \
 	    PYTHON="$(PYTHON)" sh tests/test_cuemu_program.sh $(CUEMU_BUILD) $$fp32 $$bf16 $(QUICK)
-# All, one after the other, and their sum in the last line. A part that ends without its own closing line is one failure.
+# The emulator's own tests, and the errors seeded in them.
+CUEMU_SELF = test test-asan test-tsan test-lazy test-mpi test-bugs
+test-cuemu-self:
+	@for t in $(CUEMU_SELF); do echo "---- dev/cuemu: $$t"; $(MAKE) -s --no-print-directory -j$(CUEMU_JOBS) -C $(CUEMU_DIR) CUDA_HOME=$(CUDA_INCLUDE:/include=) BUILD=$(abspath $(CUEMU_BUILD)) $$t; done | \
+	    awk '{ print } /^[0-9]+ passed, [0-9]+ failed$$/ { good += $$1; bad += $$3; n++ } END { bad += $(words $(CUEMU_SELF)) - n; print good + 0 " passed, " bad + 0 " failed"; exit bad > 0 }'
+# Some mistakes planted in the kernels, which must be found: all of them are make test-mutations-cuda. test-cuemu-kernels shows that the unchanged kernels pass.
+test-cuemu-seeded:
+	@UNCHANGED=passed sh dev/mutations/run.sh kernels.txt '(quick)'
+# All: first everything is built, then the parts run beside each other, the long ones first, each into its log, and are told as they end; last their sum. A part that ends without its
+# own closing line is one failure.
+CUEMU_PARTS = test-cuemu-program test-cuemu-kernels test-cuemu-self test-cuemu-seeded test-cuemu-bench test-cudnn-graphs
+CUEMU_JOBS := $(shell nproc 2> /dev/null || echo 2)
+$(CUEMU_PARTS:%=$(CUEMU_BUILD)/%.log): FORCE
+	@begin=$$(date +%s); $(MAKE) -j1 --no-print-directory $(basename $(@F)) > $@ 2>&1; echo "==== $(basename $(@F)), $$(($$(date +%s) - begin)) s"; cat $@
+test-cuemu-build: $(CUEMU_TESTED) $(KERNEL_TESTS) $(CUEMU_BUILD)/plain-bf16/dev/bench_cuda
 test-cuemu:
 	@mkdir -p $(CUEMU_BUILD)
-	@for part in test-cuemu-kernels test-cudnn-graphs test-cuemu-bench test-cuemu-program; do echo "==== $$part"; $(MAKE) --no-print-directory $$part 2>&1 | tee $(CUEMU_BUILD)/$$part.log; done
+	@$(MAKE) --no-print-directory -j$(CUEMU_JOBS) test-cuemu-build
+	@$(MAKE) --no-print-directory -j$(CUEMU_JOBS) $(CUEMU_PARTS:%=$(CUEMU_BUILD)/%.log)
 	@awk '/(^|: )[0-9]+ passed, [0-9]+ failed$$/ { passed[FILENAME] = $$(NF - 3); failed[FILENAME] = $$NF } \
 	    END { for (i = 1; i < ARGC; i++) { f = ARGV[i]; if (!(f in passed)) { print f ": no closing line"; bad++ } good += passed[f]; bad += failed[f] } \
-	          print good + 0 " passed, " bad + 0 " failed"; exit bad > 0 }' $(CUEMU_BUILD)/test-cuemu-kernels.log $(CUEMU_BUILD)/test-cudnn-graphs.log $(CUEMU_BUILD)/test-cuemu-bench.log $(CUEMU_BUILD)/test-cuemu-program.log
+	          print good + 0 " passed, " bad + 0 " failed"; exit bad > 0 }' $(CUEMU_PARTS:%=$(CUEMU_BUILD)/%.log)
 
 # What CI has time for beside the other suites: every kernel against its CPU twin, plain.
 .PHONY: test-cuemu-quick
@@ -79,4 +96,3 @@ test-cuemu-quick:
 .PHONY: check-spills
 check-spills:
 	@NVCC="$(NVCC)" sh dev/check_spills.sh $(CODES)
--include kernels/cuda/Makefile.inc

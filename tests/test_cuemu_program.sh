@@ -1,5 +1,5 @@
 #!/bin/sh
-# The whole CUDA program, run by the emulator of dev/cuemu, against the CPU backend: every gradient of the first update and the losses of three.
+# The whole CUDA program, run by the emulator of dev/cuemu, against the CPU backend: every gradient of the first update and the losses of three; and test_moe, against transformers.
 #   test_cuemu_program.sh BUILD CPU_FP32 CPU_BF16 [quick]     BUILD: folder with MODE-PRECISION/PROGRAM (dev/cuemu.mk); CPU_*: train_moe of the CPU backend; quick: one run of each mode
 #
 # fp32: both sides round in fp32 and differ in the order of sums; the CPU is within 5e-6 of fp64 (test_moe.c), a mistake makes 8e-5 and more: 1e-5.
@@ -56,7 +56,7 @@ run() {
 program() {
     test=$1 ranks=$2 settings=$3; shift 3
     # shellcheck disable=SC2086
-    timeout 400 env $settings $([ "$ranks" = 0 ] || echo $MPIRUN -np "$ranks") "$build/$test" "$@" > "$dir/output" 2>&1
+    timeout 900 env $settings $([ "$ranks" = 0 ] || echo $MPIRUN -np "$ranks") "$build/$test" "$@" > "$dir/output" 2>&1
     status=$?
     line=$(grep -E '[0-9]+ passed, [0-9]+ failed' "$dir/output" | tail -1)
     if [ $status = 0 ] && [ -n "$line" ]; then ok "$settings $test, $ranks ranks $*  [$line]"; else bad "$settings $test, $ranks ranks $* (status $status)"; fi
@@ -91,6 +91,10 @@ if [ "$quick" != quick ]; then
     run CUEMU_LAZY=1 plain-fp32 2 --ep 2 --micro-batch 1
     run CUEMU_LAZY=11 plain-bf16 4 --ep 2 --fsdp 2
     run '' asan-bf16 2 --fsdp 2 --micro-batch 1
+    program plain-fp32/test_moe 0 '' --quick --only gqa
+    program plain-bf16/test_moe 0 '' --quick --only wide
+    program plain-fp32/test_moe 2 CUEMU_LAZY=1 --quick
+    program plain-fp32/test_moe 4 CUEMU_LAZY=7 --quick
     program asan-bf16/parallel/test_join 0 ''
     program plain-fp32/parallel/test_comm 1 '' --force
     program plain-fp32/parallel/test_comm 3 '' --check

@@ -17,7 +17,9 @@ cd "$copy" || exit 1
 mkdir -p build
 [ -f build/mutated ] && xargs touch < build/mutated          # a run was cut short: objects of these may be mutants
 cp -p "$top/build/detected.mk" build/ 2> /dev/null
-[ ! -d "$top/build/cuemu" ] || [ -d build/cuemu ] || cp -Rp "$top/build/cuemu" build/      # objects of the same sources: their times are kept
+if [ -d "$top/build/cuemu" ] && [ ! -d build/cuemu ]; then      # objects of the same sources: their times are kept
+    mkdir build/cuemu; (cd "$top/build/cuemu" && tar cf - source twins plain plain-bf16 2> /dev/null) | tar xf - -C build/cuemu
+fi
 quiet() { "$@" > build/log 2>&1; }
 case $1 in kernels.txt) export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMPI_MCA_btl=self,vader OMPI_MCA_btl_vader_single_copy_mechanism=none ;; esac      # as tests/test_cuemu_program.sh
 export ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=halt_on_error=1 TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0 detect_deadlocks=0"
@@ -61,6 +63,7 @@ passed=0; failed=0
 perl -0777 -ne 'for (split /^----\n/m) { next unless /\S/; my ($n) = /^name: (.*)$/m; my ($f) = /^file: (.*)$/m; my ($t) = /^test: (.*)$/m; print "$n\t$f\t$t\n"; }' "$list" > build/names
 grep -- "$only" build/names > build/chosen
 cut -f3 build/chosen | sort -u > build/tests
+[ "${UNCHANGED:-}" != passed ] || : > build/tests      # the caller has seen the unchanged tree pass
 while read -r test <&3; do
     set -- $test
     build "$@" || { cat build/log; echo "the unchanged tree does not build"; exit 1; }
