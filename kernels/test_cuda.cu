@@ -6,6 +6,9 @@
 // single element may be off by four times the largest error of the bf16 version, plus 1e-4 of the largest number. fp32 builds have only the second terms.
 // Inputs are of size 1: what is zero in exact arithmetic (dq of a single position) may be 1e-6.
 // Integers, random numbers and conversions must agree in every bit.
+#ifdef MOE_CUDNN
+#include "cuda/attention_cudnn.h"
+#endif
 #include "cuda/experts.cuh"
 #include <math.h>
 #include <stdio.h>
@@ -594,8 +597,14 @@ int main(int argc, char **argv) {
     RUN(qk_norm_rope, 2, 9, 4, 2, 128); RUN(qk_norm_rope, 1, 70, 4, 4, 16); RUN(qk_norm_rope, 1, 3, 6, 3, 64); RUN(qk_norm_rope, 0, 3, 2, 1, 32);
     std::vector<const char *> kernels = {"flash"};
 #if defined(MOE_CUDNN) && defined(MOE_BF16)
-    kernels.push_back("cudnn");                    // the last shape in calls of one KV head each
-    RUN(attention, "cudnn", 2, 1000, 8, 2, 128); RUN(attention, "cudnn", 1, 512, 2, 2, 64); RUN(attention, "cudnn", 1, 4096, 20, 2, 128);
+    kernels.push_back("cudnn");
+    RUN(attention, "cudnn", 2, 1000, 8, 2, 128); RUN(attention, "cudnn", 1, 512, 2, 2, 64);
+    for (int64_t chunk : {12, 3}) {                // MiB: backward in calls of two sequences and of one, then of one KV head each
+        int64_t kept = cudnn_attention_chunk;
+        cudnn_attention_chunk = chunk << 20;
+        RUN(attention, "cudnn", 3, 500, 8, 2, 128);
+        cudnn_attention_chunk = kept;
+    }
 #endif
     for (const char *kernel : kernels) {
         RUN(attention, kernel, 1, 1, 1, 1, 16); RUN(attention, kernel, 2, 65, 4, 2, 16); RUN(attention, kernel, 1, 130, 2, 1, 64); RUN(attention, kernel, 1, 97, 2, 1, 128);
