@@ -68,6 +68,7 @@ static void check_options(const Options *o) {
     if (o->lr < 0 || o->weight_decay < 0 || o->grad_clip < 0 || o->eps < 0) die("--lr, --weight-decay, --grad-clip and --eps cannot be negative|give 0 or more");
     if (o->z_coef < 0 || o->temperature < 0 || o->gpu_mem < 0) die("--z-coef, --temperature and --gpu-mem cannot be negative|give 0 or more");
     if (o->beta1 < 0 || o->beta1 >= 1 || o->beta2 < 0 || o->beta2 >= 1 || o->momentum < 0 || o->momentum >= 1) die("--beta1, --beta2 and --momentum lie in [0, 1)|give such numbers");
+    if (o->seed > 999999999999999 || o->seed < -999999999999999) die("--seed %lld has more than 15 digits, which trainer.json would round|give a shorter one", (long long)o->seed);
     if (o->final_lr < 0 || o->final_lr > 1) die("--final-lr %g is a fraction of --lr|give a number from 0 to 1", o->final_lr);
     if (o->timeout <= 0) die("--timeout %g|give seconds above 0", o->timeout);
     if (o->steps > 0 && !o->train.n && !o->plan && !o->selftest) die("no training data was given|add --train FILE..., or --steps 0 to convert, evaluate or generate only");

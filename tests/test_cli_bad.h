@@ -72,6 +72,7 @@ static void bad_options(void) {
     bad("beta2 of one", "lie in [0, 1)", "$S --beta2 1");
     bad("negative learning rate", "cannot be negative", "$S --lr -1");
     bad("negative coefficients", "--aux-coef -1 cannot be negative", "$S --aux-coef -1");
+    bad("a seed that JSON rounds", "more than 15 digits", "$S --seed 9007199254740993");
     bad("negative temperature", "cannot be negative", "$S --temperature -1");
     bad("negative intervals", "--sample-every -1 is out of range", "$S --sample-every -1");
     bad("a plan for no ranks", "--world -8 is out of range", "$S --plan --world -8");
