@@ -523,16 +523,18 @@ static void test_norms(int n_segments) {
     segments.back().count = 70000, n += 70000;    // more than one piece
     Buffer grad = random_input(REAL, n), sums = output(DOUBLE, n_segments), total = output(DOUBLE, 1), factor = random_input(REAL, n_segments), norm = output(REAL, 1), clip = output(REAL, 1);
     Buffer param = zeros(X, n), master = zeros(REAL, n), ones = zeros(X, n), norm2 = output(REAL, 1), clip2 = output(REAL, 1), bad = input(DOUBLE, {1.0, INFINITY});
+    Buffer many = random_input(DOUBLE, 2500), total_many = output(DOUBLE, 1);
     EACH_WORLD(w) {
         CALL(w, gradient_squares, sums.d(w), grad.g(w), segments.data(), n_segments);
         CALL(w, sum_in_order, total.d(w), sums.d(w), n_segments);
+        CALL(w, sum_in_order, total_many.d(w), many.d(w), 2500);               // fetched in pieces of 1024
         CALL(w, clip_scale, norm.r(w), clip.r(w), sums.d(w), n_segments, 1.0);
         CALL(w, clip_scale, norm2.r(w), clip2.r(w), bad.d(w), 2, 1.0);
         CALL(w, gradient_scale, grad.g(w), segments.data(), n_segments, factor.r(w));
         CALL(w, init_segments, param.x(w), master.r(w), segments.data(), n_segments, 42, 0.02);
         CALL(w, init_segments, ones.x(w), 0, segments.data(), n_segments, 42, -1.0);
     }
-    compare("squares", sums), compare("sum", total), compare("norm", norm), compare("scale", clip), exact("scaled gradients", grad), exact("weights", param), exact("masters", master);
+    compare("squares", sums), compare("sum", total), exact("sum in order", total_many), compare("norm", norm), compare("scale", clip), exact("scaled gradients", grad), exact("weights", param), exact("masters", master);
     exact("ones", ones), exact("norm of infinity", norm2), exact("scale of infinity", clip2);
     end();
 }
