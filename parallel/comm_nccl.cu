@@ -161,10 +161,13 @@ const char *comm_describe(void) {
 static void join_world(void) {
     const Joined *j = joined();
     const char *order = getenv("NCCL_LAUNCH_ORDER_IMPLICIT");
-    int version = 0;
+    int version = 0, mine = -1;
     ncclUniqueId id;
     memset(&id, 0, sizeof id);
-    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaGetDevice(&mine));
+    watch_lock();                                          // the watchdog reads it
+    device = mine;
+    watch_unlock();
     NCCL_CHECK(ncclGetVersion(&version));
     if (version < NCCL_VERSION(2, 18, 0)) die("the NCCL found at run time has version code %d, older than 2.18|LD_LIBRARY_PATH names an old one", version);
     one_at_a_time = version < NCCL_VERSION(2, 26, 0) || (order && !strcmp(order, "0"));
