@@ -2,7 +2,7 @@
 #   build/cuemu/MODE-PRECISION/PROGRAM      MODE plain | asan (with UBSan) | tsan, PRECISION bf16 | fp32, PROGRAM train_moe, test_moe, parallel/test_comm, ... (any .cu or .c with main)
 #                                           PROGRAM_staged: with the MPI transport, staged through the host, in place of NCCL: several ranks on one GPU (COMM=mpi)
 #   make test-cuemu                         kernels against their CPU twins (test-cuemu-kernels), the whole program (test-cuemu-program), the emulator's own tests (test-cuemu-self),
-#                                           planted mistakes (test-cuemu-seeded), the benchmark (test-cuemu-bench), cuDNN's attention graphs (test-cudnn-graphs); 'N passed, N failed'
+#                                           planted mistakes (test-cuemu-seeded), the benchmark (test-cuemu-bench), the ladder (test-cuemu-ladder), cuDNN's attention graphs (test-cudnn-graphs); 'N passed, N failed'
 CUEMU_DIR = dev/cuemu
 CUEMU_BUILD = $(ROOT_BUILD)/cuemu
 PYTHON ?= python3
@@ -74,7 +74,7 @@ test-cuemu-seeded:
 	@UNCHANGED=passed sh dev/mutations/run.sh kernels.txt '(quick)'
 # All: first everything is built, then the parts run beside each other, the long ones first, each into its log, and are told as they end; last their sum. A part that ends without its
 # own closing line is one failure.
-CUEMU_PARTS = test-cuemu-program test-cuemu-kernels test-cuemu-self test-cuemu-seeded test-cuemu-bench test-cudnn-graphs
+CUEMU_PARTS = test-cuemu-program test-cuemu-kernels test-cuemu-self test-cuemu-seeded test-cuemu-bench test-cuemu-ladder test-cudnn-graphs
 CUEMU_JOBS := $(shell nproc 2> /dev/null || echo 2)
 $(CUEMU_PARTS:%=$(CUEMU_BUILD)/%.log): FORCE
 	@begin=$$(date +%s); $(MAKE) -j1 --no-print-directory $(basename $(@F)) > $@ 2>&1; echo "==== $(basename $(@F)), $$(($$(date +%s) - begin)) s"; cat $@
