@@ -95,6 +95,7 @@ static Numbers read(const Buffer &b, int w) {
     for (size_t i = 0; i < b.n; i++) v[i] = get(&host[i * size], b.kind, w);
     return v;
 }
+static const unsigned char BEHIND[17] = "\xff\x7f\xff\x7f\xff\x7f\xff\x7f\xff\x7f\xff\x7f\xff\x7f\xff\x7f";      // behind a buffer: NaN in every type, and not -1
 // n elements, NaN bytes in every world: what a kernel does not write is found.
 static Buffer output(Kind kind, size_t n) {
     Buffer b;
@@ -104,6 +105,7 @@ static Buffer output(Kind kind, size_t n) {
         if (w == CUDA) {
             CUDA_CHECK(cudaMalloc(&b.memory[w], bytes));
             CUDA_CHECK(cudaMemsetAsync(b.memory[w], 0xff, bytes, compute_stream()));
+            device_upload((char *)b.memory[w] + bytes - 16, BEHIND, 16);
         } else memset(b.memory[w] = xmalloc(bytes, "a test buffer"), 0xff, bytes);
     }
     all_buffers.push_back(b);
@@ -158,9 +160,9 @@ static void exact_numbers(const char *what, const Numbers &a, const Numbers &b) 
 static void exact(const char *what, const Buffer &b) { exact_numbers(what, read(b, CUDA), read(b, SAME)); }
 static void end() {
     for (auto &b : all_buffers) {
-        unsigned char behind[16];                 // `output` left 16 bytes of 0xff there
+        unsigned char behind[16];
         device_download(behind, (char *)b.memory[CUDA] + b.n * element_size(b.kind, CUDA), 16);
-        for (int i = 0; i < 16; i++) if (behind[i] != 0xff) { complain("a buffer", "written behind its end"); break; }
+        if (memcmp(behind, BEHIND, 16)) complain("a buffer", "written behind its end");
         CUDA_CHECK(cudaFree(b.memory[CUDA]));
         free(b.memory[SAME]), free(b.memory[TRUTH]);
     }
@@ -303,7 +305,7 @@ static Plans make_plans(int P, int K, int E) {
     Plans p;
     EACH_WORLD(w) {
         int M = CALL(w, plan_rows, P, K, E);
-        p.row_token[w] = output(INT, M), p.token_row[w] = output(INT, (size_t)P * K), p.expert_row[w] = output(INT, E + 1);
+        p.row_token[w] = input(INT, Numbers(M, 1)), p.token_row[w] = input(INT, Numbers((size_t)P * K, 1)), p.expert_row[w] = output(INT, E + 1);
         Plan plan = {p.row_token[w].i(w), p.token_row[w].i(w), p.expert_row[w].i(w), M, P, E, K};
         p.plan[w] = plan;
     }
