@@ -78,7 +78,7 @@ CUEMU_PARTS = test-cuemu-program test-cuemu-kernels test-cuemu-self test-cuemu-s
 CUEMU_JOBS := $(shell nproc 2> /dev/null || echo 2)
 $(CUEMU_PARTS:%=$(CUEMU_BUILD)/%.log): FORCE
 	@begin=$$(date +%s); $(MAKE) -j1 --no-print-directory $(basename $(@F)) > $@ 2>&1; echo "==== $(basename $(@F)), $$(($$(date +%s) - begin)) s"; cat $@
-test-cuemu-build: $(CUEMU_TESTED) $(KERNEL_TESTS) $(CUEMU_BUILD)/plain-bf16/dev/bench_cuda
+test-cuemu-build: $(CUEMU_TESTED) $(KERNEL_TESTS) $(CUEMU_BUILD)/plain-bf16/dev/bench_cuda $(CUEMU_BUILD)/plain-bf16/dev/kernels/ladder
 test-cuemu:
 	@mkdir -p $(CUEMU_BUILD)
 	@$(MAKE) --no-print-directory -j$(CUEMU_JOBS) test-cuemu-build
