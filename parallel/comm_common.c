@@ -111,6 +111,15 @@ void sum_parts(void *out, const void *const *part, int n, size_t count, Dtype ty
     }
 }
 
+void check_alone(const char *hint) {
+    static const char *const variables[] = { "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS" };
+    for (int i = 0; i < 4; i++) {
+        const char *n = getenv(variables[i]);
+        if (n && atoi(n) > 1) die("a launcher started %s processes (%s), but this one finds no other|%s", n, variables[i], hint);
+        if (n) return;                   // what is nearest to the program decides: a launcher inside a Slurm step inherits the step's variables
+    }
+}
+
 // ---- groups of one -------------------------------------------------------------------------------------------------------------------------------------------
 void local_all_gather(void *recv, const void *send, size_t count, Dtype type) {
     if (recv != send && count) device_copy(recv, send, count * dtype_size(type));

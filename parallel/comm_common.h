@@ -36,6 +36,9 @@ void records_compare(const char *group, int rank, int other, const CallRecord *m
 // out may be one of the parts. Host pointers. F32, F64, BF16, I32, I64; another type dies.
 void sum_parts(void *out, const void *const *part, int n, size_t count, Dtype type, int add);
 
+// For a world of one rank: dies where a launcher says that it started several. Each would train alone, and write over the others' files.
+void check_alone(const char *hint);
+
 // The collectives of a group in which nothing moves; device pointers.
 void local_all_gather(void *recv, const void *send, size_t count, Dtype type);
 void local_reduce_scatter(void *recv, const void *send, size_t count, Dtype type, int accumulate);

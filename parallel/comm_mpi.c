@@ -84,6 +84,7 @@ void comm_init(int *argc, char ***argv) {
 
 void comm_start(CommOptions options) {
     comm_options = options;
+    if (comm_world_size() == 1) check_alone("use the mpirun of the MPI it was built with; under Slurm: srun --mpi=list shows what fits");
     on_device = strcmp(device_backend(), "cpu") != 0;
     watch_start(mpi_world_rank, thread_level >= MPI_THREAD_MULTIPLE, comm_abort);
 }

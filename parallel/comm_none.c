@@ -18,7 +18,10 @@ void comm_init(int *argc, char ***argv) {
     (void)argc; (void)argv;
     die_set(0, end_process);
 }
-void comm_start(CommOptions options) { comm_options = options; }
+void comm_start(CommOptions options) {
+    comm_options = options;
+    check_alone("this program was built without MPI: build with it (make doctor says how), or start one process");
+}
 void comm_finish(void) {
     for (Comm *g = groups, *next; g; g = next) { next = g->next; free(g); }
     groups = 0;

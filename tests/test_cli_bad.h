@@ -90,6 +90,9 @@ static void bad_options(void) {
     bad("skipping with --update layer", "--skip-nonfinite cannot undo", "$S --skip-nonfinite --update layer");
     bad("more ranks than there are", "--dp 2", "$S --dp 2");
     bad("ep that does not fit", "--ep 3", "$S --ep 3");
+    setenv("MV2_COMM_WORLD_SIZE", "2", 1);
+    bad("started as one of two by a launcher that it does not know", "a launcher started 2 processes", "$S --steps 1");
+    unsetenv("MV2_COMM_WORLD_SIZE");
     bad("token that is not there", "an update has tokens 0 to 127", "$S --steps 1 --trace-token 128");
     bad("unknown attention kernel", "no attention kernel \"fast\"", "$S --attention-kernel fast");
     bad("gradients that are not finite", "not finite", "$S --steps 20 --optimizer sgd --lr 1e30 --grad-clip 0");
