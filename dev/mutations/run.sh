@@ -15,7 +15,7 @@ mkdir -p "$copy"
 (cd "$top" && git ls-files -z --cached --others --exclude-standard -- . ':!dev/results' | xargs -0 tar cf - 2> /dev/null) | tar xf - -C "$copy"
 cd "$copy" || exit 1
 mkdir -p build
-[ -f build/mutated ] && sort -u -o build/mutated build/mutated && xargs touch < build/mutated      # objects that earlier runs left of these may be mutants, newer than the tree's files
+[ -f build/mutated ] && sort -u -o build/mutated build/mutated && xargs touch -c < build/mutated      # objects that earlier runs left of these may be mutants, newer than the tree's files
 cp -p "$top/build/detected.mk" build/ 2> /dev/null
 if [ -d "$top/build/cuemu" ] && [ ! -d build/cuemu ]; then      # objects of the same sources: their times are kept
     mkdir build/cuemu; (cd "$top/build/cuemu" && tar cf - source twins plain plain-bf16 2> /dev/null) | tar xf - -C build/cuemu
