@@ -87,7 +87,7 @@ test-cuemu:
 	    END { for (i = 1; i < ARGC; i++) { f = ARGV[i]; if (!(f in passed)) { print f ": no closing line"; bad++ } good += passed[f]; bad += failed[f] } \
 	          print good + 0 " passed, " bad + 0 " failed"; exit bad > 0 }' $(CUEMU_PARTS:%=$(CUEMU_BUILD)/%.log)
 
-# What CI has time for beside the other suites: every kernel against its CPU twin, plain.
+# While a kernel is written: every kernel against its CPU twin, plain.
 .PHONY: test-cuemu-quick
 test-cuemu-quick:
 	@$(MAKE) --no-print-directory test-cuemu-kernels KERNEL_MODES=plain

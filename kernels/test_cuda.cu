@@ -586,8 +586,9 @@ static void test_device() {
     end();
 }
 
-// test_cuda [substring]: tests of the groups in `run` whose name contains it. An exit status of 0 means all passed.
-#define RUN(name, ...) do { if (!only || strstr(#name, only)) test_##name(__VA_ARGS__); } while (0)
+// test_cuda [substring | -substring]: the groups whose name contains it, or all others. An exit status of 0 means all passed.
+static bool chosen(const char *name) { return !only || (*only == '-' ? !strstr(name, only + 1) : strstr(name, only) != 0); }
+#define RUN(name, ...) do { if (chosen(#name)) test_##name(__VA_ARGS__); } while (0)
 int main(int argc, char **argv) {
     only = argc > 1 ? argv[1] : 0;
     device_init(0, 0);
