@@ -27,7 +27,7 @@ help:
 	@echo "  make bench-cpu      tokens/s and share of the sgemm peak, kernels, transformers beside it"
 	@echo "  make gpu-check      on a machine with a GPU: correctness, speed of every kernel beside torch's, a report, in under 9 minutes"
 	@echo "  make compare-hf     the same 200 steps here and in transformers, curves over one another"
-	@echo "  make test-mutations bugs planted one by one, each must be caught; ranks killed 50 times (nightly, about an hour)"
+	@echo "  make test-mutations bugs planted one by one, each must be caught; ranks killed 50 times (nightly, half an hour)"
 	@echo "  make test-cuemu     the CUDA backend, kernels and whole program, run on the CPU by dev/cuemu (needs CUDA's headers)"
 	@echo "  make test-mutations-cuda  mistakes planted in the CUDA backend, each must be caught there (nightly)"
 	@echo "  make clean"

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Speed on this machine: updates of model/configs/bench.json here and in transformers, in turns, with near-balanced and with skewed routing; every kernel;
 # memory; two ranks beside one (dev/scaling.sh). Writes dev/results/DATE-bench-cpu.md.
-#   make bench-cpu                    about 17 minutes on two cores; nothing else should run
+#   make bench-cpu                    ROUNDS=2 STEPS=6 HF_STEPS=2: 15 minutes on two cores; nothing else should run
 #   ROUNDS=3  STEPS=8  HF_STEPS=3  EXPERTS="grouped_mm eager"  SKEWS="1 4"     repetitions
 #   CONFIG=model/configs/bench.json  SEQ=512  BATCH=8                          another shape
 #   PYTHON=...  with torch and transformers; PYTHON=off leaves transformers away      OUT=file.md

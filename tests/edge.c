@@ -168,8 +168,8 @@ static long resident_pages(void) {
     return resident;
 }
 
-// AddressSanitizer keeps freed blocks in quarantine: there the resident set says nothing.
-#if defined(__SANITIZE_ADDRESS__)
+// Debug builds run under AddressSanitizer, which keeps freed blocks in quarantine: their resident set says nothing.
+#if defined(MOE_DEBUG)
 enum { QUARANTINE = 1 };
 #else
 enum { QUARANTINE = 0 };
