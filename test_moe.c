@@ -17,17 +17,6 @@ enum { FP64 = sizeof(real) == 8, BF16 = sizeof(floatX) == 2 };
 static const char *const fixture_names[] = { "gqa", "tied", "dense", "wide", "parallel", "skewed" };
 enum { FIXTURES = sizeof fixture_names / sizeof *fixture_names };
 
-// The CUDA backend moves rows 16 bytes at a time and knows heads of 16, 32, 64 and 128: the narrowest fixtures are the CPU's alone.
-static int runs_here(const char *root, const char *name) {
-    if (strcmp(device_backend(), "cuda")) return 1;
-    char *path = xasprintf("%s/%s/config.json", root, name);
-    Config c = config_read(path);
-    int widths = c.D < 16 || c.D & (c.D - 1) || c.C % 8 || c.F % 8 || c.I % 8;
-    config_free(&c);
-    free(path);
-    return !widths;
-}
-
 // ---- transformers' numbers -------------------------------------------------------------------------------------------------------------
 static double scalar(const Fixture *f, const char *name) {
     int64_t n;
@@ -556,7 +545,7 @@ int main(int argc, char **argv) {
     comm_broadcast(all, temporary, sizeof temporary, 0);
     if (comm_world_rank() == 0) printf("test_moe: %s, %s, %d rank%s\n", PRECISION_NAME, device_backend(), comm_world_size(), comm_world_size() > 1 ? "s" : "");
     for (int i = 0; i < FIXTURES && comm_world_size() == 1; i++) {
-        if ((only && strcmp(only, fixture_names[i])) || !runs_here(root, fixture_names[i])) continue;
+        if (only && strcmp(only, fixture_names[i])) continue;
         Fixture f = fixture_open(root, fixture_names[i]);
         test_transformers(&f);
         test_naive(&f);
@@ -575,7 +564,7 @@ int main(int argc, char **argv) {
         fixture_close(&f);
     }
     if (comm_world_size() > 1 || comm.force) {
-        Fixture f = fixture_open(root, runs_here(root, "parallel") ? "parallel" : "gqa");
+        Fixture f = fixture_open(root, "parallel");
         test_layouts(&f);
         fixture_close(&f);
     }

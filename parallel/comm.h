@@ -3,7 +3,7 @@
 //
 // Rules
 //   I2   Every rank issues the same calls in the same order, whatever its data: per layer, never per expert, empty messages included.
-//   start/wait   A started call owns its buffers until comm_wait: the source must not change, the destination must not be read (debug builds poison it).
+//   start/wait   A started call follows everything that COMPUTE was given before it, and owns its buffers until comm_wait: the source must not change, the destination must not be read (debug builds poison it).
 //   Sums are made in fp32 (fp64 for doubles) in the order of ranks 0, 1, ..., n-1, so that the bits do not depend on library or arrival; all ranks of an all-reduce
 //        hold the same bits.
 //   A group of one costs nothing: calls return at once, in-place calls touch nothing; with --force-comm it sends to itself through the transport.

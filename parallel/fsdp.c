@@ -179,8 +179,7 @@ void fsdp_gather(Fsdp *f, int block) {
             block_text(f, k->weight[0].block), k->n_slots > 1 ? " and another" : "");
     slot->block = block;
     slot->gathering = 1;
-    // GATHER must see what COMPUTE did to the shard (an update) and to the slot (its last reader).
-    stream_order(STREAM_COMPUTE, STREAM_GATHER);
+    // The call follows what COMPUTE was given so far: the shard's update, the slot's last reader.
     slot->gather = all_gather_start(b->group, slot->data, b->weight, (size_t)f->m->block[block].shard, DTYPE_FLOATX, STREAM_GATHER);
 }
 
@@ -283,7 +282,6 @@ void fsdp_reduce(Fsdp *f, int block, int accumulate) {
     if (b->rounds >= f->rounds) die("fsdp_reduce of %s: round %d of %d|a bug of the caller: fsdp_rounds", block_text(f, block), b->rounds + 1, f->rounds);
     if ((accumulate != 0) != (b->rounds > 0))
         die("fsdp_reduce of %s in round %d with accumulate %d|a bug of the caller: rounds after the first accumulate", block_text(f, block), b->rounds + 1, accumulate);
-    stream_order(STREAM_COMPUTE, STREAM_GATHER);
     if (!b->moves) {
         b->rounds++;
         group_summed(f, block);

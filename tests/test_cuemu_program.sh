@@ -91,8 +91,8 @@ if [ "$quick" != quick ]; then
     run CUEMU_LAZY=1 plain-fp32 2 --ep 2 --micro-batch 1
     run CUEMU_LAZY=11 plain-bf16 4 --ep 2 --fsdp 2
     run '' asan-bf16 2 --fsdp 2 --micro-batch 1
-    program plain-fp32/test_moe 0 '' --quick --only gqa
-    program plain-bf16/test_moe 0 '' --quick --only wide
+    for f in gqa tied dense; do program plain-fp32/test_moe 0 '' --quick --only $f; done
+    for f in dense wide; do program plain-bf16/test_moe 0 '' --quick --only $f; done
     program plain-fp32/test_moe 2 CUEMU_LAZY=1 --quick
     program plain-fp32/test_moe 4 CUEMU_LAZY=7 --quick
     program asan-bf16/parallel/test_join 0 ''

@@ -46,13 +46,13 @@ FIXTURES = {
         "config": {},
         "run": {"sgd": {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "grad_clip": 0.0}}},
     "tied": {                                       # tied head, MHA without a head_dim key, top-3 of 6 not renormalised, no aux; fused experts
-        "config": {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": None, "norm_topk_prob": False,
-                   "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "tie_word_embeddings": True,
+        "config": {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": None, "norm_topk_prob": False,
+                   "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "tie_word_embeddings": True,
                    "rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "vocab_size": 131, "pad_token_id": 5},
         "run": {"T": 12, "aux_coef": 0.0, "sgd": {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "grad_clip": 1.0}},
         "layout": "fused"},
     "dense": {                              # layers 0, 2, 3, 4 dense, 1 and 5 MoE; MQA; top-1; per-layer aux; z; ignored targets; new keys
-        "config": {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3], "num_key_value_heads": 1, "head_dim": 8,
+        "config": {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3], "num_key_value_heads": 1,
                    "norm_topk_prob": False, "num_experts": 5, "num_experts_per_tok": 1, "vocab_size": 97, "pad_token_id": 3,
                    "intermediate_size": 40, "rope_theta": 5000.0},
         "run": {"B": 3, "T": 20, "aux_coef": 0.02, "z_coef": 0.01, "aux_pool": "layer", "ignore_target": 7,
@@ -63,12 +63,12 @@ FIXTURES = {
                    "num_key_value_heads": 1, "vocab_size": 67, "hidden_size": 40},
         "run": {"B": 2, "T": 8, "aux_pool": "layer"}},
     "parallel": {                               # for grids: 3 MoE layers and 1 dense, 8 experts, 2 KV heads, 8 windows, uneven valid targets
-        "config": {"num_hidden_layers": 4, "mlp_only_layers": [1], "vocab_size": 128, "num_attention_heads": 8, "head_dim": 8},
+        "config": {"num_hidden_layers": 4, "mlp_only_layers": [1], "vocab_size": 128, "num_attention_heads": 8},
         "run": {"B": 8, "aux_coef": 0.01, "z_coef": 0.001, "ignore_target": 2,
                 "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "grad_clip": 0.5}},
         "layout": "sharded"},
     "skewed": {                                         # trained for a while without a balancing loss: a few experts do most of the work
-        "config": {"num_hidden_layers": 3, "num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "vocab_size": 64},
+        "config": {"num_hidden_layers": 3, "num_experts": 16, "num_experts_per_tok": 2, "vocab_size": 64},
         "run": {"B": 4, "T": 24, "z_coef": 0.001},
         "trained": 150},
 }

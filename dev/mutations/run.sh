@@ -18,7 +18,7 @@ mkdir -p build
 [ -f build/mutated ] && sort -u -o build/mutated build/mutated && xargs touch -c < build/mutated      # objects that earlier runs left of these may be mutants, newer than the tree's files
 cp -p "$top/build/detected.mk" build/ 2> /dev/null
 if [ -d "$top/build/cuemu" ] && [ ! -d build/cuemu ]; then      # objects of the same sources: their times are kept
-    mkdir build/cuemu; (cd "$top/build/cuemu" && tar cf - source twins plain plain-bf16 plain-fp32 2> /dev/null) | tar xf - -C build/cuemu
+    mkdir build/cuemu; (cd "$top/build/cuemu" && tar cf - source twins plain plain-bf16 plain-fp32 tsan tsan-bf16 2> /dev/null) | tar xf - -C build/cuemu
 fi
 quiet() { "$@" > build/log 2>&1; }
 case $1 in kernels.txt) export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMPI_MCA_btl=self,vader OMPI_MCA_btl_vader_single_copy_mechanism=none ;; esac      # as tests/test_cuemu_program.sh

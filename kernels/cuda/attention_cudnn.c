@@ -2,7 +2,7 @@
 //
 // cuDNN knows no operation "causal attention with log-sum-exp"; it knows graphs. Forward, 14 operations on S (B,H,T,T) that is never stored:
 //   S = scale q k^T;  S = row >= column ? S : -inf;  m = max_j S;  E = e^(S - m);  l = sum_j E;  lse = m + ln l;  o = (E / l) v
-// Backward, 23 operations (kernels/cuda/attention.cu has the derivation):
+// Backward, 23 operations (attention_flash.cu has the derivation):
 //   delta = sum_d do o;  P = e^(mask(scale q k^T - lse));  dv = sum over the group's query heads of P^T do;
 //   dS = scale P (do v^T - delta);  dk = sum over the group's query heads of dS^T q;  dq = dS k
 // Tensors have four dimensions (batch, head, row, column) and strides, so the interleaved layouts of kernels.h go in as they are: nothing is copied, and K and V

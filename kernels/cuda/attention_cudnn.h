@@ -1,4 +1,4 @@
-// Attention by cuDNN, in builds where make found it (MOE_CUDNN). attention.cu asks here first and computes itself what cuDNN does not.
+// Attention by cuDNN, in builds where make found it (MOE_CUDNN). attention.cu asks here first, and flash where cuDNN has no plan.
 #ifndef MOE_ATTENTION_CUDNN_H
 #define MOE_ATTENTION_CUDNN_H
 #include "../kernels.h"

@@ -1,5 +1,5 @@
 // One NVIDIA GPU as a device: arenas by cudaMalloc, three streams, copies through pinned staging memory.
-#include "common.cuh"
+#include "experts.cuh"
 #include "gemm.cuh"
 #include <stdio.h>
 #include <stdlib.h>
@@ -76,14 +76,14 @@ void device_finish(void) {
 const char *device_backend(void) { return "cuda"; }
 const char *device_describe(void) {
     static char text[512];
-    snprintf(text, sizeof text, "cuda, %s (sm_%d%d, %d multiprocessors, %.1f GiB), %s, %s", properties.name, properties.major, properties.minor,
-             properties.multiProcessorCount, (double)properties.totalGlobalMem / (1 << 30), gemm_library(), PRECISION_NAME);
+    snprintf(text, sizeof text, "cuda, %s (sm_%d%d, %d multiprocessors, %.1f GiB), %s, experts by %s, %s", properties.name, properties.major, properties.minor,
+             properties.multiProcessorCount, (double)properties.totalGlobalMem / (1 << 30), gemm_library(), experts_kernel(), PRECISION_NAME);
     return text;
 }
-// The kernels' own scratch grows after the arenas are laid out: it must find room. Largest users: sorted ids and split router gradients,
-// below 600 bytes a token at 128 experts; RESERVE covers micro-batches of 400 thousand tokens.
+// What is allocated after the arenas are laid out must find room: the kernels' scratch (largest users: sorted ids and split router gradients, below 600 bytes a token at 128
+// experts: 256 MB serve micro-batches of 400 thousand tokens), and the code of library kernels, which CUDA loads at their first call.
 size_t device_memory(void) {
-    const size_t RESERVE = (size_t)256 << 20;
+    const size_t RESERVE = (size_t)512 << 20;
     size_t available, total;
     CUDA_CHECK(cudaMemGetInfo(&available, &total));
     return available > RESERVE ? available - RESERVE : 0;

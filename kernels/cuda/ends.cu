@@ -1,5 +1,6 @@
 // Both ends of the model: embedding look-up with its deterministic scatter-add, and cross entropy with its gradient in one kernel.
 #include "sort.cuh"
+#include <float.h>
 
 // ---- embedding ------------------------------------------------------------------------------------------------------------------
 // Bytes: one row read, one written a token (8 KB in bf16 at C = 2048). A thread moves 16 bytes.
@@ -81,9 +82,11 @@ void embed_backward(gradX *dW, const floatX *dx, const int *ids, int accumulate,
 // One block a row. First pass: every thread keeps its own running (m, s) and rescales s when m grows; second pass writes the gradient over the
 // logits. Bytes: read, read again (a row of 152k bf16 is 304 KB: the second read comes from the L2 cache), write.
 enum { CE_THREADS = 512 };
+// e^x; in bf16 builds by the multifunction unit alone, as sigmoid in experts.cuh: a thousandth of the rounding that follows.
+static __device__ __forceinline__ float exp_x(float x) { return sizeof(floatX) == 2 ? __expf(x) : expf(x); }
 template <class T> static __device__ __forceinline__ void softmax_merge(float &m, T &s, float m2, T s2) {
     float most = fmaxf(m, m2);
-    s = (m == most ? s : s * expf(m - most)) + (m2 == most ? s2 : s2 * expf(m2 - most));      // equal maxima first: -inf - -inf is NaN
+    s = s * expf(m - most) + s2 * expf(m2 - most);
     m = most;
 }
 template <int W> static __global__ void __launch_bounds__(CE_THREADS)
@@ -99,13 +102,13 @@ cross_entropy_kernel(floatX *logits, double *loss, const int *targets, real seed
         if (threadIdx.x == 0) loss[blockIdx.x] = 0;
         return;
     }
-    float m = -INFINITY, s = 0;
-    for (int64_t i = threadIdx.x * W; i < V; i += CE_THREADS * W) {
-        float x[W], most = -INFINITY, sum = 0;
+    float m = -FLT_MAX, s = 0;                    // not -infinity: two of them would have no difference
+    for (int i = threadIdx.x * W; i < V; i += CE_THREADS * W) {
+        float x[W], most = m;
         load_n(x, row + i);
         for (int l = 0; l < W; l++) most = fmaxf(most, x[l]);
-        for (int l = 0; l < W; l++) sum += expf(x[l] - most);
-        softmax_merge(m, s, most, sum);
+        if (most > m) s *= exp_x(m - most), m = most;
+        for (int l = 0; l < W; l++) s += exp_x(x[l] - m);
     }
     double total = s;                             // beside the 1 of a sure target, 1e5 terms of 1e-9 would not move a float
     for (int d = 16; d > 0; d /= 2) {
@@ -120,11 +123,14 @@ cross_entropy_kernel(floatX *logits, double *loss, const int *targets, real seed
     if (threadIdx.x == 0) loss[blockIdx.x] = log(total) + ((double)m - (double)load(row + target));
     if (!backward) return;
     __syncthreads();                              // the target's logit is read before it is overwritten
-    float scale = (float)(1 / total);
-    for (int64_t i = threadIdx.x * W; i < V; i += CE_THREADS * W) {
+    float scale = (float)(1 / total) * seed;
+    for (int i = threadIdx.x * W; i < V; i += CE_THREADS * W) {
         float x[W];
         load_n(x, row + i);
-        for (int l = 0; l < W; l++) x[l] = (expf(x[l] - m) * scale - (i + l == target ? 1.0f : 0.0f)) * seed;
+        for (int l = 0; l < W; l++) x[l] = exp_x(x[l] - m) * scale;
+        if ((unsigned)(target - i) < (unsigned)W)
+#pragma unroll
+            for (int l = 0; l < W; l++) if (i + l == target) x[l] -= seed;
         store_n(row + i, x);
     }
 }

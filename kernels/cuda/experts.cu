@@ -162,6 +162,7 @@ static bool use_wgmma() {
     }
     return chosen;
 }
+const char *experts_kernel(void) { return use_wgmma() ? "wgmma" : "mma"; }
 void experts_leave(int multiprocessors) {
     if constexpr (sizeof(floatX) == 2) hopper_leave(multiprocessors);
 }

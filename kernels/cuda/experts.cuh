@@ -8,6 +8,7 @@
 // name: "mma", "wgmma", or "auto" (wgmma where the card and this build have it; the start value, or what the environment's MOE_EXPERT_KERNEL says).
 // Returns false, and changes nothing, where they do not have it; dies on any other name.
 bool experts_select(const char *name);
+const char *experts_kernel(void);     // "mma" or "wgmma": what computes
 // Persistent kernels leave this many multiprocessors to communication that runs beside them; at the start as many as the environment's MOE_EXPERT_LEAVE
 // says, else none. At least one is used.
 void experts_leave(int multiprocessors);

@@ -144,14 +144,14 @@ template <bool GATHER_LEFT> static __device__ __forceinline__ void produce_wgrad
         return; \
     } \
     ptx_setmaxnreg_inc<CONSUMER_REGISTERS>(); \
-    const int group = threadIdx.x / 128 - 1; \
+    const int group = __shfl_sync(0xffffffffu, (int)threadIdx.x / 128, 0) - 1; \
     const bool first = threadIdx.x % 128 == 0; \
     char *out = s->out[group]; \
     Ring ring = {0, 0}
 
 // mapH: (M, 2, F); mapA: (M, F), not used where write_A is 0.
-static __global__ void __launch_bounds__(HOPPER_THREADS) up_kernel(const __grid_constant__ CUtensorMap mapH, const __grid_constant__ CUtensorMap mapA,
-                                                                   const __grid_constant__ CUtensorMap mapW1, const floatX *pool, Plan plan, int write_A, int C, int F) {
+static __global__ void __launch_bounds__(HOPPER_THREADS, 1) up_kernel(const __grid_constant__ CUtensorMap mapH, const __grid_constant__ CUtensorMap mapA,
+                                                                      const __grid_constant__ CUtensorMap mapW1, const floatX *pool, Plan plan, int write_A, int C, int F) {
 #ifdef HOPPER_CODE
     int column_tiles = (F + 127) / 128;
     ROLES(Wide, PRODUCERS + 1, produce_gathered<false>(s, pool, &mapW1, plan, column_tiles, 128, 2, C));
@@ -184,7 +184,7 @@ static __global__ void __launch_bounds__(HOPPER_THREADS) up_kernel(const __grid_
 #endif
 }
 // out (M,N) = in (M,K) W[e]^T, W (E,N,K); TRANSPOSED: out = in W[e], W (E,K,N).
-template <bool TRANSPOSED> static __global__ void __launch_bounds__(HOPPER_THREADS)
+template <bool TRANSPOSED> static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 rows_kernel(const __grid_constant__ CUtensorMap map_out, const __grid_constant__ CUtensorMap map_in, const __grid_constant__ CUtensorMap mapW, Plan plan, int N, int K) {
 #ifdef HOPPER_CODE
     int column_tiles = (N + 255) / 256;
@@ -203,7 +203,7 @@ rows_kernel(const __grid_constant__ CUtensorMap map_out, const __grid_constant__
 #endif
 }
 // The blocks of a warpgroup hold gate (0, 1), up (2, 3), which TMA brings during the products and dH replaces in place, and score A (4, 5): dH may be H.
-static __global__ void __launch_bounds__(HOPPER_THREADS)
+static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 down_backward_kernel(const __grid_constant__ CUtensorMap map_dH, const __grid_constant__ CUtensorMap map_sA, const __grid_constant__ CUtensorMap mapH,
                      const __grid_constant__ CUtensorMap mapW2, float *partial, const floatX *dpool, const float *row_score, Plan plan, int C, int F) {
 #ifdef HOPPER_CODE
@@ -251,7 +251,7 @@ down_backward_kernel(const __grid_constant__ CUtensorMap map_dH, const __grid_co
 }
 // dW[e] (N,O) (+)= sum over the expert's rows m of left[m]^T right[m]; `dense` is the one that is not gathered. A tile leaves in two halves of
 // 128 columns, four blocks of 32 floats each.
-template <bool GATHER_LEFT> static __global__ void __launch_bounds__(HOPPER_THREADS)
+template <bool GATHER_LEFT> static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 wgrad_kernel(const __grid_constant__ CUtensorMap map_dW, const __grid_constant__ CUtensorMap dense, const floatX *pool, Plan plan, int accumulate, int N, int O) {
 #ifdef HOPPER_CODE
     ROLES(Wide, PRODUCERS + 1, produce_wgrad<GATHER_LEFT>(s, &dense, pool, plan, N, O, accumulate));

@@ -46,12 +46,14 @@ template <int N> static __global__ void rmsnorm_backward_kernel(floatX *dx, floa
     }
     for (int row = first; row < last; row++) {
         float t[N][PACK], n[N][PACK], dot = 0, r = rstd[row];
+        int4 rest[N];                            // the residual: on its way while the row is summed
 #pragma unroll
         for (int i = 0; i < N; i++) {
             int j = (i * blockDim.x + threadIdx.x) * PACK;
             if (j >= C) continue;
             load_n(t[i], dy + (int64_t)row * C + j);
             load_n(n[i], x + (int64_t)row * C + j);
+            rest[i] = residual ? *(const int4 *)(residual + (int64_t)row * C + j) : make_int4(0, 0, 0, 0);
             for (int l = 0; l < PACK; l++) {
                 n[i][l] *= r;
                 dw[i][l] += t[i][l] * n[i][l];
@@ -64,9 +66,10 @@ template <int N> static __global__ void rmsnorm_backward_kernel(floatX *dx, floa
         for (int i = 0; i < N; i++) {
             int j = (i * blockDim.x + threadIdx.x) * PACK;
             if (j >= C) continue;
-            float v[PACK] = {};
-            if (residual) load_n(v, residual + (int64_t)row * C + j);
-            for (int l = 0; l < PACK; l++) v[l] += r * (t[i][l] - n[i][l] * mean);
+            float v[PACK];
+            floatX kept[PACK];
+            memcpy(kept, &rest[i], 16);
+            for (int l = 0; l < PACK; l++) v[l] = load(kept + l) + r * (t[i][l] - n[i][l] * mean);
             store_n(dx + (int64_t)row * C + j, v);
         }
     }

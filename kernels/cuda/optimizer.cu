@@ -88,15 +88,15 @@ template <class T> static __device__ __forceinline__ void write_block(T *x, cons
 }
 
 // ---- the update ---------------------------------------------------------------------------------------------------------------------
-struct Coefficients { float lr, momentum, keep[2], lerp, beta2, square, root, eps, step, bound; double grad_scale; int first; uint64_t seed, counter; };
+// keep: what is left of a parameter (AdamW), or joins its gradient (SGD), where weight decay applies and where it does not.
+struct Coefficients { float lr, momentum, keep_decayed, keep, lerp, beta2, square, root, eps, step, bound; double grad_scale; int first; uint64_t seed, counter; };
 
 static Coefficients coefficients(const OptimizerStep *o) {
     double correction1 = 1 - pow(o->beta1, (double)o->t), correction2 = 1 - pow(o->beta2, (double)o->t);
     Coefficients c;
     memset(&c, 0, sizeof c);
     c.lr = (float)o->lr, c.momentum = (float)o->momentum, c.first = o->t == 1, c.grad_scale = o->grad_scale;
-    for (int decay = 0; decay < 2; decay++)
-        c.keep[decay] = (float)(o->kind == OPT_SGD ? o->weight_decay * decay : 1 - o->lr * o->weight_decay * decay);
+    c.keep_decayed = (float)(o->kind == OPT_SGD ? o->weight_decay : 1 - o->lr * o->weight_decay), c.keep = o->kind == OPT_SGD ? 0 : 1;
     c.lerp = (float)(1 - o->beta1), c.beta2 = (float)o->beta2, c.square = (float)(1 - o->beta2), c.eps = (float)o->eps;
     c.root = (float)sqrt(correction2), c.step = (float)(o->lr / correction1), c.bound = (float)adam_bound(o->beta1, o->beta2);
     c.seed = o->seed, c.counter = (uint64_t)o->step;
@@ -134,7 +134,7 @@ update_kernel(OptimizerState s, __grid_constant__ const Batch batch, Coefficient
     Block k = block_of(batch, block, BLOCK);
     const Segment &segment = batch.segment[k.segment];
     int64_t qblock = segment.qblock + k.index;
-    float p[PER_LANE], g[PER_LANE], m[PER_LANE] = {}, v[PER_LANE] = {}, keep = c.keep[segment.decay != 0];
+    float p[PER_LANE], g[PER_LANE], m[PER_LANE] = {}, v[PER_LANE] = {}, keep = segment.decay != 0 ? c.keep_decayed : c.keep;
     floatX stored[PER_LANE];
     bool moment = KIND == OPT_ADAMW || (KIND == OPT_SGD && s.m && c.momentum != 0);
     Noise noise = {};

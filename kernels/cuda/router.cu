@@ -49,9 +49,8 @@ route_kernel(int *topk, real *score, double *partial, const real *logits, const 
         }
         entropy = group_sum(entropy);
         if (lane == 0) tail[warp][0] += (double)lse * lse, tail[warp][1] += (double)entropy;
-        // K rounds of a warp-wide argmax by (value descending, id ascending); a taken expert's value becomes NaN, which compares as smaller than all.
-        // Rows of NaN choose the lowest ids: id E stands for "none yet", and a NaN that was not taken still beats it.
-        __syncwarp();
+        // K rounds of a warp-wide argmax by (value descending, id ascending) over the experts that are not yet taken: a negative count marks those that are.
+        // Rows of NaN choose the lowest ids: id E stands for "none yet", and any NaN beats it. A lane reads and marks its own experts only.
         for (int k = 0; k < K; k++) {
             float best = 0;
             int id = E;
@@ -64,8 +63,8 @@ route_kernel(int *topk, real *score, double *partial, const real *logits, const 
                 if (from < E && (id == E || other > best || (!(best > other) && from < id))) best = other, id = from;
             }
             if (lane == id % 32) count[id] = -1 - count[id];      // taken; undone below
-            __syncwarp();
         }
+        __syncwarp();                             // selection is over: the place of the values is free
         // Ascending ids: every lane looks at its 32nd of the experts, a ballot gives the place.
         int before = 0;
         for (int base = 0; base < E; base += 32) {
@@ -74,7 +73,7 @@ route_kernel(int *topk, real *score, double *partial, const real *logits, const 
             if (taken) {
                 int at = before + __popc(ballot & ((1u << lane) - 1));
                 topk[r * K + at] = e;
-                value[at] = p[e];                 // selection is over: the place of the values is free
+                value[at] = p[e];
                 count[e] = -count[e];             // -1 - n becomes n + 1
             }
             before += __popc(ballot);
@@ -82,7 +81,6 @@ route_kernel(int *topk, real *score, double *partial, const real *logits, const 
         __syncwarp();
         for (int k = 0; k < K; k++) total += value[k];
         for (int k = lane; k < K; k += 32) score[r * K + k] = normalize ? value[k] / total : value[k];
-        __syncwarp();
     }
     __syncthreads();
     double *out = partial + (int64_t)blockIdx.x * (2 * E + 2);
@@ -95,19 +93,29 @@ route_kernel(int *topk, real *score, double *partial, const real *logits, const 
         out[i] = total;
     }
 }
-static __global__ void statistics_kernel(RouterStats stats, const double *partial, int blocks, int E) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x, width = 2 * E + 2;
-    if (i >= width) return;
+// 32 columns a block; warp w adds partial sums w, w + 32, ...; then the 32 sums are added in order.
+enum { STATISTICS_WARPS = 32 };
+static __global__ void __launch_bounds__(STATISTICS_WARPS * 32) statistics_kernel(RouterStats stats, const double *partial, int blocks, int E) {
+    __shared__ double sums[STATISTICS_WARPS][32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, i = blockIdx.x * 32 + lane, width = 2 * E + 2;
     double total = 0;
-    for (int b = 0; b < blocks; b++) total += partial[(int64_t)b * width + i];
+    if (i < width) {
+#pragma unroll 4
+        for (int b = warp; b < blocks; b += STATISTICS_WARPS) total += partial[(int64_t)b * width + i];
+    }
+    sums[warp][lane] = total;
+    __syncthreads();
+    if (warp > 0 || i >= width) return;
+    total = 0;
+    for (int w = 0; w < STATISTICS_WARPS; w++) total += sums[w][lane];
     if (i < E && stats.prob) stats.prob[i] += total;
     if (i >= E && i < 2 * E && stats.count) stats.count[i - E] += (int64_t)total;
     if (i >= 2 * E && stats.z) stats.z[i - 2 * E] += total;
 }
-// Shared memory of `floats` floats a warp, beyond 48 KiB only for more than 384 experts.
+// Shared memory of `floats` floats a warp. Above 48 KiB, a kernel's static memory included, it must opt in: from 384 experts on.
 template <class Kernel> static size_t warp_memory(Kernel kernel, int floats) {
     size_t bytes = (size_t)WARPS * (size_t)floats * sizeof(float);
-    if (bytes > 48 * 1024) CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    if (bytes > 47 * 1024) CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
     return bytes;
 }
 static void check_experts(int E, int K) {
@@ -123,7 +131,7 @@ void router_forward(real *logits, int *topk, real *score, RouterStats stats, con
     double *partial = (double *)device_scratch(SCRATCH_PARTIAL, (size_t)blocks * (size_t)(2 * E + 2) * sizeof(double));
     route_kernel<<<blocks, WARPS * 32, warp_memory(route_kernel, 4 * E), compute_stream()>>>(topk, score, partial, logits, bias, normalize, R, E, K, tokens);
     LAUNCHED();
-    statistics_kernel<<<grid_for(2 * E + 2, 64), 64, 0, compute_stream()>>>(stats, partial, blocks, E);
+    statistics_kernel<<<grid_for(2 * E + 2, 32), STATISTICS_WARPS * 32, 0, compute_stream()>>>(stats, partial, blocks, E);
     LAUNCHED();
 }
 

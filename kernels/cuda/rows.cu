@@ -7,18 +7,30 @@
 
 enum { THREADS = 256 };
 
-static __global__ void sum_kernel(floatX *out, const floatX *in, const int *index, const real *weight, int64_t packs, int J, int C) {
+enum { AT_A_TIME = 4 };                           // rows in flight: their loads are started before any is added
+static __global__ void __launch_bounds__(THREADS, 4) sum_kernel(floatX *out, const floatX *in, const int *index, const real *weight, int64_t packs, int J, int C) {
     int per_row = C / PACK;
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < packs; i += (int64_t)gridDim.x * THREADS) {
-        int64_t row = i / per_row, column = (i % per_row) * PACK;
+        int64_t row = i / per_row, column = (i - row * per_row) * PACK;
         float sum[PACK] = {};
-#pragma unroll 8
-        for (int j = 0; j < J; j++) {
-            int64_t from = index[row * J + j];
-            if (from < 0) continue;
-            float x[PACK], w = weight ? weight[row * J + j] : 1;
-            load_n(x, in + from * C + column);
-            for (int l = 0; l < PACK; l++) sum[l] += w * x[l];
+        for (int first = 0; first < J; first += AT_A_TIME) {
+            int from[AT_A_TIME];
+            float w[AT_A_TIME];
+            int4 bits[AT_A_TIME];
+#pragma unroll
+            for (int u = 0; u < AT_A_TIME; u++) from[u] = first + u < J ? index[row * J + first + u] : -1;
+#pragma unroll
+            for (int u = 0; u < AT_A_TIME; u++) {
+                w[u] = weight && from[u] >= 0 ? weight[row * J + first + u] : 1;
+                bits[u] = from[u] >= 0 ? *(const int4 *)(in + (int64_t)from[u] * C + column) : make_int4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (int u = 0; u < AT_A_TIME; u++) {
+                floatX x[PACK];
+                memcpy(x, &bits[u], 16);
+#pragma unroll
+                for (int l = 0; l < PACK; l++) sum[l] += w[u] * load(x + l);      // a row that is not there adds 0
+            }
         }
         store_n(out + row * C + column, sum);
     }
