@@ -50,6 +50,8 @@ void arena_free(Arena *a);
 typedef enum { STREAM_COMPUTE, STREAM_GATHER, STREAM_EXCHANGE, STREAM_COUNT } Stream;
 // Everything started so far on `first` happens before everything started later on `then`.
 void stream_order(Stream first, Stream then);
+// on: from now on communication runs beside COMPUTE, so kernels that would hold the whole device for milliseconds leave it room. CPUs: nothing.
+void device_share(int on);
 void device_sync(void);                                                      // the host waits for all streams: once a step, and in tests
 void device_zero(void *dst, size_t bytes);                                   // on COMPUTE
 void device_copy(void *dst, const void *src, size_t bytes);                  // device to device, on COMPUTE

@@ -229,10 +229,12 @@ Comm *comm_group(const char *name, const int *world_ranks, int n) {
     if (n && rank == n) die("group %s: rank %d is not among its %d members|a bug of the caller", name, j->rank, n);
     if (j->size > 1 || comm_options.force) {
         if (!world_nccl) join_world();
+        ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+        config.maxCTAs = COMMUNICATION_CTAS;               // what device_share keeps free; NCCL_MAX_CTAS in the environment wins
         snprintf(text, sizeof text, "building group %s, ncclCommSplit", name);
         int moves = n > 1 || (n && comm_options.force);    // a group of one needs no communicator, but takes part in the split
         watch_enter(report_text, text);
-        NCCL_CHECK(ncclCommSplit(world_nccl, moves ? world_ranks[0] : NCCL_SPLIT_NOCOLOR, j->rank, &nccl, 0));
+        NCCL_CHECK(ncclCommSplit(world_nccl, moves ? world_ranks[0] : NCCL_SPLIT_NOCOLOR, j->rank, &nccl, &config));
         watch_leave();
     }
     if (n == 0) return 0;

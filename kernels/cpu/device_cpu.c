@@ -116,6 +116,7 @@ void device_give(void *memory, size_t bytes) { munmap(memory, bytes); }
 
 // ---- streams and copies -----------------------------------------------------------------------------------------------------------
 void stream_order(Stream first, Stream then) { (void)first, (void)then; }
+void device_share(int on) { (void)on; }
 void device_sync(void) {}
 void device_upload(void *device, const void *host, size_t bytes) { device_copy(device, host, bytes); }
 void device_download(void *host, const void *device, size_t bytes) { device_copy(host, device, bytes); }

@@ -21,6 +21,8 @@
 MOE_NORETURN void cuda_failed(cudaError_t error, const char *call, const char *file, int line);
 cudaStream_t device_stream(Stream stream);
 static inline cudaStream_t compute_stream(void) { return device_stream(STREAM_COMPUTE); }
+// Multiprocessors that one group's NCCL operations take at most, and that persistent kernels leave free while such operations run beside them.
+enum { COMMUNICATION_CTAS = 16 };
 // Device memory of one kind of kernel, grown on demand (only while shapes are new) and reused by the next kernel of that kind; its users
 // are ordered by STREAM_COMPUTE.
 enum { SCRATCH_PARTIAL, SCRATCH_SORT, SCRATCH_ROUTER, SCRATCH_SLOTS };

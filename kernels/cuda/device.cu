@@ -134,6 +134,10 @@ void stream_order(Stream first, Stream then) {
     CUDA_CHECK(cudaEventRecord(stream_events[first], streams[first]));
     CUDA_CHECK(cudaStreamWaitEvent(streams[then], stream_events[first], 0));
 }
+void device_share(int on) {
+    const char *leave = getenv("MOE_EXPERT_LEAVE");
+    experts_leave(leave && *leave ? atoi(leave) : on ? COMMUNICATION_CTAS : 0);
+}
 void device_sync(void) {
     for (int s = 0; s < STREAM_COUNT; s++) CUDA_CHECK(cudaStreamSynchronize(streams[s]));
 }

@@ -9,8 +9,8 @@
 // Returns false, and changes nothing, where they do not have it; dies on any other name.
 bool experts_select(const char *name);
 const char *experts_kernel(void);     // "mma" or "wgmma": what computes
-// Persistent kernels leave this many multiprocessors to communication that runs beside them; at the start as many as the environment's MOE_EXPERT_LEAVE
-// says, else none. At least one is used.
+// Persistent kernels leave this many multiprocessors (0 at the start) to communication that runs beside them, and use at least one. device_share calls it; the environment's
+// MOE_EXPERT_LEAVE takes the place of its number.
 void experts_leave(int multiprocessors);
 
 // ---- experts_hopper.cu, in bf16 builds: M and E are not 0, widths are multiples of PACK ----------------------------------------------

@@ -25,7 +25,6 @@
 // W1 keeps its Hugging Face order: seen as (2E, F, C), the box of expert e has two layers, gate rows and up rows, each cut off at F, and an accumulator
 // pair of the same thread is gate and up of one element. Tiles of the same rows are neighbours, so the blocks that run together share rows and
 // weights in the L2 cache. Which block does a tile changes nothing in it: the same bits on any number of multiprocessors. Sizes stay on the device (I11).
-#include <stdlib.h>
 #include "experts.cuh"
 #if defined(MOE_BF16)
 #include "hopper.cuh"
@@ -315,7 +314,7 @@ static CUtensorMap stack_map(const floatX *base, int64_t layers, int64_t rows, i
 }
 static CUtensorMap halves_map(const floatX *H, int64_t M, int64_t F) { return tensor_map(H, 3, {{F, 2, M}, {1, F, 2 * F}, {64, 1, 64}}, false); }
 
-static int left_to_communication = -1;            // -1: not asked yet
+static int left_to_communication;
 void hopper_leave(int multiprocessors) { left_to_communication = multiprocessors; }
 static int multiprocessors() {
     static int count;
@@ -323,10 +322,6 @@ static int multiprocessors() {
         int device;
         CUDA_CHECK(cudaGetDevice(&device));
         CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    }
-    if (left_to_communication < 0) {
-        const char *leave = getenv("MOE_EXPERT_LEAVE");
-        left_to_communication = leave && atoi(leave) > 0 ? atoi(leave) : 0;
     }
     return count - left_to_communication > 1 ? count - left_to_communication : 1;
 }
