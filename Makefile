@@ -8,11 +8,11 @@ ROOT_BUILD = build
 ifeq ($(MAKECMDGOALS),)
 NO_DETECT = 1
 endif
-ifneq ($(filter help deps clean quickstart doctor compare-hf gpu-check,$(MAKECMDGOALS)),)
+ifeq ($(filter-out help deps clean quickstart doctor compare-hf gpu-check,$(MAKECMDGOALS)),)
 NO_DETECT = 1
 endif
 
-.PHONY: help show-build say-cuda detect deps clean test test-quick test-full test-mutations test-mutations-cuda test-kernels test-data test-checkpoint test-model test-parallel quickstart bench-cpu compare-hf gpu-check doctor FORCE
+.PHONY: help show-build show-detected say-cuda detect deps clean test test-full test-mutations test-mutations-cuda quickstart bench-cpu compare-hf gpu-check doctor FORCE
 help:
 	@echo "moe.c: trains Qwen3-MoE, every parameter, forward and backward written by hand"
 	@echo

@@ -26,8 +26,8 @@
 
 // ---- signals: SIGTERM and SIGINT end the run after the update in hand, with a checkpoint; SIGUSR1 saves and goes on ----------------------
 enum { SIGNAL_NONE, SIGNAL_SAVE, SIGNAL_END };
-static volatile sig_atomic_t signalled;
-static void on_signal(int s) { if (s == SIGUSR1) { if (!signalled) signalled = SIGNAL_SAVE; } else signalled = SIGNAL_END; }
+static volatile sig_atomic_t save_asked, end_asked;             // two flags: clearing one cannot lose the other
+static void on_signal(int s) { if (s == SIGUSR1) save_asked = 1; else end_asked = 1; }
 
 static void catch_signals(void) {
     struct sigaction action;
@@ -206,7 +206,9 @@ static void plan(Options *o, const Config *config) {
     if (o->gpus_per_node) machine.per_node = (int)o->gpus_per_node;
     Grid grid = grid_plan(config, o->world ? (int)o->world : comm_world_size(), (int)o->dp, (int)o->fsdp, (int)o->ep, (Dispatch)o->dispatch, o->attention == 1);
     default_batch(o, &grid);
-    plan_print(stdout, config, &grid, step_options(o, config), optimizer_options(o), &machine);
+    StepOptions step = step_options(o, config);
+    if (!step.memory) step.memory = (size_t)machine.memory;        // --recompute auto fills the planned machine, not this one
+    plan_print(stdout, config, &grid, step, optimizer_options(o), &machine);
 }
 
 // ---- the run -------------------------------------------------------------------------------------------------------------------------------
@@ -217,7 +219,6 @@ static int64_t evaluation_windows(const Options *o, const Loader *val) {
 
 static void train(Trainer *t, const Options *o, Report *report, Checkpoint *checkpoint, Loader *data, Loader *val, const Tokens *tokens, int64_t first) {
     Schedule schedule = schedule_options(o);
-    double begin = now_seconds();
     if (val && first == 0) report_evaluation(report, 0, trainer_evaluate(t, val, evaluation_windows(o, val)));
     report->begin = now_seconds();
     for (int64_t step = first + 1; step <= o->steps; step++) {
@@ -227,7 +228,7 @@ static void train(Trainer *t, const Options *o, Report *report, Checkpoint *chec
             free(grid_traffic(t->g, 1));
             profile_start();
         }
-        begin = now_seconds();
+        double begin = now_seconds();
         StepResult s = trainer_step(t, data, step, o->lr * schedule_factor(&schedule, step));
         if (step == o->profile) {
             profile_print(t->g->rank == 0 ? stdout : 0);
@@ -239,8 +240,9 @@ static void train(Trainer *t, const Options *o, Report *report, Checkpoint *chec
         report_step(report, t, step, &s, now_seconds() - begin, show);
         if (show && t->g->rank == 0 && t->m->c.n_moe) report_heat_map(t, stdout);
         if (t->trace) trace_close(t, tokens);
-        int last = step == o->steps, asked = (int)comm_max(t->g->all, signalled);
-        if (asked == SIGNAL_SAVE) signalled = SIGNAL_NONE;
+        int save_here = save_asked;
+        if (save_here) save_asked = 0;
+        int last = step == o->steps, asked = (int)comm_max(t->g->all, end_asked ? SIGNAL_END : save_here ? SIGNAL_SAVE : SIGNAL_NONE);
         if (val && asked != SIGNAL_END && (last || (o->eval_every && step % o->eval_every == 0))) report_evaluation(report, step, trainer_evaluate(t, val, evaluation_windows(o, val)));
         if (o->sample_every && asked != SIGNAL_END && step % o->sample_every == 0) generate(t, tokens, o->prompt, 128, o->temperature, step);
         if (*o->out && (last || asked || (o->save_every && step % o->save_every == 0))) save(checkpoint, t, o, step);
@@ -260,9 +262,9 @@ int main(int argc, char **argv) {
         return 0;
     }
     check_options(&o);
-    int threads = grid_threads((int)o.threads);
     CommOptions comm = { o.timeout, o.force_comm, o.check_comm };
     comm_start(comm);
+    int threads = grid_threads((int)o.threads);                    // NCCL knows the ranks of this machine only now
     if (!o.plan || !strcmp(device_backend(), "cpu")) device_init(comm_local_rank(), threads);      // a plan needs no GPU, but the number of threads
     attention_select(o.attention_kernel);
     char *path = *o.model ? xasprintf("%s/config.json", o.model) : xasprintf("%s", o.init);
@@ -281,6 +283,8 @@ int main(int argc, char **argv) {
     default_batch(&o, &grid);
     if (o.selftest) {
         int failed = comm_selftest(&grid, stdout);
+        config_free(&config);
+        free(path);
         comm_finish();
         return failed != 0;
     }

@@ -14,7 +14,7 @@ const char *device_backend(void);                 // "cpu" or "cuda"
 const char *device_describe(void);
 // Free memory in bytes that the arenas may take (CPU: available physical memory; GPU: free device memory).
 size_t device_memory(void);
-// That much device memory, zeroed (CPU: whole pages, touched now), or 0 where there is not enough; and back. For arenas.
+// `bytes` of zeroed device memory (CPU: every page is touched, so that a shortage shows now), or 0 where there is not enough; device_give frees it. Only arenas call these.
 void *device_take(size_t bytes);
 void device_give(void *memory, size_t bytes);
 // Peak FLOP/s of dense products in floatX, for MFU. CPU: measured by a short sgemm on all threads; GPU: table by device name, 0 = unknown.
@@ -42,8 +42,6 @@ void arena_commit(Arena *a);
 void *arena_take(Arena *a, size_t bytes, const char *what);
 void arena_free(Arena *a);
 #define ARENA_TAKE(arena, type, count, what) ((type *)arena_take((arena), (size_t)(count) * sizeof(type), (what)))
-// Room behind the counted pieces, for what only routing knows the size of: arena_reserve counts `bytes` as one line and returns its start.
-// (A plain arena_take; the caller bumps inside it.)
 
 // ---- streams, events, copies (no-ops or memcpy on CPUs) ------------------------------------------------------------------
 // Kernels run on COMPUTE. Weight gathers and gradient reductions run on GATHER, token exchange on EXCHANGE.

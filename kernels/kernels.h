@@ -9,7 +9,7 @@
 // Conventions
 //   Outputs first, then inputs, weights, what forward saved, dimensions. Matrices are row-major; a weight is (out, in): y = x W^T.
 //   Pointers are device pointers, never null unless said. R, P or M may be 0: every function then still does its duty (I3).
-//   Activation gradients are OVERWRITTEN; the two places where paths meet say so in their name (_add) or by `residual` (I5).
+//   Activation gradients are OVERWRITTEN; the three functions where paths meet say so: linear_backward_input_add, router_backward_add, `residual` of rmsnorm_backward (I5).
 //   Weight gradients take `accumulate`: 0 writes every element (zeros where no row contributes), 1 adds (I5).
 //   All reductions have a fixed order that depends on shapes alone: the same bits whatever the number of threads (I8).
 //   Accumulation is fp32 or better; a result is rounded once when stored as floatX.

@@ -95,7 +95,7 @@ static Numbers read(const Buffer &b, int w) {
     for (size_t i = 0; i < b.n; i++) v[i] = get(&host[i * size], b.kind, w);
     return v;
 }
-static const unsigned char BEHIND[17] = "\xff\x7f\xff\x7f\xff\x7f\xff\x7f\xff\x7f\xff\x7f\xff\x7f\xff\x7f";      // behind a buffer: NaN in every type, and not -1
+static const unsigned char BEHIND[17] = "\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f";      // behind a buffer: NaN in every type, not the NaN that rounding to bf16 makes, and not -1
 // n elements, NaN bytes in every world: what a kernel does not write is found.
 static Buffer output(Kind kind, size_t n) {
     Buffer b;

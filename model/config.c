@@ -231,7 +231,7 @@ char *config_export(const Config *c, const char *dtype) {
 }
 
 // ---- sizes --------------------------------------------------------------------------------------------------------------------------------------------------------
-// Weights of matrix products (experts of each MoE layer counted `experts` times) and of norms, without embedding and head.
+// Weights of matrix products in the layers (of each MoE layer, `experts` experts), without embedding and head; and of norms.
 static double layer_matrices(const Config *c, double experts) {
     double attention = 2.0 * c->H * c->D * c->C + 2.0 * c->KV * c->D * c->C;
     double moe = (double)c->E * c->C + experts * 3 * c->F * c->C, mlp = 3.0 * c->I * c->C;
@@ -239,10 +239,12 @@ static double layer_matrices(const Config *c, double experts) {
 }
 static double norm_weights(const Config *c) { return c->L * (2.0 * c->C + 2.0 * c->D) + c->C; }
 
-double config_active_parameters(const Config *c) { return layer_matrices(c, c->K) + norm_weights(c) + (double)c->V * c->C; }
+double config_matrix_parameters(const Config *c) { return layer_matrices(c, c->K) + (double)c->V * c->C; }
+
+double config_active_parameters(const Config *c) { return config_matrix_parameters(c) + norm_weights(c); }
 
 double config_total_parameters(const Config *c) { return layer_matrices(c, c->E) + norm_weights(c) + (c->tied ? 1.0 : 2.0) * c->V * c->C; }
 
 double config_flops_per_token(const Config *c, int T) {
-    return 6 * (config_active_parameters(c) - norm_weights(c)) + 12.0 * c->L * c->H * c->D * T / 2;
+    return 6 * config_matrix_parameters(c) + 12.0 * c->L * c->H * c->D * T / 2;
 }

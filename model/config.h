@@ -25,10 +25,12 @@ Config config_read(const char *path);
 void config_free(Config *c);
 // The text of a config.json that transformers 4.51+ and 5.x, vLLM and llama.cpp read: the input's keys, with the 4.x spellings and the given dtype name.
 char *config_export(const Config *c, const char *dtype);
-// Parameters that one token meets (K of E experts), without the input embedding: what matrix products multiply.  total: every parameter, tied head once.
+// Parameters that one token meets: in matrix products (attention, router, K of E experts, head); the same with norm weights, without the embedding ("3B active").
+// total: every parameter, a tied head once.
+double config_matrix_parameters(const Config *c);
 double config_active_parameters(const Config *c);
 double config_total_parameters(const Config *c);
-// FLOPs of one token of a sequence of T, forward and backward: 6 * active matmul parameters + 12 * L * H * D * T / 2 (causal half, no recompute).
+// FLOPs of one token of a sequence of T, forward and backward: 6 * config_matrix_parameters + 12 * L * H * D * T / 2 (causal half, no recompute).
 double config_flops_per_token(const Config *c, int T);
 MOE_END_C
 #endif

@@ -22,7 +22,7 @@ double trainer_evaluate(Trainer *t, Loader *data, int64_t n_windows) {
         }
         device_upload(t->ids, ids, (size_t)per_rank * (size_t)T * sizeof(int));
         device_upload(t->targets, targets, (size_t)per_rank * (size_t)T * sizeof(int));
-        step_forward(t, 0);
+        step_forward(t, t->n_micro, 0);
         step_head(t, 0, 0, 0);
     }
     free(ids);
@@ -36,21 +36,18 @@ double trainer_evaluate(Trainer *t, Loader *data, int64_t n_windows) {
 // not for serving it.
 void trainer_logits(Trainer *t, const int *ids, int length, float *logits) {
     const Config *c = &t->m->c;
-    int n_micro = t->n_micro, *padded = (int *)xcalloc((size_t)t->R, sizeof(int), "prompt");
+    int *padded = (int *)xcalloc((size_t)t->R, sizeof(int), "prompt");
     memcpy(padded, ids, (size_t)length * sizeof(int));
     device_upload(t->ids, padded, (size_t)t->R * sizeof(int));
     free(padded);
-    t->n_micro = 1;                              // kept rows are indexed by n_micro: with one, row l is kept[l]
-    step_forward(t, 0);
+    step_forward(t, 1, 0);
     const Param *norm = model_param(t->m, P_FINAL_NORM, c->L), *matrix = c->tied ? model_param(t->m, P_EMBED, -1) : model_param(t->m, P_HEAD, c->L);
     int block = c->tied ? t->m->embed_block : t->m->head_block;
     const floatX *wn = fsdp_get(t->fsdp, t->m->head_block) + norm->offset, *wh = fsdp_get(t->fsdp, block) + matrix->offset;
-    rmsnorm_forward(t->yf, t->head_rstd, t->kept[c->L].x + (size_t)(length - 1) * (size_t)c->C, wn, (real)c->rms_eps, 1, c->C);
+    rmsnorm_forward(t->yf, t->head_rstd, t->kept[(size_t)c->L * (size_t)t->n_micro].x + (size_t)(length - 1) * (size_t)c->C, wn, (real)c->rms_eps, 1, c->C);
     linear_forward(t->logits, t->yf, wh, 1, c->V, c->C);
     fsdp_release(t->fsdp, t->m->head_block);
     if (c->tied) fsdp_release(t->fsdp, t->m->embed_block);
-    t->n_micro = n_micro;
-    // t->dyf and t->logits are free outside training: convert in place of nothing else
     floatX *staged = (floatX *)xmalloc((size_t)c->V * sizeof(floatX), "logits");
     device_download(staged, t->logits, (size_t)c->V * sizeof(floatX));
     for (int v = 0; v < c->V; v++) logits[v] = floatx_to_float(staged[v]);

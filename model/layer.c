@@ -36,7 +36,7 @@ static int mlp_width(const Config *c, int layer) { return c->is_moe[layer] ? c->
 static size_t attention_layout(Kept *k, const Work *w, char *base) {
     const Config *c = w->c;
     size_t at = 0, q = (size_t)w->Ra * w->Hl * c->D, kv = (size_t)w->Ra * w->KVl * c->D;
-#define PLACE(field, type, count) do { k->field = (type *)(base + at); at += ((count) * sizeof(type) + 255) / 256 * 256; } while (0)
+#define PLACE(field, type, count) do { k->field = base ? (type *)(base + at) : 0; at += ((count) * sizeof(type) + 255) / 256 * 256; } while (0)
     PLACE(q, floatX, q); PLACE(k, floatX, kv); PLACE(v, floatX, kv); PLACE(o, floatX, q);
     PLACE(lse, real, (size_t)w->Ra * w->Hl); PLACE(mid, floatX, (size_t)w->R * c->C);
     return at;

@@ -149,13 +149,13 @@ static int fits_layout(const Config *c, const Grid *g, const StepOptions *o) {
     return (!c->n_moe || c->E % g->ep == 0) && (!g->split_heads || c->KV % g->ep == 0) && o->batch % g->data_ranks == 0 && o->batch / g->data_ranks % o->rounds == 0;
 }
 
-// The fastest layouts by the estimate among powers of two (and the world's own divisors) of ep and fsdp; ep inside a node unless nothing else fits in memory.
+// The fastest layouts by the estimate that fit into memory: ep over the divisors of the world up to 64, fsdp over powers of two, dp what they leave.
 static void recommend(FILE *out, const Config *c, const Grid *g, StepOptions o, OptimizerOptions opt, const Machine *k) {
     enum { KEEP = 3 };
     struct { Grid grid; Estimate e; } best[KEEP];
     int n = 0;
     for (int ep = 1; ep <= g->world && ep <= 64; ep++) {
-        if (g->world % ep || (c->n_moe && c->E % ep)) continue;
+        if (g->world % ep) continue;
         for (int fsdp = 1; fsdp * ep <= g->world; fsdp *= 2) {
             if (g->world % (fsdp * ep)) continue;
             Grid candidate = *g;

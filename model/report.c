@@ -91,7 +91,7 @@ void report_start(const Report *r, const Trainer *t, const Options *o, const cha
     const Config *c = &t->m->c;
     const Grid *g = t->g;
     static const char *const optimizers[] = { "sgd", "adamw", "adamw8bit" }, *const recompute[] = { "none", "moe", "layer", "auto" };
-    double total = config_total_parameters(c), active = config_active_parameters(c);
+    double total = config_total_parameters(c), multiplied = config_matrix_parameters(c);
     printf("moe.c      commit %s, %s\n", MOE_COMMIT, PRECISION_NAME);
     printf("device     %s\n", device_describe());
     printf("ranks      %d over %s, %d on this machine\n", g->world, comm_describe(), comm_local_size());
@@ -99,7 +99,7 @@ void report_start(const Report *r, const Trainer *t, const Options *o, const cha
     printf("model      %s: %d layers (%d with experts), hidden %d, %d/%d heads of %d, vocabulary %d%s\n", source, c->L, c->n_moe, c->C, c->H, c->KV, c->D, c->V, c->tied ? ", tied head" : "");
     if (c->n_moe) printf("experts    %d of width %d, top-%d%s\n", c->E, c->F, c->K, c->norm_topk ? ", scores renormalised" : "");
     if (c->n_moe && c->K == 1 && c->norm_topk) printf("warning    top_k = 1 with norm_topk_prob: every score is 1 and the router gets no gradient from the language model\n");
-    printf("parameters %.0f, of which a token meets %.0f in matrix products\n", total, active);
+    printf("parameters %.0f, of which a token meets %.0f in matrix products\n", total, multiplied);
     print_files("train", train, t->o.T);
     print_files("val", val, t->o.T);
     printf("update     %lld sequences of %d = %lld tokens; on each rank %d round%s of %d micro-batch%s of %d\n", (long long)t->o.batch, t->o.T, (long long)t->o.batch * t->o.T,
@@ -111,7 +111,7 @@ void report_start(const Report *r, const Trainer *t, const Options *o, const cha
         printf("losses     cross entropy + %g * aux (%s; %d at perfect balance) + %g * z%s%s\n", t->o.aux_coef, t->o.aux_per_layer ? "mean of layers" : "pooled over layers", c->K, t->o.z_coef,
                t->o.rounds > 1 ? "; aux per round" : "", t->o.balance_rate > 0 ? "; selection bias on (transformers will not apply it)" : "");
     if (r->peak > 0)
-        printf("mfu        %.4g FLOP a token = 6 x %.0f active parameters + 12 x layers x heads x head_dim x T / 2; peak %.4g FLOP/s (%s)\n", r->flops_per_token, active, r->peak,
+        printf("mfu        %.4g FLOP a token = 6 x %.0f parameters in matrix products + 12 x layers x heads x head_dim x T / 2; peak %.4g FLOP/s (%s)\n", r->flops_per_token, multiplied, r->peak,
                !strcmp(device_backend(), "cpu") ? "a short sgemm on this machine" : "dense, by device name");
     else printf("mfu        not printed: the peak of this device is not known\n");
     fflush(stdout);
@@ -183,7 +183,7 @@ void report_heat_map(const Trainer *t, FILE *out) {
     enum { COLUMNS = 64 };
     int columns = c->E < COLUMNS ? c->E : COLUMNS;
     double positions = (double)t->R * t->n_micro * t->g->world * t->o.rounds;
-    fprintf(out, "expert load by layer (%d experts%s; ' ' none, '=' about the mean, '@' 2.25x the mean and more)\n", c->E, columns < c->E ? ", grouped" : "");
+    fprintf(out, "expert load by layer (%d experts%s; ' ' none, '=' about the mean, '@' above 2.1x the mean)\n", c->E, columns < c->E ? ", grouped" : "");
     for (int l = 0, i = 0; l < c->L; l++) {
         if (!c->is_moe[l]) continue;
         const int64_t *count = t->host_count + (size_t)i * c->E;
@@ -196,8 +196,8 @@ void report_heat_map(const Trainer *t, FILE *out) {
             int64_t n = 0;
             for (int e = begin; e < end; e++) n += count[e];
             double load = total ? (double)n * c->E / ((double)total * (end - begin)) : 0;
-            int shade = n == 0 ? 0 : 1 + (int)(4 * load - 0.5);
-            fputc(shades[shade < 1 ? n > 0 : shade > 9 ? 9 : shade], out);
+            int shade = n == 0 ? 0 : 1 + (int)fmax(0, 4 * load - 0.5);
+            fputc(shades[shade > 9 ? 9 : shade], out);
         }
         fprintf(out, "] max/mean %.2f, dead %d, entropy %.2f of %.2f bits\n", total ? (double)most * c->E / (double)total : 0, dead,
                 t->host_z[2 * i + 1] / positions / log(2), log2(c->E));

@@ -20,7 +20,7 @@ void report_close(Report *r);
 void report_start(const Report *r, const Trainer *t, const Options *o, const char *source, const Loader *train, const Loader *val);
 void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s, double seconds, int with_experts);
 void report_evaluation(Report *r, int64_t step, double loss);
-// One line per MoE layer: load of every expert (or of groups of experts) as shades, from none to 4x the mean, then max/mean, dead experts, entropy of the router in bits.
+// One line per MoE layer: load of every expert (or of groups of experts) as shades in steps of a quarter of the mean, then max/mean, dead experts, entropy of the router in bits.
 void report_heat_map(const Trainer *t, FILE *out);
 MOE_END_C
 #endif

@@ -45,7 +45,6 @@ static char *store_take(Trainer *t, size_t bytes) {
     if (t->store_used + bytes > t->store_size) return 0;
     char *p = t->store + t->store_used;
     t->store_used += bytes;
-    if (t->store_used > t->store_peak) t->store_peak = t->store_used;
     return p;
 }
 
@@ -112,9 +111,9 @@ static RouterStats layer_stats(Trainer *t, int layer) {
 
 // ---- forward ----------------------------------------------------------------------------------------------------------------------
 // From t->ids to the head's input kept[L]. The three stages of up to three micro-batches overlap: while m is between spread and collect, m+1 starts and m-1 ends.
-void step_forward(Trainer *t, int training) {
+void step_forward(Trainer *t, int n, int training) {
     const Config *c = &t->m->c;
-    int n = t->n_micro, lag1 = t->n_slots > 1 ? 1 : 0, lag2 = 2 * lag1;
+    int lag1 = t->n_slots > 1 ? 1 : 0, lag2 = 2 * lag1;
     const RouterStats none = { 0, 0, 0 };
     t->store_used = 0;
     profile_mark("embedding", 0);
@@ -129,7 +128,7 @@ void step_forward(Trainer *t, int training) {
         LayerWeights w = get_layer(t, l);
         RouterStats stats = training && c->is_moe[l] ? layer_stats(t, l) : none;
         const real *bias = t->bias && c->is_moe[l] ? t->bias + (size_t)moe_index(c, l) * (size_t)c->E : 0;
-        Kept *kept = t->kept + (size_t)l * (size_t)n;
+        Kept *kept = t->kept + (size_t)l * (size_t)t->n_micro;
         comm_where(-1, l, "forward");
         for (int i = 0; i < n + lag2; i++) {
             int m = i, m1 = i - lag1, m2 = i - lag2;
@@ -140,7 +139,7 @@ void step_forward(Trainer *t, int training) {
                 place_experts(t, &kept[m], s, l, training);
             }
             if (m1 >= 0 && m1 < n) layer_forward_experts(&t->work, &t->slot[m1 % t->n_slots], &kept[m1], l, &w);
-            if (m2 >= 0 && m2 < n) layer_forward_finish(&t->work, &t->slot[m2 % t->n_slots], &kept[m2], l, kept[n + m2].x);
+            if (m2 >= 0 && m2 < n) layer_forward_finish(&t->work, &t->slot[m2 % t->n_slots], &kept[m2], l, kept[t->n_micro + m2].x);
             if (t->trace && training && m2 >= 0 && m2 < n) trace_forward(t, l, m2);
         }
         release_layer(t, l);
@@ -387,11 +386,11 @@ void trainer_set_bias(Trainer *t, const float *bias, size_t n) {
     free(value);
 }
 
-// Names the block, in order of computation, whose gradient is not finite.
+// Names the first block of backward whose gradient is not finite: what lies below it got its gradient from there.
 static void die_nonfinite(Trainer *t, int64_t update) {
     const Model *m = t->m;
     char part[64] = "the embedding";
-    for (int b = 0; b < m->n_blocks; b++) {
+    for (int b = m->n_blocks - 1; b >= 0; b--) {
         if (isfinite(t->host_block_sum[b])) continue;
         int layer = m->block[b].layer;
         if (layer == m->c.L) strcpy(part, "the head");
@@ -458,8 +457,9 @@ StepResult trainer_step(Trainer *t, Loader *data, int64_t update, double lr) {
     clear_statistics(t, 1);
     for (int round = 0; round < t->o.rounds; round++) {
         if (round) clear_statistics(t, 0);
+        t->round = round;
         upload_round(t, round);
-        step_forward(t, 1);
+        step_forward(t, t->n_micro, 1);
         balance(t);
         step_head(t, 1, round, N);
         if (t->o.expert_grad_scale) aux += collect_statistics(t);      // its factors need the counts on the host; everybody else reads them at the end

@@ -46,10 +46,11 @@ typedef struct Trainer {
     Arena arena;
     Work work;
     int n_micro, n_slots, R;     // micro-batches of a round, in flight at once, rows of each
+    int round;                   // the one under way
     Slot *slot;                  // (n_slots)
     Kept *kept;                  // (L+1, n_micro); row L: input of the head
     char *store;                 // activations kept at their actual size, bumped in forward
-    size_t store_size, store_used, store_peak;
+    size_t store_size, store_used;
     int kept_all, kept_attention, kept_none;   // of this update: (layer, micro-batch) pairs by what was kept
     int64_t sent_rows, received_rows, respread_rows, reattended;   // of this update: rows sent and received by forward spreads, those sent that backward spreads again; pairs
                                                                    // whose attention is recomputed
@@ -90,12 +91,12 @@ void trainer_init(Trainer *t);
 StepResult trainer_step(Trainer *t, Loader *data, int64_t update, double lr);
 // Mean cross entropy over the first n_windows windows of data, in file order; the same on every layout.
 double trainer_evaluate(Trainer *t, Loader *data, int64_t n_windows);
-// Parts of an update that evaluation shares: from t->ids to the head's input, and the loss sum (round, N: training only).
-void step_forward(Trainer *t, int training);
+// Parts of an update that evaluation shares: the first n_micro micro-batches of t->ids to the head's input, and the loss sum (round, N: training only).
+void step_forward(Trainer *t, int n_micro, int training);
 void step_head(Trainer *t, int training, int round, double N);
-// Logits of the last of `length` tokens (host ids, length <= T) on host fp32 (V); every rank calls it with the same ids and gets the same numbers.
-// The balancing bias (n_moe*E) of a resumed run.
-void trainer_set_bias(Trainer *t, const float *bias, size_t n);
+// Logits of the token after ids[length - 1] into logits (V), fp32; ids (length <= T) and logits are host memory. Every rank calls it with the same ids and gets the same numbers.
 void trainer_logits(Trainer *t, const int *ids, int length, float *logits);
+// The balancing bias (n_moe,E) of a resumed run, from host memory; n = n_moe * E.
+void trainer_set_bias(Trainer *t, const float *bias, size_t n);
 MOE_END_C
 #endif

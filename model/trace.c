@@ -9,7 +9,7 @@
 typedef struct { int *expert, *row; float *score; double norm_out, norm_back; } LayerTrace;
 struct Trace {
     int64_t token;
-    int here, micro, row;        // whether this rank has it, and where
+    int here, round, micro, row; // whether this rank has it, and where
     LayerTrace *layer;           // (L)
 };
 
@@ -18,10 +18,11 @@ Trace *trace_open(const Trainer *t, int64_t token) {
     if (token < 0 || token >= total) die("--trace-token %lld: an update has tokens 0 to %lld|choose one of them", (long long)token, (long long)total - 1);
     Trace *trace = (Trace *)xcalloc(1, sizeof(Trace), "trace");
     trace->token = token;
-    trace->here = at >= 0 && at < (int64_t)t->n_micro * t->R && (t->g->world == t->g->data_ranks || t->g->ep_rank == 0);
+    trace->here = at >= 0 && at < per_rank && (t->g->world == t->g->data_ranks || t->g->ep_rank == 0);
     trace->layer = (LayerTrace *)xcalloc((size_t)t->m->c.L, sizeof(LayerTrace), "trace");
     if (!trace->here) return trace;
-    trace->micro = (int)(at / t->R);
+    trace->round = (int)(at / ((int64_t)t->n_micro * t->R));
+    trace->micro = (int)(at / t->R % t->n_micro);
     trace->row = (int)(at % t->R);
     for (int l = 0; l < t->m->c.L; l++) {
         trace->layer[l].expert = (int *)xcalloc((size_t)t->m->c.K, 2 * sizeof(int), "trace");
@@ -43,7 +44,7 @@ static double row_norm(const floatX *device, int n) {
 void trace_forward(Trainer *t, int layer, int micro) {
     Trace *trace = t->trace;
     const Config *c = &t->m->c;
-    if (!trace->here || micro != trace->micro) return;
+    if (!trace->here || t->round != trace->round || micro != trace->micro) return;
     LayerTrace *at = &trace->layer[layer];
     const Kept *kept = &t->kept[layer * t->n_micro + micro], *next = &t->kept[(layer + 1) * t->n_micro + micro];
     const Slot *s = &t->slot[micro % t->n_slots];
@@ -59,7 +60,7 @@ void trace_forward(Trainer *t, int layer, int micro) {
 
 void trace_backward(Trainer *t, int layer, int micro) {
     Trace *trace = t->trace;
-    if (!trace->here || micro != trace->micro) return;
+    if (!trace->here || t->round != trace->round || micro != trace->micro) return;
     trace->layer[layer].norm_back = row_norm(t->dx + ((size_t)micro * (size_t)t->R + (size_t)trace->row) * (size_t)t->m->c.C, t->m->c.C);
 }
 
@@ -68,7 +69,7 @@ void trace_close(Trainer *t, const Tokens *tokens) {
     const Config *c = &t->m->c;
     t->trace = 0;
     if (trace->here) {
-        int64_t at = (int64_t)trace->micro * t->R + trace->row;
+        int64_t at = ((int64_t)trace->round * t->n_micro + trace->micro) * t->R + trace->row;
         int id = t->host_ids[at], target = t->host_targets[at], experts = c->E / t->g->ep;
         char text[64], next[64] = "(ignored)";
         tokens_show(tokens, text, sizeof text, id);

@@ -1,4 +1,4 @@
-// Communication: groups of ranks and a dozen collectives. One implementation is linked: comm_none.c (one process), comm_mpi.c (CPU, and several ranks on one GPU in
+// Communication: groups of ranks, four collectives on device memory, five calls for agreement on host memory. One implementation is linked: comm_none.c (one process), comm_mpi.c (CPU, and several ranks on one GPU in
 // tests, staged through the host), comm_nccl.cu (GPUs).
 //
 // Rules
@@ -20,7 +20,7 @@ typedef struct {
     int check;               // debug: poison destinations until wait; hash of (step, layer, call, group, bytes) compared across ranks each step; sends against receives
 } CommOptions;
 
-// Joins the run (MPI_Init or nothing). Called first in main; argc, argv may be rewritten.
+// Reads what the launcher said (MPI: MPI_Init; NCCL: comm_join.h; one process: nothing). Called first in main; argc, argv may be rewritten.
 void comm_init(int *argc, char ***argv);
 // Applies options and starts the watchdog thread. After the command line is read.
 void comm_start(CommOptions options);
@@ -28,7 +28,7 @@ void comm_finish(void);                          // all ranks; then the program 
 void comm_abort(int status);                     // ends all ranks at once; what die() calls
 int comm_world_rank(void);
 int comm_world_size(void);
-int comm_local_rank(void);                       // among the ranks of this machine (shared-memory split, not derived from the world rank)
+int comm_local_rank(void);                       // among the ranks of this machine (found by asking the machine, not derived from the world rank); NCCL: valid after comm_start
 int comm_local_size(void);
 const char *comm_describe(void);                 // "none", "mpi (Open MPI 4.1.4)", ...
 

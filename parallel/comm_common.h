@@ -1,4 +1,4 @@
-// What the transports share: where the run is, the record of a call, sums in rank order, groups of one. comm_none.c and comm_mpi.c include it.
+// What the transports share: where the run is, the record of a call, sums in rank order, groups of one.
 #ifndef MOE_COMM_COMMON_H
 #define MOE_COMM_COMMON_H
 #include "comm.h"

@@ -83,7 +83,7 @@ void watch_start(int rank, int threads_multiple, void (*abort_all)(int status)) 
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    if (pthread_create(&watch.thread, 0, watch_loop, 0)) die("cannot start the watchdog's thread|raise the limit on processes (ulimit -u), or --timeout 0 to go without");
+    if (pthread_create(&watch.thread, 0, watch_loop, 0)) die("cannot start the watchdog's thread|raise the limit on processes (ulimit -u)");
     pthread_sigmask(SIG_SETMASK, &before, 0);
     watch.running = 1;
 }

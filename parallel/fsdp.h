@@ -11,8 +11,7 @@
 MOE_BEGIN_C
 typedef struct Fsdp Fsdp;
 // Slots, shards and final gradients come from the arena (which may be counting: then 0 pointers everywhere, but the same sizes).
-// keep_grads: 1 = every block keeps its final gradient until the end of the update (--update end), 0 = one pair of buffers is reused (--update layer; blocks in `keep` excepted:
-// the tied embedding).  Weight shards are floatX; they start as zeros.
+// keep_grads: 1 = every block keeps its final gradient until the end of the update (--update end), 0 = one pair of buffers is reused (--update layer; a tied embedding keeps its own).  Weight shards are floatX; they start as zeros.
 Fsdp *fsdp_create(const Model *m, const Grid *g, int keep_grads, Arena *arena);
 void fsdp_free(Fsdp *f);
 // Rounds whose gradients add up before the shard gradient is whole (default 1). The all-reduce over dp waits for the last round's reduction.
@@ -25,7 +24,8 @@ gradX *fsdp_grad(Fsdp *f, int block);                // (block.size) full gradie
 // 1: fsdp_grad is the final shard gradient itself (its group has one rank), so rounds after the first must ACCUMULATE in the kernels; 0: it is a full buffer that each round
 // overwrites (the first micro-batch of every round has accumulate 0) while the shard gradient adds up the rounds in fsdp_reduce.
 int fsdp_accumulates_in_place(const Fsdp *f, int block);
-// 0 where fsdp_reduce of any block is done at once (one process): a caller of keep_grads 0 must then use a layer's gradient up before it asks for the next one's, else one layer later.
+// 1: reductions take time, and a caller of keep_grads 0 steps layer l + 1 behind the backward of layer l. 0 (one process): they are done when fsdp_reduce returns, there is one buffer of a
+// kind, and layer l must be stepped before the gradient of l - 1 is asked for.
 int fsdp_reduces(const Fsdp *f);
 // The gradient of `block` is final on this rank: starts its sum over the ranks (reduce-scatter, then all-reduce over dp). accumulate: adds to what the shard gradient
 // holds (exactly the rounds after the first).

@@ -142,8 +142,8 @@ static void bad_models(void) {
     bad("offsets out of range", "out of range", "--model $T/m_craft $U");
     write_safetensors("m_craft/model.safetensors", "{\"a\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[0,8]}}", 0, 8);
     bad("size that is not shape x dtype", "do not hold shape", "--model $T/m_craft $U");
-    good("cp -r $F/parallel $T/m_part && chmod -R u+w $T/m_part && exec rm $T/m_part/model-00003-of-00006.safetensors");
-    bad("one of several files missing", "model-00003-of-00006.safetensors", "--model $T/m_part --train $F/parallel/tokens.bin --seq-len 16 --batch 4 --steps 1");
+    good("cp -r $F/parallel $T/m_part && chmod -R u+w $T/m_part && exec rm $T/m_part/model-00003-of-00007.safetensors");
+    bad("one of several files missing", "model-00003-of-00007.safetensors", "--model $T/m_part --train $F/parallel/tokens.bin --seq-len 16 --batch 4 --steps 1");
 }
 
 static void bad_data(void) {
