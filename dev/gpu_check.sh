@@ -12,12 +12,13 @@
 #   kernels-*     every kernel against its CPU twin
 #   model-*       test_moe: fixtures of transformers; bf16 at most twice the error of the naive bf16 version, fp32 1e-4
 #   bench         every kernel at the shapes of Qwen3-30B-A3B, share of the ceilings measured in the same run; then torch's own kernels beside them
+#   update-4      updates of 4 layers at the true widths, phase by phase; update-48: the whole model, all 30.5B parameters (139 GiB)
 #   ladder        the rungs of dev/kernels, checked against the first and timed
 #   offsets       indices beyond 2^31 elements in every kernel                        needs 60 GB
-#   sanitizer     compute-sanitizer: memory, races in shared memory, barriers, two updates of the tiny model
+#   sanitizer     compute-sanitizer: memory and barriers, two updates of the tiny model; racecheck: shared memory (hazards inside library kernels are not ours: read the log)
+#   nccl          test_moe on one rank that sends to itself through NCCL; with two cards two ranks, met over TCP
 #   ranks         test_moe on 4 ranks that share the card, over MPI
 #   curve         60 updates here and by transformers on the same card
-#   update-4      updates of 4 layers at the true widths, phase by phase; update-48: the whole model, all 30.5B parameters (139 GiB)
 # cJSON in another place than the compiler's: make gpu-check HAVE_CJSON=1 CJSON_CFLAGS=-I... CJSON_LIBS=.../libcjson.a      COMMIT=... where git is not
 cd "$(dirname "$0")/.." || exit 1
 BUDGET=${BUDGET:-540} CC=${CC:-cc} DRY=$GPU_CHECK_DRY
@@ -35,7 +36,7 @@ variant() { mk show-build BACKEND=cuda "$@"; }
 rows="$WORK/rows" steps="$WORK/steps" bad=0
 record() {                     # NAME STATUS SECONDS NOTE
     echo "| $1 | $2 | $3 | $4 |" >> "$rows"
-    printf '{"step": "%s", "status": "%s", "seconds": %s, "note": "%s"}\n' "$1" "$2" "$3" "$(echo "$4" | tr -d '"\\')" >> "$steps"
+    printf '{"step": "%s", "status": "%s", "seconds": %s, "note": "%s"}\n' "$1" "$2" "$3" "$(echo "$4" | tr -d '"\\\000-\037')" >> "$steps"
     printf '%-13s %-9s %4s s  %s\n' "$1" "$2" "$3" "$4"
 }
 # step NAME LIMIT RESERVE REASON COMMAND...: at most LIMIT seconds, and RESERVE seconds of the budget stay for later steps. REASON: why it cannot run here, or empty.
@@ -99,12 +100,23 @@ bench() {
     if [ -n "$python" ]; then "$python" dev/bench_report.py "$OUT/bench.jsonl" --check; else wc -l < "$OUT/bench.jsonl"; fi
 }
 bench_torch() { "$python" dev/bench_torch.py > "$OUT/torch.jsonl"; }
-sanitize() {
-    local tool
-    for tool in memcheck racecheck synccheck; do
+sanitize() {                   # TOOL...
+    local tool failed=0
+    for tool in "$@"; do
         echo "---- $tool"
-        "$sanitizer" --tool $tool --error-exitcode 9 "$bf16/train_moe" --init model/configs/tiny.json --train "$WORK/text/train.txt" --seq-len 64 --batch 2 --steps 2 || return
+        "$sanitizer" --tool "$tool" --error-exitcode 9 "$bf16/train_moe" --init model/configs/tiny.json --train "$WORK/text/train.txt" --seq-len 64 --batch 2 --steps 2 || failed=1
     done
+    return $failed
+}
+nccl() {
+    "$fp32/test_moe" --force-comm --quick || return
+    [ "$(nvidia-smi --list-gpus | wc -l)" -ge 2 ] || return 0
+    local rank pid pids='' failed=0
+    for rank in 0 1; do
+        env WORLD_SIZE=2 RANK=$rank MASTER_ADDR=127.0.0.1 MASTER_PORT=29517 "$fp32/train_moe" --init model/configs/tiny.json --ep 2 --timeout 30 --selftest & pids="$pids $!"
+    done
+    for pid in $pids; do wait "$pid" || failed=1; done
+    return $failed
 }
 # SGD, as dev/compare_hf.sh: fp32 within 1e-5 of transformers in every update. bf16: the mean distance to transformers in fp32 is at most twice that of transformers in bf16.
 curve() {
@@ -134,12 +146,12 @@ update() {
 }
 
 export CC DRY OUT WORK bf16 fp32 ranks tiny cjson hopper sanitizer python emu jobs
-export -f mk have build bench bench_torch sanitize curve update
+export -f mk have build bench bench_torch sanitize nccl curve update
 
 # ---- the steps --------------------------------------------------------------------------------------------------------------------------
 echo "$gpu, at most $BUDGET s; report in $OUT"
 sh dev/text.sh "$WORK/text" > /dev/null
-R=130 bench_seconds=80         # kept for the benchmark
+R=200 bench_seconds=80         # kept for the benchmark and the whole updates
 [ -z "$DRY" ] || bench_seconds=240
 step build 240 $R "" build
 step instructions 60 $R "${nogpu:-$hopper}" $emu gpu-run
@@ -149,19 +161,21 @@ step kernels-bf16 90 $R "$(missing "$bf16/kernels/test_cuda")" "$bf16/kernels/te
 step kernels-fp32 90 $R "${nogpu:-$(missing "$fp32/kernels/test_cuda")}" "$fp32/kernels/test_cuda"
 step model-fp32 110 $R "${nogpu:-${cjson:-$(missing "$fp32/test_moe")}}" "$fp32/test_moe"
 step model-bf16 110 $R "${nogpu:-${cjson:-$(missing "$bf16/test_moe")}}" "$bf16/test_moe"
-step bench "$bench_seconds" 40 "$(missing "$bf16/dev/bench_cuda")" bench
+step bench "$bench_seconds" 110 "$(missing "$bf16/dev/bench_cuda")" bench
+step update-4 50 0 "${nogpu:-${cjson:-$(missing "$bf16/train_moe")}}" update 4 --steps 4 --profile 3
+step update-48 60 0 "${nogpu:-${cjson:-$([ "${memory:-0}" -ge 140000 ] || echo "needs a GPU of 139 GiB; ")$(missing "$bf16/train_moe")}}" update 48 --steps 3
 step bench-torch 60 0 "${nogpu:-$([ -n "$torch" ] || echo "no torch with CUDA")}" bench_torch
 step ladder 40 0 "${nogpu:-$(missing "$bf16/dev/kernels/ladder")}" "$bf16/dev/kernels/ladder"
 step offsets 60 0 "${nogpu:-$([ "${memory:-0}" -ge 62000 ] || echo "needs a GPU of 60 GB; ")$(missing "$bf16/kernels/test_offsets")}" "$bf16/kernels/test_offsets"
-step sanitizer 60 0 "${nogpu:-${cjson:-$([ -n "$sanitizer" ] || echo "compute-sanitizer was not found; ")$(missing "$bf16/train_moe")}}" sanitize
+step sanitizer 60 0 "${nogpu:-${cjson:-$([ -n "$sanitizer" ] || echo "compute-sanitizer was not found; ")$(missing "$bf16/train_moe")}}" sanitize memcheck synccheck
+step racecheck 60 0 "${nogpu:-${cjson:-$([ -n "$sanitizer" ] || echo "compute-sanitizer was not found; ")$(missing "$bf16/train_moe")}}" sanitize racecheck
+step nccl 40 0 "${nogpu:-${cjson:-$(have HAVE_NCCL || echo "NCCL was not found; ")$(missing "$fp32/test_moe")}}" nccl
 step ranks 100 0 "${nogpu:-${cjson:-$([ -n "$mpirun" ] || echo "MPI was not found; ")$(missing "$ranks/test_moe")}}" $mpirun "$ranks/test_moe"
 step curve 80 0 "${nogpu:-${cjson:-$([ -n "$hf" ] || echo "no torch with CUDA beside transformers")}}" curve
-step update-4 50 0 "${nogpu:-${cjson:-$(missing "$bf16/train_moe")}}" update 4 --steps 4 --profile 3
-step update-48 60 0 "${nogpu:-${cjson:-$([ "${memory:-0}" -ge 140000 ] || echo "needs a GPU of 139 GiB; ")$(missing "$bf16/train_moe")}}" update 48 --steps 3
 
 # ---- the report -------------------------------------------------------------------------------------------------------------------------
 lines() { [ -s "$1" ] && grep '^{' "$1" | paste -sd, -; }
-machine="$gpu, driver $(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | head -1), power limit $(nvidia-smi --query-gpu=power.limit --format=csv,noheader 2> /dev/null | head -1)"
+machine="$gpu, driver $(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | head -1), power limit $(nvidia-smi --query-gpu=power.limit --format=csv,noheader 2> /dev/null | head -1), multiprocessors at $(nvidia-smi --query-gpu=clocks.sm --format=csv,noheader 2> /dev/null | head -1) of $(nvidia-smi --query-gpu=clocks.max.sm --format=csv,noheader 2> /dev/null | head -1)"
 [ -z "$DRY" ] || machine="the emulator on $(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -1): no GPU, times mean nothing"
 software="$($(sed -n 's/^NVCC := //p' build/detected.mk) --version 2> /dev/null | sed -n 's/.*release \([^,]*\).*/nvcc \1/p'), torch ${torch:-none}, transformers ${hf:-none}, $(have HAVE_CUDNN && echo cuDNN || echo "no cuDNN"), $(have MPI_LIBS && echo MPI || echo "no MPI")"
 commit=${COMMIT:-$(git describe --always --dirty 2> /dev/null || echo unknown)}

@@ -134,7 +134,7 @@ Trainer *trainer_create(Model *m, Grid *g, StepOptions o, OptimizerOptions opt, 
     release(t);
     arena_commit(&t->arena);
     allocate(t, opt, &t->arena);
-    device_share(t->n_slots > 1);                // tokens of one micro-batch travel while the experts of another compute
+    device_share(g->world > 1);                  // weights, gradients and other micro-batches' tokens travel while the experts compute
     t->host_ids = (int *)xcalloc((size_t)t->local_sequences * (size_t)o.T, sizeof(int), "tokens of an update");
     t->host_targets = (int *)xcalloc((size_t)t->local_sequences * (size_t)o.T, sizeof(int), "tokens of an update");
     size_t E = (size_t)c->n_moe * (size_t)c->E;

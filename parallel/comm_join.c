@@ -78,7 +78,7 @@ static void read_environment(void) {
         if (here.size > 1 && !nodes && !setting("MASTER_ADDR", 0)) die("a Slurm step of %d tasks without SLURM_NODELIST|set MASTER_ADDR to the host of rank 0", here.size);
         if (setting("MASTER_ADDR", 0)) snprintf(master, sizeof master, "%s", getenv("MASTER_ADDR"));
         else join_first_host(nodes ? nodes : "", master, sizeof master);
-        port = at ? number("MASTER_PORT", at) : 20000 + (job ? number("SLURM_JOB_ID", job) % 20000 : 0);
+        port = at ? number("MASTER_PORT", at) : 10000 + (job ? number("SLURM_JOB_ID", job) % 20000 : 0);
     } else return;
     if (here.size < 1 || here.rank >= here.size) die("rank %d of %d ranks, from the launcher's variables|RANK counts from 0 to WORLD_SIZE - 1", here.rank, here.size);
     if (here.size > 1) how = TCP;
@@ -102,6 +102,7 @@ void join_init(int *argc, char ***argv) {
     else {
         const char *n = setting("OMPI_COMM_WORLD_SIZE", "PMI_SIZE");
         if (n && atoi(n) > 1) die("started by an MPI launcher with %s ranks, but built without MPI|install MPI and build again, or start with torchrun or srun --mpi=none", n);
+        read_environment();                                // srun --mpi=pmix sets no such number; Slurm's own variables tell as much
     }
 #endif
     die_set(here.rank, abort_all);

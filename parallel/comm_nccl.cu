@@ -4,6 +4,7 @@
 //           group run one after another even where they name different streams. Groups are used from two streams at once, so two communicators can be at work on one GPU; that
 //           cannot deadlock as long as all GPUs start their operations in one order: every rank issues the same calls in the same order (I2), and NCCL_LAUNCH_ORDER_IMPLICIT
 //           (NCCL 2.26, set here) makes the GPU keep the host's order of launches across communicators. With an older NCCL, or that variable at 0, they run one after another.
+//           The price: in backward with ep > 1 a layer's exchange starts behind the whole reduction of the layer above, which the host has launched before it.
 // Memory    NCCL makes the connections of a group, and their buffers on the GPU (some GiB for 8 GPUs that all send to each other), at the group's first call. So that call is made when the
 //           group is, before the arenas look at what is free.
 // Sums      Piece j of a sum goes to rank j by grouped sends and receives, in rounds of what the staging area holds; the owner adds the parts in the order of ranks, in fp32 (F64 in
@@ -120,6 +121,7 @@ void comm_start(CommOptions options) {
         sums_by = !strcmp(sums, "rank") ? SUMS_RANK : !strcmp(sums, "nccl") ? SUMS_NCCL : SUMS_AUTO;
         if (sums_by == SUMS_AUTO && strcmp(sums, "auto")) die("MOE_COMM_SUMS=%s|it is auto, rank or nccl", sums);
     }
+    if (joined()->size == 1) check_alone("MPI found no other rank: srun --mpi=list shows what fits; or torchrun, or srun --mpi=none with a build without MPI");
     join_connect(options.timeout > 0 ? options.timeout : 600);
     watch_start(joined()->rank, join_threads(), comm_abort);
     watch_poll(look_around);
@@ -200,15 +202,19 @@ static void group_stream_done(Comm *g) {
     CUDA_CHECK(cudaEventRecord(g->last, device_stream(g->last_stream)));
     latest = g;
 }
-// A byte from every member to every other, by each way that calls go: all connections exist afterwards.
+// A byte from every member to every other, then a gather of a real size: NCCL makes the connections and buffers of each of its algorithms when it first uses it, and chooses by size.
 static void connect_members(Comm *g) {
     char text[96];
     snprintf(text, sizeof text, "connecting the members of group %s", g->name);
-    char *all = room((size_t)g->n + 1), *mine = all + g->n;
+    char *all = room((size_t)g->n + 1), *mine = all + g->n, *large;
+    size_t part = ((size_t)32 << 20) / (size_t)g->n;
     cudaStream_t s = group_stream(g, STREAM_EXCHANGE);
+    CUDA_CHECK(cudaMalloc((void **)&large, part * (size_t)g->n));
     watch_enter(report_text, text);
     CUDA_CHECK(cudaMemsetAsync(all, 0, (size_t)g->n + 1, s));
+    CUDA_CHECK(cudaMemsetAsync(large, 0, part * (size_t)g->n, s));
     NCCL_CHECK(ncclAllGather(mine, all, 1, ncclUint8, g->nccl, s));
+    NCCL_CHECK(ncclAllGather(large + part * (size_t)g->rank, large, part, ncclUint8, g->nccl, s));
     NCCL_CHECK(ncclGroupStart());
     for (int j = 0; j < g->n; j++) {
         NCCL_CHECK(ncclRecv(all + j, 1, ncclUint8, j, g->nccl, s));
@@ -218,6 +224,7 @@ static void connect_members(Comm *g) {
     group_stream_done(g);
     CUDA_CHECK(cudaStreamSynchronize(s));
     watch_leave();
+    CUDA_CHECK(cudaFree(large));
 }
 
 Comm *comm_group(const char *name, const int *world_ranks, int n) {
@@ -497,7 +504,7 @@ static void sum_pieces(Comm *g, char *out, const char *own, const char *src, siz
         CUDA_CHECK(cudaMalloc((void **)&g->stage, g->stage_bytes));
         g->stage_malloced = 1;
     }
-    size_t most = g->stage_bytes / (others * w);
+    size_t most = g->stage_bytes / others / 64 * 64 / w;    // NCCL copies 16 bytes at a time only where both ends are aligned, else single ones
     for (size_t skip = 0; skip < piece; skip += most) {
         size_t mine = 0;
         NCCL_CHECK(ncclGroupStart());

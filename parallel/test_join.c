@@ -30,7 +30,7 @@ static void as_slurm(int rank, int size) {
     char host[200], list[256];
     gethostname(host, sizeof host);
     snprintf(list, sizeof list, "%s,other[01-03]", host);
-    set("SLURM_PROCID", rank), set("SLURM_STEP_NUM_TASKS", size), set("SLURM_JOB_ID", 40000 + port - 20000);     // job id mod 20000 + 20000 = port
+    set("SLURM_PROCID", rank), set("SLURM_STEP_NUM_TASKS", size), set("SLURM_JOB_ID", 40000 + port - 10000);     // job id mod 20000 + 10000 = port
     setenv("SLURM_STEP_NODELIST", list, 1);
     setenv("MASTER_ADDR", "127.0.0.1", 1);                 // the machine's own name need not resolve where this test runs
 }
