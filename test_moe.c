@@ -483,10 +483,11 @@ static void test_nonfinite(const Fixture *f) {
     run_close(r);
 }
 
-// Evaluation and sampling see the same model as training: the loss of a batch, and the logits of a position.
-static void test_forward_only(const Fixture *f) {
+// Evaluation and sampling see the same model as training: the loss of a batch, and the logits of a position; with all sequences in one micro-batch and with one in each.
+static void forward_only(const Fixture *f, int micro_batch) {
     Setup s = probe_setup(f);
     s.step.ignore_target = -2;                               // evaluation counts what the run counts
+    s.step.micro_batch = micro_batch;
     Run *r = run_open(f, 0, &s);
     char *dump = xasprintf("%s/forward.safetensors", temporary);
     StepResult x = run_step(r, 1, 0, dump);
@@ -499,11 +500,17 @@ static void test_forward_only(const Fixture *f) {
     trainer_logits(r->t, r->t->host_ids, length, got);
     for (int v = 0; v < V; v++) wide[v] = (double)got[v];
     worst = distance(wide, logits + (size_t)(length - 1) * (size_t)V, V);
-    check(relative(loss, x.loss) <= 1e-6 && worst <= 1e-6, "%s: evaluation gives training's loss (%.1e), sampling its logits (%.1e)", f->name, relative(loss, x.loss), worst);
+    check(relative(loss, x.loss) <= 1e-6 && worst <= 1e-6, "%s: %d micro-batch%s: evaluation gives training's loss (%.1e), sampling its logits (%.1e)", f->name, r->t->n_micro,
+          r->t->n_micro > 1 ? "es" : "", relative(loss, x.loss), worst);
     safetensors_close(&d);
     unlink(dump);
     free(dump); free(logits); free(wide); free(got);
     run_close(r);
+}
+
+static void test_forward_only(const Fixture *f) {
+    forward_only(f, 0);
+    forward_only(f, 1);
 }
 
 // ---- 8-bit moments -----------------------------------------------------------------------------------------------------------------------------------

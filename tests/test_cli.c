@@ -424,6 +424,16 @@ static void test_looking(void) {
     free(first); free(second);
     good("eval exec $B $S --steps 2 --trace-token 37 --sample-every 1");
     check(said("stdout", "token 37 of the update") && said("stdout", "layer   experts") && said("stdout", "sample> "), "--trace-token and --sample-every print");
+    // The table of a token does not depend on rounds (without aux, which is per round): token 37 lies in the first, 100 in the second
+    for (int token = 37; token <= 100; token += 63) {
+        good("eval exec $B $S --steps 1 --micro-batch 1 --aux-coef 0 --trace-token %d", token);
+        first = slurp(at("stdout"), 0);
+        good("eval exec $B $S --steps 1 --micro-batch 1 --aux-coef 0 --trace-token %d --rounds 2", token);
+        second = slurp(at("stdout"), 0);
+        const char *one = strstr(first, "  layer   experts"), *two = strstr(second, "  layer   experts");
+        check(one && two && !strcmp(one, two), "--trace-token %d --rounds 2: the experts, scores and norms of --rounds 1", token);
+        free(first); free(second);
+    }
     good("eval exec $B $S --steps 1 --dump $T/look.safetensors --out $T/look");
     SafeTensors d = safetensors_open(at("look.safetensors"));
     const SafeTensor *logits = safetensors_find(&d, "logits"), *loss = safetensors_find(&d, "loss");
@@ -445,6 +455,12 @@ static void test_looking(void) {
     if (row) snprintf(line, sizeof line, "%.*s", (int)strcspn(row, "\n"), row);
     good("eval exec $B $S --steps 1");
     check(row && said("stdout", line), "--plan prints the table of the run: %s", line);
+    free(plan);
+    // a plan is of the planned machine: what --recompute auto fills is the 139 GiB of an h200, whatever this machine has
+    good("exec $B --init $F/../../model/configs/qwen3_30b_a3b.json --plan --world 8 --recompute auto --seq-len 4096 --batch 64 --micro-batch 1");
+    plan = slurp(at("stdout"), 0);
+    good("exec $B --init $F/../../model/configs/qwen3_30b_a3b.json --plan --world 8 --recompute auto --seq-len 4096 --batch 64 --micro-batch 1 --gpu-mem 139");
+    check(strstr(plan, "fits: uses part of 139.0 GiB") && said("stdout", plan), "--plan --recompute auto: the planned machine's memory, not this one's");
     free(plan);
     good("cp $T/text.txt $T/part1.txt; cp $T/val.txt $T/part2.txt; eval exec $B --init $T/config.json --train \"'$T/part*.txt'\" --seq-len 32 --batch 4 --steps 1");
     check(said("stdout", "2 files"), "a quoted glob names several files");
