@@ -148,7 +148,6 @@ static int64_t open_folder(const Options *o, Comm *all) {
 
 // A run continues with the data order, the batch and the optimizer it began with; anything else would be another run under the same name.
 static void check_resumed(const cJSON *trainer, const Options *o, const char *dir) {
-    static const char *const optimizers[] = { "sgd", "adamw", "adamw8bit" };
     struct { const char *key; int64_t now; } same[] = { { "seed", o->seed }, { "batch", o->batch }, { "seq_len", o->seq_len }, { "shuffle", o->shuffle } };
     for (int i = 0; i < 4; i++) {
         int64_t was = (int64_t)trainer_number(trainer, same[i].key);
@@ -156,8 +155,9 @@ static void check_resumed(const cJSON *trainer, const Options *o, const char *di
         if (i == 3) die("%s was trained with --shuffle %s|resume with the same value, or start a new --out", dir, was ? "on" : "off");
         die("%s was trained with --%s %lld, now it is %lld|resume with the same value, or start a new --out", dir, i == 2 ? "seq-len" : same[i].key, (long long)was, (long long)same[i].now);
     }
-    if (strcmp(trainer_text(trainer, "optimizer"), optimizers[o->optimizer]))
-        die("%s was trained with --optimizer %s, now it is %s|resume with the same optimizer, or start a new --out", dir, trainer_text(trainer, "optimizer"), optimizers[o->optimizer]);
+    const char *optimizer = options_choice(o, "optimizer");
+    if (strcmp(trainer_text(trainer, "optimizer"), optimizer))
+        die("%s was trained with --optimizer %s, now it is %s|resume with the same optimizer, or start a new --out", dir, trainer_text(trainer, "optimizer"), optimizer);
 }
 
 static void restore_trainer(Trainer *t, const cJSON *trainer) {
@@ -175,14 +175,13 @@ static void restore_trainer(Trainer *t, const cJSON *trainer) {
 }
 
 static void save(Checkpoint *k, const Trainer *t, const Options *o, int64_t step) {
-    static const char *const optimizers[] = { "sgd", "adamw", "adamw8bit" };
     double begin = now_seconds();
     cJSON *trainer = cJSON_CreateObject();
     cJSON_AddNumberToObject(trainer, "seed", (double)o->seed);
     cJSON_AddNumberToObject(trainer, "batch", (double)o->batch);
     cJSON_AddNumberToObject(trainer, "seq_len", (double)o->seq_len);
     cJSON_AddNumberToObject(trainer, "shuffle", o->shuffle);
-    cJSON_AddStringToObject(trainer, "optimizer", optimizers[o->optimizer]);
+    cJSON_AddStringToObject(trainer, "optimizer", options_choice(o, "optimizer"));
     cJSON_AddNumberToObject(trainer, "updates", (double)t->updates);
     cJSON_AddNumberToObject(trainer, "previous_norm", t->previous_norm);
     if (t->bias) {

@@ -78,7 +78,7 @@ void work_create(Work *w, const Model *m, const Grid *g, int B, int T, Arena *ar
     w->heads = heads_create(g, c, w->R, arena);
     size_t M = 0, hidden = 0;                     // largest expert rows, and rows x width, over the kinds of layers
     if (c->n_moe) {
-        M = (size_t)plan_rows(exchange_pool_bound(g, c, w->R), c->K, c->E / g->ep);
+        M = (size_t)plan_rows(exchange_pool_bound(g, w->R), c->K, c->E / g->ep);
         hidden = M * (size_t)c->F;
     }
     if (c->n_moe < c->L) {

@@ -151,6 +151,15 @@ void options_help(FILE *out) {
     }
 }
 
+const char *options_choice(const Options *options, const char *name) {
+    static char word[32];
+    const Option *o = find(name);
+    const char *p = o->choices;
+    for (int k = *(const int *)((const char *)options + o->at); k > 0; k--) p += strcspn(p, "|") + 1;
+    snprintf(word, sizeof word, "%.*s", (int)strcspn(p, "|"), p);
+    return word;
+}
+
 struct cJSON *options_json(const Options *options) {
     cJSON *json = cJSON_CreateObject();
     for (int i = 0; i < ROWS; i++) {
@@ -165,13 +174,7 @@ struct cJSON *options_json(const Options *options) {
             const FileList *list = (const FileList *)field;
             cJSON *array = cJSON_AddArrayToObject(json, o->name);
             for (int k = 0; k < list->n; k++) cJSON_AddItemToArray(array, cJSON_CreateString(list->name[k]));
-        } else {
-            const char *p = o->choices;
-            for (int k = *(const int *)field; k > 0; k--) p += strcspn(p, "|") + 1;
-            char value[32];
-            snprintf(value, sizeof value, "%.*s", (int)strcspn(p, "|"), p);
-            cJSON_AddStringToObject(json, o->name, value);
-        }
+        } else cJSON_AddStringToObject(json, o->name, options_choice(options, o->name));
     }
     return json;
 }

@@ -99,6 +99,8 @@ typedef struct { OPTION_TABLE(OPTION_NO_GROUP, OPTION_FIELD) } Options;
 // Reads argv. Dies (naming the option, and the nearest existing one) on unknown options, missing or malformed values, values outside a choice.
 Options options_parse(int argc, char **argv);
 void options_help(FILE *out);
+// The word chosen for a CHOICE option, by the option's name without dashes; lives until the next call.
+const char *options_choice(const Options *o, const char *name);
 // All values as a JSON object (caller: cJSON_Delete).
 struct cJSON *options_json(const Options *o);
 // "12" or "0.1" of total -> updates; a value with a point (or exponent) is a ratio of total, rounded up. Dies naming the option.

@@ -90,7 +90,6 @@ void report_start(const Report *r, const Trainer *t, const Options *o, const cha
     if (!r->active) return;
     const Config *c = &t->m->c;
     const Grid *g = t->g;
-    static const char *const optimizers[] = { "sgd", "adamw", "adamw8bit" }, *const recompute[] = { "none", "moe", "layer", "auto" };
     double total = config_total_parameters(c), multiplied = config_matrix_parameters(c);
     printf("moe.c      commit %s, %s\n", MOE_COMMIT, PRECISION_NAME);
     printf("device     %s\n", device_describe());
@@ -105,8 +104,9 @@ void report_start(const Report *r, const Trainer *t, const Options *o, const cha
     printf("update     %lld sequences of %d = %lld tokens; on each rank %d round%s of %d micro-batch%s of %d\n", (long long)t->o.batch, t->o.T, (long long)t->o.batch * t->o.T,
            t->o.rounds, t->o.rounds > 1 ? "s" : "", t->n_micro, t->n_micro > 1 ? "es" : "", t->R / t->o.T);
     if (train && t->o.batch > loader_windows(train)) printf("warning    the training data has %lld windows, an update takes %lld: every update sees some of them twice\n", (long long)loader_windows(train), (long long)t->o.batch);
-    printf("optimizer  %s, lr %g, weight decay %g, clip %g, update %s, recompute %s\n", optimizers[o->optimizer], o->lr, o->weight_decay, o->grad_clip,
-           t->o.update_layer ? "layer (clips by the previous update's norm, the first is unclipped)" : "end", recompute[t->o.recompute]);
+    printf("optimizer  %s, lr %g, weight decay %g, clip %g, update %s", options_choice(o, "optimizer"), o->lr, o->weight_decay, o->grad_clip,
+           t->o.update_layer ? "layer (clips by the previous update's norm, the first is unclipped)" : "end");
+    printf(", recompute %s\n", options_choice(o, "recompute"));
     if (c->n_moe)
         printf("losses     cross entropy + %g * aux (%s; %d at perfect balance) + %g * z%s%s\n", t->o.aux_coef, t->o.aux_per_layer ? "mean of layers" : "pooled over layers", c->K, t->o.z_coef,
                t->o.rounds > 1 ? "; aux per round" : "", t->o.balance_rate > 0 ? "; selection bias on (transformers will not apply it)" : "");

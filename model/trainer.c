@@ -17,7 +17,7 @@ static size_t store_wanted(const Trainer *t) {
         total += kept_attention_bytes(w);
         if (t->o.recompute == RECOMPUTE_MOE) continue;
         if (!c->is_moe[l]) { total += kept_expert_bytes(w, l, w->dense.M, 0); continue; }
-        int64_t pool = exchange_pool_bound(t->g, c, t->R), rows = plan_rows((int)pool, c->K, c->E / t->g->ep);
+        int64_t pool = exchange_pool_bound(t->g, t->R), rows = plan_rows((int)pool, c->K, c->E / t->g->ep);
         if (w->moves) {
             int64_t uniform = (int64_t)t->R * c->K * 3 / 2;
             if (rows > uniform) rows = uniform;

@@ -32,11 +32,15 @@ struct Exchange {
     struct { const floatX *x; const real *score; floatX *y; real *dscore; Request rows, scores; } at[2];   // what the calls between start and wait hold, by pass
 };
 
-int exchange_pool_bound(const Grid *g, const Config *c, int R) { (void)c; return g->dispatch == DISPATCH_ALLREDUCE ? R : g->ep * R; }
+int exchange_pool_bound(const Grid *g, int R) {
+    int64_t bound = g->dispatch == DISPATCH_ALLREDUCE ? R : (int64_t)g->ep * R;
+    if (bound > INT32_MAX) die("%d ranks of an ep group with %d tokens each make a pool of %lld tokens|use a smaller --micro-batch or --ep", g->ep, R, (long long)bound);
+    return (int)bound;
+}
 
 Exchange *exchange_create(const Grid *g, const Config *c, int R, Arena *arena) {
     Exchange *e = (Exchange *)xcalloc(1, sizeof(Exchange), "an exchange");
-    const int n = g->ep, K = c->K, C = c->C, bound = exchange_pool_bound(g, c, R);
+    const int n = g->ep, K = c->K, C = c->C, bound = exchange_pool_bound(g, R);
     e->group = g->ep_group, e->local = g->ep_group ? comm_is_local(g->ep_group) : n == 1;       // no group: a plan for a grid that does not run
     e->dispatch = g->dispatch, e->n = n, e->me = g->ep_rank, e->R = R, e->C = C, e->E = c->E, e->K = K, e->J = n < K ? n : K, e->bound = bound;
     const size_t P = (size_t)bound, sent = (size_t)R * (size_t)e->J, M = (size_t)plan_rows(bound, K, c->E / n);
@@ -78,7 +82,7 @@ void exchange_free(Exchange *e) {
 // Load of every rank from everybody's topk: expert rows are padded per expert as plan_build does. Ids ascend, so the experts of one rank are neighbours in a token's list and a change
 // of rank is a new destination.
 static void measure(Exchange *e) {
-    const int n = e->n, K = e->K, local = e->E / n, tile = device_row_tile(), tokens = e->dispatch == DISPATCH_ALLREDUCE ? e->R : n * e->R;
+    const int n = e->n, K = e->K, local = e->E / n, tile = device_row_tile(), tokens = e->bound;
     const int *topk = e->host_topk;
     memset(e->expert_count, 0, (size_t)e->E * sizeof(int)), memset(e->per_rank, 0, (size_t)n * sizeof(int));
     for (size_t t = 0; t < (size_t)tokens; t++, topk += K)

@@ -19,8 +19,8 @@ typedef struct Exchange Exchange;        // one per micro-batch in flight; its p
 // R: tokens of a micro-batch of every rank (equal on all). Buffers for the worst routing come from the arena (may be counting): nothing can overflow, nothing is dropped.
 Exchange *exchange_create(const Grid *g, const Config *c, int R, Arena *arena);
 void exchange_free(Exchange *e);
-// Bound of the pool, tokens of the worst routing: ep * R, or R where tokens do not move. Bound of the expert rows: plan_rows(bound, K, E/ep).
-int exchange_pool_bound(const Grid *g, const Config *c, int R);
+// Bound of the pool, tokens of the worst routing: ep * R, or R where tokens do not move; dies where an int cannot hold it. Bound of the expert rows: plan_rows(bound, K, E/ep).
+int exchange_pool_bound(const Grid *g, int R);
 // Fills plan (whose arrays the exchange owns) from topk (R,K) ascending global expert ids (device). ep > 1: all-gathers topk, from which every rank knows every size; the one
 // host read (I11). plan->P and plan->M are then the actual numbers of this routing, with ep = 1 they are the bounds.
 void expert_plan(Plan *plan, Exchange *e, const int *topk);

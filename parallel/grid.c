@@ -46,36 +46,40 @@ static void check_layout(const Config *c, int world, int dp, int *fsdp, int ep, 
     }
 }
 
-Grid grid_build(const Config *c, int dp, int fsdp, int ep, Dispatch dispatch, int split_heads) {
+Grid grid_plan(const Config *c, int world, int dp, int fsdp, int ep, Dispatch dispatch, int split_heads) {
     Grid g;
     memset(&g, 0, sizeof g);
-    g.world = comm_world_size();
-    g.rank = comm_world_rank();
-    check_layout(c, g.world, dp, &fsdp, ep, split_heads);
+    check_layout(c, world, dp, &fsdp, ep, split_heads);
+    g.world = world;
     g.dp = dp; g.fsdp = fsdp; g.ep = ep;
     g.dispatch = dispatch;
     g.split_heads = split_heads;
-    g.ep_rank = g.rank % ep;
-    g.fsdp_rank = g.rank / ep % fsdp;
-    g.dp_rank = g.rank / (ep * fsdp);
+    // allreduce replicates tokens over ep: the ranks of an ep group read the same data and count as one.
+    g.data_ranks = world / (dispatch == DISPATCH_ALLREDUCE ? ep : 1);
+    return g;
+}
+
+Grid grid_build(const Config *c, int dp, int fsdp, int ep, Dispatch dispatch, int split_heads) {
+    Grid g = grid_plan(c, comm_world_size(), dp, fsdp, ep, dispatch, split_heads);
+    g.rank = comm_world_rank();
+    g.ep_rank = g.rank % g.ep;
+    g.fsdp_rank = g.rank / g.ep % g.fsdp;
+    g.dp_rank = g.rank / (g.ep * g.fsdp);
+    g.data_rank = g.rank / (g.world / g.data_ranks);
     // Four families of groups are arithmetic progressions of world ranks: (first member, stride, size).
     int *ranks = (int *)xmalloc((size_t)g.world * sizeof *ranks, "ranks of a group");
     struct { const char *name; int first, stride, n; Comm **group; } family[] = {
-        { "all",   0,                                   1,         g.world,   &g.all },
-        { "ep",    g.rank - g.ep_rank,                  1,         ep,        &g.ep_group },
-        { "fsdp",  g.rank - g.fsdp_rank * ep,           ep,        fsdp,      &g.fsdp_group },
-        { "dense", g.dp_rank * fsdp * ep,               1,         fsdp * ep, &g.dense_group },
-        { "dp",    g.fsdp_rank * ep + g.ep_rank,        fsdp * ep, dp,        &g.dp_group },
+        { "all",   0,                               1,             g.world,       &g.all },
+        { "ep",    g.rank - g.ep_rank,              1,             g.ep,          &g.ep_group },
+        { "fsdp",  g.rank - g.fsdp_rank * g.ep,     g.ep,          g.fsdp,        &g.fsdp_group },
+        { "dense", g.dp_rank * g.fsdp * g.ep,       1,             g.fsdp * g.ep, &g.dense_group },
+        { "dp",    g.fsdp_rank * g.ep + g.ep_rank,  g.fsdp * g.ep, g.dp,          &g.dp_group },
     };
     for (size_t f = 0; f < sizeof family / sizeof *family; f++) {
         for (int i = 0; i < family[f].n; i++) ranks[i] = family[f].first + i * family[f].stride;
         *family[f].group = comm_group(family[f].name, ranks, family[f].n);
     }
     free(ranks);
-    // allreduce replicates tokens over ep: the ranks of an ep group read the same data and count as one.
-    int copies = dispatch == DISPATCH_ALLREDUCE ? ep : 1;
-    g.data_ranks = g.world / copies;
-    g.data_rank = g.rank / copies;
     return g;
 }
 
@@ -167,16 +171,4 @@ int grid_threads(int option) {
     cpu_set_t bound;
     if (!sched_getaffinity(0, sizeof bound, &bound) && CPU_COUNT(&bound) > 0 && CPU_COUNT(&bound) < threads) threads = CPU_COUNT(&bound);
     return threads;
-}
-
-Grid grid_plan(const Config *c, int world, int dp, int fsdp, int ep, Dispatch dispatch, int split_heads) {
-    Grid g;
-    memset(&g, 0, sizeof g);
-    check_layout(c, world, dp, &fsdp, ep, split_heads);
-    g.world = world;
-    g.dp = dp; g.fsdp = fsdp; g.ep = ep;
-    g.dispatch = dispatch;
-    g.split_heads = split_heads;
-    g.data_ranks = world / (dispatch == DISPATCH_ALLREDUCE ? ep : 1);
-    return g;
 }

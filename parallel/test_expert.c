@@ -135,7 +135,7 @@ typedef struct {
 } Slot;
 
 static void slot_take(Slot *s, const Grid *g, const Config *c, int R) {
-    int bound = exchange_pool_bound(g, c, R), local = c->E / g->ep;
+    int bound = exchange_pool_bound(g, R), local = c->E / g->ep;
     size_t M = (size_t)plan_rows(bound, c->K, local), x = (size_t)R * c->C, k = (size_t)R * c->K, w = (size_t)local * c->F * c->C;
     Arena *a = &s->arena;
     s->e = exchange_create(g, c, R, &s->exchange_arena);
@@ -330,7 +330,7 @@ static void test_adjoint(const Config *c, const Grid *g, int R) {
     Problem p = problem_new(g, c, R);
     int tokens = g->dispatch == DISPATCH_ALLREDUCE ? p.N : R;
     Slot s = slot_new(g, c, tokens);
-    size_t x = (size_t)tokens * p.C, k = (size_t)tokens * p.K, bound = (size_t)exchange_pool_bound(g, c, tokens);
+    size_t x = (size_t)tokens * p.C, k = (size_t)tokens * p.K, bound = (size_t)exchange_pool_bound(g, tokens);
     double *X = numbers(x), *Y = numbers(bound * p.C), *a = numbers(bound * p.C), *b = numbers(bound * p.C), *score = numbers(k), *D = numbers(bound * p.K);
     int *token_row = (int *)xcalloc(bound * p.K, sizeof(int), "rows");
     for (int routing = 0; routing < ROUTINGS; routing++) {
