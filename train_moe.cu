@@ -36,6 +36,7 @@ static void catch_signals(void) {
     sigaction(SIGTERM, &action, 0);
     sigaction(SIGINT, &action, 0);
     sigaction(SIGUSR1, &action, 0);
+    signal(SIGXFSZ, SIG_IGN);            // a file-size limit is then an error of the write, with a message, not a signal
 }
 
 // ---- from options to the model ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 #define _FILE_OFFSET_BITS 64
 #include "loader.h"
 #include "../kernels/fail.h"
+#include "../kernels/random.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <glob.h>
@@ -197,22 +198,16 @@ const char *loader_file(const Loader *loader, int i) { return loader->files[i].n
 // --------------------------------------------------------------------------------------------------------------- the order
 static const uint64_t GOLDEN = 0x9e3779b97f4a7c15u;      // 2^64 / golden ratio, splitmix64's increment
 
-static uint64_t mix(uint64_t x) {                        // splitmix64's finaliser: a bijection of 64 bits
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-    return x ^ x >> 31;
-}
-
 // A Feistel round (L, R) -> (R, L ^ f(R)) is invertible whatever f is, so the network is a bijection of [0, 4^h). Walking on while the
 // value is >= n follows its cycle to the next member of [0, n): still one-to-one, because the inverse walks back the same way.
 int64_t loader_permute(int64_t i, int64_t n, uint64_t seed, uint64_t epoch) {
     int h = 0;
     while (h < 31 && (int64_t)1 << (2 * h) < n) h++;
-    uint64_t mask = ((uint64_t)1 << h) - 1, key = mix(mix(seed + GOLDEN) + epoch + GOLDEN), x = (uint64_t)i;
+    uint64_t mask = ((uint64_t)1 << h) - 1, key = mix64(mix64(seed + GOLDEN) + epoch + GOLDEN), x = (uint64_t)i;
     do {
         uint64_t left = x >> h, right = x & mask;
         for (uint64_t r = 1; r <= ROUNDS; r++) {
-            uint64_t next = left ^ (mix(key + r * GOLDEN + right) & mask);
+            uint64_t next = left ^ (mix64(key + r * GOLDEN + right) & mask);
             left = right, right = next;
         }
         x = left << h | right;

@@ -154,17 +154,6 @@ const char *tokens_piece(const Tokens *t, int id, size_t *bytes) {
     return *bytes ? (const char *)t->text + t->start[id] : 0;
 }
 
-size_t tokens_decode(const Tokens *t, char *out, size_t size, const int *ids, int64_t n) {
-    Text text = { out, size, 0 };
-    for (int64_t i = 0; i < n; i++) {
-        size_t bytes;
-        const char *piece = tokens_piece(t, ids[i], &bytes);
-        if (piece) put(&text, piece, bytes);
-        else put_number(&text, "<%d>", ids[i]);
-    }
-    return put_end(&text);
-}
-
 static size_t utf8(const unsigned char *s, size_t n) {   // bytes of the well-formed character above ASCII at s, 0 if there is none
     size_t length = s[0] >= 0xc2 && s[0] < 0xe0 ? 2 : s[0] >= 0xe0 && s[0] < 0xf0 ? 3 : s[0] >= 0xf0 && s[0] < 0xf5 ? 4 : 0;
     if (!length || length > n) return 0;

@@ -25,15 +25,13 @@ int tokens_eot(const Tokens *tokens);           // end-of-text id, -1: none
 // else 0. The caller frees it.
 char *tokens_beside(const char *shard);
 
-// The bytes of one token (*bytes of them, not terminated); 0 when the id has none: unused, negative or >= V. Lives as long as tokens.
+// The bytes of one token (*bytes of them, not terminated); 0 when the id has none: unused, negative or >= V. Lives as long as
+// tokens. A token may hold part of a UTF-8 character: join tokens before printing them.
 const char *tokens_piece(const Tokens *tokens, int id, size_t *bytes);
 
-// Text of ids (n) into out (size bytes), always terminated if size > 0; an id without text shows as <id>. Returns the bytes that the whole
-// text has without its terminator, as snprintf does. A token may hold part of a UTF-8 character: join tokens before printing them.
-size_t tokens_decode(const Tokens *tokens, char *out, size_t size, const int *ids, int64_t n);
-
-// One token as a printable word for tables and traces: "\n" as \n, other control bytes and broken UTF-8 as \xNN, quote and backslash
-// escaped. Same return value as above.
+// One token as a printable word for tables and traces, into out (size bytes), always terminated if size > 0: "\n" as \n, other control bytes and
+// broken UTF-8 as \xNN, quote and backslash escaped; an id without text as <id>. Returns the bytes that the whole word has without its
+// terminator, as snprintf does.
 size_t tokens_show(const Tokens *tokens, char *out, size_t size, int id);
 
 // Prints text (n bytes) for a terminal: well-formed UTF-8 as it is, control characters but \n and \t and broken bytes as U+FFFD. more: text goes on, so the beginning of a

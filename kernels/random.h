@@ -22,7 +22,7 @@
 #endif
 
 // Users of the generator: separate streams of one (seed, tensor).
-enum { RANDOM_INIT = 1, RANDOM_ROUNDING = 2, RANDOM_ORDER = 3, RANDOM_SAMPLE = 4 };
+enum { RANDOM_INIT = 1, RANDOM_ROUNDING = 2, RANDOM_SAMPLE = 4 };
 typedef struct { uint32_t word[4]; } Random128;
 
 // 64-bit finaliser of SplitMix64: a bijection in which every input bit flips every output bit with probability 1/2.
@@ -54,8 +54,6 @@ static inline MOE_HD Random128 philox(uint64_t seed, uint64_t tensor, uint64_t i
 }
 // The upper or lower 64 of 128 bits.
 static inline MOE_HD uint64_t random_half(Random128 r, int half) { return (uint64_t)r.word[2 * half + 1] << 32 | r.word[2 * half]; }
-// 64 random bits to an integer in [0, n): the bias of a remainder is below n / 2^64. n > 0.
-static inline MOE_HD uint64_t random_below(uint64_t bits, uint64_t n) { return bits % n; }
 // 64 random bits to an odd multiple of 2^-53: k + 1/2 of 52 bits needs 53 bits, so it and 1 - u are exact, and u is symmetric about 1/2.
 static inline MOE_HD double random_uniform(uint64_t bits) { return ((double)(bits >> 12) + 0.5) * 0x1p-52; }
 

@@ -8,6 +8,7 @@
 #define MOE_TYPES_H
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #if defined(MOE_BF16)
 typedef struct { uint16_t bits; } floatX;
@@ -24,12 +25,26 @@ typedef float real;
 #endif
 typedef struct { real v; } gradX;
 
+// bf16 on the HOST.
+static inline float bf16_to_float(uint16_t bits) {
+    uint32_t u = (uint32_t)bits << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+// Nearest even: adding 0x7fff, or 0x8000 where the kept bit is odd, carries exactly when the dropped half is above (or a tie
+// against an odd number); infinity cannot carry. A NaN could carry into infinity or zero: it is cut instead, and made quiet.
+static inline uint16_t float_to_bf16(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet = (u >> 16) | 0x40u;
+    return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+}
+
 // One element on the HOST as a float: for printing and sampling, never in a loop over a model.
 static inline float floatx_to_float(floatX x) {
 #if defined(MOE_BF16)
-    union { uint32_t bits; float f; } u;
-    u.bits = (uint32_t)x.bits << 16;
-    return u.f;
+    return bf16_to_float(x.bits);
 #else
     return (float)x.v;
 #endif

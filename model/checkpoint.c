@@ -11,7 +11,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <inttypes.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -52,7 +51,6 @@ Checkpoint *checkpoint_create(const Model *m, Comm *all, int writer, Arena *aren
     qsort(k->by_id, (size_t)k->n, sizeof *k->by_id, by_id);
     for (int i = 1; i < k->n; i++)
         if (k->by_id[i].id == k->by_id[i - 1].id) die("tensors %s and %s have the same 64-bit identity|rename one", k->weight[k->by_id[i].weight].name, k->weight[k->by_id[i - 1].weight].name);
-    signal(SIGXFSZ, SIG_IGN);            // a file-size limit then is an error of pwrite, with a message, not a signal
     return k;
 }
 
@@ -90,10 +88,20 @@ int64_t checkpoint_part_elements(const Weight *w, Part part) {
     return part == PART_M_SCALE || part == PART_V_SCALE ? (n + QBLOCK - 1) / QBLOCK : n;
 }
 
+static void *part_base(Part part, const OptimizerState *s) {
+    switch (part) {
+    case PART_M: return s->m;
+    case PART_V: return s->v;
+    case PART_M8: return s->m8;
+    case PART_V8: return s->v8;
+    case PART_M_SCALE: return s->m_scale;
+    case PART_V_SCALE: return s->v_scale;
+    default: return s->master ? (void *)s->master : (void *)s->param;          // weights and masters: the number with the most bits
+    }
+}
+
 Piece checkpoint_piece(Part part, const OptimizerState *s, const Segment *g) {
-    void *base = part == PART_WEIGHT || part == PART_MASTER ? (s->master ? (void *)s->master : (void *)s->param) : part == PART_M ? (void *)s->m : part == PART_V ? (void *)s->v
-               : part == PART_M8 ? (void *)s->m8 : part == PART_V8 ? (void *)s->v8 : part == PART_M_SCALE ? (void *)s->m_scale : (void *)s->v_scale;
-    Piece p = { (char *)base, DTYPE_REAL, g->first, g->count };
+    Piece p = { (char *)part_base(part, s), DTYPE_REAL, g->first, g->count };
     int64_t at = g->offset;
     if (part <= PART_MASTER && !s->master) p.type = DTYPE_FLOATX;
     if (part == PART_M8 || part == PART_V8) p.type = DTYPE_U8;
@@ -118,14 +126,23 @@ unsigned checkpoint_state(const OptimizerState *s) {
 }
 
 // One line on a terminal that rewrites itself, for what takes longer than two seconds.
+void checkpoint_progress_start(Checkpoint *k, int64_t total) {
+    k->moved = 0;
+    k->to_move = total;
+    k->began = k->shown = now_seconds();
+}
+
 void checkpoint_progress(Checkpoint *k, const char *verb, int64_t bytes) {
     k->moved += bytes;
     double now = now_seconds();
     if (k->rank || now - k->shown < 2 || !isatty(2)) return;
     k->shown = now;
-    fprintf(stderr, "\r%s %.1f of %.1f GB, %.2f GB/s ", verb, (double)k->moved / 1e9, (double)k->to_move / 1e9, (double)k->moved / 1e9 / (now - k->began));
-    if (k->moved == k->to_move) fprintf(stderr, "\n");
+    fprintf(stderr, "\r%s %.1f ", verb, (double)k->moved / 1e9);
+    if (k->to_move) fprintf(stderr, "of %.1f ", (double)k->to_move / 1e9);
+    fprintf(stderr, "GB, %.2f GB/s ", (double)k->moved / 1e9 / (now - k->began));
 }
+
+void checkpoint_progress_end(const Checkpoint *k) { if (k->shown > k->began) fprintf(stderr, "\n"); }
 
 // ---- where the tensors of a loaded model are -------------------------------------------------------------------------------------------------------------------------
 static int has_shape(const SafeTensor *t, int n, const int64_t *shape) {
@@ -248,14 +265,6 @@ static void read_part(Checkpoint *k, const Source *source, const Place *place, P
         }
 }
 
-static void start_moving(Checkpoint *k) {
-    if (!k->host) k->host = (char *)xmalloc(CHECKPOINT_STAGING, "checkpoint staging");
-    k->moved = k->to_move = 0;
-    k->began = k->shown = now_seconds();
-    for (int b = 0; b < k->m->n_blocks; b++)
-        for (int i = 0; i < k->m->block[b].n_segments; i++) k->to_move += k->m->block[b].segment[i].count * (int64_t)sizeof(floatX);
-}
-
 // ---- tokenizer files ---------------------------------------------------------------------------------------------------------------------------------------------------
 enum { MAX_ATTACHMENT = 256 << 20 };
 static int is_attachment(const char *name) {
@@ -312,7 +321,8 @@ static void load(Checkpoint *k, const char *dir, const OptimizerState *shard, in
     source[model.n_files].fd = state.n_files ? state.fd[0] : -1;
     source[model.n_files].path = path;
     Place *place = (Place *)xmalloc((size_t)k->n * sizeof *place, "tensor places");
-    start_moving(k);
+    if (!k->host) k->host = (char *)xmalloc(CHECKPOINT_STAGING, "checkpoint staging");
+    checkpoint_progress_start(k, 0);
     place_model(k, &model, dir, place);
     if (with_state) place_state(k, &state, model.n_files, PART_MASTER, DTYPE_REAL, place);   // more bits than the model file, where it is there
     read_part(k, source, place, PART_WEIGHT, shard);
@@ -327,6 +337,7 @@ static void load(Checkpoint *k, const char *dir, const OptimizerState *shard, in
         }
     }
     device_sync();
+    checkpoint_progress_end(k);
     if (!k->rank && !k->n_attachments) load_attachments(k, dir);
     safetensors_close(&model);
     safetensors_close(&state);

@@ -53,8 +53,6 @@ struct cJSON *checkpoint_trainer(const char *dir);
 double trainer_number(const struct cJSON *trainer, const char *key);
 const char *trainer_text(const struct cJSON *trainer, const char *key);
 
-// Bytes of one checkpoint, for the plan and the startup report. state: STATE_ bits.
-int64_t checkpoint_bytes(const Checkpoint *k, SaveOptions o, unsigned state);
 // Writes out/checkpoints/step_N: collective. trainer: values of the caller (rank 0's is used; may be 0), to which step, precision and the file sizes are added. Free space is checked before
 // anything is written; a disk that is full in spite of that ends the run after removing the incomplete folder; earlier checkpoints stay as they are. Returns the bytes written.
 int64_t checkpoint_save(Checkpoint *k, const char *out, int64_t step, SaveOptions o, const OptimizerState *shard, const struct cJSON *trainer);

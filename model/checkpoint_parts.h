@@ -54,6 +54,9 @@ int64_t checkpoint_part_elements(const Weight *w, Part part);
 // 8-bit state is addressed by whole 256-element blocks; dies where a cut goes through one.
 void checkpoint_check_blocks(const Checkpoint *k);
 void checkpoint_plan_free(SavePlan *p);
+// Progress of a load or save on rank 0's terminal. total: bytes that will move, 0 where they are not known beforehand.
+void checkpoint_progress_start(Checkpoint *k, int64_t total);
 void checkpoint_progress(Checkpoint *k, const char *verb, int64_t bytes);
+void checkpoint_progress_end(const Checkpoint *k);
 MOE_END_C
 #endif

@@ -140,17 +140,6 @@ void checkpoint_plan_free(SavePlan *p) {
     memset(p, 0, sizeof *p);
 }
 
-int64_t checkpoint_bytes(const Checkpoint *k, SaveOptions o, unsigned state) {
-    SavePlan p;
-    memset(&p, 0, sizeof p);
-    p.options = o;
-    plan_model(k, &p);
-    plan_state(k, &p, state);
-    int64_t bytes = p.bytes;
-    checkpoint_plan_free(&p);
-    return bytes;
-}
-
 // Saving as the source was cannot bring back bits that training did not keep, and a model that was initialised has no source.
 static void warn_source(Checkpoint *k, unsigned state) {
     Dtype trained = state & STATE_MASTER ? DTYPE_REAL : DTYPE_FLOATX;
@@ -240,9 +229,9 @@ void checkpoint_save_shards(Checkpoint *k, const OptimizerState *shard) {
     k->host = (char *)xmalloc(CHECKPOINT_STAGING, "checkpoint staging");
     int *fd = (int *)xmalloc((size_t)p->n_files * sizeof *fd, "file list");
     for (int i = 0; i < p->n_files; i++) fd[i] = open_file(p, &p->file[i], 0);
-    k->moved = k->to_move = 0;
-    k->began = k->shown = now_seconds();
-    for (int pass = 0; pass < 2; pass++)         // the first counts
+    int64_t total = 0;
+    for (int pass = 0; pass < 2; pass++) {       // the first counts
+        if (pass) checkpoint_progress_start(k, total);
         for (int b = 0; b < k->m->n_blocks; b++)
             for (Part part = PART_WEIGHT; part < PARTS; part = (Part)(part + 1))
                 for (int i = 0; i < k->m->block[b].n_segments; i++) {
@@ -250,8 +239,10 @@ void checkpoint_save_shards(Checkpoint *k, const OptimizerState *shard) {
                     Place place = p->place[part][checkpoint_weight(k, g)];
                     if (place.file < 0) continue;
                     if (pass) write_piece(k, fd, place, part, &shard[b], g);
-                    else k->to_move += checkpoint_piece(part, &shard[b], g).count * (int64_t)dtype_size(place.type);
+                    else total += checkpoint_piece(part, &shard[b], g).count * (int64_t)dtype_size(place.type);
                 }
+    }
+    checkpoint_progress_end(k);
     for (int i = 0; i < p->n_files; i++) {
         int error = fdatasync(fd[i]) ? errno : 0;
         if (close(fd[i]) && !error) error = errno;

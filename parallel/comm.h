@@ -62,6 +62,7 @@ double comm_sum(Comm *g, double value);          // in rank order
 typedef struct { int64_t calls, bytes; double seconds; } CommTraffic;
 enum { COMM_ALL_GATHER, COMM_REDUCE_SCATTER, COMM_ALL_REDUCE, COMM_ALL_TO_ALL, COMM_KINDS };
 CommTraffic comm_traffic(Comm *g, int kind, int reset);
+const char *comm_kind_name(int kind);            // "all_gather", ...
 // Ends the step for the hash check (all ranks): compares, names the first call where ranks disagree, dies there.
 void comm_step_end(void);
 // Device memory that sums over g will need (reduce_scatter, all_reduce), taken from the arena before the first call; `bytes`: the largest buffer of such a call (n * count

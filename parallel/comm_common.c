@@ -31,12 +31,16 @@ CallRecord call_record(int64_t call, int kind, Dtype type, size_t count) {
     return r;
 }
 
+const char *comm_kind_name(int kind) {
+    static const char *const names[] = { "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "host all_gather", "broadcast", "end of step" };
+    return names[kind];
+}
+
 void call_text(const CallRecord *r, const char *group, char *text, size_t size) {
-    static const char *const kinds[] = { "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "host all_gather", "broadcast", "end of step" };
     static const char *const types[] = { "f32", "bf16", "f16", "f64", "i32", "i64", "bytes" };
     char layer[32] = "";
     if (r->layer >= 0) snprintf(layer, sizeof layer, "layer %d ", r->layer);
-    snprintf(text, size, "step %lld, %s%s: call %lld in group %s, %s of %llu %s", (long long)r->step, layer, r->phase, (long long)r->call, group, kinds[r->kind],
+    snprintf(text, size, "step %lld, %s%s: call %lld in group %s, %s of %llu %s", (long long)r->step, layer, r->phase, (long long)r->call, group, comm_kind_name(r->kind),
              (unsigned long long)r->count, r->kind == COMM_ALL_TO_ALL ? "bytes a row" : types[r->type]);
 }
 
@@ -63,20 +67,6 @@ void records_compare(const char *group, int rank, int other, const CallRecord *m
 }
 
 // ---- sums in rank order ------------------------------------------------------------------------------------------------------------------------------------
-static float load_bf16(uint16_t b) {
-    uint32_t u = (uint32_t)b << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-
-static uint16_t store_bf16(float f) {                     // to nearest, ties to even; NaN stays NaN
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(u >> 16 | 0x40);
-    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-
 #define PLAIN(x) (x)
 // A block of elements at a time: the inner loops run over elements, so they vectorise, while each element still takes the parts in rank order.
 enum { SUM_BLOCK = 1024 };
@@ -93,7 +83,7 @@ enum { SUM_BLOCK = 1024 };
     }
 SUM_FUNCTION(sum_f32, float, float, PLAIN, PLAIN)
 SUM_FUNCTION(sum_f64, double, double, PLAIN, PLAIN)
-SUM_FUNCTION(sum_bf16, uint16_t, float, load_bf16, store_bf16)
+SUM_FUNCTION(sum_bf16, uint16_t, float, bf16_to_float, float_to_bf16)
 SUM_FUNCTION(sum_i32, int32_t, int32_t, PLAIN, PLAIN)
 SUM_FUNCTION(sum_i64, int64_t, int64_t, PLAIN, PLAIN)
 

@@ -140,7 +140,6 @@ char *grid_table(const Grid *g) {
 }
 
 char *grid_traffic(const Grid *g, int reset) {
-    static const char *const kind_name[COMM_KINDS] = { "all_gather", "reduce_scatter", "all_reduce", "all_to_all" };
     const struct { const char *name; Comm *group; } family[] = {
         { "ep: tokens, routing, heads", g->ep_group }, { "fsdp: experts", g->fsdp_group }, { "dense: all other weights", g->dense_group }, { "dp: sums of shards", g->dp_group },
         { "all: statistics", g->all },
@@ -155,7 +154,7 @@ char *grid_traffic(const Grid *g, int reset) {
             CommTraffic c = comm_traffic(family[f].group, k, reset);
             if (!c.calls || comm_is_local(family[f].group)) continue;
             if (!total.calls) put(&t, "communication of rank %d\n  %-28s %-16s %8s %14s %10s\n", g->rank, "group", "call", "calls", "bytes sent", "ms");
-            put(&t, "  %-28s %-16s %8lld %14lld %10.2f\n", family[f].name, kind_name[k], (long long)c.calls, (long long)c.bytes, 1e3 * c.seconds);
+            put(&t, "  %-28s %-16s %8lld %14lld %10.2f\n", family[f].name, comm_kind_name(k), (long long)c.calls, (long long)c.bytes, 1e3 * c.seconds);
             total.calls += c.calls; total.bytes += c.bytes; total.seconds += c.seconds;
         }
     if (total.calls) put(&t, "  %-28s %-16s %8lld %14lld %10.2f\n", "together", "", (long long)total.calls, (long long)total.bytes, 1e3 * total.seconds);

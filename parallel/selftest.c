@@ -61,7 +61,6 @@ static int wrong(Bench *t, int kind, size_t count) {
 }
 
 int comm_selftest(const Grid *g, FILE *out) {
-    static const char *const kinds[] = { "all_gather", "reduce_scatter", "all_reduce", "all_to_all" };
     struct { const char *name; Comm *g; } group[] = { { "all", g->all }, { "ep", g->ep_group }, { "fsdp", g->fsdp_group }, { "dense", g->dense_group }, { "dp", g->dp_group } };
     const size_t bytes = LARGE * sizeof(float);
     Bench t = { 0, (float *)xmalloc(2 * bytes, "self-test"), 0, 0, (int64_t *)xmalloc((size_t)g->world * 8, "self-test"), (int64_t *)xmalloc((size_t)g->world * 8, "self-test") };
@@ -95,7 +94,7 @@ int comm_selftest(const Grid *g, FILE *out) {
             double sent = (double)comm_traffic(t.g, kind, 1).bytes;      // of the last large call
             bad = (int)comm_max(g->all, bad);                            // somewhere, in any group of this family
             failures += bad;
-            if (g->rank == 0) fprintf(out, "  %-5s  %5d  %-14s  %-7s  %11.1f  %12.1f\n", group[i].name, n, kinds[kind], bad ? "WRONG" : "yes", 1e6 * best[0], sent / best[1] * 1e-6);
+            if (g->rank == 0) fprintf(out, "  %-5s  %5d  %-14s  %-7s  %11.1f  %12.1f\n", group[i].name, n, comm_kind_name(kind), bad ? "WRONG" : "yes", 1e6 * best[0], sent / best[1] * 1e-6);
         }
     }
     arena_free(&arena);

@@ -177,7 +177,7 @@ enum { TILE_LARGE = 512, TILE_MEDIUM = 256, TILE_SMALL = 128, TILES_WANTED = 16,
 static const double TILE_MIN_FLOP = 2e6;   // some 20 microseconds: less is not worth handing out
 
 static int halved(int side) { return (int)div_up(div_up(side, 2), 16) * 16; }   // multiples of 16 keep the micro-kernels' edges rare
-void gemm_tile(int m, int n, int k, int *tile_m, int *tile_n) {
+static void gemm_tile(int m, int n, int k, int *tile_m, int *tile_n) {
     int tm = smaller(TILE_LARGE, m > 0 ? m : 1), tn = smaller(TILE_LARGE, n > 0 ? n : 1);
     for (;;) {
         int64_t tiles = div_up(m, tm) * div_up(n, tn);

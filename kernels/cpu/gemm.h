@@ -17,8 +17,6 @@ void gemm_xx(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, 
 // All threads: C is cut into tiles whose size depends on m, n, k alone (I8), each computed by one thread. Not from parallel loops.
 void gemm_parallel_x(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B, int64_t ldb, real beta, real *C, int64_t ldc);
 void gemm_parallel_xx(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B, int64_t ldb, real beta, floatX *C, int64_t ldc);
-// The tile (rows, columns) of the parallel forms, for loops of the same kind elsewhere.
-void gemm_tile(int m, int n, int k, int *tile_m, int *tile_n);
 // One BLAS thread from now on, whatever the environment says; the library's name and core type ("OpenBLAS 0.3.21 SkylakeX") for the report.
 void gemm_init(void);
 const char *gemm_library(void);

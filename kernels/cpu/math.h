@@ -42,20 +42,6 @@ void *scratch(int slot, size_t bytes);
 #define SCRATCH(slot, type, count) ((type *)scratch((slot), (size_t)(count) * sizeof(type)))
 
 // ---- floatX <-> real ----------------------------------------------------------------------------------------------------------
-static inline float bf16_to_float(uint16_t bits) {
-    uint32_t u = (uint32_t)bits << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-// Nearest even: adding 0x7fff, or 0x8000 where the kept bit is odd, carries exactly when the dropped half is above (or a tie
-// against an odd number); infinity cannot carry. A NaN could carry into infinity or zero: it is cut instead, and made quiet.
-static inline uint16_t float_to_bf16(float f) {
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet = (u >> 16) | 0x40u;
-    return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
-}
 #if defined(MOE_BF16)
 static inline real load(const floatX *x) { return bf16_to_float(x->bits); }
 static inline void store(floatX *x, real v) { x->bits = float_to_bf16(v); }
