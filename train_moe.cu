@@ -20,6 +20,7 @@
 #include "parallel/selftest.h"
 #include <cjson/cJSON.h>
 #include <dirent.h>
+#include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,32 +41,19 @@ static void catch_signals(void) {
 }
 
 // ---- from options to the model ---------------------------------------------------------------------------------------------------------
-static void positive(const char *name, int64_t value, int64_t least) {
-    if (value < least || value > INT32_MAX) die("--%s %lld is out of range|give a number of at least %lld", name, (long long)value, (long long)least);
-}
-
 static void check_options(const Options *o) {
-    if (!*o->model == !*o->init && !(o->selftest && !*o->model)) die("%s|give --model DIR (a Hugging Face checkpoint) or --init CONFIG.json (from scratch)", *o->model ? "both --model and --init were given" : "no model was given");
-    positive("seq-len", o->seq_len, 0);
-    positive("batch", o->batch, 0);
-    positive("micro-batch", o->micro_batch, 0);
-    positive("rounds", o->rounds, 1);
-    positive("steps", o->steps, 0);
-    positive("eval-every", o->eval_every, 0);
-    positive("eval-batches", o->eval_batches, 1);
-    positive("save-every", o->save_every, 0);
-    positive("keep", o->keep, 0);
-    positive("generate", o->generate, 0);
-    positive("dp", o->dp, 1);
-    positive("fsdp", o->fsdp, 0);
-    positive("ep", o->ep, 1);
-    positive("threads", o->threads, 0);
-    positive("sample-every", o->sample_every, 0);
-    positive("router-every", o->router_every, 0);
-    positive("profile", o->profile, 0);
-    positive("trace-token", o->trace_token, -1);
-    positive("world", o->world, 0);
-    positive("gpus-per-node", o->gpus_per_node, 0);
+    if (!*o->model == !*o->init && !(o->selftest && !*o->model))
+        die("%s|give --model DIR (a Hugging Face checkpoint) or --init CONFIG.json (from scratch)", *o->model ? "both --model and --init were given" : "no model was given");
+    const struct { const char *name; int64_t value, least; } counts[] = {
+        { "seq-len", o->seq_len, 0 }, { "batch", o->batch, 0 }, { "micro-batch", o->micro_batch, 0 }, { "rounds", o->rounds, 1 },
+        { "steps", o->steps, 0 }, { "eval-every", o->eval_every, 0 }, { "eval-batches", o->eval_batches, 1 }, { "save-every", o->save_every, 0 },
+        { "keep", o->keep, 0 }, { "generate", o->generate, 0 }, { "dp", o->dp, 1 }, { "fsdp", o->fsdp, 0 }, { "ep", o->ep, 1 },
+        { "threads", o->threads, 0 }, { "sample-every", o->sample_every, 0 }, { "router-every", o->router_every, 0 }, { "profile", o->profile, 0 },
+        { "trace-token", o->trace_token, -1 }, { "world", o->world, 0 }, { "gpus-per-node", o->gpus_per_node, 0 },
+    };
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
+        if (counts[i].value < counts[i].least || counts[i].value > INT32_MAX)
+            die("--%s %lld is out of range|give a number of at least %lld", counts[i].name, (long long)counts[i].value, (long long)counts[i].least);
     if (o->lr < 0 || o->weight_decay < 0 || o->grad_clip < 0 || o->eps < 0) die("--lr, --weight-decay, --grad-clip and --eps cannot be negative|give 0 or more");
     if (o->z_coef < 0 || o->temperature < 0 || o->gpu_mem < 0) die("--z-coef, --temperature and --gpu-mem cannot be negative|give 0 or more");
     if (o->beta1 < 0 || o->beta1 >= 1 || o->beta2 < 0 || o->beta2 >= 1 || o->momentum < 0 || o->momentum >= 1) die("--beta1, --beta2 and --momentum lie in [0, 1)|give such numbers");
@@ -127,8 +115,10 @@ static int folder_is_empty(const char *path) {
     DIR *d = opendir(path);
     struct dirent *e;
     int empty = 1;
-    while (d && (e = readdir(d))) if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) empty = 0;
-    if (d) closedir(d);
+    if (!d && errno == ENOENT) return 1;
+    if (!d) die("--out %s: cannot read the folder: %s|choose a folder that this user may read and write", path, strerror(errno));
+    while ((e = readdir(d))) if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) empty = 0;
+    closedir(d);
     return empty;
 }
 

@@ -5,7 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const send_name[SEND_KINDS] = { "weights, dense", "weights, experts", "gradients, dense", "gradients, experts", "gradients over dp", "routing ids", "tokens", "attention heads", "statistics" };
+static const char *const send_name[SEND_KINDS] = { "weights, dense", "weights, experts", "gradients, dense", "gradients, experts", "gradients over dp", "routing ids",
+                                                     "tokens", "attention heads", "statistics" };
 
 // ---- bytes: the collectives of model/step.c, in its order. Direct exchange: an all-gather sends a rank's part to n-1 others, a reduce-scatter n-1 parts, an all-reduce both: the
 // pieces of the others, then its own sum to each of them. Pieces are ceil(count / n) elements, the last ones shorter. ------------------------------------------------------------------
@@ -94,7 +95,8 @@ static double group_bandwidth(const Machine *k, int span) { return span > k->per
 
 // Bytes that a step of the optimizer reads and writes for one parameter: gradient (twice: the norm), weight (or master read and written, weight written), moments read and written.
 static double optimizer_bytes(OptimizerOptions o) {
-    double weight = o.master ? 2 * sizeof(real) + sizeof(floatX) : 2 * sizeof(floatX), moments = o.kind == OPT_ADAMW ? 4 * sizeof(real) : o.kind == OPT_ADAMW8 ? 4 : o.momentum != 0 ? 2 * sizeof(real) : 0;
+    double weight = o.master ? 2 * sizeof(real) + sizeof(floatX) : 2 * sizeof(floatX);
+    double moments = o.kind == OPT_ADAMW ? 4 * sizeof(real) : o.kind == OPT_ADAMW8 ? 4 : o.momentum != 0 ? 2 * sizeof(real) : 0;
     return 2 * sizeof(gradX) + weight + moments;
 }
 
@@ -173,7 +175,8 @@ static void recommend(FILE *out, const Config *c, const Grid *g, StepOptions o, 
         }
     }
     if (!n) {
-        fprintf(out, "no layout of %d ranks fits into %.0f GiB with these options: more ranks, --recompute layer, --optimizer adamw8bit --master off, or a smaller --micro-batch\n", g->world, k->memory / 1073741824);
+        fprintf(out, "no layout of %d ranks fits into %.0f GiB with these options: more ranks, --recompute layer, --optimizer adamw8bit --master off, or a smaller --micro-batch\n",
+                g->world, k->memory / 1073741824);
         return;
     }
     fprintf(out, "layouts of %d ranks that fit, fastest first by this estimate:\n", g->world);
@@ -184,7 +187,10 @@ static void recommend(FILE *out, const Config *c, const Grid *g, StepOptions o, 
 void plan_print(FILE *out, const Config *c, const Grid *g, StepOptions o, OptimizerOptions opt, const Machine *k) {
     StepOptions asked = o;
     Traffic uniform, most;
-    fprintf(out, "plan       %d rank%s = dp %d x fsdp %d x ep %d; %lld sequences of %d an update; %s build\n", g->world, g->world > 1 ? "s" : "", g->dp, g->fsdp, g->ep, (long long)o.batch, o.T, PRECISION_NAME);
+    fprintf(out, "plan       %d rank%s = dp %d x fsdp %d x ep %d; %lld sequences of %d an update; %s build\n", g->world, g->world > 1 ? "s" : "", g->dp, g->fsdp, g->ep,
+            (long long)o.batch, o.T, PRECISION_NAME);
+    if (sizeof(floatX) != 2 && strcmp(k->name, "cpu"))
+        fprintf(out, "note       memory and bytes are those of this %s build, speeds those of bf16; `make PRECISION=bf16` plans what a GPU trains\n", PRECISION_NAME);
     Estimate e = try_layout(c, g, &o, opt, k, out, &uniform, &most);
     if (k->memory > 0) fprintf(out, "  %s of %.1f GiB\n", e.memory <= k->memory ? "fits: uses part" : "DOES NOT FIT into memory", k->memory / 1073741824);
     double total = 0, worst = 0;
@@ -204,15 +210,15 @@ void plan_print(FILE *out, const Config *c, const Grid *g, StepOptions o, Optimi
         fprintf(out, "\n");
     }
     double tokens = (double)o.batch * o.T;
-    fprintf(out, "time by roofline on %s (kernels %.0f TFLOP/s together, copies %.1f TB/s, links %.0f GB/s in a node of %d, %.0f GB/s between nodes; not a measurement)\n", k->name, k->flops / 1e12,
-            k->memory_bandwidth / 1e12, k->link / 1e9, k->per_node, k->network / 1e9);
+    fprintf(out, "time by roofline on %s (kernels %.0f TFLOP/s together, copies %.1f TB/s, links %.0f GB/s in a node of %d, %.0f GB/s between nodes%s; not a measurement)\n", k->name,
+            k->flops / 1e12, k->memory_bandwidth / 1e12, k->link / 1e9, k->per_node, k->network / 1e9, o.recompute == RECOMPUTE_AUTO ? "; --recompute auto counted as none" : "");
     fprintf(out, "  compute %.1f ms, weights and gradients %.1f ms (under compute), tokens %.1f ms (%.1f ms not under compute), optimizer %.1f ms\n", 1e3 * e.compute,
             1e3 * e.weights, 1e3 * e.tokens, 1e3 * e.exposed, 1e3 * e.optimizer);
     fprintf(out, "  update %.1f ms, %.0f tokens/s in all, %.0f a rank; limited by %s\n", 1e3 * e.step, tokens / e.step, tokens / e.step / g->world,
             e.weights > e.compute + e.exposed ? "moving weights and gradients" : e.exposed > e.compute ? "moving tokens" : "compute");
     if (g->ep > k->per_node)
-        fprintf(out, "warning    ep %d leaves a node of %d: tokens cross the network at %.0f GB/s; uniform routing sends %.1f kB a token and layer in each direction\n", g->ep, k->per_node, k->network / 1e9,
-                plan_uniform_rows(c, g, 1) * c->C * sizeof(floatX) / 1e3);
+        fprintf(out, "warning    ep %d leaves a node of %d: tokens cross the network at %.0f GB/s; uniform routing sends %.1f kB a token and layer in each direction\n",
+                g->ep, k->per_node, k->network / 1e9, plan_uniform_rows(c, g, 1) * c->C * sizeof(floatX) / 1e3);
     recommend(out, c, g, asked, opt, k);
     fflush(out);
 }

@@ -41,18 +41,18 @@ static int by_time(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
-void profile_print(void *file) {
+void profile_print(FILE *file) {
     profile_mark("end", 0);
     active = 0;
     if (!file) return;
     double total = now_seconds() - begin;
     qsort(phase, (size_t)phases, sizeof(Phase), by_time);
-    fprintf((FILE *)file, "profile: %.1f ms\n  %-34s %10s %7s %8s %10s\n", 1e3 * total, "phase", "ms", "share", "times", "GFLOP/s");
+    fprintf(file, "profile: %.1f ms\n  %-34s %10s %7s %8s %10s\n", 1e3 * total, "phase", "ms", "share", "times", "GFLOP/s");
     for (int i = 0; i < phases; i++) {
         if (phase[i].seconds <= 0) continue;
-        fprintf((FILE *)file, "  %-34s %10.2f %6.1f%% %8lld", phase[i].name, 1e3 * phase[i].seconds, 100 * phase[i].seconds / total, (long long)phase[i].marks);
-        if (phase[i].flops > 0) fprintf((FILE *)file, " %10.1f", 1e-9 * phase[i].flops / phase[i].seconds);
-        fprintf((FILE *)file, "\n");
+        fprintf(file, "  %-34s %10.2f %6.1f%% %8lld", phase[i].name, 1e3 * phase[i].seconds, 100 * phase[i].seconds / total, (long long)phase[i].marks);
+        if (phase[i].flops > 0) fprintf(file, " %10.1f", 1e-9 * phase[i].flops / phase[i].seconds);
+        fprintf(file, "\n");
     }
-    fflush((FILE *)file);
+    fflush(file);
 }

@@ -103,7 +103,9 @@ void report_start(const Report *r, const Trainer *t, const Options *o, const cha
     print_files("val", val, t->o.T);
     printf("update     %lld sequences of %d = %lld tokens; on each rank %d round%s of %d micro-batch%s of %d\n", (long long)t->o.batch, t->o.T, (long long)t->o.batch * t->o.T,
            t->o.rounds, t->o.rounds > 1 ? "s" : "", t->n_micro, t->n_micro > 1 ? "es" : "", t->R / t->o.T);
-    if (train && t->o.batch > loader_windows(train)) printf("warning    the training data has %lld windows, an update takes %lld: every update sees some of them twice\n", (long long)loader_windows(train), (long long)t->o.batch);
+    if (train && t->o.batch > loader_windows(train))
+        printf("warning    the training data has %lld windows, an update takes %lld: every update sees some of them twice\n",
+               (long long)loader_windows(train), (long long)t->o.batch);
     printf("optimizer  %s, lr %g, weight decay %g, clip %g, update %s", options_choice(o, "optimizer"), o->lr, o->weight_decay, o->grad_clip,
            t->o.update_layer ? "layer (clips by the previous update's norm, the first is unclipped)" : "end");
     printf(", recompute %s\n", options_choice(o, "recompute"));

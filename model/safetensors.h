@@ -38,8 +38,8 @@ char *safetensors_shape(const SafeTensor *t, char *text);
 void safetensors_read(const SafeTensors *s, const SafeTensor *t, int64_t first, void *dst, int64_t bytes);
 
 // Lays out one file: fills `at` and `bytes` of n tensors (name, type, n_dims, shape given; names unique, without characters that JSON escapes) and returns everything before the
-// data (malloc'd, *header_bytes long: padded to 64, so that a mapped file has aligned tensors). Data order: larger element types first, then as given, so that every tensor is aligned to its own element size whatever
-// the mixture (readers view the bytes in place). *file_bytes: size of the whole file.
+// data (malloc'd, *header_bytes long: padded to 64, so that a mapped file has aligned tensors). Data order: larger element types
+// first, then as given, so that every tensor is aligned to its own element size whatever the mixture (readers view the bytes in place). *file_bytes: size of the whole file.
 char *safetensors_layout(SafeTensor *tensor, int n, size_t *header_bytes, int64_t *file_bytes);
 
 const char *dtype_name(Dtype type);          // "F32", "BF16", ... as in the header

@@ -5,6 +5,7 @@
 #include "optimizer.h"
 #include "../parallel/fsdp.h"
 #include "../data/loader.h"
+#include <stdio.h>
 MOE_BEGIN_C
 
 typedef enum { RECOMPUTE_NONE, RECOMPUTE_MOE, RECOMPUTE_LAYER, RECOMPUTE_AUTO } Recompute;
@@ -83,7 +84,7 @@ typedef struct Trainer {
 
 // Counts, then allocates everything (I10). With plan_only the table is printed and nothing is allocated. report: where the byte table goes, 0 = silent.
 // The model's weights are zero afterwards: trainer_init or a checkpoint fills them.
-Trainer *trainer_create(Model *m, Grid *g, StepOptions o, OptimizerOptions opt, int plan_only, void *report_file);
+Trainer *trainer_create(Model *m, Grid *g, StepOptions o, OptimizerOptions opt, int plan_only, FILE *report_file);
 void trainer_free(Trainer *t);
 // Random weights as Hugging Face initialises: N(0, init_std), norms one, pad row of the embedding zero.
 void trainer_init(Trainer *t);

@@ -108,13 +108,14 @@ static void print_table(FILE *out, const Arena *a) {
     for (int i = 0; i < a->rows; i++) if (a->row[i].bytes) fprintf(out, "  %-44s %12.3f MiB\n", a->row[i].what, (double)a->row[i].bytes / 1048576);
 }
 
-Trainer *trainer_create(Model *m, Grid *g, StepOptions o, OptimizerOptions opt, int plan_only, void *report_file) {
+Trainer *trainer_create(Model *m, Grid *g, StepOptions o, OptimizerOptions opt, int plan_only, FILE *report_file) {
     Trainer *t = (Trainer *)xcalloc(1, sizeof(Trainer), "trainer");
     const Config *c = &m->c;
     t->m = m; t->g = g;
     if (o.batch % g->data_ranks) die("--batch %lld cannot be divided over %d ranks that read distinct data|use a multiple of %d", (long long)o.batch, g->data_ranks, g->data_ranks);
     t->local_sequences = o.batch / g->data_ranks;
-    if (t->local_sequences % o.rounds) die("--batch %lld over %d ranks gives %lld sequences each, not divisible by --rounds %d|change one of them", (long long)o.batch, g->data_ranks, (long long)t->local_sequences, o.rounds);
+    if (t->local_sequences % o.rounds)
+        die("--batch %lld over %d ranks gives %lld sequences each, not divisible by --rounds %d|change one of them", (long long)o.batch, g->data_ranks, (long long)t->local_sequences, o.rounds);
     int64_t per_round = t->local_sequences / o.rounds;
     if (!o.micro_batch) o.micro_batch = (int)per_round;
     if (per_round % o.micro_batch) die("%lld sequences per rank and round cannot be divided into --micro-batch %d|use a divisor", (long long)per_round, o.micro_batch);
@@ -129,7 +130,7 @@ Trainer *trainer_create(Model *m, Grid *g, StepOptions o, OptimizerOptions opt, 
     t->previous_norm = -1;
     t->arena = arena_counting("device");
     allocate(t, opt, &t->arena);
-    if (report_file) print_table((FILE *)report_file, &t->arena);
+    if (report_file) print_table(report_file, &t->arena);
     if (plan_only) return t;
     release(t);
     arena_commit(&t->arena);

@@ -1,9 +1,10 @@
-// Communication: groups of ranks, four collectives on device memory, five calls for agreement on host memory. One implementation is linked: comm_none.c (one process), comm_mpi.c (CPU, and several ranks on one GPU in
-// tests, staged through the host), comm_nccl.cu (GPUs).
+// Communication: groups of ranks, four collectives on device memory, five calls for agreement on host memory. One implementation is linked: comm_none.c (one process),
+// comm_mpi.c (CPU, and several ranks on one GPU in tests, staged through the host), comm_nccl.cu (GPUs).
 //
 // Rules
 //   I2   Every rank issues the same calls in the same order, whatever its data: per layer, never per expert, empty messages included.
-//   start/wait   A started call follows everything that COMPUTE was given before it, and owns its buffers until comm_wait: the source must not change, the destination must not be read (debug builds poison it).
+//   start/wait   A started call follows everything that COMPUTE was given before it, and owns its buffers until comm_wait: the source must not
+//        change, the destination must not be read (debug builds poison it).
 //   Sums are made in fp32 (fp64 for doubles) in the order of ranks 0, 1, ..., n-1, so that the bits do not depend on library or arrival; all ranks of an all-reduce
 //        hold the same bits.
 //   A group of one costs nothing: calls return at once, in-place calls touch nothing; with --force-comm it sends to itself through the transport.

@@ -90,7 +90,7 @@ SUM_FUNCTION(sum_i64, int64_t, int64_t, PLAIN, PLAIN)
 void sum_parts(void *out, const void *const *part, int n, size_t count, Dtype type, int add) {
     void (*sum)(void *, const void *const *, int, int64_t, int64_t, int) =
         type == DTYPE_F32 ? sum_f32 : type == DTYPE_F64 ? sum_f64 : type == DTYPE_BF16 ? sum_bf16 : type == DTYPE_I32 ? sum_i32 : type == DTYPE_I64 ? sum_i64 : 0;
-    if (!sum) die("no sums over ranks for element type %d, comm|use f32, f64, bf16, i32 or i64", (int)type);
+    if (!sum) die("no sums over ranks for element type %d|use f32, f64, bf16, i32 or i64", (int)type);
     int64_t blocks = ((int64_t)count + SUM_BLOCK - 1) / SUM_BLOCK;
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) if (blocks > 64)

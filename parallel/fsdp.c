@@ -245,7 +245,7 @@ static void take_shard_gradient(Fsdp *f, int block) {     // --update layer: one
             b->grad = k->own[s].data;
             return;
         }
-    die("gradient of %s wanted while those of %s%s are not used up, fsdp|a bug of the caller: fsdp_grad_done comes first", block_text(f, block),
+    die("gradient of %s wanted while those of %s%s are not used up|a bug of the caller: fsdp_grad_done comes first", block_text(f, block),
         block_text(f, k->own[0].block), k->n_shards > 1 ? " and another" : "");
 }
 
@@ -267,7 +267,7 @@ gradX *fsdp_grad(Fsdp *f, int block) {
         if (pass) scatter_wait(f, k);                     // no slot is free: the one in flight becomes free
         for (int s = 0; s < k->n_slots && !slot; s++) if (k->grad[s].block == NONE) slot = &k->grad[s];
     }
-    if (!slot) die("gradient of %s wanted while %s is being written, fsdp|a bug of the caller: fsdp_reduce comes first", block_text(f, block), block_text(f, k->grad[0].block));
+    if (!slot) die("gradient of %s wanted while %s is being written|a bug of the caller: fsdp_reduce comes first", block_text(f, block), block_text(f, k->grad[0].block));
     slot->block = block;
     slot->scattering = 0;
     b->state = WRITTEN;

@@ -11,7 +11,8 @@
 MOE_BEGIN_C
 typedef struct Fsdp Fsdp;
 // Slots, shards and final gradients come from the arena (which may be counting: then 0 pointers everywhere, but the same sizes).
-// keep_grads: 1 = every block keeps its final gradient until the end of the update (--update end), 0 = one pair of buffers is reused (--update layer; a tied embedding keeps its own).  Weight shards are floatX; they start as zeros.
+// keep_grads: 1 = every block keeps its final gradient until the end of the update (--update end), 0 = one pair of buffers is reused (--update layer; a tied embedding keeps its
+// own).  Weight shards are floatX; they start as zeros.
 Fsdp *fsdp_create(const Model *m, const Grid *g, int keep_grads, Arena *arena);
 void fsdp_free(Fsdp *f);
 // Rounds whose gradients add up before the shard gradient is whole (default 1). The all-reduce over dp waits for the last round's reduction.

@@ -21,28 +21,28 @@ static void divisors(char *text, size_t size, int world, int must, int also) {
 
 static void check_layout(const Config *c, int world, int dp, int *fsdp, int ep, int split_heads) {
     char fits[256];
-    if (dp < 1 || ep < 1 || *fsdp < 0) die("--dp %d --fsdp %d --ep %d: sizes of groups are at least 1, grid|leave --fsdp out to use the ranks that dp and ep leave", dp, *fsdp, ep);
+    if (dp < 1 || ep < 1 || *fsdp < 0) die("--dp %d --fsdp %d --ep %d: sizes of groups are at least 1|leave --fsdp out to use the ranks that dp and ep leave", dp, *fsdp, ep);
     int64_t rest = (int64_t)dp * ep;
     if (dp > world || ep > world || *fsdp > world || rest > world)
-        die("--dp %d --fsdp %d --ep %d needs %lld ranks and there are %d, grid|start more ranks (mpirun -np %lld) or make the groups smaller", dp, *fsdp, ep,
+        die("--dp %d --fsdp %d --ep %d needs %lld ranks and there are %d|start more ranks (mpirun -np %lld) or make the groups smaller", dp, *fsdp, ep,
             (long long)(rest * (*fsdp ? *fsdp : 1)), world, (long long)(rest * (*fsdp ? *fsdp : 1)));
     if (*fsdp == 0) {
-        if (world % rest) die("--dp %d x --ep %d does not divide the %d ranks, grid|choose dp and ep whose product divides %d", dp, ep, world, world);
+        if (world % rest) die("--dp %d x --ep %d does not divide the %d ranks|choose dp and ep whose product divides %d", dp, ep, world, world);
         *fsdp = (int)(world / rest);
     }
     if (rest * *fsdp != world) {
         if (world % rest == 0)
-            die("--dp %d x --fsdp %d x --ep %d = %lld, but there are %d ranks, grid|with this dp and ep --fsdp %d fits (or leave --fsdp out)", dp, *fsdp, ep,
+            die("--dp %d x --fsdp %d x --ep %d = %lld, but there are %d ranks|with this dp and ep --fsdp %d fits (or leave --fsdp out)", dp, *fsdp, ep,
                 (long long)(rest * *fsdp), world, (int)(world / rest));
-        die("--dp %d x --fsdp %d x --ep %d = %lld, but there are %d ranks, grid|choose sizes whose product is %d", dp, *fsdp, ep, (long long)(rest * *fsdp), world, world);
+        die("--dp %d x --fsdp %d x --ep %d = %lld, but there are %d ranks|choose sizes whose product is %d", dp, *fsdp, ep, (long long)(rest * *fsdp), world, world);
     }
     if (c->n_moe && c->E % ep) {
         divisors(fits, sizeof fits, world / dp, c->E, split_heads ? c->KV : 0);
-        die("--ep %d does not divide the model's %d experts, grid|--ep that fits here: %s", ep, c->E, fits);
+        die("--ep %d does not divide the model's %d experts|--ep that fits here: %s", ep, c->E, fits);
     }
     if (split_heads && c->KV % ep) {
         divisors(fits, sizeof fits, world / dp, c->KV, c->n_moe ? c->E : 0);
-        die("--attention heads with --ep %d does not divide the model's %d KV heads, grid|--ep that fits here: %s; or --attention data", ep, c->KV, fits);
+        die("--attention heads with --ep %d does not divide the model's %d KV heads|--ep that fits here: %s; or --attention data", ep, c->KV, fits);
     }
 }
 

@@ -176,7 +176,9 @@ static void bad_places(void) {
     bad("resumed with another optimizer", "--optimizer adamw, now it is sgd", "$S --steps 4 --resume --out $T/taken --optimizer sgd");
     good("cp -r $T/taken $T/tampered; exec sed -i 's/\"batch\"/\"BATCH\"/' $T/tampered/checkpoints/step_2/trainer.json");
     bad("resumed from a damaged trainer.json", "trainer.json", "$S --steps 4 --resume --out $T/tampered");
-    bad("a file where the folder should be", "cannot create the folder", "$S --steps 1 --out $T/text.txt/run");
+    bad("a file where the folder should be", "cannot read the folder", "$S --steps 1 --out $T/text.txt/run");
+    good("exec ln -s loop $T/loop");
+    bad("a folder that cannot be read", "cannot read the folder", "$S --steps 1 --out $T/loop");
     bad("a folder that cannot be made", "cannot create the folder", "$S --steps 1 --out /proc/nowhere/run");
     bad("a dump that cannot be made", "cannot create the dump", "$S --steps 1 --dump $T/nowhere/dump.safetensors");
     bad("a dump onto a full device", "cannot make room for the dump", "$S --steps 1 --dump /dev/full");
