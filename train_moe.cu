@@ -105,7 +105,6 @@ static OptimizerOptions optimizer_options(const Options *o) {
 static Schedule schedule_options(const Options *o) {
     Schedule s = { (ScheduleKind)o->schedule, o->steps, options_count("warmup", o->warmup, o->steps), options_count("decay", o->decay, o->steps), o->final_lr };
     if (s.warmup < 0) die("--warmup %s is negative|give a count or a ratio", o->warmup);
-    if (o->steps > 0 && s.warmup > o->steps) die("--warmup %s is more than --steps %lld|use a smaller one, or a ratio such as 0.1", o->warmup, (long long)o->steps);
     if (s.decay < 0) die("--decay %s is negative|give a count or a ratio", o->decay);
     return s;
 }
@@ -122,9 +121,9 @@ static int folder_is_empty(const char *path) {
     return empty;
 }
 
-// The step to continue from, 0 for a fresh run. Rank 0 looks; everybody hears.
+// The newest checkpoint, -1 where there is none. Rank 0 looks; everybody hears.
 static int64_t open_folder(const Options *o, Comm *all) {
-    if (!*o->out) return 0;
+    if (!*o->out) return -1;
     int empty = 1;
     if (comm_world_rank() == 0) {
         empty = folder_is_empty(o->out);
@@ -132,22 +131,21 @@ static int64_t open_folder(const Options *o, Comm *all) {
         folder_make(o->out);
     }
     comm_broadcast(all, &empty, sizeof empty, 0);
-    if (empty) return 0;
-    int64_t step = checkpoint_find(all, o->out);
-    return step < 0 ? 0 : step;
+    return empty ? -1 : checkpoint_find(all, o->out);
 }
 
 // A run continues with the data order, the batch and the optimizer it began with; anything else would be another run under the same name.
 static void check_resumed(const cJSON *trainer, const Options *o, const char *dir) {
     struct { const char *key; int64_t now; } same[] = { { "seed", o->seed }, { "batch", o->batch }, { "seq_len", o->seq_len }, { "shuffle", o->shuffle } };
-    for (int i = 0; i < 4; i++) {
+    int fresh = trainer_number(trainer, "updates") == 0;       // weights that the same seed makes again: a conversion had no batch and no optimizer
+    for (int i = 0; i < (fresh ? 1 : 4); i++) {
         int64_t was = (int64_t)trainer_number(trainer, same[i].key);
         if (was == same[i].now) continue;
         if (i == 3) die("%s was trained with --shuffle %s|resume with the same value, or start a new --out", dir, was ? "on" : "off");
         die("%s was trained with --%s %lld, now it is %lld|resume with the same value, or start a new --out", dir, i == 2 ? "seq-len" : same[i].key, (long long)was, (long long)same[i].now);
     }
     const char *optimizer = options_choice(o, "optimizer");
-    if (strcmp(trainer_text(trainer, "optimizer"), optimizer))
+    if (!fresh && strcmp(trainer_text(trainer, "optimizer"), optimizer))
         die("%s was trained with --optimizer %s, now it is %s|resume with the same optimizer, or start a new --out", dir, trainer_text(trainer, "optimizer"), optimizer);
 }
 
@@ -228,6 +226,7 @@ static void train(Trainer *t, const Options *o, Report *report, Checkpoint *chec
         }
         int show = o->router_every && step % o->router_every == 0;
         report_step(report, t, step, &s, now_seconds() - begin, show);
+        if (s.nonfinite && !o->skip_nonfinite) trainer_die_nonfinite(t, step);
         if (show && t->g->rank == 0 && t->m->c.n_moe) report_heat_map(t, stdout);
         if (t->trace) trace_close(t, tokens);
         int save_here = save_asked;
@@ -255,6 +254,7 @@ int main(int argc, char **argv) {
     CommOptions comm = { o.timeout, o.force_comm, o.check_comm };
     comm_start(comm);
     int threads = grid_threads((int)o.threads);                    // NCCL knows the ranks of this machine only now
+    if (o.plan && !o.threads && o.world > comm_world_size()) threads = threads > o.world ? threads / (int)o.world : 1;      // what a rank of that world would get here
     if (!o.plan || !strcmp(device_backend(), "cpu")) device_init(comm_local_rank(), threads);      // a plan needs no GPU, but the number of threads
     attention_select(o.attention_kernel);
     char *path = *o.model ? xasprintf("%s/config.json", o.model) : xasprintf("%s", o.init);
@@ -279,8 +279,8 @@ int main(int argc, char **argv) {
         return failed != 0;
     }
     Model model = model_build(config, grid_cut(&grid));
-    int64_t first = open_folder(&o, grid.all);
-    char *resumed = first > 0 ? checkpoint_folder(o.out, first) : 0;
+    int64_t found = open_folder(&o, grid.all), first = found > 0 ? found : 0;
+    char *resumed = found >= 0 ? checkpoint_folder(o.out, found) : 0;
     cJSON *trainer = resumed ? checkpoint_trainer(resumed) : 0;
     if (trainer) check_resumed(trainer, &o, resumed);          // before anything under --out is touched
     Loader *data = o.train.n ? loader_open(o.train.name, o.train.n, (int)o.seq_len, (uint64_t)o.seed, o.shuffle, config.V) : 0;
@@ -295,9 +295,9 @@ int main(int argc, char **argv) {
     checkpoint_free(checkpoint);
     arena_commit(&staging);
     checkpoint = checkpoint_create(&model, grid.all, grid.dp_rank == 0, &staging);
-    Report report = report_open(t, o.out, first, o.steps, peak);
+    Report report = report_open(t, o.out, first, o.steps, val && (first == 0 || !o.steps), peak);
     report_start(&report, t, &o, path, data, val);
-    if (resumed) {
+    if (first > 0) {
         checkpoint_resume(checkpoint, resumed, t->optimizer.state);
         restore_trainer(t, trainer);
         if (screen) printf("resumed from %s%s\n", resumed, o.steps && first >= o.steps ? ": --steps asks for no more updates" : "");

@@ -116,9 +116,7 @@ Piece checkpoint_piece(Part part, const OptimizerState *s, const Segment *g) {
 }
 
 void checkpoint_check_blocks(const Checkpoint *k) {
-    for (int b = 0; b < k->m->n_blocks; b++)
-        if (k->m->block[b].quant_cut)
-            die("8-bit optimizer state: this layout cuts blocks of 256 elements (layer %d)|choose --fsdp and --ep so that shards fall on whole blocks", k->m->block[b].layer);
+    if (model_cuts_blocks(k->m)) die("8-bit optimizer state: this layout cuts blocks of 256 elements|choose --fsdp and --ep so that shards fall on whole blocks");
 }
 
 unsigned checkpoint_state(const OptimizerState *s) {
@@ -300,7 +298,7 @@ static void place_state(const Checkpoint *k, const SafeTensors *s, int file, Par
         char *name = xasprintf("%s%s", k->weight[i].name, PART_SUFFIX[part]);
         const SafeTensor *t = s->n_files ? safetensors_find(s, name) : 0;
         if (!t && part == PART_MASTER) { free(name); continue; }
-        if (!t) die("%s: %s is missing|the checkpoint was written by another optimizer: resume with that one", s->n_files ? s->path[0] : "optimizer.safetensors", name);
+        if (!t) die("%s: %s is missing|the checkpoint was written by another optimizer, or by sgd without momentum: resume with that", s->n_files ? s->path[0] : "optimizer.safetensors", name);
         int is_real = t->type == DTYPE_F32 || t->type == DTYPE_F64 || (part == PART_MASTER && t->type == DTYPE_BF16);
         if (safetensors_elements(t) != checkpoint_part_elements(&k->weight[i], part) || (type == DTYPE_U8 ? t->type != DTYPE_U8 : !is_real))
             die("%s: %s has another size or dtype than the model|the file belongs to another checkpoint", s->path[0], name);

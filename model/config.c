@@ -83,10 +83,10 @@ static void check_rope(const Keys *k, const char *name) {
 }
 
 static double rope_theta(const Keys *k) {
-    const cJSON *rope = get(k, "rope_parameters");
-    Keys inner = { rope, k->at };
+    const cJSON *rope = get(k, "rope_parameters"), *scaling = get(k, "rope_scaling");
+    Keys inner = { rope ? rope : scaling, k->at };
     double theta = number(k, "rope_theta", 10000);
-    return rope ? number(&inner, "rope_theta", theta) : theta;
+    return inner.root ? number(&inner, "rope_theta", theta) : theta;
 }
 
 static void check_mathematics(const Keys *k) {

@@ -38,8 +38,6 @@ Optimizer optimizer_create(const Model *m, OptimizerOptions o, Arena *arena) {
         const Block *block = &m->block[b];
         OptimizerState *s = &opt.state[b];
         size_t n = (size_t)block->shard, q = (size_t)block->n_qblocks;
-        if (o.kind == OPT_ADAMW8 && block->quant_cut)
-            die("adamw8bit: this layout cuts a 256-element quantisation block of a tensor in block %d|use fewer fsdp or ep ranks, --attention data, or --optimizer adamw", b);
         if (master) s->master = (real *)take_zero(arena, n * sizeof(real), "fp32 master weights");
         if (adam || (o.kind == OPT_SGD && o.momentum != 0)) s->m = (real *)take_zero(arena, n * sizeof(real), "optimizer state");
         if (adam) s->v = (real *)take_zero(arena, n * sizeof(real), "optimizer state");

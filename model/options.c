@@ -65,7 +65,7 @@ int64_t options_count(const char *name, const char *value, int64_t total) {
     if (!strpbrk(value, ".eE")) return parse_int(name, value);
     double ratio = options_real(name, value);
     if (ratio < 0 || ratio > 1) die("--%s %s: a ratio lies between 0 and 1|write a count without a point, or a ratio of --steps", name, value);
-    return (int64_t)ceil(ratio * (double)total - 1e-9);
+    return (int64_t)ceil(ratio * (double)total);             // as transformers, 0.07 of 100 is 8: the product in double is just above 7
 }
 
 // The choices for a hint: "a, b, c" (a bar would end the message there). Lives until the next call.

@@ -89,7 +89,6 @@ static void add_segment(SegmentList *list, const Param *p, int param, int slice,
     s.offset = lo - b->shard0;
     s.qblock = b->n_qblocks;
     s.decay = (float)p->decay;
-    if (s.first % ALIGN) b->quant_cut = 1;
     b->n_qblocks += (s.count + ALIGN - 1) / ALIGN;
     b->segment[b->n_segments] = s;
     b->segment_param[b->n_segments] = param;
@@ -112,6 +111,24 @@ static void block_segments(Model *m, Block *b) {
                 add_segment(&list, p, i, s, id, at + (int64_t)r * p->cols, p->cols, (int64_t)(p->row0 + r) * p->full_cols + p->col0);
         }
     }
+}
+
+// Shards and parameters begin at multiples of ALIGN in a block. So a shard that begins inside a slice of S elements begins inside one of its quantisation blocks only where
+// earlier slices left an odd place, S % ALIGN != 0; and heads cut by ep begin where their rows or columns say.
+int model_cuts_blocks(const Model *m) {
+    for (int b = 0; b < m->n_blocks; b++) {
+        const Block *block = &m->block[b];
+        for (int i = block->first_param; i < block->first_param + block->n_params; i++) {
+            const Param *p = &m->param[i];
+            int64_t slice = (int64_t)p->rows * p->cols;
+            if (p->cols != p->full_cols && (p->cols % ALIGN || p->full_cols % ALIGN)) return 1;
+            if (p->rows != p->full_rows && slice % ALIGN) return 1;
+            if (slice % ALIGN == 0) continue;
+            for (int64_t at = block->shard; at < block->size; at += block->shard)
+                if (at > p->offset && at < p->offset + p->size && (at - p->offset) % slice % ALIGN) return 1;
+        }
+    }
+    return 0;
 }
 
 // ---- the model --------------------------------------------------------------------------------------------------------------

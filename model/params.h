@@ -81,7 +81,6 @@ typedef struct {
     int *segment_param;              // (n_segments) Param of each
     int *segment_slice;              // (n_segments) expert here * parts + part
     int64_t n_qblocks;               // 256-element blocks of 8-bit state in the shard
-    int quant_cut;                   // 1: some piece begins inside a 256-element block of its tensor (the 8-bit optimizer refuses such a layout)
 } Block;
 
 typedef struct {
@@ -97,6 +96,8 @@ typedef struct {
 // Builds table, blocks and segments from a config (which the model then owns) and a cut. Dies where the cut does not divide (experts by ep, KV heads by ep).
 Model model_build(Config c, Cut cut);
 void model_free(Model *m);
+// 1 where some rank of this layout has a piece that begins inside a 256-element block of its tensor: the 8-bit optimizer refuses such a layout (quant8.h).
+int model_cuts_blocks(const Model *m);
 // The row of a parameter of a layer (-1 outside), 0 where that layer has none.
 const Param *model_param(const Model *m, ParamId id, int layer);
 // Full Hugging Face name of slice s = expert here * parts + part of p, into name (at least 160 chars).

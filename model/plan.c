@@ -127,13 +127,48 @@ static void print_bytes(FILE *out, double b) {
     else fprintf(out, "%10.3f kB", b / 1e3);
 }
 
-// One candidate: its memory and time. The model's tables are built and thrown away. `table`: where the byte table goes, or 0.
-static Estimate try_layout(const Config *c, const Grid *g, StepOptions *o, OptimizerOptions opt, const Machine *k, FILE *table, Traffic *uniform, Traffic *most) {
+// The tables of a layout; model_free takes them down.
+static Model layout_model(const Config *c, const Grid *g) {
     Config copy = *c;
     copy.json = 0;
     copy.is_moe = (unsigned char *)xmalloc((size_t)c->L, "config");
     memcpy(copy.is_moe, c->is_moe, (size_t)c->L);
-    Model m = model_build(copy, grid_cut(g));
+    return model_build(copy, grid_cut(g));
+}
+
+static int keeps_blocks(const Config *c, const Grid *g) {
+    Model m = layout_model(c, g);
+    int keeps = !model_cuts_blocks(&m);
+    model_free(&m);
+    return keeps;
+}
+
+// g with other sizes of ep and fsdp; 0 where they divide neither the world nor the model.
+static int other_layout(const Config *c, const Grid *g, int ep, int fsdp, Grid *other) {
+    *other = *g;
+    other->ep = ep, other->fsdp = fsdp, other->dp = g->world / ep / fsdp;
+    other->data_ranks = g->world / (g->dispatch == DISPATCH_ALLREDUCE ? ep : 1);
+    return g->world % (ep * fsdp) == 0 && (!c->n_moe || c->E % ep == 0) && (!g->split_heads || c->KV % ep == 0);
+}
+
+void plan_check_blocks(const Config *c, const Grid *g) {
+    if (keeps_blocks(c, g)) return;
+    char fits[512] = "";
+    int n = 0;
+    Grid other;
+    for (int ep = 1; ep <= g->world && ep <= 64; ep++)
+        for (int fsdp = 1; fsdp * ep <= g->world; fsdp++)
+            if (n < 6 && other_layout(c, g, ep, fsdp, &other) && keeps_blocks(c, &other)) {
+                size_t at = strlen(fits);
+                snprintf(fits + at, sizeof fits - at, "%s--dp %d --fsdp %d --ep %d", n++ ? ", " : "", other.dp, fsdp, ep);
+            }
+    die("--optimizer adamw8bit: --dp %d --fsdp %d --ep %d cuts tensors inside their blocks of 256 elements|of %d ranks these fit: %s; or --optimizer adamw", g->dp, g->fsdp, g->ep,
+        g->world, n ? fits : "none");
+}
+
+// One candidate: its memory and time. The model's tables are built and thrown away. `table`: where the byte table goes, or 0.
+static Estimate try_layout(const Config *c, const Grid *g, StepOptions *o, OptimizerOptions opt, const Machine *k, FILE *table, Traffic *uniform, Traffic *most) {
+    Model m = layout_model(c, g);
     Trainer *t = trainer_create(&m, (Grid *)g, *o, opt, 1, table);
     *o = t->o;                                             // with the micro-batch filled in
     double respread = o->recompute == RECOMPUTE_NONE || o->recompute == RECOMPUTE_AUTO ? 0 : 1, reattended = o->recompute == RECOMPUTE_LAYER;
@@ -147,23 +182,16 @@ static Estimate try_layout(const Config *c, const Grid *g, StepOptions *o, Optim
     return e;
 }
 
-static int fits_layout(const Config *c, const Grid *g, const StepOptions *o) {
-    return (!c->n_moe || c->E % g->ep == 0) && (!g->split_heads || c->KV % g->ep == 0) && o->batch % g->data_ranks == 0 && o->batch / g->data_ranks % o->rounds == 0;
-}
-
 // The fastest layouts by the estimate that fit into memory: ep over the divisors of the world up to 64, fsdp over powers of two, dp what they leave.
 static void recommend(FILE *out, const Config *c, const Grid *g, StepOptions o, OptimizerOptions opt, const Machine *k) {
     enum { KEEP = 3 };
     struct { Grid grid; Estimate e; } best[KEEP];
     int n = 0;
     for (int ep = 1; ep <= g->world && ep <= 64; ep++) {
-        if (g->world % ep) continue;
         for (int fsdp = 1; fsdp * ep <= g->world; fsdp *= 2) {
-            if (g->world % (fsdp * ep)) continue;
-            Grid candidate = *g;
-            candidate.ep = ep; candidate.fsdp = fsdp; candidate.dp = g->world / ep / fsdp;
-            candidate.data_ranks = g->world / (g->dispatch == DISPATCH_ALLREDUCE ? ep : 1);
-            if (!fits_layout(c, &candidate, &o)) continue;
+            Grid candidate;
+            if (!other_layout(c, g, ep, fsdp, &candidate) || o.batch % candidate.data_ranks || o.batch / candidate.data_ranks % o.rounds) continue;
+            if (opt.kind == OPT_ADAMW8 && !keeps_blocks(c, &candidate)) continue;
             if (o.micro_batch && o.batch / candidate.data_ranks / o.rounds % o.micro_batch) continue;
             StepOptions with = o;
             Traffic uniform, most;

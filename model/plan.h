@@ -30,6 +30,8 @@ typedef struct {
 // By name (h200, h100, a100, b200, cpu), dies naming the choices.
 Machine plan_machine(const char *name);
 
+// For the 8-bit optimizer: dies where the layout cuts a block of its state, naming layouts of the same number of ranks that do not.
+void plan_check_blocks(const Config *c, const Grid *g);
 // Prints the plan of one layout: memory, traffic (uniform, and the most that routing could ask for), time by roofline, what limits, warnings; then the best layouts of this world that fit.
 void plan_print(FILE *out, const Config *c, const Grid *g, StepOptions o, OptimizerOptions opt, const Machine *machine);
 MOE_END_C

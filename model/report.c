@@ -13,8 +13,8 @@
 #endif
 
 // ---- log.jsonl ------------------------------------------------------------------------------------------------------------------
-// Keeps the lines of steps <= step. A last line that a kill cut short is dropped with the rest.
-static void cut_log(const char *path, int64_t step) {
+// Keeps the lines of steps <= step; again: without the evaluation at `step`, which is to come. A last line that a kill cut short is dropped with the rest.
+static void cut_log(const char *path, int64_t step, int again) {
     FILE *in = fopen(path, "r");
     if (!in) return;
     char *temporary = xasprintf("%s.cut", path), *line = 0;
@@ -24,7 +24,8 @@ static void cut_log(const char *path, int64_t step) {
     if (!out) die("cannot write %s: %s|make the folder writable", temporary, strerror(errno));
     while ((n = getline(&line, &capacity, in)) > 0) {
         const char *at = strstr(line, "\"step\":");
-        if (line[n - 1] == '\n' && at && strtoll(at + 7, 0, 10) <= step) fputs(line, out);
+        int64_t of = at ? strtoll(at + 7, 0, 10) : step + 1;
+        if (line[n - 1] == '\n' && of <= step && !(again && of == step && strstr(line, "\"val_loss\""))) fputs(line, out);
     }
     free(line);
     fclose(in);
@@ -41,7 +42,7 @@ static void log_line_end(Report *r) {
     if (fputs("}\n", r->log) < 0 || fflush(r->log)) die("cannot write the log: %s|free space under --out", strerror(errno));
 }
 
-Report report_open(const Trainer *t, const char *out, int64_t step, int64_t steps, double peak) {
+Report report_open(const Trainer *t, const char *out, int64_t step, int64_t steps, int again, double peak) {
     Report r;
     memset(&r, 0, sizeof r);
     r.active = t->g->rank == 0;
@@ -51,7 +52,7 @@ Report report_open(const Trainer *t, const char *out, int64_t step, int64_t step
     r.begin = now_seconds();
     if (!r.active || !*out) return r;
     char *path = xasprintf("%s/log.jsonl", out);
-    cut_log(path, step);
+    cut_log(path, step, again);
     r.log = fopen(path, "a");
     if (!r.log) die("cannot open %s: %s|choose an --out folder that can be written", path, strerror(errno));
     free(path);
@@ -139,7 +140,7 @@ void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s,
     printf(" | %.0f ms %.0f tok/s", 1e3 * seconds, rate);
     if (r->peak > 0) printf(" mfu %.1f%%", 100 * mfu);
     print_eta((now_seconds() - r->begin) / (double)(step - r->first) * (double)(r->steps - step));
-    printf("%s\n", s->skipped ? " | SKIPPED: gradient not finite" : "");
+    printf("%s\n", !s->nonfinite ? "" : t->o.skip_nonfinite ? " | SKIPPED: gradient not finite" : " | gradient not finite");
     fflush(stdout);
     if (!r->log) return;
     fprintf(r->log, "{\"step\":%lld", (long long)step);
@@ -154,7 +155,7 @@ void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s,
     log_number(r->log, "mfu", mfu);
     log_number(r->log, "expert_load_max", s->expert_load_max);
     fprintf(r->log, ",\"expert_dead\":%d", s->expert_dead);
-    if (s->skipped) fprintf(r->log, ",\"skipped\":true");
+    if (s->nonfinite && t->o.skip_nonfinite) fprintf(r->log, ",\"skipped\":true");
     if (with_experts && c->n_moe) {
         fprintf(r->log, ",\"expert_load\":[");
         for (int l = 0; l < c->n_moe; l++) {

@@ -13,8 +13,9 @@ typedef struct {
     double begin;                // wall clock of the first update
 } Report;
 
-// Cuts log.jsonl under `out` back to lines of steps <= step (resume), then opens it for appending; out "" = no log. Dies where it cannot be written.
-Report report_open(const Trainer *t, const char *out, int64_t step, int64_t steps, double peak);
+// Cuts log.jsonl under `out` back to lines of steps <= step (resume; again: step itself is evaluated anew), then opens it for appending; out "" = no log. Dies where it cannot be
+// written.
+Report report_open(const Trainer *t, const char *out, int64_t step, int64_t steps, int again, double peak);
 void report_close(Report *r);
 // The screen at the start: model, precision, backend, grid, data, batch, losses, optimizer, MFU formula. Also writes out/run.json.
 void report_start(const Report *r, const Trainer *t, const Options *o, const char *source, const Loader *train, const Loader *val);

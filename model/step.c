@@ -387,7 +387,7 @@ void trainer_set_bias(Trainer *t, const float *bias, size_t n) {
 }
 
 // Names the first block of backward whose gradient is not finite: what lies below it got its gradient from there.
-static void die_nonfinite(Trainer *t, int64_t update) {
+void trainer_die_nonfinite(Trainer *t, int64_t update) {
     const Model *m = t->m;
     char part[64] = "the embedding";
     for (int b = m->n_blocks - 1; b >= 0; b--) {
@@ -398,6 +398,7 @@ static void die_nonfinite(Trainer *t, int64_t update) {
         die("update %lld: the gradient of %s is not finite; %s|lower --lr, check data and checkpoint, or use --skip-nonfinite on", (long long)update, part,
             t->o.update_layer ? "this layer and those below it are unchanged" : "no weight was changed by this update");
     }
+    die("update %lld: the gradient norm is not finite, though every part of it is|lower --lr, or use --skip-nonfinite on", (long long)update);
 }
 
 static StepResult report(Trainer *t, int64_t update, double lr, double N, double aux) {
@@ -437,8 +438,7 @@ static StepResult report(Trainer *t, int64_t update, double lr, double N, double
     if (comm_max(t->g->all, bits) != bits || comm_max(t->g->all, -bits) != -bits)
         die("update %lld: ranks hold different gradient norms (this one %.9g)|a collective is broken: run with --check-comm on", (long long)update, (double)norm);
     if (!isfinite(r.grad_norm)) {
-        if (!t->o.skip_nonfinite) die_nonfinite(t, update);
-        r.skipped = 1;
+        r.nonfinite = 1;
         return r;
     }
     t->updates++;

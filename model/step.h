@@ -30,7 +30,7 @@ typedef struct {
 typedef struct {                 // what one update tells, equal on all ranks
     double loss, aux, z, grad_norm, lr;
     int64_t tokens, valid;       // distinct positions, and targets that count
-    int skipped;                 // 1: non-finite gradient, nothing was changed
+    int nonfinite;               // 1: the gradient is not finite, so nothing was changed; without --skip-nonfinite the run ends (trainer_die_nonfinite)
     int expert_dead;             // (layer, expert) pairs without a token
     double expert_load_max;      // max / mean of the worst layer
 } StepResult;
@@ -90,6 +90,8 @@ void trainer_free(Trainer *t);
 void trainer_init(Trainer *t);
 // One update from windows [ (update-1) * batch, update * batch ) of data. Ends the run (or skips) on a non-finite gradient, on all ranks together.
 StepResult trainer_step(Trainer *t, Loader *data, int64_t update, double lr);
+// Ends the run where a step found a gradient that is not finite, naming the first block of backward that has one.
+void trainer_die_nonfinite(Trainer *t, int64_t update);
 // Mean cross entropy over the first n_windows windows of data, in file order; the same on every layout.
 double trainer_evaluate(Trainer *t, Loader *data, int64_t n_windows);
 // Parts of an update that evaluation shares: the first n_micro micro-batches of t->ids to the head's input, and the loss sum (round, N: training only).

@@ -274,6 +274,9 @@ static void test_configs(void) {
                          " \"rope_scaling\": {\"type\": \"default\"}, \"use_sliding_window\": false, \"sliding_window\": 4096}");
     check(b.E == 6 && b.rope_theta == 5e5 && b.eos == 7 && b.pad == b.V - 1, "5.x spellings; a list of end tokens; pad -1 counts from the end as torch does");
     check(b.n_moe == 2 && b.is_moe[1] && !b.is_moe[3] && b.is_moe[5] && !b.is_moe[0], "decoder_sparse_step 2 and mlp_only_layers [3]: layers 1 and 5 have experts");
+    Config old = from_text("{\"model_type\": \"qwen3_moe\", \"rope_scaling\": {\"rope_type\": \"default\", \"rope_theta\": 500.0}}");
+    check(old.rope_theta == 500, "rope_theta inside rope_scaling, as transformers reads it");
+    config_free(&old);
     char *text = config_export(&b, "bfloat16");
     Config c = from_text(text);
     cJSON *root = cJSON_Parse(text);

@@ -1,5 +1,5 @@
 // Everything a run allocates, in one pass over arenas: counted first, printed, then taken (I10). See step.h.
-#include "step.h"
+#include "plan.h"
 #include "../kernels/fail.h"
 #include <stdio.h>
 #include <stdlib.h>
@@ -123,6 +123,7 @@ Trainer *trainer_create(Model *m, Grid *g, StepOptions o, OptimizerOptions opt, 
     if (o.rounds > 1 && o.update_layer) die("--rounds %d needs the gradients of all layers at once|use --update end, or one round with a smaller --micro-batch", o.rounds);
     if (o.skip_nonfinite && o.update_layer) die("--skip-nonfinite cannot undo layers that are already stepped|use --update end");
     if (o.T > c->max_positions) die("--seq-len %d is longer than the model's max_position_embeddings %d|use a shorter sequence", o.T, c->max_positions);
+    if (opt.kind == OPT_ADAMW8) plan_check_blocks(c, g);
     t->n_micro = (int)(per_round / o.micro_batch);
     t->R = o.micro_batch * o.T;
     t->n_slots = g->ep > 1 && t->n_micro > 1 ? (t->n_micro < 3 ? t->n_micro : 3) : 1;

@@ -295,11 +295,13 @@ static void schedule_case(const char *name, const char *options, double (*f)(dou
     log_free(&l);
 }
 static double constant_rate(double s) { return s < 4 ? s / 4 : 1; }
+static double long_warmup(double s) { return s / 40; }
 static double linear_rate(double s) { return s < 5 ? s / 5 : 0.1 + 0.9 * (20 - s) / 15; }
 static double cosine_rate(double s) { return s < 4 ? s / 4 : 0.5 * (1 + cos(M_PI * (s - 4) / 16)); }
 static double wsd_rate(double s) { return s < 2 ? s / 2 : s < 14 ? 1 : 0.5 + 0.5 * (20 - s) / 6; }
 static void test_schedules(void) {
     schedule_case("constant, warmup 4", "--warmup 4", constant_rate);
+    schedule_case("constant, warmup longer than the run", "--warmup 40", long_warmup);
     schedule_case("linear to a tenth, warmup ratio 0.25", "--schedule linear --warmup 0.25 --final-lr 0.1", linear_rate);
     schedule_case("cosine, warmup 4", "--schedule cosine --warmup 4", cosine_rate);
     schedule_case("wsd, warmup 2, decay ratio 0.3 to a half", "--schedule wsd --warmup 2 --decay 0.3 --final-lr 0.5", wsd_rate);
@@ -323,6 +325,16 @@ static void test_resume(void) {
     Log l = log_of("b");
     check(l.n == 12 && number(l.line[11], "step") == 12 && number(l.line[10], "loss") != 1, "a log that ran ahead of the checkpoint is cut back to it");
     log_free(&l);
+    // an evaluation that is made again takes the place of the one before: a run that began anew, one that only evaluates
+    const char *evaluated = "--val $T/text.txt --eval-batches 1";
+    good("eval exec $B $S --steps 2 %s --out $T/again", evaluated);
+    good("rm -r $T/again/checkpoints; eval exec $B $S --steps 2 %s --resume --out $T/again", evaluated);
+    good("eval exec $B $S --steps 0 %s --resume --out $T/again", evaluated);
+    char *text = slurp(at("again/log.jsonl"), 0);
+    int evaluations = 0;
+    for (const char *p = text; (p = strstr(p, "val_loss")); p++) evaluations++;
+    check(evaluations == 2, "begun anew and evaluated again: %d evaluations in the log, of steps 0 and 2", evaluations);
+    free(text);
     good("eval exec $B $S --steps 8 --save-every 2 --keep 2 --out $T/keep");
     check(!exists(at("keep/checkpoints/step_4")) && exists(at("keep/checkpoints/step_6")) && exists(at("keep/checkpoints/step_8")) && exists(at("keep/checkpoints/latest/model.safetensors")),
           "--save-every 2 --keep 2: the two newest checkpoints stay, `latest` follows");

@@ -81,7 +81,6 @@ static void bad_options(void) {
     bad("no time at all", "--timeout 0", "$S --timeout 0");
     bad("resume of nothing", "--resume needs the folder", "$S --resume");
     bad("unknown dtype", "--save-dtype f64", "$S --save-dtype f64");
-    bad("warmup longer than the run", "--warmup 200 is more than --steps", "$S --steps 100 --warmup 200 --out $T/none1");
     bad("ratio above one", "--warmup 1.5", "$S --steps 100 --warmup 1.5 --out $T/none2");
     bad("sequences longer than the model's positions", "max_position_embeddings 128", "$S --seq-len 129");
     bad("batch not divisible by rounds", "not divisible by --rounds 3", "$S --rounds 3");
@@ -95,7 +94,13 @@ static void bad_options(void) {
     unsetenv("MV2_COMM_WORLD_SIZE");
     bad("token that is not there", "an update has tokens 0 to 127", "$S --steps 1 --trace-token 128");
     bad("unknown attention kernel", "no attention kernel \"fast\"", "$S --attention-kernel fast");
-    bad("gradients that are not finite", "not finite", "$S --steps 20 --optimizer sgd --lr 1e30 --grad-clip 0");
+    bad("gradients that are not finite", "not finite", "$S --steps 20 --optimizer sgd --lr 1e30 --grad-clip 0 --out $T/infinite");
+    char *log = slurp(at("infinite/log.jsonl"), 0);
+    check(strstr(log, "\"loss\":null") != 0, "the update that ended the run is in the log, its loss null");
+    free(log);
+    bad("a layout that cuts blocks of 8-bit moments", "of 4 ranks these fit: --dp 4 --fsdp 1 --ep 1, ", "--plan --model $F/tied --optimizer adamw8bit --seq-len 8 --batch 12 --world 4");
+    good("exec $B --init $T/config.json --steps 0 --seed 1 --out $T/seeded");
+    bad("another seed than that of the weights that were made", "--seed 1, now it is 2", "$S --seed 2 --resume --out $T/seeded");
 }
 
 static void bad_models(void) {
