@@ -378,13 +378,14 @@ static void test_signals(void) {
     int status = end(child);
     check(status == 0 && run("test $(ls $T/usr/checkpoints | grep -c step_) = 2") == 0 && same_logs("whole", "usr"), "SIGUSR1: saves and goes on to the end");
     free(command);
-    // kill -9 at ten moments, saving after every update so that many fall inside a save
+    // kill -9 at ten moments, a dozen updates apart, saving after every update so that many fall inside a save
     uint32_t state = 12345;
     int intact = 1, killed = 0;
     for (int i = 0; i < 10; i++) {
         child = begin("eval exec $B $S --schedule cosine --warmup 10 --steps 150 --save-every 1 --keep 3 --resume --out $T/kill");
         state = state * 1664525 + 1013904223;
-        pause_ms(700 + (int)(state >> 16) % 700);
+        wait_lines("kill", 12 * (i + 1) + (int)(state >> 16) % 8);
+        pause_ms((int)(state >> 20) % 10);
         kill(child, SIGKILL);
         status = end(child);
         killed += status == 128 + SIGKILL;
