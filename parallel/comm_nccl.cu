@@ -528,7 +528,7 @@ static void sum_pieces(Comm *g, char *out, const char *own, const char *src, siz
         void (*sum)(void *, const void *, const void *, int64_t, int, int, int64_t, int, cudaStream_t) =
             type == DTYPE_F32 ? launch_sum<float, float> : type == DTYPE_F64 ? launch_sum<double, double> : type == DTYPE_BF16 ? launch_sum<__nv_bfloat16, float>
             : type == DTYPE_I32 ? launch_sum<int32_t, int32_t> : type == DTYPE_I64 ? launch_sum<int64_t, int64_t> : 0;
-        if (!sum) die("no sums over ranks for element type %d, comm|use f32, f64, bf16, i32 or i64", (int)type);
+        if (!sum) die("no sums over ranks for element type %d|use f32, f64, bf16, i32 or i64", (int)type);
         sum(out + skip * w, own + skip * w, g->stage, (int64_t)most, g->n, g->n == 1 ? -1 : g->rank, (int64_t)mine, accumulate, s);
     }
 }
