@@ -39,7 +39,8 @@ resolve() {
         line="$line $word"
     done
 }
-build() { shift; resolve "$@"; quiet make -s $targets; }      # RANKS WORDS...
+# RANKS WORDS...; once more, for ranks of the last mutant that are still ending can hold a program that is to be replaced
+build() { shift; resolve "$@"; quiet make -s $targets || { sleep 2; quiet make -s $targets; }; }
 # Runs RANKS WORDS... into build/out, until it ends, or says FAIL or error:, or 10 minutes have passed.
 said='FAIL(ED)? |^error: |WARNING: ThreadSanitizer|ERROR: AddressSanitizer|runtime error: |^cuemu: '
 run_test() {
