@@ -135,17 +135,17 @@ static int64_t open_folder(const Options *o, Comm *all) {
 }
 
 // A run continues with the data order, the batch and the optimizer it began with; anything else would be another run under the same name.
-static void check_resumed(const cJSON *trainer, const Options *o, const char *dir) {
+// Step 0 holds weights that the same seed makes again: a conversion had no batch and no optimizer.
+static void check_resumed(const cJSON *trainer, const Options *o, const char *dir, int64_t step) {
     struct { const char *key; int64_t now; } same[] = { { "seed", o->seed }, { "batch", o->batch }, { "seq_len", o->seq_len }, { "shuffle", o->shuffle } };
-    int fresh = trainer_number(trainer, "updates") == 0;       // weights that the same seed makes again: a conversion had no batch and no optimizer
-    for (int i = 0; i < (fresh ? 1 : 4); i++) {
+    for (int i = 0; i < (step ? 4 : 1); i++) {
         int64_t was = (int64_t)trainer_number(trainer, same[i].key);
         if (was == same[i].now) continue;
         if (i == 3) die("%s was trained with --shuffle %s|resume with the same value, or start a new --out", dir, was ? "on" : "off");
         die("%s was trained with --%s %lld, now it is %lld|resume with the same value, or start a new --out", dir, i == 2 ? "seq-len" : same[i].key, (long long)was, (long long)same[i].now);
     }
     const char *optimizer = options_choice(o, "optimizer");
-    if (!fresh && strcmp(trainer_text(trainer, "optimizer"), optimizer))
+    if (step && strcmp(trainer_text(trainer, "optimizer"), optimizer))
         die("%s was trained with --optimizer %s, now it is %s|resume with the same optimizer, or start a new --out", dir, trainer_text(trainer, "optimizer"), optimizer);
 }
 
@@ -282,7 +282,7 @@ int main(int argc, char **argv) {
     int64_t found = open_folder(&o, grid.all), first = found > 0 ? found : 0;
     char *resumed = found >= 0 ? checkpoint_folder(o.out, found) : 0;
     cJSON *trainer = resumed ? checkpoint_trainer(resumed) : 0;
-    if (trainer) check_resumed(trainer, &o, resumed);          // before anything under --out is touched
+    if (trainer) check_resumed(trainer, &o, resumed, found);          // before anything under --out is touched
     Loader *data = o.train.n ? loader_open(o.train.name, o.train.n, (int)o.seq_len, (uint64_t)o.seed, o.shuffle, config.V) : 0;
     Loader *val = o.val.n ? loader_open(o.val.name, o.val.n, (int)o.seq_len, 0, 0, config.V) : 0;
     char *table = *o.tokens ? xasprintf("%s", o.tokens) : o.train.n ? tokens_beside(o.train.name[0]) : 0;

@@ -66,7 +66,7 @@ static void *watch_loop(void *unused) {
         if (watch.report && waited > limit + patience) end_run(waited);
         double left = watch.report ? limit + patience - waited : limit;   // a wait that begins now cannot be over before `limit`
         char text[1024];
-        if (watch.poll) alarm((unsigned)limit + 60);        // should the driver hold this thread too, the signal ends the process
+        if (watch.poll) alarm((unsigned)(limit < 1e6 ? limit : 1e6) + 60);      // should the driver hold this thread too, the signal ends the process
         if (watch.poll && watch.poll(text, sizeof text)) end_polled(text);
         if (watch.poll) alarm(0);
         if (watch.poll && left > 0.5) left = 0.5;

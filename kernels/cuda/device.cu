@@ -80,8 +80,8 @@ const char *device_describe(void) {
              properties.multiProcessorCount, (double)properties.totalGlobalMem / (1 << 30), gemm_library(), experts_kernel(), PRECISION_NAME);
     return text;
 }
-// What is allocated after the arenas are laid out must find room: the kernels' scratch (largest users: sorted ids and split router gradients, below 600 bytes a token at 128
-// experts: 256 MB serve micro-batches of 400 thousand tokens), and the code of library kernels, which CUDA loads at their first call.
+// What is allocated after the arenas are laid out must find room: the kernels' scratch (largest users: sorted ids and split router gradients, below 900 bytes a token at
+// 128 experts with what device_scratch adds: 256 MB serve micro-batches of 280 thousand tokens), and the code of library kernels, which CUDA loads at their first call.
 size_t device_memory(void) {
     const size_t RESERVE = (size_t)512 << 20;
     size_t available, total;
