@@ -8,11 +8,11 @@ ROOT_BUILD = build
 ifeq ($(MAKECMDGOALS),)
 NO_DETECT = 1
 endif
-ifeq ($(filter-out help deps clean quickstart doctor compare-hf gpu-check,$(MAKECMDGOALS)),)
+ifeq ($(filter-out help deps clean quickstart doctor compare-hf gpu-check format format-check,$(MAKECMDGOALS)),)
 NO_DETECT = 1
 endif
 
-.PHONY: help show-build show-detected say-cuda detect deps clean test test-full test-mutations test-mutations-cuda quickstart bench-cpu compare-hf gpu-check doctor FORCE
+.PHONY: help show-build show-detected say-cuda detect deps clean test test-full test-mutations test-mutations-cuda quickstart bench-cpu compare-hf gpu-check doctor format format-check FORCE
 help:
 	@echo "moe.c: trains Qwen3-MoE, every parameter, forward and backward written by hand"
 	@echo
@@ -195,6 +195,14 @@ test-mutations-cuda:
 	@sh dev/mutations/run.sh kernels.txt $(ONLY)
 show-build:
 	@echo $(BUILD)
+
+# ---- layout of the sources: clang-format 14, and no line above 100 columns -------------------------------------------------------------
+FORMATTED = $(shell git ls-files '*.c' '*.h' '*.cu' '*.cuh' '*.cpp')
+CLANG_FORMAT = clang-format-14
+format:
+	@$(CLANG_FORMAT) -i $(FORMATTED)
+format-check:
+	@sh dev/format_check.sh $(CLANG_FORMAT) $(FORMATTED)
 
 # ---- scripts ----------------------------------------------------------------------------------------------------------------------
 deps:

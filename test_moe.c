@@ -1,12 +1,17 @@
-// Checks of the whole model, numbered: alone against transformers' numbers, against a naive model in double, against finite differences and against itself; under mpirun every
-// layout against one process. It drives model/ as train_moe does, on whatever backend and precision is linked.
+// Checks of the whole model, numbered: alone against transformers' numbers, against a naive model
+// in double, against finite differences and against itself; under mpirun every layout against one
+// process. It drives model/ as train_moe does, on whatever backend and precision is linked.
 //
-//   make test_moe && ./test_moe [--fixtures DIR] [--only FIXTURE] [--threads N] [--force-comm] [--quick]        mpirun -np 4 ./test_moe
+//   make test_moe && ./test_moe [--fixtures DIR] [--only FIXTURE] [--threads N] [--force-comm]
+//   [--quick]        mpirun -np 4 ./test_moe
 //
-// --quick: two updates where there would be five to twenty, and none of the checks that need dozens: what an emulated GPU or a sanitizer has time for.
+// --quick: two updates where there would be five to twenty, and none of the checks that need
+// dozens: what an emulated GPU or a sanitizer has time for.
 //
-// Tolerances. fp32: transformers in fp32 is 1e-6 from itself in fp64, at worst 5e-6 (dev/hf/README.md); 1e-5 for losses and logits, 2e-5 for gradients are above rounding and
-// far below what any mistake makes (8e-5 and more). fp64: what remains is 1e-16 times the condition of the sums. bf16: at most twice the error of the naive bf16 version.
+// Tolerances. fp32: transformers in fp32 is 1e-6 from itself in fp64, at worst 5e-6
+// (dev/hf/README.md); 1e-5 for losses and logits, 2e-5 for gradients are above rounding and far
+// below what any mistake makes (8e-5 and more). fp64: what remains is 1e-16 times the condition of
+// the sums. bf16: at most twice the error of the naive bf16 version.
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
@@ -17,7 +22,7 @@ enum { FP64 = sizeof(real) == 8, BF16 = sizeof(floatX) == 2 };
 static const char *const fixture_names[] = { "gqa", "tied", "dense", "wide", "parallel", "skewed" };
 enum { FIXTURES = sizeof fixture_names / sizeof *fixture_names };
 
-// ---- transformers' numbers -------------------------------------------------------------------------------------------------------------
+// ---- transformers' numbers ------------------------------------------------------------------
 static double scalar(const Fixture *f, const char *name) {
     int64_t n;
     double *v = read_tensor(&f->expected, name, &n), first = v[0];
@@ -28,7 +33,10 @@ static double scalar(const Fixture *f, const char *name) {
 // topk of the last update of a run with one micro-batch: (n_moe, R, K).
 static int *read_routing(const Run *r) {
     const Config *c = &r->m.c;
-    int R = r->t->R, *topk = (int *)xcalloc((size_t)c->n_moe * (size_t)R * (size_t)c->K + 1, sizeof(int), "routing"), *to = topk;
+    int R = r->t->R,
+        *topk =
+            (int *)xcalloc((size_t)c->n_moe * (size_t)R * (size_t)c->K + 1, sizeof(int), "routing"),
+        *to = topk;
     for (int l = 0; l < c->L; l++) {
         if (!c->is_moe[l]) continue;
         device_download(to, r->t->kept[l].topk, (size_t)R * (size_t)c->K * sizeof(int));
@@ -37,11 +45,18 @@ static int *read_routing(const Run *r) {
     return topk;
 }
 
-typedef struct { const char *name; double norm; } NamedNorm;
-static int by_name(const void *a, const void *b) { return strcmp(((const NamedNorm *)a)->name, ((const NamedNorm *)b)->name); }
+typedef struct {
+    const char *name;
+    double norm;
+} NamedNorm;
+static int by_name(const void *a, const void *b) {
+    return strcmp(((const NamedNorm *)a)->name, ((const NamedNorm *)b)->name);
+}
 
-// L2 norms of all parameters, sorted by name, against final_<optimizer>: what sees a forgotten weight decay.
-static double final_norms(const Run *r, const Fixture *f, const char *optimizer, const char **name) {
+// L2 norms of all parameters, sorted by name, against final_<optimizer>: what sees a forgotten
+// weight decay.
+static double final_norms(const Run *r, const Fixture *f, const char *optimizer,
+                          const char **name) {
     Weights all = weights_new(&r->m.c);
     static char worst_name[160];
     int64_t n;
@@ -53,53 +68,73 @@ static double final_norms(const Run *r, const Fixture *f, const char *optimizer,
     for (int i = 0; i < all.n; i++) {
         double s = 0;
         for (int64_t k = 0; k < all.weight[i].n; k++) s += all.weight[i].w[k] * all.weight[i].w[k];
-        norm[i].name = all.weight[i].name; norm[i].norm = sqrt(s);
+        norm[i].name = all.weight[i].name;
+        norm[i].norm = sqrt(s);
     }
     qsort(norm, (size_t)all.n, sizeof *norm, by_name);
     strcpy(worst_name, "-");
     for (int i = 0; i < all.n && i < n; i++) {
         double e = relative(norm[i].norm, expected[i]);
-        if (e > worst) { worst = e; strcpy(worst_name, norm[i].name); }
+        if (e > worst) {
+            worst = e;
+            strcpy(worst_name, norm[i].name);
+        }
     }
     *name = worst_name;
-    free(norm); free(expected); free(key);
+    free(norm);
+    free(expected);
+    free(key);
     weights_free(&all);
     return worst;
 }
 
-static void check_first_update(const Fixture *f, const Run *r, const StepResult *s, const char *dump) {
+static void check_first_update(const Fixture *f, const Run *r, const StepResult *s,
+                               const char *dump) {
     Outcome got;
     memset(&got, 0, sizeof got);
     got.all = weights_new(&r->m.c);
     read_dump(dump, &got);
     int64_t n;
-    double *logits = read_tensor(&f->expected, "logits", &n), e = n == got.n_logits ? distance(got.logits, logits, n) : INFINITY;
+    double *logits = read_tensor(&f->expected, "logits", &n),
+           e = n == got.n_logits ? distance(got.logits, logits, n) : INFINITY;
     check(e <= 1e-5, "%s: logits %.1e", f->name, e);
-    check(relative(s->loss, scalar(f, "loss")) <= 1e-5, "%s: loss %.1e", f->name, relative(s->loss, scalar(f, "loss")));
-    check(relative(s->aux, scalar(f, "aux")) <= 1e-5, "%s: aux %.1e", f->name, relative(s->aux, scalar(f, "aux")));
-    check(relative(s->z, scalar(f, "z")) <= 1e-5, "%s: z %.1e", f->name, relative(s->z, scalar(f, "z")));
+    check(relative(s->loss, scalar(f, "loss")) <= 1e-5, "%s: loss %.1e", f->name,
+          relative(s->loss, scalar(f, "loss")));
+    check(relative(s->aux, scalar(f, "aux")) <= 1e-5, "%s: aux %.1e", f->name,
+          relative(s->aux, scalar(f, "aux")));
+    check(relative(s->z, scalar(f, "z")) <= 1e-5, "%s: z %.1e", f->name,
+          relative(s->z, scalar(f, "z")));
     double worst = 0;
     const char *name = "-";
     int gradients = 0;
-    for (int i = 0; i < f->expected.n; i++) gradients += !strncmp(f->expected.tensor[i].name, "grad.", 5);
+    for (int i = 0; i < f->expected.n; i++)
+        gradients += !strncmp(f->expected.tensor[i].name, "grad.", 5);
     for (int i = 0; i < got.all.n; i++) {
         char key[200];
         snprintf(key, sizeof key, "grad.%s", got.all.weight[i].name);
         double *g = read_tensor(&f->expected, key, &n);
         e = n == got.all.weight[i].n ? distance(got.all.weight[i].g, g, n) : INFINITY;
-        if (e > worst) { worst = e; name = got.all.weight[i].name; }
+        if (e > worst) {
+            worst = e;
+            name = got.all.weight[i].name;
+        }
         free(g);
     }
-    check(worst <= 2e-5 && gradients == got.all.n, "%s: %d gradients, worst %.1e (%s)", f->name, gradients, worst, name);
+    check(worst <= 2e-5 && gradients == got.all.n, "%s: %d gradients, worst %.1e (%s)", f->name,
+          gradients, worst, name);
     int *topk = read_routing(r), differ = 0;
     double *expected = read_tensor(&f->expected, "topk", &n);
     for (int64_t i = 0; i < n; i++) differ += topk[i] != (int)expected[i];
-    check(n == (int64_t)r->m.c.n_moe * r->t->R * r->m.c.K && !differ, "%s: experts of every token (%lld choices, %d differ)", f->name, (long long)n, differ);
-    free(logits); free(expected); free(topk);
+    check(n == (int64_t)r->m.c.n_moe * r->t->R * r->m.c.K && !differ,
+          "%s: experts of every token (%lld choices, %d differ)", f->name, (long long)n, differ);
+    free(logits);
+    free(expected);
+    free(topk);
     outcome_free(&got);
 }
 
-// Ten updates with SGD and ten with AdamW. bf16 builds: the curves stay near (each loss carries 2^-9 of rounding in its logits and in the weights it came from).
+// Ten updates with SGD and ten with AdamW. bf16 builds: the curves stay near (each loss carries
+// 2^-9 of rounding in its logits and in the weights it came from).
 static void test_transformers(const Fixture *f) {
     for (int kind = OPT_SGD; kind <= OPT_ADAMW; kind++) {
         const char *optimizer = kind == OPT_SGD ? "sgd" : "adamw";
@@ -108,7 +143,8 @@ static void test_transformers(const Fixture *f) {
         char *dump = xasprintf("%s/hf.safetensors", temporary), key[40];
         int64_t n;
         snprintf(key, sizeof key, "losses_%s", optimizer);
-        double *losses = read_tensor(&f->expected, key, &n), worst_loss = n == 10 ? 0 : INFINITY, worst_norm = 0;
+        double *losses = read_tensor(&f->expected, key, &n), worst_loss = n == 10 ? 0 : INFINITY,
+               worst_norm = 0;
         snprintf(key, sizeof key, "grad_norms_%s", optimizer);
         double *norms = read_tensor(&f->expected, key, &n);
         int updates = quick ? 2 : 10;
@@ -120,34 +156,49 @@ static void test_transformers(const Fixture *f) {
         }
         const char *name;
         double final = final_norms(r, f, optimizer, &name);
-        check(worst_loss <= (BF16 ? 1e-2 : 1e-5), "%s: %d %s losses %.1e", f->name, updates, optimizer, worst_loss);
-        check(worst_norm <= (BF16 ? 5e-2 : 1e-5), "%s: %d %s gradient norms %.1e", f->name, updates, optimizer, worst_norm);
-        if (!quick) check(final <= (BF16 ? 5e-3 : 2e-6), "%s: norms of all parameters after 10 %s updates %.1e (%s)", f->name, optimizer, final, name);
+        check(worst_loss <= (BF16 ? 1e-2 : 1e-5), "%s: %d %s losses %.1e", f->name, updates,
+              optimizer, worst_loss);
+        check(worst_norm <= (BF16 ? 5e-2 : 1e-5), "%s: %d %s gradient norms %.1e", f->name, updates,
+              optimizer, worst_norm);
+        if (!quick)
+            check(final <= (BF16 ? 5e-3 : 2e-6),
+                  "%s: norms of all parameters after 10 %s updates %.1e (%s)", f->name, optimizer,
+                  final, name);
         unlink(dump);
-        free(dump); free(losses); free(norms);
+        free(dump);
+        free(losses);
+        free(norms);
         run_close(r);
     }
 }
 
-// ---- the naive model, and finite differences -----------------------------------------------------------------------------------------------
-// SGD whose buffer is the unscaled gradient in `real` and whose step is zero: momentum, no clipping, no decay, lr 0.
+// ---- the naive model, and finite differences ------------------------------------------------
+// SGD whose buffer is the unscaled gradient in `real` and whose step is zero: momentum, no
+// clipping, no decay, lr 0.
 static Setup probe_setup(const Fixture *f) {
     Setup s = fixture_setup(f, OPT_SGD);
     s.step.clip = 0;
-    s.opt.momentum = 0.5; s.opt.weight_decay = 0; s.opt.lr = 0;
+    s.opt.momentum = 0.5;
+    s.opt.weight_decay = 0;
+    s.opt.lr = 0;
     return s;
 }
 
-static double total(const StepResult *s, const Setup *p) { return s->loss + p->step.aux_coef * s->aux + p->step.z_coef * s->z; }
+static double total(const StepResult *s, const Setup *p) {
+    return s->loss + p->step.aux_coef * s->aux + p->step.z_coef * s->z;
+}
 
 static void naive_run(NaiveBatch *b, Weights *all, int rounding) {
-    for (int i = 0; i < all->n; i++) memset(all->weight[i].g, 0, (size_t)all->weight[i].n * sizeof(double));
+    for (int i = 0; i < all->n; i++)
+        memset(all->weight[i].g, 0, (size_t)all->weight[i].n * sizeof(double));
     naive_rounding = rounding;
     naive_model(b, all);
 }
 
-// Logits and every gradient against the naive model. bf16: error at most twice the naive bf16 version's. A tensor of a few numbers (a q norm of 8) has an error that is a small
-// sample of a random variable, so the yardstick of a tensor is the larger of its own naive error and the median over all tensors. What both round alike (the fp32 parts) adds 1e-5.
+// Logits and every gradient against the naive model. bf16: error at most twice the naive bf16
+// version's. A tensor of a few numbers (a q norm of 8) has an error that is a small sample of a
+// random variable, so the yardstick of a tensor is the larger of its own naive error and the median
+// over all tensors. What both round alike (the fp32 parts) adds 1e-5.
 static void test_naive(const Fixture *f) {
     Setup s = probe_setup(f);
     Run *r = run_open(f, 0, &s);
@@ -160,16 +211,31 @@ static void test_naive(const Fixture *f) {
     read_all(r, &truth, 0, 0, &equal);
     read_all(r, &naive, 0, 0, &equal);
     int *topk = read_routing(r);
-    NaiveBatch b = { c, f->B, f->T, f->aux_per_layer, f->ignore, f->aux_coef, f->z_coef, r->t->host_ids, r->t->host_targets, topk, 0, 0, 0, 0 }, rounded = b;
+    NaiveBatch b = { c,
+                     f->B,
+                     f->T,
+                     f->aux_per_layer,
+                     f->ignore,
+                     f->aux_coef,
+                     f->z_coef,
+                     r->t->host_ids,
+                     r->t->host_targets,
+                     topk,
+                     0,
+                     0,
+                     0,
+                     0 },
+               rounded = b;
     naive_run(&b, &truth, 0);
     SafeTensors d = safetensors_open(dump);
     int64_t n;
-    double *logits = read_tensor(&d, "logits", &n), bound = FP64 ? 1e-7 : 1e-5;      // the dump is fp32, whatever the build
+    double *logits = read_tensor(&d, "logits", &n),
+           bound = FP64 ? 1e-7 : 1e-5; // the dump is fp32, whatever the build
     double *e = (double *)xcalloc((size_t)truth.n, sizeof(double), "errors"), median = 0;
     if (BF16) {
         naive_run(&rounded, &naive, 1);
         bound += 2 * distance(rounded.logits, b.logits, n);
-        for (int i = 0; i < truth.n; i++) {                 // median by insertion
+        for (int i = 0; i < truth.n; i++) { // median by insertion
             double v = distance(naive.weight[i].g, truth.weight[i].g, truth.weight[i].n);
             int k = i;
             for (; k > 0 && e[k - 1] > v; k--) e[k] = e[k - 1];
@@ -178,32 +244,54 @@ static void test_naive(const Fixture *f) {
         median = e[truth.n / 2];
     }
     double error = distance(logits, b.logits, n);
-    check(error <= bound, "%s: logits against the naive model %.1e, bound %.1e", f->name, error, bound);
+    check(error <= bound, "%s: logits against the naive model %.1e, bound %.1e", f->name, error,
+          bound);
     double wide = FP64 ? 1e-11 : BF16 ? 1e-2 : 1e-5;
-    check(relative(x.loss, b.loss) <= wide && relative(x.aux, b.aux) <= wide && relative(x.z, b.z) <= wide, "%s: loss %.1e, aux %.1e, z %.1e against the naive model", f->name,
+    check(relative(x.loss, b.loss) <= wide && relative(x.aux, b.aux) <= wide &&
+              relative(x.z, b.z) <= wide,
+          "%s: loss %.1e, aux %.1e, z %.1e against the naive model", f->name,
           relative(x.loss, b.loss), relative(x.aux, b.aux), relative(x.z, b.z));
     double worst = 0, worst_error = 0;
     const char *name = "-";
     for (int i = 0; i < truth.n; i++) {
         error = distance(ours.weight[i].g, truth.weight[i].g, truth.weight[i].n);
         bound = FP64 ? 1e-10 : 2e-5;
-        if (BF16) bound = 1e-5 + 2 * fmax(median, distance(naive.weight[i].g, truth.weight[i].g, truth.weight[i].n));
-        if (!(error / bound <= worst)) { worst = error / bound; worst_error = error; name = truth.weight[i].name; }
+        if (BF16)
+            bound = 1e-5 + 2 * fmax(median, distance(naive.weight[i].g, truth.weight[i].g,
+                                                     truth.weight[i].n));
+        if (!(error / bound <= worst)) {
+            worst = error / bound;
+            worst_error = error;
+            name = truth.weight[i].name;
+        }
     }
-    if (BF16) check(worst <= 1, "%s: %d gradients in bf16, worst %.2f of twice the naive error (%s: %.1e; median of the naive errors %.1e)", f->name, truth.n, worst, name, worst_error, median);
-    else check(worst <= 1, "%s: %d gradients against the naive model, worst %.1e (%s)", f->name, truth.n, worst_error, name);
-    free(e); free(logits); free(topk);
+    if (BF16)
+        check(
+            worst <= 1,
+            "%s: %d gradients in bf16, worst %.2f of twice the naive error (%s: %.1e; median of the naive errors %.1e)",
+            f->name, truth.n, worst, name, worst_error, median);
+    else
+        check(worst <= 1, "%s: %d gradients against the naive model, worst %.1e (%s)", f->name,
+              truth.n, worst_error, name);
+    free(e);
+    free(logits);
+    free(topk);
     safetensors_close(&d);
     naive_release();
     unlink(dump);
     free(dump);
-    weights_free(&ours); weights_free(&truth); weights_free(&naive);
+    weights_free(&ours);
+    weights_free(&truth);
+    weights_free(&naive);
     run_close(r);
 }
 
-// Central differences of the total loss through the whole model, fp64 builds: for every HF tensor along a random direction of signs (sees every element), and along its element of the
-// largest gradient. Step h = 1e-5 (over sqrt(n) for directions): truncation h^2 f''' ~ 1e-10 f''', cancellation 1e-16 f / h ~ 1e-10; both against the tensor's gradient norm, but
-// not less than 1e-3 of the whole gradient's per-tensor mean. The routing must not change under h: then the loss is smooth. Checked by comparing all choices.
+// Central differences of the total loss through the whole model, fp64 builds: for every HF tensor
+// along a random direction of signs (sees every element), and along its element of the largest
+// gradient. Step h = 1e-5 (over sqrt(n) for directions): truncation h^2 f''' ~ 1e-10 f''',
+// cancellation 1e-16 f / h ~ 1e-10; both against the tensor's gradient norm, but not less than 1e-3
+// of the whole gradient's per-tensor mean. The routing must not change under h: then the loss is
+// smooth. Checked by comparing all choices.
 static void test_differences(const Fixture *f) {
     Setup s = probe_setup(f);
     Run *r = run_open(f, 0, &s);
@@ -220,28 +308,38 @@ static void test_differences(const Fixture *f) {
     for (int b = 0; b < r->m.n_blocks; b++)
         for (int i = 0; i < r->m.block[b].n_segments; i++) {
             const Segment *g = &r->m.block[b].segment[i];
-            param_hf_name(&r->m.param[r->m.block[b].segment_param[i]], r->m.block[b].segment_slice[i], name);
+            param_hf_name(&r->m.param[r->m.block[b].segment_param[i]],
+                          r->m.block[b].segment_slice[i], name);
             const Weight *w = &all.weight[weights_find(&all, name)];
             floatX *device = r->t->optimizer.state[b].param + g->offset;
             size_t n = (size_t)g->count;
-            floatX *keep = (floatX *)xmalloc(n * sizeof(floatX), "a tensor"), *moved = (floatX *)xmalloc(n * sizeof(floatX), "a tensor");
+            floatX *keep = (floatX *)xmalloc(n * sizeof(floatX), "a tensor"),
+                   *moved = (floatX *)xmalloc(n * sizeof(floatX), "a tensor");
             double *direction = (double *)xcalloc(n, sizeof(double), "a tensor");
             device_download(keep, device, n * sizeof(floatX));
             for (int which = 0; which < 2; which++) {
                 size_t most = 0;
                 double slope = 0, norm = 0, value[2];
                 for (size_t k = 0; k < n; k++) {
-                    bits ^= bits << 13; bits ^= bits >> 7; bits ^= bits << 17;
+                    bits ^= bits << 13;
+                    bits ^= bits >> 7;
+                    bits ^= bits << 17;
                     int64_t index = g->first + (int64_t)k;
-                    int pad = r->m.c.pad >= 0 && !strcmp(name, "model.embed_tokens.weight") && index / r->m.c.C == r->m.c.pad;     // no gradient by definition, not by calculus
+                    int pad = r->m.c.pad >= 0 && !strcmp(name, "model.embed_tokens.weight") &&
+                              index / r->m.c.C ==
+                                  r->m.c.pad; // no gradient by definition, not by calculus
                     direction[k] = which || pad ? 0 : (bits & 1 ? 1 : -1) / sqrt((double)n);
                     if (!pad && fabs(w->g[index]) > fabs(w->g[g->first + (int64_t)most])) most = k;
                 }
                 if (which) direction[most] = 1;
-                for (size_t k = 0; k < n; k++) { slope += direction[k] * w->g[g->first + (int64_t)k]; norm += w->g[g->first + (int64_t)k] * w->g[g->first + (int64_t)k]; }
+                for (size_t k = 0; k < n; k++) {
+                    slope += direction[k] * w->g[g->first + (int64_t)k];
+                    norm += w->g[g->first + (int64_t)k] * w->g[g->first + (int64_t)k];
+                }
                 const double h = 1e-5;
                 for (int side = 0; side < 2; side++) {
-                    for (size_t k = 0; k < n; k++) moved[k] = double_x(x_double(keep[k]) + (side ? -h : h) * direction[k]);
+                    for (size_t k = 0; k < n; k++)
+                        moved[k] = double_x(x_double(keep[k]) + (side ? -h : h) * direction[k]);
                     device_upload(device, moved, n * sizeof(floatX));
                     x = run_step(r, 1, 0, 0);
                     value[side] = total(&x, &s);
@@ -249,33 +347,47 @@ static void test_differences(const Fixture *f) {
                     flips += memcmp(now, routing, routing_bytes) != 0;
                     free(now);
                 }
-                double e = fabs((value[0] - value[1]) / (2 * h) - slope) / fmax(sqrt(norm), floor_norm);
-                if (!(e <= worst)) { worst = e; strcpy(worst_name, name); }
+                double e =
+                    fabs((value[0] - value[1]) / (2 * h) - slope) / fmax(sqrt(norm), floor_norm);
+                if (!(e <= worst)) {
+                    worst = e;
+                    strcpy(worst_name, name);
+                }
                 probes++;
             }
             device_upload(device, keep, n * sizeof(floatX));
-            free(keep); free(moved); free(direction);
+            free(keep);
+            free(moved);
+            free(direction);
         }
-    check(worst <= 1e-6 && !flips, "%s: finite differences, %d directions over %d tensors, worst %.1e of the tensor's gradient (%s), %d changes of routing", f->name, probes, all.n, worst,
-          worst_name, flips);
+    check(
+        worst <= 1e-6 && !flips,
+        "%s: finite differences, %d directions over %d tensors, worst %.1e of the tensor's gradient (%s), %d changes of routing",
+        f->name, probes, all.n, worst, worst_name, flips);
     free(routing);
     weights_free(&all);
     run_close(r);
 }
 
-// ---- the same update by other ways ------------------------------------------------------------------------------------------------------------------
-static void same_bits(const char *name, const char *what, const Fixture *f, const Setup *s, const Outcome *base, int steps) {
+// ---- the same update by other ways ----------------------------------------------------------
+static void same_bits(const char *name, const char *what, const Fixture *f, const Setup *s,
+                      const Outcome *base, int steps) {
     Outcome o = outcome_of(f, 0, s, steps);
     Difference d = difference_of(&o, base);
-    check(difference_worst(&d) == 0, "%s: %s has the same bits%s%s", name, what, difference_worst(&d) == 0 ? "" : ": ", difference_worst(&d) == 0 ? "" : difference_text(&d));
+    check(difference_worst(&d) == 0, "%s: %s has the same bits%s%s", name, what,
+          difference_worst(&d) == 0 ? "" : ": ",
+          difference_worst(&d) == 0 ? "" : difference_text(&d));
     outcome_free(&o);
 }
-// Splitting regroups sums over rows: each group is rounded once more. fp32: a few 6e-8 relative to the terms, up to 30 times the sum where they cancel; after 5 updates the
-// parameters differ by less than the gradients did. bf16: gradients are fp32 sums of the same bf16 products, unless a router flips, and activations do not know the split.
-static void same_rounded(const char *name, const char *what, const Fixture *f, const Setup *s, const Outcome *base, int steps) {
+// Splitting regroups sums over rows: each group is rounded once more. fp32: a few 6e-8 relative to
+// the terms, up to 30 times the sum where they cancel; after 5 updates the parameters differ by
+// less than the gradients did. bf16: gradients are fp32 sums of the same bf16 products, unless a
+// router flips, and activations do not know the split.
+static void same_rounded(const char *name, const char *what, const Fixture *f, const Setup *s,
+                         const Outcome *base, int steps) {
     Outcome o = outcome_of(f, 0, s, steps);
     Difference d = difference_of(&o, base);
-    double bound = FP64 ? 1e-7 : BF16 ? 2e-2 : 5e-6;         // fp64: dumps are written in fp32
+    double bound = FP64 ? 1e-7 : BF16 ? 2e-2 : 5e-6; // fp64: dumps are written in fp32
     check(difference_worst(&d) <= bound, "%s: %s: %s", name, what, difference_text(&d));
     outcome_free(&o);
 }
@@ -307,7 +419,8 @@ static void test_variants(const Fixture *f) {
                 same_bits(f->name, what, f, &v, &split, steps);
                 outcome_free(&split);
             }
-            // rounds: aux is per round (f of its own tokens), so without it the update is the same sum
+            // rounds: aux is per round (f of its own tokens), so without it the update is the same
+            // sum
             Setup v = s;
             v.step.aux_coef = 0;
             Outcome plain = outcome_of(f, 0, &v, steps);
@@ -317,7 +430,10 @@ static void test_variants(const Fixture *f) {
                 Outcome o = outcome_of(f, 0, &v, steps);
                 Difference d = difference_of(&o, &plain);
                 d.aux = 0;
-                check(difference_worst(&d) <= (FP64 ? 1e-7 : BF16 ? 2e-2 : 5e-6), "%s: --rounds %d without aux: %s", f->name, rounds, difference_text(&d));
+                check(difference_worst(&d) <= (FP64   ? 1e-7
+                                               : BF16 ? 2e-2
+                                                      : 5e-6),
+                      "%s: --rounds %d without aux: %s", f->name, rounds, difference_text(&d));
                 outcome_free(&o);
             }
             outcome_free(&plain);
@@ -335,10 +451,12 @@ static void test_variants(const Fixture *f) {
     }
 }
 
-// --update layer clips by the norm of the update before; the first is unclipped. With plain SGD that is --update end without clipping at a learning rate times that scale.
+// --update layer clips by the norm of the update before; the first is unclipped. With plain SGD
+// that is --update end without clipping at a learning rate times that scale.
 static void test_layer_clip(const Fixture *f) {
     Setup s = fixture_setup(f, OPT_SGD);
-    s.opt.momentum = 0; s.opt.weight_decay = 0;
+    s.opt.momentum = 0;
+    s.opt.weight_decay = 0;
     s.step.clip = 0;
     Setup layer = s;
     layer.step.update_layer = 1;
@@ -351,8 +469,14 @@ static void test_layer_clip(const Fixture *f) {
         scale = fmin(1, 0.3 / (x.grad_norm + 1e-6));
         smallest = fmin(smallest, scale);
     }
-    check(worst <= (FP64 ? 1e-12 : BF16 ? 1e-2 : 2e-6) && smallest < 0.9, "%s: --update layer clips by the previous norm: %.1e (scale down to %.2f)", f->name, worst, smallest);
-    run_close(a); run_close(b);
+    check(worst <= (FP64   ? 1e-12
+                    : BF16 ? 1e-2
+                           : 2e-6) &&
+              smallest < 0.9,
+          "%s: --update layer clips by the previous norm: %.1e (scale down to %.2f)", f->name,
+          worst, smallest);
+    run_close(a);
+    run_close(b);
 }
 
 // --recompute auto with room for a part: some layers keep, others recompute, the bits are the same.
@@ -368,12 +492,16 @@ static void test_auto(const Fixture *f) {
     s.step.memory = used - store / 2;
     Outcome o = outcome_of(f, 0, &s, steps);
     Difference d = difference_of(&o, &base);
-    check(difference_worst(&d) == 0 && o.kept_all > 0 && o.kept_all < base.kept_all, "%s: --recompute auto in half the memory keeps %d of %d, %d attention only, %d nothing; same bits", f->name,
-          o.kept_all, base.kept_all, o.kept_attention, o.kept_none);
-    outcome_free(&o); outcome_free(&base);
+    check(
+        difference_worst(&d) == 0 && o.kept_all > 0 && o.kept_all < base.kept_all,
+        "%s: --recompute auto in half the memory keeps %d of %d, %d attention only, %d nothing; same bits",
+        f->name, o.kept_all, base.kept_all, o.kept_attention, o.kept_none);
+    outcome_free(&o);
+    outcome_free(&base);
 }
 
-// Expert gradients times mean count / own count (1 where there is no token), nothing else changed; the norm is of what is left.
+// Expert gradients times mean count / own count (1 where there is no token), nothing else changed;
+// the norm is of what is left.
 static void test_utilisation(const Fixture *f) {
     Setup s = probe_setup(f);
     Run *plain = run_open(f, 0, &s);
@@ -393,18 +521,25 @@ static void test_utilisation(const Fixture *f) {
         if (sscanf(a.weight[i].name, "model.layers.%d.mlp.experts.%d.", &layer, &expert) == 2) {
             for (int l = 0; l < layer; l++) moe += c->is_moe[l];
             int64_t count = plain->t->host_count[(size_t)moe * c->E + expert];
-            if (count) factor = (double)f->B * f->T * c->K / c->E / (double)count;
-            else unused++;
+            if (count)
+                factor = (double)f->B * f->T * c->K / c->E / (double)count;
+            else
+                unused++;
         }
         for (int64_t k = 0; k < a.weight[i].n; k++) a.weight[i].g[k] *= factor;
         worst = fmax(worst, distance(b.weight[i].g, a.weight[i].g, a.weight[i].n));
     }
-    check(worst <= 2e-7, "%s: --expert-grad-scale: mean count / count, %d tensors without tokens left alone: %.1e", f->name, unused, worst);
-    weights_free(&a); weights_free(&b);
-    run_close(plain); run_close(scaled);
+    check(worst <= 2e-7,
+          "%s: --expert-grad-scale: mean count / count, %d tensors without tokens left alone: %.1e",
+          f->name, unused, worst);
+    weights_free(&a);
+    weights_free(&b);
+    run_close(plain);
+    run_close(scaled);
 }
 
-// The bias: after an update, rate * sign(mean - count) for every expert; it selects and never weighs. Without learning, it evens the counts out.
+// The bias: after an update, rate * sign(mean - count) for every expert; it selects and never
+// weighs. Without learning, it evens the counts out.
 static void test_bias(const Fixture *f) {
     Setup s = probe_setup(f);
     s.step.balance_rate = 0.005;
@@ -420,17 +555,25 @@ static void test_bias(const Fixture *f) {
     }
     for (int k = 0; k < 60; k++) {
         run_step(r, 1, 0, 0);
-        for (int i = 0; i < c->n_moe * c->E; i++) if (k >= 50) spread[1] += ((double)r->t->host_count[i] - mean) * ((double)r->t->host_count[i] - mean) / 10;
+        for (int i = 0; i < c->n_moe * c->E; i++)
+            if (k >= 50)
+                spread[1] += ((double)r->t->host_count[i] - mean) *
+                             ((double)r->t->host_count[i] - mean) / 10;
     }
-    check(!wrong && spread[1] < 0.7 * spread[0], "%s: --balance bias: rate * sign(mean - count); variance of the counts after 50 updates %.2f of the first", f->name, spread[1] / spread[0]);
+    check(
+        !wrong && spread[1] < 0.7 * spread[0],
+        "%s: --balance bias: rate * sign(mean - count); variance of the counts after 50 updates %.2f of the first",
+        f->name, spread[1] / spread[0]);
     run_close(r);
 }
 
-// An expert that nobody chooses for 20 updates: gradient exactly zero, so AdamW leaves p * (1 - lr wd)^20, rounded 20 times.
+// An expert that nobody chooses for 20 updates: gradient exactly zero, so AdamW leaves p * (1 - lr
+// wd)^20, rounded 20 times.
 static void test_unused_expert(const Fixture *f) {
     Setup s = fixture_setup(f, OPT_ADAMW);
-    s.opt.weight_decay = 0.1; s.opt.lr = 1e-2;
-    s.step.balance_rate = 1e-30;                             // switches the bias on without moving it
+    s.opt.weight_decay = 0.1;
+    s.opt.lr = 1e-2;
+    s.step.balance_rate = 1e-30; // switches the bias on without moving it
     char *path = xasprintf("%s/config.json", f->dir);
     Config c = config_read(path);
     free(path);
@@ -447,20 +590,30 @@ static void test_unused_expert(const Fixture *f) {
     read_all(r, &last, 1, 1, &equal);
     for (int i = 0; i < first.n; i++) {
         int layer, expert;
-        if (sscanf(first.weight[i].name, "model.layers.%d.mlp.experts.%d.", &layer, &expert) != 2 || expert != c.E - 1) continue;
-        for (int64_t k = 0; k < first.weight[i].n; k++) { first.weight[i].w[k] *= pow(1 - 1e-3, 20); changed += last.weight[i].g[k] != 0; size += fabs(first.weight[i].w[k]); }
+        if (sscanf(first.weight[i].name, "model.layers.%d.mlp.experts.%d.", &layer, &expert) != 2 ||
+            expert != c.E - 1)
+            continue;
+        for (int64_t k = 0; k < first.weight[i].n; k++) {
+            first.weight[i].w[k] *= pow(1 - 1e-3, 20);
+            changed += last.weight[i].g[k] != 0;
+            size += fabs(first.weight[i].w[k]);
+        }
         worst = fmax(worst, distance(last.weight[i].w, first.weight[i].w, first.weight[i].n));
         tensors++;
     }
-    check(tensors == 3 * c.n_moe && size > 0 && !changed && worst <= (BF16 ? 4e-3 : 2e-6), "%s: an expert without tokens for 20 updates: moments zero, weights (1 - lr wd)^20 to %.1e", f->name,
-          worst);
-    weights_free(&first); weights_free(&last);
+    check(
+        tensors == 3 * c.n_moe && size > 0 && !changed && worst <= (BF16 ? 4e-3 : 2e-6),
+        "%s: an expert without tokens for 20 updates: moments zero, weights (1 - lr wd)^20 to %.1e",
+        f->name, worst);
+    weights_free(&first);
+    weights_free(&last);
     run_close(r);
     config_free(&c);
     free(bias);
 }
 
-// A gradient that is not finite: with --skip-nonfinite the update changes nothing and does not count; the next one goes on as if it had not been.
+// A gradient that is not finite: with --skip-nonfinite the update changes nothing and does not
+// count; the next one goes on as if it had not been.
 static void test_nonfinite(const Fixture *f) {
     Setup s = fixture_setup(f, OPT_ADAMW);
     s.step.skip_nonfinite = 1;
@@ -475,18 +628,23 @@ static void test_nonfinite(const Fixture *f) {
     Weights all = weights_new(&r->m.c);
     StepResult y = run_step(r, 1, r->lr, 0);
     read_all(r, &all, 0, 0, &equal);
-    for (int i = 0; i < all.n; i++) for (int64_t k = 0; k < all.weight[i].n; k++) differ += all.weight[i].w[k] != base.all.weight[i].w[k];
-    check(x.nonfinite && !y.nonfinite && !differ && r->t->updates == 1, "%s: --skip-nonfinite: an update with infinite gradients changes no parameter, moment or counter (%d differ after the next)", f->name,
-          differ);
+    for (int i = 0; i < all.n; i++)
+        for (int64_t k = 0; k < all.weight[i].n; k++)
+            differ += all.weight[i].w[k] != base.all.weight[i].w[k];
+    check(
+        x.nonfinite && !y.nonfinite && !differ && r->t->updates == 1,
+        "%s: --skip-nonfinite: an update with infinite gradients changes no parameter, moment or counter (%d differ after the next)",
+        f->name, differ);
     outcome_free(&base);
     weights_free(&all);
     run_close(r);
 }
 
-// Evaluation and sampling see the same model as training: the loss of a batch, and the logits of a position; with all sequences in one micro-batch and with one in each.
+// Evaluation and sampling see the same model as training: the loss of a batch, and the logits of a
+// position; with all sequences in one micro-batch and with one in each.
 static void forward_only(const Fixture *f, int micro_batch) {
     Setup s = probe_setup(f);
-    s.step.ignore_target = -2;                               // evaluation counts what the run counts
+    s.step.ignore_target = -2; // evaluation counts what the run counts
     s.step.micro_batch = micro_batch;
     Run *r = run_open(f, 0, &s);
     char *dump = xasprintf("%s/forward.safetensors", temporary);
@@ -495,16 +653,22 @@ static void forward_only(const Fixture *f, int micro_batch) {
     SafeTensors d = safetensors_open(dump);
     int64_t n;
     int V = r->m.c.V, length = f->T - 3;
-    double *logits = read_tensor(&d, "logits", &n), worst = 0, *wide = (double *)xcalloc((size_t)V, sizeof(double), "logits");
+    double *logits = read_tensor(&d, "logits", &n), worst = 0,
+           *wide = (double *)xcalloc((size_t)V, sizeof(double), "logits");
     float *got = (float *)xcalloc((size_t)V, sizeof(float), "logits");
     trainer_logits(r->t, r->t->host_ids, length, got);
     for (int v = 0; v < V; v++) wide[v] = (double)got[v];
     worst = distance(wide, logits + (size_t)(length - 1) * (size_t)V, V);
-    check(relative(loss, x.loss) <= 1e-6 && worst <= 1e-6, "%s: %d micro-batch%s: evaluation gives training's loss (%.1e), sampling its logits (%.1e)", f->name, r->t->n_micro,
-          r->t->n_micro > 1 ? "es" : "", relative(loss, x.loss), worst);
+    check(
+        relative(loss, x.loss) <= 1e-6 && worst <= 1e-6,
+        "%s: %d micro-batch%s: evaluation gives training's loss (%.1e), sampling its logits (%.1e)",
+        f->name, r->t->n_micro, r->t->n_micro > 1 ? "es" : "", relative(loss, x.loss), worst);
     safetensors_close(&d);
     unlink(dump);
-    free(dump); free(logits); free(wide); free(got);
+    free(dump);
+    free(logits);
+    free(wide);
+    free(got);
     run_close(r);
 }
 
@@ -513,9 +677,10 @@ static void test_forward_only(const Fixture *f) {
     forward_only(f, 1);
 }
 
-// ---- 8-bit moments -----------------------------------------------------------------------------------------------------------------------------------
-// Ten updates with 8-bit moments stay beside ten with exact ones: the dynamic code's relative error is up to 1/16 of a moment, so a step is within about a tenth of the exact one and
-// the losses, which the ten updates move by several percent, stay within half a percent of each other.
+// ---- 8-bit moments --------------------------------------------------------------------------
+// Ten updates with 8-bit moments stay beside ten with exact ones: the dynamic code's relative error
+// is up to 1/16 of a moment, so a step is within about a tenth of the exact one and the losses,
+// which the ten updates move by several percent, stay within half a percent of each other.
 static void test_8bit(const Fixture *f) {
     Setup s = fixture_setup(f, OPT_ADAMW);
     Outcome exact = outcome_of(f, 0, &s, 10);
@@ -523,22 +688,32 @@ static void test_8bit(const Fixture *f) {
     Outcome coded = outcome_of(f, 0, &s, 10);
     double worst = 0;
     for (int i = 0; i < 10; i++) worst = fmax(worst, relative(coded.r[i].loss, exact.r[i].loss));
-    check(worst > 0 && worst <= 5e-3, "%s: 10 losses with 8-bit moments, %.1e from exact ones", f->name, worst);
-    outcome_free(&exact); outcome_free(&coded);
+    check(worst > 0 && worst <= 5e-3, "%s: 10 losses with 8-bit moments, %.1e from exact ones",
+          f->name, worst);
+    outcome_free(&exact);
+    outcome_free(&coded);
 }
 
 int main(int argc, char **argv) {
     const char *root = "dev/fixtures", *only = 0;
-    int threads = 1;                             // the models are tiny: one thread is fastest; test_kernels shows that the bits do not depend on it
+    int threads = 1; // the models are tiny: one thread is fastest; test_kernels shows that the bits
+                     // do not depend on it
     CommOptions comm = { 120, 0, 1 };
     comm_init(&argc, &argv);
     for (int i = 1; i < argc; i++) {
-        if (!strcmp(argv[i], "--fixtures") && i + 1 < argc) root = argv[++i];
-        else if (!strcmp(argv[i], "--only") && i + 1 < argc) only = argv[++i];
-        else if (!strcmp(argv[i], "--threads") && i + 1 < argc) threads = atoi(argv[++i]);
-        else if (!strcmp(argv[i], "--force-comm")) comm.force = 1;
-        else if (!strcmp(argv[i], "--quick")) quick = 1;
-        else die("test_moe does not know %s|test_moe [--fixtures DIR] [--only FIXTURE] [--threads N] [--force-comm] [--quick]", argv[i]);
+        if (!strcmp(argv[i], "--fixtures") && i + 1 < argc)
+            root = argv[++i];
+        else if (!strcmp(argv[i], "--only") && i + 1 < argc)
+            only = argv[++i];
+        else if (!strcmp(argv[i], "--threads") && i + 1 < argc)
+            threads = atoi(argv[++i]);
+        else if (!strcmp(argv[i], "--force-comm"))
+            comm.force = 1;
+        else if (!strcmp(argv[i], "--quick"))
+            quick = 1;
+        else
+            die("test_moe does not know %s|test_moe [--fixtures DIR] [--only FIXTURE] [--threads N] [--force-comm] [--quick]",
+                argv[i]);
     }
     comm_start(comm);
     device_init(comm_local_rank(), threads);
@@ -548,9 +723,12 @@ int main(int argc, char **argv) {
     free(ranks);
     const char *base = getenv("TMPDIR");
     snprintf(temporary, sizeof temporary, "%.200s/test_moe.XXXXXX", base ? base : "/tmp");
-    if (comm_world_rank() == 0 && !mkdtemp(temporary)) die("cannot make a folder like %s|set TMPDIR", temporary);
+    if (comm_world_rank() == 0 && !mkdtemp(temporary))
+        die("cannot make a folder like %s|set TMPDIR", temporary);
     comm_broadcast(all, temporary, sizeof temporary, 0);
-    if (comm_world_rank() == 0) printf("test_moe: %s, %s, %d rank%s\n", PRECISION_NAME, device_backend(), comm_world_size(), comm_world_size() > 1 ? "s" : "");
+    if (comm_world_rank() == 0)
+        printf("test_moe: %s, %s, %d rank%s\n", PRECISION_NAME, device_backend(), comm_world_size(),
+               comm_world_size() > 1 ? "s" : "");
     for (int i = 0; i < FIXTURES && comm_world_size() == 1; i++) {
         if (only && strcmp(only, fixture_names[i])) continue;
         Fixture f = fixture_open(root, fixture_names[i]);

@@ -1,6 +1,7 @@
-// Token files as windows: see loader.h. A window is read with open, fstat, pread, close. Keeping descriptors would end at the limit
-// of open files (a 100-billion-token set has a thousand shards); a mapping would turn a file truncated under the run, or an I/O error
-// of a network file system, into SIGBUS instead of a message. fstat also sees that somebody rewrote the file meanwhile.
+// Token files as windows: see loader.h. A window is read with open, fstat, pread, close. Keeping
+// descriptors would end at the limit of open files (a 100-billion-token set has a thousand shards);
+// a mapping would turn a file truncated under the run, or an I/O error of a network file system,
+// into SIGBUS instead of a message. fstat also sees that somebody rewrote the file meanwhile.
 #define _POSIX_C_SOURCE 200809L
 #define _FILE_OFFSET_BITS 64
 #include "loader.h"
@@ -15,55 +16,63 @@
 #include <unistd.h>
 
 enum { HEADER_BYTES = 1024, CHUNK_BYTES = 1 << 15, ROUNDS = 8 };
-static const uint32_t MAGIC_UINT16 = 20240520, VERSION_UINT16 = 1, MAGIC_UINT32 = 20240801, VERSION_UINT32 = 7;
-static const int64_t SCAN_BYTES = (int64_t)256 << 20;    // of all files together: a fraction of a second from the page cache
+static const uint32_t MAGIC_UINT16 = 20240520, VERSION_UINT16 = 1, MAGIC_UINT32 = 20240801,
+                      VERSION_UINT32 = 7;
+static const int64_t SCAN_BYTES =
+    (int64_t)256 << 20; // of all files together: a fraction of a second from the page cache
 
 typedef struct {
     char *name;
-    int64_t tokens;          // in the file
-    int64_t start;           // bytes before the first token: 0 or HEADER_BYTES
-    int64_t first_window;    // number of its first window among all windows
-    int width;               // bytes of a token: 1, 2 or 4
-    int stated;              // the header states the largest id
-    off_t size;              // of the file that was checked; device and inode numbers may change under a file on network mounts
+    int64_t tokens;       // in the file
+    int64_t start;        // bytes before the first token: 0 or HEADER_BYTES
+    int64_t first_window; // number of its first window among all windows
+    int width;            // bytes of a token: 1, 2 or 4
+    int stated;           // the header states the largest id
+    off_t size; // of the file that was checked; device and inode numbers may change under a file on
+                // network mounts
     time_t modified;
 } File;
 
 struct Loader {
-    File *files;             // (n_files)
+    File *files; // (n_files)
     int n_files, seq_len, shuffle;
     uint32_t vocab;
     uint64_t seed;
     int64_t windows, tokens;
 };
 
-// ---------------------------------------------------------------------------------------------------------------- reading
+// ---- reading --------------------------------------------------------------------------------
 static void read_exactly(int fd, const File *f, void *to, int64_t bytes, int64_t offset) {
     for (int64_t done = 0; done < bytes;) {
         ssize_t n = pread(fd, (char *)to + done, (size_t)(bytes - done), (off_t)(offset + done));
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0) die("%s: cannot read %lld bytes at byte %lld: %s|check the disk or the mount", f->name, (long long)bytes,
-                       (long long)offset, strerror(errno));
-        if (!n) die("%s: ends at byte %lld, expected %lld more|the file was truncated: copy or tokenize it again", f->name,
-                    (long long)(offset + done), (long long)(bytes - done));
+        if (n < 0)
+            die("%s: cannot read %lld bytes at byte %lld: %s|check the disk or the mount", f->name,
+                (long long)bytes, (long long)offset, strerror(errno));
+        if (!n)
+            die("%s: ends at byte %lld, expected %lld more|the file was truncated: copy or tokenize it again",
+                f->name, (long long)(offset + done), (long long)(bytes - done));
         done += n;
     }
 }
 
 static int file_open(const File *f) {
     int fd = open(f->name, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) die("%s: cannot open: %s|check the path given to --train or --val and its permissions", f->name, strerror(errno));
+    if (fd < 0)
+        die("%s: cannot open: %s|check the path given to --train or --val and its permissions",
+            f->name, strerror(errno));
     return fd;
 }
 
-static int64_t id_at(const unsigned char *p, int width) {      // little-endian whatever the host is
+static int64_t id_at(const unsigned char *p, int width) { // little-endian whatever the host is
     if (width == 1) return p[0];
     uint32_t low = (uint32_t)p[0] | (uint32_t)p[1] << 8;
     return width == 2 ? low : (low | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24);
 }
 
 // Tokens [first, first + n) of f: checked, and copied to out unless that is 0.
-static void read_ids(const Loader *loader, int fd, const File *f, int64_t first, int64_t n, int *out) {
+static void read_ids(const Loader *loader, int fd, const File *f, int64_t first, int64_t n,
+                     int *out) {
     unsigned char chunk[CHUNK_BYTES];
     for (int64_t step = CHUNK_BYTES / f->width, i = 0; i < n; i += step) {
         int64_t count = n - i < step ? n - i : step;
@@ -72,24 +81,28 @@ static void read_ids(const Loader *loader, int fd, const File *f, int64_t first,
             int64_t id = id_at(chunk + k * f->width, f->width);
             if (id >= loader->vocab)
                 die("%s: token %lld is id %lld, but the model's vocabulary has %u ids (0 to %u)|tokenize the text with this model's "
-                    "tokenizer, or use a config whose vocab_size is above %lld", f->name, (long long)(first + i + k), (long long)id,
-                    loader->vocab, loader->vocab - 1, (long long)id);
+                    "tokenizer, or use a config whose vocab_size is above %lld",
+                    f->name, (long long)(first + i + k), (long long)id, loader->vocab,
+                    loader->vocab - 1, (long long)id);
             if (out) out[i + k] = (int)id;
         }
     }
 }
 
-// --------------------------------------------------------------------------------------------------------------- the files
+// ---- the files ------------------------------------------------------------------------------
 static void file_check(const Loader *loader, File *f) {
     int fd = file_open(f);
     struct stat s;
-    if (fstat(fd, &s)) die("%s: cannot stat: %s|check the disk or the mount", f->name, strerror(errno));
-    if (!S_ISREG(s.st_mode)) die("%s: not a regular file|name the shards themselves, for example '%s/*.bin'", f->name, f->name);
+    if (fstat(fd, &s))
+        die("%s: cannot stat: %s|check the disk or the mount", f->name, strerror(errno));
+    if (!S_ISREG(s.st_mode))
+        die("%s: not a regular file|name the shards themselves, for example '%s/*.bin'", f->name,
+            f->name);
     f->size = s.st_size, f->modified = s.st_mtime;
     size_t length = strlen(f->name);
     if (length >= 4 && !strcmp(f->name + length - 4, ".txt")) {
         f->width = 1, f->start = 0, f->tokens = s.st_size;
-        f->stated = loader->vocab >= 256;                      // a byte fits by itself
+        f->stated = loader->vocab >= 256; // a byte fits by itself
         if (!f->tokens) die("%s: empty file|remove it from --train or --val", f->name);
     } else {
         unsigned char header[HEADER_BYTES];
@@ -100,59 +113,79 @@ static void file_check(const Loader *loader, File *f) {
         uint32_t magic = (uint32_t)id_at(header, 4), version = (uint32_t)id_at(header + 4, 4);
         if (magic != MAGIC_UINT16 && magic != MAGIC_UINT32)
             die("%s: not a token shard: magic %u, expected %u (uint16) or %u (uint32)|tokenize it with data/tokenize.py; plain text "
-                "must be named .txt", f->name, magic, MAGIC_UINT16, MAGIC_UINT32);
+                "must be named .txt",
+                f->name, magic, MAGIC_UINT16, MAGIC_UINT32);
         uint32_t expected = magic == MAGIC_UINT16 ? VERSION_UINT16 : VERSION_UINT32;
         if (version != expected)
-            die("%s: shard version %u, expected %u for magic %u|tokenize the text again with data/tokenize.py", f->name, version,
-                expected, magic);
-        f->width = magic == MAGIC_UINT16 ? 2 : 4, f->start = HEADER_BYTES, f->tokens = id_at(header + 8, 4);
-        if (!f->tokens) die("%s: empty shard: its header says 0 tokens|remove it from --train or --val", f->name);
+            die("%s: shard version %u, expected %u for magic %u|tokenize the text again with data/tokenize.py",
+                f->name, version, expected, magic);
+        f->width = magic == MAGIC_UINT16 ? 2 : 4, f->start = HEADER_BYTES,
+        f->tokens = id_at(header + 8, 4);
+        if (!f->tokens)
+            die("%s: empty shard: its header says 0 tokens|remove it from --train or --val",
+                f->name);
         int64_t bytes = HEADER_BYTES + f->tokens * f->width;
         if (s.st_size != bytes)
-            die("%s: %s: %lld bytes, but its header says %lld tokens of %d bytes, which are %lld|copy or tokenize it again", f->name,
-                s.st_size < bytes ? "truncated" : "longer than it says", (long long)s.st_size, (long long)f->tokens, f->width,
-                (long long)bytes);
+            die("%s: %s: %lld bytes, but its header says %lld tokens of %d bytes, which are %lld|copy or tokenize it again",
+                f->name, s.st_size < bytes ? "truncated" : "longer than it says",
+                (long long)s.st_size, (long long)f->tokens, f->width, (long long)bytes);
         int64_t stated_vocab = id_at(header + 12, 4), largest = id_at(header + 16, 4);
         f->stated = largest > 0 && largest < stated_vocab;
         if (f->stated && largest >= loader->vocab)
             die("%s: its largest id is %lld (tokenizer of %lld ids), but the model's vocabulary has %u ids|tokenize the text with this "
-                "model's tokenizer, or use a config whose vocab_size is above %lld", f->name, (long long)largest, (long long)stated_vocab,
-                loader->vocab, (long long)largest);
+                "model's tokenizer, or use a config whose vocab_size is above %lld",
+                f->name, (long long)largest, (long long)stated_vocab, loader->vocab,
+                (long long)largest);
     }
     close(fd);
 }
 
-static int by_name(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+static int by_name(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
 
 static void file_add(Loader *loader, const char *name) {
     loader->files = (File *)realloc(loader->files, ((size_t)loader->n_files + 1) * sizeof(File));
-    if (!loader->files) die("out of host memory for the list of %d token files|name fewer files", loader->n_files + 1);
+    if (!loader->files)
+        die("out of host memory for the list of %d token files|name fewer files",
+            loader->n_files + 1);
     File *f = &loader->files[loader->n_files++];
     memset(f, 0, sizeof *f);
     f->name = xasprintf("%s", name);
 }
 
-// glob(3) would sort by the locale's collation: two machines, two orders. A name that exists is taken as it is, brackets and all.
+// glob(3) would sort by the locale's collation: two machines, two orders. A name that exists is
+// taken as it is, brackets and all.
 static void files_add(Loader *loader, const char *pattern) {
     struct stat s;
-    if (!stat(pattern, &s)) { file_add(loader, pattern); return; }
+    if (!stat(pattern, &s)) {
+        file_add(loader, pattern);
+        return;
+    }
     glob_t found;
     int error = glob(pattern, GLOB_NOSORT, 0, &found);
-    if (error == GLOB_NOSPACE) die("out of host memory for the matches of '%s'|name fewer files", pattern);
+    if (error == GLOB_NOSPACE)
+        die("out of host memory for the matches of '%s'|name fewer files", pattern);
     if (error || !found.gl_pathc)
         die("no file matches '%s'|check the path given to --train or --val, relative to the current folder; make shards with "
-            "data/tokenize.py", pattern);
+            "data/tokenize.py",
+            pattern);
     qsort(found.gl_pathv, found.gl_pathc, sizeof *found.gl_pathv, by_name);
     for (size_t i = 0; i < found.gl_pathc; i++) file_add(loader, found.gl_pathv[i]);
     globfree(&found);
 }
 
-Loader *loader_open(const char *const *patterns, int n_patterns, int seq_len, uint64_t seed, int shuffle, int vocab) {
+Loader *loader_open(const char *const *patterns, int n_patterns, int seq_len, uint64_t seed,
+                    int shuffle, int vocab) {
     if (n_patterns < 1) die("no token file given|name shards or .txt files after --train");
-    if (seq_len < 1) die("sequence length %d is not positive|set --seq-len to the window length in tokens", seq_len);
-    if (vocab < 1) die("vocabulary of %d ids is not positive|check vocab_size in the model's config", vocab);
+    if (seq_len < 1)
+        die("sequence length %d is not positive|set --seq-len to the window length in tokens",
+            seq_len);
+    if (vocab < 1)
+        die("vocabulary of %d ids is not positive|check vocab_size in the model's config", vocab);
     Loader *loader = (Loader *)xcalloc(1, sizeof *loader, "the data loader");
-    loader->seq_len = seq_len, loader->shuffle = shuffle, loader->seed = seed, loader->vocab = (uint32_t)vocab;
+    loader->seq_len = seq_len, loader->shuffle = shuffle, loader->seed = seed,
+    loader->vocab = (uint32_t)vocab;
     for (int p = 0; p < n_patterns; p++) files_add(loader, patterns[p]);
 
     int64_t longest = 0, unstated = 0;
@@ -166,16 +199,20 @@ Loader *loader_open(const char *const *patterns, int n_patterns, int seq_len, ui
         unstated += !f->stated;
     }
     if (!loader->windows) {
-        if (longest < 2) die("%s: 1 token is too little for an input and its target|give a longer text", loader->files[0].name);
+        if (longest < 2)
+            die("%s: 1 token is too little for an input and its target|give a longer text",
+                loader->files[0].name);
         const char *several = loader->n_files > 1 ? " and the other files" : "";
         die("%s%s: %lld tokens, at most %lld in one file; a window of --seq-len %d needs %lld (the inputs and one more target)|use "
-            "--seq-len %lld or less, or more text", loader->files[0].name, several, (long long)loader->tokens, (long long)longest, seq_len,
+            "--seq-len %lld or less, or more text",
+            loader->files[0].name, several, (long long)loader->tokens, (long long)longest, seq_len,
             (long long)seq_len + 1, (long long)longest - 1);
     }
     for (int i = 0; i < loader->n_files; i++) {
         File *f = &loader->files[i];
         if (f->stated) continue;
-        int64_t share = SCAN_BYTES / unstated / f->width, count = f->tokens < share ? f->tokens : share;
+        int64_t share = SCAN_BYTES / unstated / f->width,
+                count = f->tokens < share ? f->tokens : share;
         int fd = file_open(f);
         read_ids(loader, fd, f, 0, count, 0);
         close(fd);
@@ -195,15 +232,17 @@ int64_t loader_tokens(const Loader *loader) { return loader->tokens; }
 int loader_files(const Loader *loader) { return loader->n_files; }
 const char *loader_file(const Loader *loader, int i) { return loader->files[i].name; }
 
-// --------------------------------------------------------------------------------------------------------------- the order
-static const uint64_t GOLDEN = 0x9e3779b97f4a7c15u;      // 2^64 / golden ratio, splitmix64's increment
+// ---- the order ------------------------------------------------------------------------------
+static const uint64_t GOLDEN = 0x9e3779b97f4a7c15u; // 2^64 / golden ratio, splitmix64's increment
 
-// A Feistel round (L, R) -> (R, L ^ f(R)) is invertible whatever f is, so the network is a bijection of [0, 4^h). Walking on while the
-// value is >= n follows its cycle to the next member of [0, n): still one-to-one, because the inverse walks back the same way.
+// A Feistel round (L, R) -> (R, L ^ f(R)) is invertible whatever f is, so the network is a
+// bijection of [0, 4^h). Walking on while the value is >= n follows its cycle to the next member of
+// [0, n): still one-to-one, because the inverse walks back the same way.
 int64_t loader_permute(int64_t i, int64_t n, uint64_t seed, uint64_t epoch) {
     int h = 0;
     while (h < 31 && (int64_t)1 << (2 * h) < n) h++;
-    uint64_t mask = ((uint64_t)1 << h) - 1, key = mix64(mix64(seed + GOLDEN) + epoch + GOLDEN), x = (uint64_t)i;
+    uint64_t mask = ((uint64_t)1 << h) - 1, key = mix64(mix64(seed + GOLDEN) + epoch + GOLDEN),
+             x = (uint64_t)i;
     do {
         uint64_t left = x >> h, right = x & mask;
         for (uint64_t r = 1; r <= ROUNDS; r++) {
@@ -216,14 +255,19 @@ int64_t loader_permute(int64_t i, int64_t n, uint64_t seed, uint64_t epoch) {
 }
 
 int loader_where(const Loader *loader, int64_t position, int64_t *first) {
-    if (position < 0) die("sequence number %lld is negative|steps count from 0 here", (long long)position);
+    if (position < 0)
+        die("sequence number %lld is negative|steps count from 0 here", (long long)position);
     int64_t epoch = position / loader->windows, window = position % loader->windows;
-    if (loader->shuffle) window = loader_permute(window, loader->windows, loader->seed, (uint64_t)epoch);
-    int low = 0, high = loader->n_files - 1;             // last file that starts at or before the window; files without windows
-    while (low < high) {                                 // share their first_window with the next one and are never that last file
+    if (loader->shuffle)
+        window = loader_permute(window, loader->windows, loader->seed, (uint64_t)epoch);
+    int low = 0, high = loader->n_files -
+                        1; // last file that starts at or before the window; files without windows
+    while (low < high) { // share their first_window with the next one and are never that last file
         int middle = low + (high - low + 1) / 2;
-        if (loader->files[middle].first_window <= window) low = middle;
-        else high = middle - 1;
+        if (loader->files[middle].first_window <= window)
+            low = middle;
+        else
+            high = middle - 1;
     }
     *first = (window - loader->files[low].first_window) * loader->seq_len;
     return low;
@@ -235,7 +279,8 @@ void loader_read(const Loader *loader, int64_t position, int *inputs, int *targe
     int fd = file_open(f);
     struct stat s;
     if (fstat(fd, &s) || s.st_size != f->size || s.st_mtime != f->modified)
-        die("%s: changed since the run started|leave token files alone while they are read; restart with --resume", f->name);
+        die("%s: changed since the run started|leave token files alone while they are read; restart with --resume",
+            f->name);
     read_ids(loader, fd, f, first, T, inputs);
     read_ids(loader, fd, f, first + T, 1, targets + T - 1);
     close(fd);

@@ -1,8 +1,11 @@
-// Checks of the loader and of the decode tables, numbered. Build and run alone, from the repository's root:
-//     cc -std=c11 -O1 -g -fsanitize=address,undefined -pthread data/test_data.c data/loader.c data/tokens.c kernels/fail.c -o test_data
+// Checks of the loader and of the decode tables, numbered. Build and run alone, from the
+// repository's root:
+//     cc -std=c11 -O1 -g -fsanitize=address,undefined -pthread data/test_data.c data/loader.c
+//     data/tokens.c kernels/fail.c -o test_data
 //     ./test_data [data/tokenize.py]
-// With the script as argument (needs python3) it also checks that what tokenize.py writes is what the C code reads. Writes only to a fresh
-// folder under $TMPDIR or /tmp (one sparse file of 5 GB, a few blocks of disk) and removes it.
+// With the script as argument (needs python3) it also checks that what tokenize.py writes is what
+// the C code reads. Writes only to a fresh folder under $TMPDIR or /tmp (one sparse file of 5 GB, a
+// few blocks of disk) and removes it.
 #define _XOPEN_SOURCE 700
 #define _FILE_OFFSET_BITS 64
 #include "loader.h"
@@ -23,12 +26,14 @@ static char folder[512];
 static void check(int good, const char *what) {
     printf("%s %d %s\n", good ? "ok" : "FAILED", passed + failed + 1, what);
     fflush(stdout);
-    if (good) passed++;
-    else failed++;
+    if (good)
+        passed++;
+    else
+        failed++;
 }
 
-// ------------------------------------------------------------------------------------------------------------ writing files
-static const char *path_of(const char *name) {             // valid for the next seven calls
+// ---- writing files --------------------------------------------------------------------------
+static const char *path_of(const char *name) { // valid for the next seven calls
     static char paths[8][600];
     static int next;
     char *p = paths[next++ & 7];
@@ -39,21 +44,29 @@ static const char *path_of(const char *name) {             // valid for the next
 static const char *write_bytes(const char *name, const void *data, size_t bytes) {
     const char *path = path_of(name);
     FILE *f = fopen(path, "wb");
-    if (!f || (bytes && fwrite(data, 1, bytes, f) != bytes) || fclose(f)) { perror(path); exit(2); }
+    if (!f || (bytes && fwrite(data, 1, bytes, f) != bytes) || fclose(f)) {
+        perror(path);
+        exit(2);
+    }
     return path;
 }
 
-static void put32(unsigned char *p, uint32_t v) { for (int i = 0; i < 4; i++) p[i] = (unsigned char)(v >> 8 * i); }
+static void put32(unsigned char *p, uint32_t v) {
+    for (int i = 0; i < 4; i++) p[i] = (unsigned char)(v >> 8 * i);
+}
 
-// A shard of `count` tokens first, first + step, ... whose header says `says` tokens (-1: count), with the fields [3] and [4].
-static const char *write_shard(const char *name, int width, int64_t count, int64_t says, uint32_t first, uint32_t step, uint32_t vocab,
-                               uint32_t largest) {
+// A shard of `count` tokens first, first + step, ... whose header says `says` tokens (-1: count),
+// with the fields [3] and [4].
+static const char *write_shard(const char *name, int width, int64_t count, int64_t says,
+                               uint32_t first, uint32_t step, uint32_t vocab, uint32_t largest) {
     size_t bytes = 1024 + (size_t)(count * width);
     unsigned char *data = xcalloc(bytes, 1, "a test shard");
     put32(data, width == 2 ? 20240520 : 20240801), put32(data + 4, width == 2 ? 1 : 7);
-    put32(data + 8, (uint32_t)(says < 0 ? count : says)), put32(data + 12, vocab), put32(data + 16, largest);
+    put32(data + 8, (uint32_t)(says < 0 ? count : says)), put32(data + 12, vocab),
+        put32(data + 16, largest);
     for (int64_t i = 0; i < count; i++)
-        for (int b = 0; b < width; b++) data[1024 + i * width + b] = (unsigned char)((first + (uint32_t)i * step) >> 8 * b);
+        for (int b = 0; b < width; b++)
+            data[1024 + i * width + b] = (unsigned char)((first + (uint32_t)i * step) >> 8 * b);
     const char *path = write_bytes(name, data, bytes);
     free(data);
     return path;
@@ -63,11 +76,12 @@ static Loader *open_one(const char *path, int T, uint64_t seed, int shuffle, int
     return loader_open(&path, 1, T, seed, shuffle, vocab);
 }
 
-// ------------------------------------------------------------------------------------------------------------------ windows
+// ---- windows --------------------------------------------------------------------------------
 static int is_window(const Loader *l, int64_t position, int T, int first, int step) {
     int inputs[256], targets[256];
     loader_read(l, position, inputs, targets);
-    for (int t = 0; t < T; t++) if (inputs[t] != first + t * step || targets[t] != first + (t + 1) * step) return 0;
+    for (int t = 0; t < T; t++)
+        if (inputs[t] != first + t * step || targets[t] != first + (t + 1) * step) return 0;
     return 1;
 }
 
@@ -76,14 +90,14 @@ static void test_windows(void) {
     for (int n = 2; n < 60; n++)
         for (int T = 1; T < n; T++) {
             Loader *l = open_one(write_shard("count.bin", 2, n, -1, 0, 1, 0, 0), T, 0, 0, 1000);
-            good = good && loader_windows(l) == (n - 1) / T && loader_tokens(l) == n && is_window(l, loader_windows(l) - 1, T,
-                        (n - 1) / T * T - T, 1);
+            good = good && loader_windows(l) == (n - 1) / T && loader_tokens(l) == n &&
+                   is_window(l, loader_windows(l) - 1, T, (n - 1) / T * T - T, 1);
             loader_close(l);
         }
     check(good, "floor((n-1)/T) windows for all n < 60, T < n; the last one is the last that fits");
 
     Loader *l = open_one(write_shard("b16.bin", 2, 4 * 8 + 1, -1, 65500, 1, 0, 0), 8, 0, 0, 65536);
-    good = loader_windows(l) == 4;                          // B*T+1 tokens = exactly B windows
+    good = loader_windows(l) == 4; // B*T+1 tokens = exactly B windows
     for (int w = 0; w < 4; w++) good = good && is_window(l, w, 8, 65500 + 8 * w, 1);
     check(good, "uint16: inputs at multiples of T, targets shifted by one, ids up to 65532");
     for (int w = 0; w < 12; w++) good = good && is_window(l, w, 8, 65500 + 8 * (w % 4), 1);
@@ -98,11 +112,13 @@ static void test_windows(void) {
     unsigned char text[300];
     for (int i = 0; i < 300; i++) text[i] = (unsigned char)i;
     l = open_one(write_bytes("text.txt", text, 300), 30, 0, 0, 256);
-    check(loader_windows(l) == 9 && is_window(l, 0, 30, 0, 1) && is_window(l, 7, 30, 210, 1), ".txt: the tokens are its bytes");
+    check(loader_windows(l) == 9 && is_window(l, 0, 30, 0, 1) && is_window(l, 7, 30, 210, 1),
+          ".txt: the tokens are its bytes");
     loader_close(l);
 
-    enum { LONG = 50000 };                                  // more than one chunk of the reader
-    int *inputs = xmalloc(sizeof(int) * LONG, "inputs"), *targets = xmalloc(sizeof(int) * LONG, "targets");
+    enum { LONG = 50000 }; // more than one chunk of the reader
+    int *inputs = xmalloc(sizeof(int) * LONG, "inputs"),
+        *targets = xmalloc(sizeof(int) * LONG, "targets");
     l = open_one(write_shard("long.bin", 4, LONG + 1, -1, 0, 1, 0, 0), LONG, 0, 1, LONG + 1);
     loader_read(l, 3, inputs, targets);
     for (int t = 0; t < LONG; t++) good = good && inputs[t] == t && targets[t] == t + 1;
@@ -112,29 +128,35 @@ static void test_windows(void) {
 }
 
 static void test_files(void) {
-    write_shard("part_2.bin", 2, 21, -1, 2000, 1, 0, 0);    // 2 windows of 10
-    write_shard("part_10.bin", 4, 35, -1, 1000, 1, 0, 0);   // 3 windows; bytewise before part_2
-    write_shard("part_3.bin", 2, 10, -1, 3000, 1, 0, 0);    // too short for a window
-    write_shard("part_[4].bin", 2, 11, -1, 4000, 1, 0, 0);  // 1 window; a name that is also a pattern
-    const char *a[] = { path_of("part_[0-9]*.bin"), path_of("part_[4].bin"), path_of("part_2.bin") };
+    write_shard("part_2.bin", 2, 21, -1, 2000, 1, 0, 0);  // 2 windows of 10
+    write_shard("part_10.bin", 4, 35, -1, 1000, 1, 0, 0); // 3 windows; bytewise before part_2
+    write_shard("part_3.bin", 2, 10, -1, 3000, 1, 0, 0);  // too short for a window
+    write_shard("part_[4].bin", 2, 11, -1, 4000, 1, 0,
+                0); // 1 window; a name that is also a pattern
+    const char *a[] = { path_of("part_[0-9]*.bin"), path_of("part_[4].bin"),
+                        path_of("part_2.bin") };
     Loader *l = loader_open(a, 3, 10, 0, 0, 5000);
     static const int first[] = { 1000, 1010, 1020, 2000, 2010, 4000, 2000, 2010 };
-    int good = loader_files(l) == 5 && loader_windows(l) == 8 && loader_tokens(l) == 35 + 21 + 10 + 11 + 21;
+    int good = loader_files(l) == 5 && loader_windows(l) == 8 &&
+               loader_tokens(l) == 35 + 21 + 10 + 11 + 21;
     for (int w = 0; good && w < 24; w++) good = is_window(l, w, 10, first[w % 8], 1);
-    check(good, "several files: globs sorted bytewise, files in the order given, no window across files, short files skipped");
+    check(
+        good,
+        "several files: globs sorted bytewise, files in the order given, no window across files, short files skipped");
     int64_t at;
     good = strstr(loader_file(l, 0), "part_10.bin") && strstr(loader_file(l, 3), "part_[4].bin");
-    check(good && loader_where(l, 2, &at) == 0 && at == 20 && loader_where(l, 13, &at) == 3 && at == 0 && loader_where(l, 15, &at) == 4
-          && at == 10,
+    check(good && loader_where(l, 2, &at) == 0 && at == 20 && loader_where(l, 13, &at) == 3 &&
+              at == 0 && loader_where(l, 15, &at) == 4 && at == 10,
           "loader_where names the file and the token");
     loader_close(l);
-    write_shard("part_9.bin", 2, 3, -1, 0, 1, 0, 0);        // the last file may be too short as well
+    write_shard("part_9.bin", 2, 3, -1, 0, 1, 0, 0); // the last file may be too short as well
     l = loader_open(a, 1, 10, 0, 0, 5000);
-    check(loader_windows(l) == 5 && is_window(l, 4, 10, 2010, 1), "the last of several files is too short for a window");
+    check(loader_windows(l) == 5 && is_window(l, 4, 10, 2010, 1),
+          "the last of several files is too short for a window");
     loader_close(l);
 }
 
-// -------------------------------------------------------------------------------------------------------------------- order
+// ---- order ----------------------------------------------------------------------------------
 static int is_bijection(int64_t n, uint64_t seed, uint64_t epoch) {
     unsigned char *seen = xcalloc((size_t)n, 1, "marks");
     int good = 1;
@@ -146,7 +168,11 @@ static int is_bijection(int64_t n, uint64_t seed, uint64_t epoch) {
     return good;
 }
 
-typedef struct { const Loader *l; int64_t from, to; int good; } Job;
+typedef struct {
+    const Loader *l;
+    int64_t from, to;
+    int good;
+} Job;
 
 static void *read_backwards(void *p) {
     Job *job = p;
@@ -159,16 +185,21 @@ static void *read_backwards(void *p) {
 
 static void test_order(void) {
     int good = 1;
-    for (int64_t n = 1; n <= 300; n++) for (uint64_t e = 0; e < 4; e++) good = good && is_bijection(n, 1337, e);
+    for (int64_t n = 1; n <= 300; n++)
+        for (uint64_t e = 0; e < 4; e++) good = good && is_bijection(n, 1337, e);
     static const int64_t sizes[] = { 1000, 4095, 4096, 4097, 65537, 1000003 };
-    for (int i = 0; i < 6; i++) good = good && is_bijection(sizes[i], 0, 0) && is_bijection(sizes[i], ~(uint64_t)0, 9);
+    for (int i = 0; i < 6; i++)
+        good = good && is_bijection(sizes[i], 0, 0) && is_bijection(sizes[i], ~(uint64_t)0, 9);
     check(good, "the order is a bijection of [0, n): every n up to 300 and six up to 1,000,003");
 
-    // computed by the Python of README.md; another value is another data order, which old runs could not resume
+    // computed by the Python of README.md; another value is another data order, which old runs
+    // could not resume
     static const int64_t known[10] = { 3, 9, 8, 1, 2, 4, 0, 5, 6, 7 };
     for (int i = 0; i < 10; i++) good = good && loader_permute(i, 10, 0, 0) == known[i];
-    good = good && loader_permute(5, 1000, 42, 3) == 535 && loader_permute(123456789, 1000000000000, 1337, 7) == 204700186592;
-    check(good && loader_permute(((int64_t)1 << 62) - 1, (int64_t)1 << 62, 1, 0) == 3210474823150483238,
+    good = good && loader_permute(5, 1000, 42, 3) == 535 &&
+           loader_permute(123456789, 1000000000000, 1337, 7) == 204700186592;
+    check(good &&
+              loader_permute(((int64_t)1 << 62) - 1, (int64_t)1 << 62, 1, 0) == 3210474823150483238,
           "the order is the specified one (known values)");
 
     int same_epoch = 0, same_seed = 0, fixed = 0, neighbours = 0;
@@ -179,7 +210,8 @@ static void test_order(void) {
         fixed += w == i;
         neighbours += i && llabs(w - loader_permute(i - 1, 10000, 1, 0)) == 1;
     }
-    // of random permutations: Poisson with mean 1 (2 for neighbours); more than 12 has probability 1e-6
+    // of random permutations: Poisson with mean 1 (2 for neighbours); more than 12 has probability
+    // 1e-6
     check(same_epoch <= 12 && same_seed <= 12 && fixed <= 12 && neighbours <= 12,
           "orders differ between epochs and seeds as random ones do");
 
@@ -190,7 +222,9 @@ static void test_order(void) {
         counts[code]++;
     }
     int orders = 0;
-    for (int c = 0; c < 256; c++) if (counts[c]) orders++, good = good && counts[c] > 800 && counts[c] < 1200;   // 1000 +- 6.3 sigma
+    for (int c = 0; c < 256; c++)
+        if (counts[c])
+            orders++, good = good && counts[c] > 800 && counts[c] < 1200; // 1000 +- 6.3 sigma
     check(good && orders == 24, "four windows: all 24 orders equally often over 24,000 epochs");
 
     Loader *l = open_one(write_shard("order.bin", 2, 16 * 97 + 1, -1, 0, 1, 0, 0), 16, 5, 1, 2000);
@@ -205,8 +239,12 @@ static void test_order(void) {
     loader_close(l);
 }
 
-// ------------------------------------------------------------------------------------------------------------------- errors
-typedef struct { const char *path; int T, vocab; int64_t read; } Case;
+// ---- errors ---------------------------------------------------------------------------------
+typedef struct {
+    const char *path;
+    int T, vocab;
+    int64_t read;
+} Case;
 
 static void try_loader(const void *p) {
     const Case *c = p;
@@ -224,13 +262,18 @@ static void try_encode(const void *p) {
     tokens_close(t);
 }
 
-// Runs f in a child: it must end with status 1 and one line on stderr that begins with "error: " and has both fragments and a hint.
-static void dies(void (*f)(const void *), const void *argument, const char *a, const char *b, const char *what) {
+// Runs f in a child: it must end with status 1 and one line on stderr that begins with "error: "
+// and has both fragments and a hint.
+static void dies(void (*f)(const void *), const void *argument, const char *a, const char *b,
+                 const char *what) {
     int ends[2];
     char text[4096];
     size_t n = 0;
     fflush(stdout);
-    if (pipe(ends)) { perror("pipe"); exit(2); }
+    if (pipe(ends)) {
+        perror("pipe");
+        exit(2);
+    }
     pid_t child = fork();
     if (!child) {
         dup2(ends[1], 2);
@@ -239,56 +282,72 @@ static void dies(void (*f)(const void *), const void *argument, const char *a, c
         _exit(0);
     }
     close(ends[1]);
-    for (ssize_t got; n < sizeof text - 1 && (got = read(ends[0], text + n, sizeof text - 1 - n)) > 0;) n += (size_t)got;
+    for (ssize_t got;
+         n < sizeof text - 1 && (got = read(ends[0], text + n, sizeof text - 1 - n)) > 0;)
+        n += (size_t)got;
     text[n] = 0;
     close(ends[0]);
     int status = 0;
     waitpid(child, &status, 0);
-    int good = WIFEXITED(status) && WEXITSTATUS(status) == 1 && !strncmp(text, "error: ", 7) && strstr(text, a) && strstr(text, b)
-                && strstr(text, "hint: ")
-               && strchr(text, '\n') == text + n - 1;
+    int good = WIFEXITED(status) && WEXITSTATUS(status) == 1 && !strncmp(text, "error: ", 7) &&
+               strstr(text, a) && strstr(text, b) && strstr(text, "hint: ") &&
+               strchr(text, '\n') == text + n - 1;
     check(good, what);
     if (!good) printf("    status %d, stderr: %s\n", WEXITSTATUS(status), text);
 }
 
-static void loader_dies(const char *path, int T, int vocab, int64_t read, const char *a, const char *b, const char *what) {
+static void loader_dies(const char *path, int T, int vocab, int64_t read, const char *a,
+                        const char *b, const char *what) {
     Case c = { path, T, vocab, read };
     dies(try_loader, &c, a, b, what);
 }
 
 static void test_errors(void) {
     unsigned char junk[2000] = { 0 };
-    loader_dies(path_of("nothing_*.bin"), 4, 9, -1, "no file matches", "nothing_*.bin", "error: a glob without matches");
+    loader_dies(path_of("nothing_*.bin"), 4, 9, -1, "no file matches", "nothing_*.bin",
+                "error: a glob without matches");
     loader_dies(folder, 4, 9, -1, "not a regular file", folder, "error: a folder");
-    loader_dies(write_bytes("empty.bin", "", 0), 4, 9, -1, "0 bytes", "header", "error: an empty file");
-    loader_dies(write_bytes("empty.txt", "", 0), 4, 256, -1, "empty file", "empty.txt", "error: an empty .txt");
-    loader_dies(write_bytes("short.bin", junk, 1000), 4, 9, -1, "1000 bytes", "too short", "error: less than a header");
-    loader_dies(write_bytes("magic.bin", junk, 2000), 4, 9, -1, "magic 0", "20240520", "error: wrong magic");
+    loader_dies(write_bytes("empty.bin", "", 0), 4, 9, -1, "0 bytes", "header",
+                "error: an empty file");
+    loader_dies(write_bytes("empty.txt", "", 0), 4, 256, -1, "empty file", "empty.txt",
+                "error: an empty .txt");
+    loader_dies(write_bytes("short.bin", junk, 1000), 4, 9, -1, "1000 bytes", "too short",
+                "error: less than a header");
+    loader_dies(write_bytes("magic.bin", junk, 2000), 4, 9, -1, "magic 0", "20240520",
+                "error: wrong magic");
     put32(junk, 20240520), put32(junk + 4, 7), put32(junk + 8, 488);
-    loader_dies(write_bytes("version.bin", junk, 2000), 4, 9, -1, "version 7", "expected 1", "error: wrong version");
-    loader_dies(write_shard("none.bin", 2, 0, -1, 0, 1, 0, 0), 4, 9, -1, "empty shard", "none.bin", "error: a shard of no tokens");
-    loader_dies(write_shard("cut.bin", 2, 99, 100, 0, 0, 0, 0), 4, 9, -1, "truncated", "1222 bytes", "error: a truncated shard");
-    loader_dies(write_shard("more.bin", 4, 101, 100, 0, 0, 0, 0), 4, 9, -1, "longer than it says", "1428 bytes",
-                "error: a shard longer than its header says");
-    loader_dies(write_shard("huge.bin", 4, 10, 4294967295, 0, 0, 0, 0), 4, 9, -1, "4294967295 tokens", "truncated",
-                "error: a count of 2^32 - 1");
-    loader_dies(write_shard("one.bin", 2, 1, -1, 0, 0, 0, 0), 4, 9, -1, "1 token", "too little", "error: one token");
-    loader_dies(write_shard("few.bin", 2, 16, -1, 0, 0, 0, 0), 16, 9, -1, "--seq-len 16 needs 17", "use --seq-len 15",
-                "error: one token short of a window");
-    loader_dies(write_shard("ids.bin", 2, 50, -1, 0, 1, 0, 0), 4, 40, -1, "token 40 is id 40", "40 ids (0 to 39)",
-                "error: an id >= vocabulary, at the start");
-    loader_dies(write_shard("high.bin", 4, 50, -1, 0xfffffff0u, 1, 0, 0), 4, 40, -1, "id 4294967280", "high.bin",
-                "error: an id that is negative as int32");
-    loader_dies(write_shard("states.bin", 2, 50, -1, 0, 0, 500, 499), 4, 400, -1, "largest id is 499", "500 ids",
-                "error: the header states an id >= vocabulary");
-    loader_dies(write_shard("lies.bin", 2, 50, -1, 0, 1, 40, 39), 4, 40, 10, "token 40 is id 40", "lies.bin",
-                "error: an id above the stated largest, when read");
-    loader_dies(write_bytes("high.txt", "abc\xff", 4), 1, 128, -1, "token 3 is id 255", "high.txt", "error: a byte >= vocabulary");
-    loader_dies(path_of("ids.bin"), 0, 9, -1, "sequence length 0", "--seq-len", "error: sequence length 0");
-    loader_dies(path_of("few.bin"), 4, 0, -1, "vocabulary of 0", "vocab_size", "error: vocabulary 0");
-    if (geteuid()) {                                        // root reads everything
+    loader_dies(write_bytes("version.bin", junk, 2000), 4, 9, -1, "version 7", "expected 1",
+                "error: wrong version");
+    loader_dies(write_shard("none.bin", 2, 0, -1, 0, 1, 0, 0), 4, 9, -1, "empty shard", "none.bin",
+                "error: a shard of no tokens");
+    loader_dies(write_shard("cut.bin", 2, 99, 100, 0, 0, 0, 0), 4, 9, -1, "truncated", "1222 bytes",
+                "error: a truncated shard");
+    loader_dies(write_shard("more.bin", 4, 101, 100, 0, 0, 0, 0), 4, 9, -1, "longer than it says",
+                "1428 bytes", "error: a shard longer than its header says");
+    loader_dies(write_shard("huge.bin", 4, 10, 4294967295, 0, 0, 0, 0), 4, 9, -1,
+                "4294967295 tokens", "truncated", "error: a count of 2^32 - 1");
+    loader_dies(write_shard("one.bin", 2, 1, -1, 0, 0, 0, 0), 4, 9, -1, "1 token", "too little",
+                "error: one token");
+    loader_dies(write_shard("few.bin", 2, 16, -1, 0, 0, 0, 0), 16, 9, -1, "--seq-len 16 needs 17",
+                "use --seq-len 15", "error: one token short of a window");
+    loader_dies(write_shard("ids.bin", 2, 50, -1, 0, 1, 0, 0), 4, 40, -1, "token 40 is id 40",
+                "40 ids (0 to 39)", "error: an id >= vocabulary, at the start");
+    loader_dies(write_shard("high.bin", 4, 50, -1, 0xfffffff0u, 1, 0, 0), 4, 40, -1,
+                "id 4294967280", "high.bin", "error: an id that is negative as int32");
+    loader_dies(write_shard("states.bin", 2, 50, -1, 0, 0, 500, 499), 4, 400, -1,
+                "largest id is 499", "500 ids", "error: the header states an id >= vocabulary");
+    loader_dies(write_shard("lies.bin", 2, 50, -1, 0, 1, 40, 39), 4, 40, 10, "token 40 is id 40",
+                "lies.bin", "error: an id above the stated largest, when read");
+    loader_dies(write_bytes("high.txt", "abc\xff", 4), 1, 128, -1, "token 3 is id 255", "high.txt",
+                "error: a byte >= vocabulary");
+    loader_dies(path_of("ids.bin"), 0, 9, -1, "sequence length 0", "--seq-len",
+                "error: sequence length 0");
+    loader_dies(path_of("few.bin"), 4, 0, -1, "vocabulary of 0", "vocab_size",
+                "error: vocabulary 0");
+    if (geteuid()) { // root reads everything
         chmod(write_shard("secret.bin", 2, 50, -1, 0, 0, 0, 0), 0);
-        loader_dies(path_of("secret.bin"), 4, 9, -1, "cannot open", "Permission denied", "error: an unreadable file");
+        loader_dies(path_of("secret.bin"), 4, 9, -1, "cannot open", "Permission denied",
+                    "error: an unreadable file");
     }
 }
 
@@ -308,11 +367,14 @@ static void remove_under(const void *p) {
 }
 
 static void test_changes(void) {
-    dies(cut_under, write_shard("under.bin", 2, 50, -1, 0, 1, 0, 0), "changed since", "under.bin", "error: a file truncated under the run");
-    dies(remove_under, write_shard("gone.bin", 2, 50, -1, 0, 1, 0, 0), "cannot open", "gone.bin", "error: a file removed under the run");
+    dies(cut_under, write_shard("under.bin", 2, 50, -1, 0, 1, 0, 0), "changed since", "under.bin",
+         "error: a file truncated under the run");
+    dies(remove_under, write_shard("gone.bin", 2, 50, -1, 0, 1, 0, 0), "cannot open", "gone.bin",
+         "error: a file removed under the run");
 }
 
-// 2.5e9 uint16 tokens, all 0 but ten behind the 4 GiB mark: the token index exceeds int32, the byte offset uint32.
+// 2.5e9 uint16 tokens, all 0 but ten behind the 4 GiB mark: the token index exceeds int32, the byte
+// offset uint32.
 static void test_large(void) {
     const int64_t tokens = 2500000000, at = 2400000000;
     unsigned char head[1024] = { 0 }, ids[20];
@@ -320,7 +382,8 @@ static void test_large(void) {
     for (int i = 0; i < 10; i++) ids[2 * i] = (unsigned char)(i + 1), ids[2 * i + 1] = 0;
     const char *path = path_of("large.bin");
     int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
-    int made = fd >= 0 && !ftruncate(fd, (off_t)(1024 + 2 * tokens)) && pwrite(fd, head, 1024, 0) == 1024;
+    int made =
+        fd >= 0 && !ftruncate(fd, (off_t)(1024 + 2 * tokens)) && pwrite(fd, head, 1024, 0) == 1024;
     if (!made || pwrite(fd, ids, 20, (off_t)(1024 + 2 * at)) != 20) {
         perror(path);
         exit(2);
@@ -329,8 +392,8 @@ static void test_large(void) {
     Loader *l = open_one(path, 100, 0, 0, 11);
     int inputs[100], targets[100];
     loader_read(l, at / 100, inputs, targets);
-    check(loader_tokens(l) == tokens && loader_windows(l) == 24999999 && inputs[0] == 1 && inputs[9] == 10 && inputs[10] == 0
-          && targets[8] == 10,
+    check(loader_tokens(l) == tokens && loader_windows(l) == 24999999 && inputs[0] == 1 &&
+              inputs[9] == 10 && inputs[10] == 0 && targets[8] == 10,
           "a shard of 2.5e9 tokens (5 GB, sparse): counted unsigned, read behind 4 GiB");
     loader_close(l);
     loader_dies(path, 100, 10, at / 100, "token 2400000009 is id 10", "10 ids",
@@ -338,31 +401,42 @@ static void test_large(void) {
     unlink(path);
 }
 
-// ------------------------------------------------------------------------------------------------------------------- tokens
-typedef struct { unsigned char data[8192]; size_t n; int version, vocab; } Table;
+// ---- tokens ---------------------------------------------------------------------------------
+typedef struct {
+    unsigned char data[8192];
+    size_t n;
+    int version, vocab;
+} Table;
 
 static void table_add(Table *t, const char *text, size_t n) {
-    if (t->version == 3) put32(t->data + t->n, (uint32_t)n), t->n += 4;
-    else t->data[t->n++] = (unsigned char)n;
+    if (t->version == 3)
+        put32(t->data + t->n, (uint32_t)n), t->n += 4;
+    else
+        t->data[t->n++] = (unsigned char)n;
     memcpy(t->data + t->n, text, n);
     t->n += n, t->vocab++;
 }
 
 static const char *table_write(Table *t, const char *name, uint32_t eot, uint32_t added) {
-    put32(t->data, 20240328), put32(t->data + 4, (uint32_t)t->version), put32(t->data + 8, (uint32_t)t->vocab);
+    put32(t->data, 20240328), put32(t->data + 4, (uint32_t)t->version),
+        put32(t->data + 8, (uint32_t)t->vocab);
     put32(t->data + 12, eot), put32(t->data + 16, added);
     return write_bytes(name, t->data, t->n);
 }
 
 // 256 bytes, then merges 256.., the last of them again "ll", an unused id, and two added tokens.
 static Table table_make(int version) {
-    static const char *const merges[] = { "he", "ll", "hell", "hello", " w", "or", " wor", "ld", " world", "lo", "ll" };
+    static const char *const merges[] = { "he",   "ll", "hell",   "hello", " w", "or",
+                                          " wor", "ld", " world", "lo",    "ll" };
     Table t = { { 0 }, 1024, version, 0 };
-    for (int b = 0; b < 256; b++) { char c = (char)b; table_add(&t, &c, 1); }
+    for (int b = 0; b < 256; b++) {
+        char c = (char)b;
+        table_add(&t, &c, 1);
+    }
     for (int i = 0; i < 11; i++) table_add(&t, merges[i], strlen(merges[i]));
-    table_add(&t, "", 0);                                   // 267
-    table_add(&t, "<|end|>!", 8);                           // 268
-    table_add(&t, "<|end|>", 7);                            // 269
+    table_add(&t, "", 0);         // 267
+    table_add(&t, "<|end|>!", 8); // 268
+    table_add(&t, "<|end|>", 7);  // 269
     return t;
 }
 
@@ -382,12 +456,14 @@ static int round_trip(const Tokens *t, const char *text, size_t n) {
     int ids[4096];
     char back[4096];
     int64_t count = tokens_encode(t, ids, 4096, text, n);
-    return count <= 4096 && decode(t, back, sizeof back, ids, count) == (int64_t)n && !memcmp(back, text, n);
+    return count <= 4096 && decode(t, back, sizeof back, ids, count) == (int64_t)n &&
+           !memcmp(back, text, n);
 }
 
 static int encodes(const Tokens *t, const char *text, const int *expected, int n) {
     int ids[64];
-    return tokens_encode(t, ids, 64, text, strlen(text)) == n && !memcmp(ids, expected, (size_t)n * sizeof *ids);
+    return tokens_encode(t, ids, 64, text, strlen(text)) == n &&
+           !memcmp(ids, expected, (size_t)n * sizeof *ids);
 }
 
 static int shows(const Tokens *t, int id, const char *expected) {
@@ -419,18 +495,26 @@ static void test_tokens(void) {
     int good, ids[4] = { 'h', 'i', 256, 300 };
     Tokens *t = tokens_open(0);
     good = tokens_vocab(t) == 257 && tokens_eot(t) == 256 && round_trip(t, all, 256);
-    check(good && decode(t, out, 64, ids, 3) == 15 && !memcmp(out, "hi<|endoftext|>", 15) && shows(t, 300, "<300>"),
+    check(good && decode(t, out, 64, ids, 3) == 15 && !memcmp(out, "hi<|endoftext|>", 15) &&
+              shows(t, 300, "<300>"),
           "bytes: every byte round-trips; 256 ends a text");
-    check(tokens_show(t, out, 6, 256) == 13 && !strcmp(out, "<|end") && tokens_show(t, 0, 0, 'h') == 1 &&
-          tokens_encode(t, ids, 2, "abcd", 4) == 4 && ids[1] == 'b' && ids[2] == 256, "a full buffer is not overrun and the whole length is returned");
-    check(shows(t, '\n', "\\n") && shows(t,
-          '"', "\\\"") && shows(t, 0x1b, "\\x1b") && shows(t, 0xe2, "\\xe2") && shows(t, 'a', "a") && shows(t, -1, "<-1>"),
+    check(tokens_show(t, out, 6, 256) == 13 && !strcmp(out, "<|end") &&
+              tokens_show(t, 0, 0, 'h') == 1 && tokens_encode(t, ids, 2, "abcd", 4) == 4 &&
+              ids[1] == 'b' && ids[2] == 256,
+          "a full buffer is not overrun and the whole length is returned");
+    check(shows(t, '\n', "\\n") && shows(t, '"', "\\\"") && shows(t, 0x1b, "\\x1b") &&
+              shows(t, 0xe2, "\\xe2") && shows(t, 'a', "a") && shows(t, -1, "<-1>"),
           "a token as a printable word");
-    static const char mixed[] = "a\n\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80|\x1b[\0\x7f\xff\xe2\x82(\xc2\x9b\xf0\x9f";
+    static const char mixed[] =
+        "a\n\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80|\x1b[\0\x7f\xff\xe2\x82(\xc2\x9b\xf0\x9f";
     int printed = 0;
     for (size_t step = 1; step <= sizeof mixed; step++)
-        printed += prints(mixed, sizeof mixed - 1, step, "a\n\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80|\xef\xbf\xbd[\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd(\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd");
-    check(printed == sizeof mixed, "text for a terminal: characters whole however they are cut, controls and broken bytes as U+FFFD");
+        printed += prints(
+            mixed, sizeof mixed - 1, step,
+            "a\n\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80|\xef\xbf\xbd[\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd(\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd");
+    check(
+        printed == sizeof mixed,
+        "text for a terminal: characters whole however they are cut, controls and broken bytes as U+FFFD");
     tokens_close(t);
 
     for (int version = 2; version <= 3; version++) {
@@ -439,19 +523,29 @@ static void test_tokens(void) {
         memset(longest, '=', sizeof longest);
         if (version == 3) table_add(&table, longest, sizeof longest);
         t = tokens_open(table_write(&table, "t.vocab", 269, 268));
-        static const int hello[] = { 259, 264 }, added[] = { 259, 269, 259, 268 }, llo[] = { 257, 'o' }, run[] = { 'a', ' ', 264 };
+        static const int hello[] = { 259, 264 }, added[] = { 259, 269, 259, 268 },
+                         llo[] = { 257, 'o' }, run[] = { 'a', ' ', 264 };
         static const char spaced[] = "  \n\n hello,\r\n  world's 123 \xc3\xa4 ";
-        static const int words[] = { 'x', '\'', 257, ' ', ' ', 256, '1' };              // x | 'll | space | space he | 1
-        good = tokens_vocab(t) == table.vocab && tokens_eot(t) == 269 && encodes(t, "hello world", hello, 2);
-        good = good && encodes(t, "hello<|end|>hello<|end|>!", added, 4) && encodes(t, "llo", llo, 2) && encodes(t, "x'll  he1", words, 7)
-               && encodes(t, "a  world", run, 3);
+        static const int words[] = {
+            'x', '\'', 257, ' ', ' ', 256, '1'
+        }; // x | 'll | space | space he | 1
+        good = tokens_vocab(t) == table.vocab && tokens_eot(t) == 269 &&
+               encodes(t, "hello world", hello, 2);
+        good = good && encodes(t, "hello<|end|>hello<|end|>!", added, 4) &&
+               encodes(t, "llo", llo, 2) && encodes(t, "x'll  he1", words, 7) &&
+               encodes(t, "a  world", run, 3);
         good = good && round_trip(t, all, 256) && round_trip(t, spaced, sizeof spaced - 1);
         int last = version == 3 ? 270 : 9999;
         char text[1000];
         good = good && shows(t, 267, "<267>");
-        good = good && (version == 3 ? decode(t, text, sizeof text, &last, 1) == 700 && !memcmp(text, longest, 700) : shows(t, last, "<9999>"));
-        check(good, version == 2 ? "decode table version 2: merges by lowest id, words, added tokens, unused ids, round trip"
-                                 : "decode table version 3: the same, and an entry of 700 bytes");
+        good = good && (version == 3 ? decode(t, text, sizeof text, &last, 1) == 700 &&
+                                           !memcmp(text, longest, 700)
+                                     : shows(t, last, "<9999>"));
+        check(
+            good,
+            version == 2
+                ? "decode table version 2: merges by lowest id, words, added tokens, unused ids, round trip"
+                : "decode table version 3: the same, and an entry of 700 bytes");
         tokens_close(t);
     }
 
@@ -460,10 +554,12 @@ static void test_tokens(void) {
     write_bytes("bad.vocab", table.data, table.n - 3);
     dies(try_table, path, "truncated", "id 269", "error: a truncated decode table");
     write_bytes("bad.vocab", table.data, table.n + 3);
-    dies(try_table, path, "3 bytes after", "bad.vocab", "error: a decode table with more than its entries");
-    dies(try_table, write_shard("shard.vocab", 2, 9, -1, 0, 0, 0, 0), "not a decode table", "20240328",
-         "error: a shard given as decode table");
-    dies(try_table, path_of("absent.vocab"), "cannot open", "absent.vocab", "error: no decode table");
+    dies(try_table, path, "3 bytes after", "bad.vocab",
+         "error: a decode table with more than its entries");
+    dies(try_table, write_shard("shard.vocab", 2, 9, -1, 0, 0, 0, 0), "not a decode table",
+         "20240328", "error: a shard given as decode table");
+    dies(try_table, path_of("absent.vocab"), "cannot open", "absent.vocab",
+         "error: no decode table");
     dies(try_table, table_write(&table, "eot.vocab", 5000, 0), "end-of-text id 5000", "270 ids",
          "error: an end-of-text id outside the table");
     Table few = { { 0 }, 1024, 2, 0 };
@@ -472,7 +568,8 @@ static void test_tokens(void) {
          "error: a prompt with a byte the table lacks");
 
     table_write(&table, "set.vocab", 267, 0);
-    static const char *const names[] = { "set_train_000007.bin", "set_val_000000.bin", "set_12.bin", "set.bin", "other_train_000000.bin" };
+    static const char *const names[] = { "set_train_000007.bin", "set_val_000000.bin", "set_12.bin",
+                                         "set.bin", "other_train_000000.bin" };
     good = 1;
     for (int i = 0; i < 5; i++) {
         char *found = tokens_beside(path_of(names[i]));
@@ -482,16 +579,18 @@ static void test_tokens(void) {
     check(good, "the decode table is found beside its shards");
 }
 
-// -------------------------------------------------------------------------------------------------------------- tokenize.py
+// ---- tokenize.py ----------------------------------------------------------------------------
 static int run(const char *script, const char *options) {
-    char *command = xasprintf("python3 '%s' --out '%s/made' %s '%s/one.dat' '%s/two.jsonl' >'%s/log' 2>&1", script, folder, options,
-                folder, folder, folder);
+    char *command =
+        xasprintf("python3 '%s' --out '%s/made' %s '%s/one.dat' '%s/two.jsonl' >'%s/log' 2>&1",
+                  script, folder, options, folder, folder, folder);
     int status = system(command);
     free(command);
     return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
-static int same(const char *pattern, const int *expected, int n) {       // the shards' tokens, the last one of each shard as a target only
+static int same(const char *pattern, const int *expected,
+                int n) { // the shards' tokens, the last one of each shard as a target only
     const char *p = path_of(pattern);
     Loader *l = loader_open(&p, 1, 1, 0, 0, 257);
     int good = loader_tokens(l) == n, at = 0;
@@ -509,12 +608,14 @@ static int same(const char *pattern, const int *expected, int n) {       // the 
 }
 
 static void test_script(const char *script) {
-    char text[612];                                        // every byte twice; the first line end after 70 % is that of the 512th
+    char text[612]; // every byte twice; the first line end after 70 % is that of the 512th
     for (int i = 0; i < 512; i++) text[i] = (char)i;
     memset(text + 512, 'y', 100);
     text[511] = text[611] = '\n';
     write_bytes("one.dat", text, 612);
-    static const char lines[] = "{\"text\": \"a\\u00e4\"}\n\n{\"text\": \"\"}\n{\"text\": \"b\"}\n";     // the last line is held out
+    static const char lines[] =
+        "{\"text\": \"a\\u00e4\"}\n\n{\"text\": \"\"}\n{\"text\": \"b\"}\n"; // the last line is
+                                                                             // held out
     write_bytes("two.jsonl", lines, sizeof lines - 1);
     int train[600], val[200], n = 0, m = 0;
     for (int i = 0; i < 512; i++) train[n++] = (unsigned char)text[i];
@@ -526,22 +627,28 @@ static void test_script(const char *script) {
           "tokenize.py: documents, shards of 100 tokens, held-out ends");
     char *table = tokens_beside(path_of("made_train_000000.bin"));
     Tokens *t = tokens_open(table);
-    check(table && tokens_vocab(t) == 257 && tokens_eot(t) == 256 && round_trip(t, text, 612), "tokenize.py: its decode table");
+    check(table && tokens_vocab(t) == 257 && tokens_eot(t) == 256 && round_trip(t, text, 612),
+          "tokenize.py: its decode table");
     tokens_close(t);
     free(table);
     loader_dies(path_of("made_train_000005.bin"), 4, 256, -1, "largest id is 256", "257 ids",
                 "tokenize.py: states the largest id of each shard");
-    check(run(script, "") == 1 && same("made_train_*.bin", train, n), "tokenize.py: does not overwrite");
+    check(run(script, "") == 1 && same("made_train_*.bin", train, n),
+          "tokenize.py: does not overwrite");
     check(run(script, "--force --key wrong") == 1 && same("made_train_*.bin", train, n),
           "tokenize.py: a run that fails leaves the earlier shards alone");
-    check(run(script, "--force") == 0 && access(path_of("made_train_000001.bin"), F_OK) && access(path_of("made_val_000000.bin"), F_OK),
+    check(run(script, "--force") == 0 && access(path_of("made_train_000001.bin"), F_OK) &&
+              access(path_of("made_val_000000.bin"), F_OK),
           "tokenize.py: --force removes the shards of the earlier run");
 }
 
 int main(int argc, char **argv) {
     const char *tmp = getenv("TMPDIR");
     snprintf(folder, sizeof folder, "%s/test_data_XXXXXX", tmp && *tmp ? tmp : "/tmp");
-    if (!mkdtemp(folder)) { perror(folder); return 2; }
+    if (!mkdtemp(folder)) {
+        perror(folder);
+        return 2;
+    }
     test_windows();
     test_files();
     test_order();

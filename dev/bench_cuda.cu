@@ -1,14 +1,20 @@
-// Every kernel of kernels.h on the GPU at the shapes of Qwen3-30B-A3B, against what the card can do at best in the same run. JSON lines on stdout; `make bench-cuda`.
+// Every kernel of kernels.h on the GPU at the shapes of Qwen3-30B-A3B, against what the card can do
+// at best in the same run. JSON lines on stdout; `make bench-cuda`.
 //
 //   bench_cuda [--tokens 4096,32768] [--only SUBSTRING] [--seconds 0.15] [--tiny]
 //
-// First the ceilings: a copy of 2 GiB (read + write) by a kernel and by cudaMemcpy, the better one counts; a cuBLASLt product of 8192^3 in floatX on normal numbers. They are
-// measured again at the end: a card that got warm is slower, and then all shares are a little too low. Then each kernel: `us` is the median time by events on the stream, after
-// three calls that do not count; `flops` and `bytes` are the least possible ones (dev/costs.h); `share` = max(flops / product ceiling, bytes / copy ceiling) / time.
-// Before every call 256 MiB are written: operands come from memory and not from the L2 cache, as in a step, and the call is queued before the GPU reaches it, so that the time
-// to launch is not in it. Sequences have 4,096 tokens (32,768 tokens are 8 of them), the head works in chunks of at most 1 GiB of logits (model/trainer.c).
-// Routing: `even`, K distinct experts drawn alike; `skewed`, expert e drawn with weight (e + 1)^-1/2, and the rows of the most loaded expert over the mean in `load`.
-// Left out: rope_table, router_share, sum_in_order, clip_scale, gradient_scale, rows_sum_real, plan_dense: less than a megabyte, or once a run.
+// First the ceilings: a copy of 2 GiB (read + write) by a kernel and by cudaMemcpy, the better one
+// counts; a cuBLASLt product of 8192^3 in floatX on normal numbers. They are measured again at the
+// end: a card that got warm is slower, and then all shares are a little too low. Then each kernel:
+// `us` is the median time by events on the stream, after three calls that do not count; `flops` and
+// `bytes` are the least possible ones (dev/costs.h); `share` = max(flops / product ceiling, bytes /
+// copy ceiling) / time. Before every call 256 MiB are written: operands come from memory and not
+// from the L2 cache, as in a step, and the call is queued before the GPU reaches it, so that the
+// time to launch is not in it. Sequences have 4,096 tokens (32,768 tokens are 8 of them), the head
+// works in chunks of at most 1 GiB of logits (model/trainer.c). Routing: `even`, K distinct experts
+// drawn alike; `skewed`, expert e drawn with weight (e + 1)^-1/2, and the rows of the most loaded
+// expert over the mean in `load`. Left out: rope_table, router_share, sum_in_order, clip_scale,
+// gradient_scale, rows_sum_real, plan_dense: less than a megabyte, or once a run.
 // --tiny: shapes for the emulator (dev/cuemu), where times mean nothing.
 #include "../kernels/cuda/experts.cuh"
 #include <math.h>
@@ -19,16 +25,22 @@
 #include <string>
 #include <vector>
 
-typedef struct { int B, T, C, H, KV, D, E, K, F, V; int64_t P; } Shape;
-static const Shape full = {0, 4096, 2048, 32, 4, 128, 128, 8, 768, 151936, 3ll * 128 * 2048 * 768}, tiny = {2, 32, 64, 4, 2, 16, 8, 2, 16, 160, 3ll * 8 * 64 * 16};
+typedef struct {
+    int B, T, C, H, KV, D, E, K, F, V;
+    int64_t P;
+} Shape;
+static const Shape
+    full = { 0, 4096, 2048, 32, 4, 128, 128, 8, 768, 151936, 3ll * 128 * 2048 * 768 },
+    tiny = { 2, 32, 64, 4, 2, 16, 8, 2, 16, 160, 3ll * 8 * 64 * 16 };
 static const char *only;
 static double seconds = 0.15, peak_flops, peak_bytes;
 static int warm_calls = 3, least_calls = 5;
 static size_t flush_bytes = (size_t)256 << 20;
 static void *flush_memory;
 
-// ---- time ---------------------------------------------------------------------------------------------------------------------------------
-// Median microseconds of call, at least least_calls and at most 101 times, as many as fit into `seconds`.
+// ---- time -----------------------------------------------------------------------------------
+// Median microseconds of call, at least least_calls and at most 101 times, as many as fit into
+// `seconds`.
 static double time_us(const std::function<void()> &call) {
     static cudaEvent_t begin, end;
     if (!begin) {
@@ -54,35 +66,48 @@ static double time_us(const std::function<void()> &call) {
 }
 
 // FLOPs and bytes of a kernel at this shape; N = rows of a chunk of the head.
-static int head_rows(const Shape *s) { return (int)std::min<int64_t>((int64_t)s->B * s->T, (1ll << 30) / ((int64_t)s->V * (int64_t)sizeof(floatX))); }
+static int head_rows(const Shape *s) {
+    return (int)std::min<int64_t>((int64_t)s->B * s->T,
+                                  (1ll << 30) / ((int64_t)s->V * (int64_t)sizeof(floatX)));
+}
 static void cost(const Shape *s, const char *kernel, double *flops, double *bytes) {
-    double R = (double)s->B * s->T, T = s->T, C = s->C, H = s->H, Q = H * s->D, KVD = (double)s->KV * s->D, E = s->E, K = s->K, F = s->F, V = s->V, P = (double)s->P;
+    double R = (double)s->B * s->T, T = s->T, C = s->C, H = s->H, Q = H * s->D,
+           KVD = (double)s->KV * s->D, E = s->E, K = s->K, F = s->F, V = s->V, P = (double)s->P;
     double N = head_rows(s), Z = R * K, x = sizeof(floatX);
-#define COST(name, f, b) if (!strcmp(kernel, #name)) { *flops = f; *bytes = b; return; }
+#define COST(name, f, b)          \
+    if (!strcmp(kernel, #name)) { \
+        *flops = f;               \
+        *bytes = b;               \
+        return;                   \
+    }
 #include "costs.h"
 #undef COST
     die("dev/costs.h has no line for %s|add one", kernel);
 }
 
-// variant: what distinguishes several lines of one kernel; load: of the experts, 0 = not a matter of routing
-static void bench(const Shape *s, const char *kernel, const char *variant, double load, const std::function<void()> &call) {
+// variant: what distinguishes several lines of one kernel; load: of the experts, 0 = not a matter
+// of routing
+static void bench(const Shape *s, const char *kernel, const char *variant, double load,
+                  const std::function<void()> &call) {
     if (only && !strstr(kernel, only)) return;
     double flops, bytes;
     cost(s, kernel, &flops, &bytes);
     double us = time_us(call), products = flops / peak_flops, copies = bytes / peak_bytes;
-    printf("{\"kernel\": \"%s\", \"variant\": \"%s\", \"tokens\": %d, \"us\": %.2f, \"flops\": %.6g, \"bytes\": %.6g, \"tflops\": %.2f, \"gbs\": %.1f, \"bound\": \"%s\", \"share\": %.4f", kernel, variant,
-           s->B * s->T, us, flops, bytes, 1e-6 * flops / us, 1e-3 * bytes / us, products > copies ? "products" : "copies", 1e6 * std::max(products, copies) / us);
+    printf(
+        "{\"kernel\": \"%s\", \"variant\": \"%s\", \"tokens\": %d, \"us\": %.2f, \"flops\": %.6g, \"bytes\": %.6g, \"tflops\": %.2f, \"gbs\": %.1f, \"bound\": \"%s\", \"share\": %.4f",
+        kernel, variant, s->B * s->T, us, flops, bytes, 1e-6 * flops / us, 1e-3 * bytes / us,
+        products > copies ? "products" : "copies", 1e6 * std::max(products, copies) / us);
     if (load > 0) printf(", \"load\": %.3f", load);
     printf("}\n");
     fflush(stdout);
 }
 #define BENCH(kernel, variant, ...) bench(s, kernel, variant, 0, [&] { __VA_ARGS__; })
 
-// ---- operands: taken twice, from a counting arena and from a real one ------------------------------------------------------------------------
+// ---- operands: taken twice, from a counting arena and from a real one -----------------------
 static floatX *normal(Arena *a, int64_t n, double std) {
     static uint64_t tensor;
     floatX *x = ARENA_TAKE(a, floatX, n, "operands");
-    Segment all = {++tensor, 0, n, 0, 0, 0};
+    Segment all = { ++tensor, 0, n, 0, 0, 0 };
     if (x) init_segments(x, 0, &all, 1, 1, std);
     return x;
 }
@@ -94,7 +119,7 @@ static int *integers(Arena *a, int64_t n, const std::function<int(int64_t)> &val
     device_upload(p, host.data(), (size_t)n * sizeof(int));
     return p;
 }
-static uint64_t mix(uint64_t x) {                 // the finaliser of MurmurHash3
+static uint64_t mix(uint64_t x) { // the finaliser of MurmurHash3
     x = (x ^ x >> 33) * 0xff51afd7ed558ccdull, x = (x ^ x >> 33) * 0xc4ceb9fe1a85ec53ull;
     return x ^ x >> 33;
 }
@@ -110,41 +135,56 @@ static void run(Group *group, const Shape *s) {
     arena_free(&a);
 }
 
-// ---- the kernels ------------------------------------------------------------------------------------------------------------------------------
+// ---- the kernels ----------------------------------------------------------------------------
 static __global__ void copy_kernel(int4 *to, const int4 *from, int64_t n) {
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x) to[i] = from[i];
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
+         i += (int64_t)gridDim.x * blockDim.x)
+        to[i] = from[i];
 }
 static void ceilings(const Shape *s, Arena *a) {
     int toy = s->V < 10000, side = toy ? 64 : 8192;
     size_t bytes = (size_t)1 << (toy ? 16 : 31);
-    char *from = (char *)arena_take(a, bytes, "operands"), *to = (char *)arena_take(a, bytes, "operands");
-    floatX *x = normal(a, (int64_t)side * side, 1), *y = normal(a, (int64_t)side * side, 1), *z = normal(a, (int64_t)side * side, 1);
+    char *from = (char *)arena_take(a, bytes, "operands"),
+         *to = (char *)arena_take(a, bytes, "operands");
+    floatX *x = normal(a, (int64_t)side * side, 1), *y = normal(a, (int64_t)side * side, 1),
+           *z = normal(a, (int64_t)side * side, 1);
     if (!a->base) return;
     int64_t n = (int64_t)(bytes / 16);
     double memcpy_us = time_us([&] { device_copy(to, from, bytes); });
-    double kernel_us = time_us([&] { copy_kernel<<<grid_for(n, 512, 4096), 512, 0, compute_stream()>>>((int4 *)to, (const int4 *)from, n); });
+    double kernel_us = time_us([&] {
+        copy_kernel<<<grid_for(n, 512, 4096), 512, 0, compute_stream()>>>((int4 *)to,
+                                                                          (const int4 *)from, n);
+    });
     double product_us = time_us([&] { linear_forward(z, x, y, side, side, side); });
     LAUNCHED();
     peak_bytes = std::max(peak_bytes, 2e6 * (double)bytes / std::min(memcpy_us, kernel_us));
     peak_flops = std::max(peak_flops, 2e6 * side * (double)side * side / product_us);
-    printf("{\"ceiling\": \"%s\", \"memcpy_gbs\": %.1f, \"copy_kernel_gbs\": %.1f, \"product_tflops\": %.2f, \"side\": %d, \"precision\": \"%s\"}\n", device_describe(), 2e-3 * (double)bytes / memcpy_us,
-           2e-3 * (double)bytes / kernel_us, 2e-6 * side * (double)side * side / product_us, side, PRECISION_NAME);
+    printf(
+        "{\"ceiling\": \"%s\", \"memcpy_gbs\": %.1f, \"copy_kernel_gbs\": %.1f, \"product_tflops\": %.2f, \"side\": %d, \"precision\": \"%s\"}\n",
+        device_describe(), 2e-3 * (double)bytes / memcpy_us, 2e-3 * (double)bytes / kernel_us,
+        2e-6 * side * (double)side * side / product_us, side, PRECISION_NAME);
 }
 
 static void dense(const Shape *s, Arena *a) {
     int R = s->B * s->T, T = s->T, C = s->C, H = s->H, KV = s->KV, D = s->D, Q = H * D, W = KV * D;
     double fan = 1 / sqrt((double)C);
-    floatX *x = normal(a, (int64_t)R * C, 1), *y = normal(a, (int64_t)R * C, 1), *dy = normal(a, (int64_t)R * C, 1), *w = normal(a, C, 1);
-    floatX *q = normal(a, (int64_t)R * Q, 1), *k = normal(a, (int64_t)R * W, 1), *v = normal(a, (int64_t)R * W, 1), *o = normal(a, (int64_t)R * Q, 1), *qn = normal(a, (int64_t)R * Q, 1);
-    floatX *kn = normal(a, (int64_t)R * W, 1), *dq = normal(a, (int64_t)R * Q, 1), *dk = normal(a, (int64_t)R * W, 1), *dv = normal(a, (int64_t)R * W, 1), *Wq = normal(a, (int64_t)Q * C, fan);
+    floatX *x = normal(a, (int64_t)R * C, 1), *y = normal(a, (int64_t)R * C, 1),
+           *dy = normal(a, (int64_t)R * C, 1), *w = normal(a, C, 1);
+    floatX *q = normal(a, (int64_t)R * Q, 1), *k = normal(a, (int64_t)R * W, 1),
+           *v = normal(a, (int64_t)R * W, 1), *o = normal(a, (int64_t)R * Q, 1),
+           *qn = normal(a, (int64_t)R * Q, 1);
+    floatX *kn = normal(a, (int64_t)R * W, 1), *dq = normal(a, (int64_t)R * Q, 1),
+           *dk = normal(a, (int64_t)R * W, 1), *dv = normal(a, (int64_t)R * W, 1),
+           *Wq = normal(a, (int64_t)Q * C, fan);
     gradX *dW = GRADS((int64_t)Q * C), *dw = GRADS(C > 2 * D ? C : 2 * D);
-    real *rstd = REALS(R), *cosine = REALS((int64_t)T * D / 2), *sine = REALS((int64_t)T * D / 2), *lse = REALS((int64_t)R * H);
+    real *rstd = REALS(R), *cosine = REALS((int64_t)T * D / 2), *sine = REALS((int64_t)T * D / 2),
+         *lse = REALS((int64_t)R * H);
     int *index = integers(a, R, [&](int64_t i) { return (int)(mix((uint64_t)i) % (uint64_t)R); });
     void *workspace = arena_take(a, attention_workspace(s->B, T, H, KV, D), "operands");
     if (!a->base) return;
     rope_table(cosine, sine, 1e6, T, D);
     BENCH("rmsnorm_forward", "", rmsnorm_forward(y, rstd, x, w, 1e-6f, R, C));
-    if (only) rmsnorm_forward(y, rstd, x, w, 1e-6f, R, C);          // rstd is wanted below
+    if (only) rmsnorm_forward(y, rstd, x, w, 1e-6f, R, C); // rstd is wanted below
     BENCH("rmsnorm_backward", "", rmsnorm_backward(y, dw, dy, dy, x, w, rstd, 0, R, C));
     BENCH("add", "", add(y, x, dy, (size_t)R * (size_t)C));
     BENCH("rows_gather", "", rows_gather(y, x, index, R, (size_t)C * sizeof(floatX)));
@@ -157,22 +197,30 @@ static void dense(const Shape *s, Arena *a) {
     BENCH("linear_backward_weight_q", "", linear_backward_weight(dW, q, x, 0, R, Q, C));
     BENCH("linear_backward_weight_kv", "", linear_backward_weight(dW, k, x, 0, R, W, C));
     BENCH("linear_backward_weight_o", "", linear_backward_weight(dW, dy, q, 0, R, C, Q));
-    BENCH("qk_norm_rope_forward", "", qk_norm_rope_forward(qn, kn, q, k, w, w, cosine, sine, 1e-6f, R, T, H, KV, D));
-    BENCH("qk_norm_rope_backward", "", qk_norm_rope_backward(dq, dk, dw, dw + D, qn, kn, q, k, w, w, cosine, sine, 1e-6f, 0, R, T, H, KV, D));
+    BENCH("qk_norm_rope_forward", "",
+          qk_norm_rope_forward(qn, kn, q, k, w, w, cosine, sine, 1e-6f, R, T, H, KV, D));
+    BENCH("qk_norm_rope_backward", "",
+          qk_norm_rope_backward(dq, dk, dw, dw + D, qn, kn, q, k, w, w, cosine, sine, 1e-6f, 0, R,
+                                T, H, KV, D));
     static const char *const attention[] = {
 #ifdef MOE_CUDNN
         "cudnn",
 #endif
-        "flash"};
+        "flash"
+    };
     for (const char *name : attention) {
         attention_select(name);
-        if (only && strstr("attention_backward", only)) attention_forward(o, lse, qn, kn, v, workspace, s->B, T, H, KV, D);
-        BENCH("attention_forward", name, attention_forward(o, lse, qn, kn, v, workspace, s->B, T, H, KV, D));
-        BENCH("attention_backward", name, attention_backward(dq, dk, dv, q, o, lse, qn, kn, v, workspace, s->B, T, H, KV, D));
+        if (only && strstr("attention_backward", only))
+            attention_forward(o, lse, qn, kn, v, workspace, s->B, T, H, KV, D);
+        BENCH("attention_forward", name,
+              attention_forward(o, lse, qn, kn, v, workspace, s->B, T, H, KV, D));
+        BENCH("attention_backward", name,
+              attention_backward(dq, dk, dv, q, o, lse, qn, kn, v, workspace, s->B, T, H, KV, D));
     }
 }
 
-// K distinct experts of every token, ascending: the K largest of log weight + Gumbel noise are a draw without replacement in proportion to the weights.
+// K distinct experts of every token, ascending: the K largest of log weight + Gumbel noise are a
+// draw without replacement in proportion to the weights.
 static double skew;
 static int *choices(const Shape *s, Arena *a, double *load) {
     int R = s->B * s->T, E = s->E, K = s->K;
@@ -181,11 +229,16 @@ static int *choices(const Shape *s, Arena *a, double *load) {
     for (int r = 0; r < R && a->base; r++) {
         for (int e = 0; e < E; e++) {
             id[(size_t)e] = e;
-            key[(size_t)e] = -skew * log(e + 1.0) - log(-log(((double)(mix((uint64_t)r * 4096 + (uint64_t)e + 1) >> 11) + 0.5) * 0x1p-53));
+            key[(size_t)e] =
+                -skew * log(e + 1.0) -
+                log(-log(((double)(mix((uint64_t)r * 4096 + (uint64_t)e + 1) >> 11) + 0.5) *
+                         0x1p-53));
         }
-        std::partial_sort(id.begin(), id.begin() + K, id.end(), [&](int i, int j) { return key[(size_t)i] > key[(size_t)j]; });
+        std::partial_sort(id.begin(), id.begin() + K, id.end(),
+                          [&](int i, int j) { return key[(size_t)i] > key[(size_t)j]; });
         std::sort(id.begin(), id.begin() + K);
-        for (int k = 0; k < K; k++) all[(size_t)r * (size_t)K + (size_t)k] = id[(size_t)k], rows[(size_t)id[(size_t)k]]++;
+        for (int k = 0; k < K; k++)
+            all[(size_t)r * (size_t)K + (size_t)k] = id[(size_t)k], rows[(size_t)id[(size_t)k]]++;
     }
     *load = *std::max_element(rows.begin(), rows.end()) * (double)E / ((double)R * K);
     return integers(a, (int64_t)R * K, [&](int64_t i) { return all[(size_t)i]; });
@@ -195,34 +248,51 @@ static void experts(const Shape *s, Arena *a) {
     int64_t M = plan_rows(R, K, E);
     double load, fan = 1 / sqrt((double)C), fan2 = 1 / sqrt((double)F);
     const char *routing = skew > 0 ? "skewed" : "even";
-    floatX *x = normal(a, (int64_t)R * C, 1), *y = normal(a, (int64_t)R * C, 1), *dy = normal(a, (int64_t)R * C, 1), *W1 = normal(a, (int64_t)E * 2 * F * C, fan), *W2 = normal(a, (int64_t)E * C * F, fan2);
-    floatX *Wr = normal(a, (int64_t)E * C, fan), *Y = normal(a, M * C, 1), *H = normal(a, M * 2 * F, 1), *dH = normal(a, M * 2 * F, 1), *A = normal(a, M * F, 1);
-    gradX *dW1 = GRADS((int64_t)E * 2 * F * C), *dW2 = GRADS((int64_t)E * C * F), *dWr = GRADS((int64_t)E * C);
-    real *z = REALS((int64_t)R * E), *dz = REALS((int64_t)R * E), *score = REALS((int64_t)R * K), *dscore = REALS((int64_t)R * K);
-    int *topk = ARENA_TAKE(a, int, (int64_t)R * K, "operands"), *choice = choices(s, a, &load);
+    floatX *x = normal(a, (int64_t)R * C, 1), *y = normal(a, (int64_t)R * C, 1),
+           *dy = normal(a, (int64_t)R * C, 1), *W1 = normal(a, (int64_t)E * 2 * F * C, fan),
+           *W2 = normal(a, (int64_t)E * C * F, fan2);
+    floatX *Wr = normal(a, (int64_t)E * C, fan), *Y = normal(a, M * C, 1),
+           *H = normal(a, M * 2 * F, 1), *dH = normal(a, M * 2 * F, 1), *A = normal(a, M * F, 1);
+    gradX *dW1 = GRADS((int64_t)E * 2 * F * C), *dW2 = GRADS((int64_t)E * C * F),
+          *dWr = GRADS((int64_t)E * C);
+    real *z = REALS((int64_t)R * E), *dz = REALS((int64_t)R * E), *score = REALS((int64_t)R * K),
+         *dscore = REALS((int64_t)R * K);
+    int *topk = ARENA_TAKE(a, int, (int64_t)R *K, "operands"), *choice = choices(s, a, &load);
     double *share = ARENA_TAKE(a, double, E, "operands");
-    RouterStats stats = {ARENA_TAKE(a, int64_t, E, "operands"), ARENA_TAKE(a, double, E, "operands"), ARENA_TAKE(a, double, 2, "operands")};
-    Plan plan = {ARENA_TAKE(a, int, M, "operands"), ARENA_TAKE(a, int, (int64_t)R * K, "operands"), ARENA_TAKE(a, int, E + 1, "operands"), (int)M, R, E, K};
+    RouterStats stats = { ARENA_TAKE(a, int64_t, E, "operands"),
+                          ARENA_TAKE(a, double, E, "operands"),
+                          ARENA_TAKE(a, double, 2, "operands") };
+    Plan plan = { ARENA_TAKE(a, int, M, "operands"),
+                  ARENA_TAKE(a, int, (int64_t)R *K, "operands"),
+                  ARENA_TAKE(a, int, E + 1, "operands"),
+                  (int)M,
+                  R,
+                  E,
+                  K };
     if (!a->base) return;
-    router_forward(z, topk, score, stats, x, Wr, 0, 1, R, C, E, K);      // scores for what follows; the router is timed with choices of its own
+    router_forward(z, topk, score, stats, x, Wr, 0, 1, R, C, E,
+                   K); // scores for what follows; the router is timed with choices of its own
     router_share(share, stats.count, R, 1, E);
     plan_build(&plan, choice, 0, 0);
     if (skew == 0) {
         BENCH("router_forward", "", router_forward(z, topk, score, stats, x, Wr, 0, 1, R, C, E, K));
-        BENCH("router_backward_add", "", router_backward_add(dy, dWr, dz, score, z, topk, score, x, Wr, share, 1e-3, 0, 1, 0, R, C, E, K));
+        BENCH("router_backward_add", "",
+              router_backward_add(dy, dWr, dz, score, z, topk, score, x, Wr, share, 1e-3, 0, 1, 0,
+                                  R, C, E, K));
     }
 #define ROUTED(kernel, ...) bench(s, kernel, variant.c_str(), load, [&] { __VA_ARGS__; })
     std::string variant = routing;
     ROUTED("plan_build", plan_build(&plan, choice, 0, 0));
     ROUTED("rows_combine", rows_combine(y, Y, score, &plan, C));
     ROUTED("rows_sum", rows_sum(y, Y, plan.token_row, R, K, C));
-    for (const char *name : {"wgmma", "mma"}) {
+    for (const char *name : { "wgmma", "mma" }) {
         if (!experts_select(name)) continue;
         variant = std::string(routing) + " " + name;
         ROUTED("experts_up", experts_up(H, A, x, W1, &plan, C, F));
         ROUTED("experts_up_again", experts_up(H, 0, x, W1, &plan, C, F));
         ROUTED("experts_down", experts_down(Y, A, W2, &plan, C, F));
-        ROUTED("experts_down_backward", experts_down_backward(dH, A, dscore, dy, H, W2, score, &plan, C, F));
+        ROUTED("experts_down_backward",
+               experts_down_backward(dH, A, dscore, dy, H, W2, score, &plan, C, F));
         ROUTED("experts_up_backward", experts_up_backward(Y, dH, W1, &plan, C, F));
         ROUTED("experts_wgrad", experts_wgrad(dW1, dW2, x, dy, dH, A, &plan, 0, C, F));
     }
@@ -230,7 +300,8 @@ static void experts(const Shape *s, Arena *a) {
 
 static void ends(const Shape *s, Arena *a) {
     int R = s->B * s->T, C = s->C, V = s->V, N = head_rows(s);
-    floatX *x = normal(a, (int64_t)R * C, 1), *We = normal(a, (int64_t)V * C, 1 / sqrt((double)C)), *logits = normal(a, (int64_t)N * V, 1), *y = normal(a, (int64_t)N * C, 1);
+    floatX *x = normal(a, (int64_t)R * C, 1), *We = normal(a, (int64_t)V * C, 1 / sqrt((double)C)),
+           *logits = normal(a, (int64_t)N * V, 1), *y = normal(a, (int64_t)N * C, 1);
     gradX *dW = GRADS((int64_t)V * C);
     double *loss = ARENA_TAKE(a, double, 1, "operands");
     int *ids = integers(a, R, [&](int64_t i) { return (int)(mix((uint64_t)i) % (uint64_t)V); });
@@ -240,7 +311,9 @@ static void ends(const Shape *s, Arena *a) {
     BENCH("head_forward", "", linear_forward(logits, y, We, N, V, C));
     BENCH("head_backward_input", "", linear_backward_input(y, logits, We, N, V, C));
     BENCH("head_backward_weight", "", linear_backward_weight(dW, logits, y, 1, N, V, C));
-    BENCH("cross_entropy", "", cross_entropy(logits, loss, ids, 1.f / (float)R, 1, N, V));      // last: in place, it leaves nearly constant numbers
+    BENCH("cross_entropy", "",
+          cross_entropy(logits, loss, ids, 1.f / (float)R, 1, N,
+                        V)); // last: in place, it leaves nearly constant numbers
 }
 
 // The experts of one layer in one segment for each of 3 E matrices' worth of numbers.
@@ -248,24 +321,28 @@ static void optimizer(const Shape *s, Arena *a) {
     int64_t n = s->P, each = n / (3 * s->E);
     std::vector<Segment> segments;
     for (int64_t i = 0; i < n / each; i++) {
-        Segment g = {(uint64_t)i + 1, 0, each, i * each, i * (each / 256 + 1), 1};
+        Segment g = { (uint64_t)i + 1, 0, each, i * each, i * (each / 256 + 1), 1 };
         segments.push_back(g);
     }
     int count = (int)segments.size();
     floatX *param = normal(a, n, 0.02);
     real *master = REALS(n), *m = REALS(n), *v = REALS(n), *one = REALS(1);
     gradX *grad = GRADS(n);
-    uint8_t *m8 = ARENA_TAKE(a, uint8_t, n, "operands"), *v8 = ARENA_TAKE(a, uint8_t, n, "operands");
+    uint8_t *m8 = ARENA_TAKE(a, uint8_t, n, "operands"),
+            *v8 = ARENA_TAKE(a, uint8_t, n, "operands");
     int64_t blocks = (int64_t)count * (each / 256 + 1);
-    float *m_scale = ARENA_TAKE(a, float, blocks, "operands"), *v_scale = ARENA_TAKE(a, float, blocks, "operands");
+    float *m_scale = ARENA_TAKE(a, float, blocks, "operands"),
+          *v_scale = ARENA_TAKE(a, float, blocks, "operands");
     double *sums = ARENA_TAKE(a, double, count, "operands");
     int *flag = ARENA_TAKE(a, int, 1, "operands");
     if (!a->base) return;
     float value = 1;
     device_upload(one, &value, sizeof value);
     convert(grad, DTYPE_F32, param, DTYPE_FLOATX, (size_t)n);
-    OptimizerStep o = {OPT_SGD, 1e-4, 0, 0.9, 0.999, 1e-8, 0.1, 2, 1, 2, 1};
-    OptimizerState plain = {param, 0, grad, 0, 0, 0, 0, 0, 0}, full_state = {param, master, grad, m, v, 0, 0, 0, 0}, state8 = {param, 0, grad, 0, 0, m8, v8, m_scale, v_scale};
+    OptimizerStep o = { OPT_SGD, 1e-4, 0, 0.9, 0.999, 1e-8, 0.1, 2, 1, 2, 1 };
+    OptimizerState plain = { param, 0, grad, 0, 0, 0, 0, 0, 0 },
+                   full_state = { param, master, grad, m, v, 0, 0, 0, 0 },
+                   state8 = { param, 0, grad, 0, 0, m8, v8, m_scale, v_scale };
     BENCH("gradient_squares", "", gradient_squares(sums, grad, segments.data(), count));
     BENCH("optimizer_sgd", "", optimizer_update(&plain, segments.data(), count, &o, one));
     o.kind = OPT_ADAMW;
@@ -279,31 +356,39 @@ static void optimizer(const Shape *s, Arena *a) {
 
 int main(int argc, char **argv) {
     Shape s = full;
-    std::vector<int> tokens = {4096, 32768};
+    std::vector<int> tokens = { 4096, 32768 };
     for (int i = 1; i < argc; i++) {
         std::string name = argv[i], value = i + 1 < argc ? argv[i + 1] : "";
         if (name == "--tiny") {
-            s = tiny, seconds = 0, warm_calls = 0, least_calls = 1, flush_bytes = 1024, tokens = {s.T, 2 * s.T};
+            s = tiny, seconds = 0, warm_calls = 0, least_calls = 1, flush_bytes = 1024,
+            tokens = { s.T, 2 * s.T };
             continue;
         }
         i++;
-        if (name == "--only") only = argv[i];
-        else if (name == "--seconds") seconds = atof(value.c_str());
+        if (name == "--only")
+            only = argv[i];
+        else if (name == "--seconds")
+            seconds = atof(value.c_str());
         else if (name == "--tokens") {
             tokens.clear();
-            for (size_t at = 0; at < value.size(); at = std::min(value.find(',', at), value.size() - 1) + 1) tokens.push_back(atoi(value.c_str() + at));
-        } else die("unknown option %s|see the first lines of dev/bench_cuda.cu", name.c_str());
-        if (value.empty()) die("%s needs a value|see the first lines of dev/bench_cuda.cu", name.c_str());
+            for (size_t at = 0; at < value.size();
+                 at = std::min(value.find(',', at), value.size() - 1) + 1)
+                tokens.push_back(atoi(value.c_str() + at));
+        } else
+            die("unknown option %s|see the first lines of dev/bench_cuda.cu", name.c_str());
+        if (value.empty())
+            die("%s needs a value|see the first lines of dev/bench_cuda.cu", name.c_str());
     }
     device_init(0, 0);
     CUDA_CHECK(cudaMalloc(&flush_memory, flush_bytes));
     run(ceilings, &s);
     for (int n : tokens) {
-        if (n < 1 || (n > s.T && n % s.T)) die("--tokens %d|at most %d, or a multiple of it", n, s.T);
+        if (n < 1 || (n > s.T && n % s.T))
+            die("--tokens %d|at most %d, or a multiple of it", n, s.T);
         Shape one = s;
         one.B = n > s.T ? n / s.T : 1, one.T = n > s.T ? s.T : n;
         run(dense, &one);
-        for (double w : {0.0, 0.5}) skew = w, run(experts, &one);
+        for (double w : { 0.0, 0.5 }) skew = w, run(experts, &one);
         run(ends, &one);
     }
     s.B = 1;

@@ -1,4 +1,5 @@
-// Arenas, for any backend: device.h says what they promise; device_take and device_give of the backend are where the bytes come from.
+// Arenas, for any backend: device.h says what they promise; device_take and device_give of the
+// backend are where the bytes come from.
 #include "device.h"
 #include "fail.h"
 #include <stdlib.h>
@@ -7,7 +8,7 @@
 enum { ARENA_ALIGN = 256 };
 
 Arena arena_counting(const char *name) {
-    Arena a = {0};
+    Arena a = { 0 };
     a.name = name;
     return a;
 }
@@ -17,12 +18,15 @@ static void count_row(Arena *a, size_t bytes, const char *what) {
             a->row[i].bytes += bytes;
             return;
         }
-    if (a->rows == ARENA_ROWS) die("arena %s has more than %d kinds of pieces|raise ARENA_ROWS in kernels/device.h", a->name, ARENA_ROWS);
+    if (a->rows == ARENA_ROWS)
+        die("arena %s has more than %d kinds of pieces|raise ARENA_ROWS in kernels/device.h",
+            a->name, ARENA_ROWS);
     a->row[a->rows].what = what;
     a->row[a->rows++].bytes = bytes;
 }
 void *arena_take(Arena *a, size_t bytes, const char *what) {
-    if (bytes > SIZE_MAX / 2 - a->used) die("arena %s: the size of %s overflows|a dimension is too large", a->name, what);
+    if (bytes > SIZE_MAX / 2 - a->used)
+        die("arena %s: the size of %s overflows|a dimension is too large", a->name, what);
     size_t taken = (bytes + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN, start = a->used;
     a->used += taken;
     if (!a->base) {
@@ -30,8 +34,8 @@ void *arena_take(Arena *a, size_t bytes, const char *what) {
         return 0;
     }
     if (a->used > a->capacity)
-        die("arena %s: %s wants %zu bytes behind %zu of %zu|the counting pass and the taking pass differ: a defect of the program", a->name, what, bytes, start,
-            a->capacity);
+        die("arena %s: %s wants %zu bytes behind %zu of %zu|the counting pass and the taking pass differ: a defect of the program",
+            a->name, what, bytes, start, a->capacity);
     device_poison(a->base + start, bytes);
     return a->base + start;
 }
@@ -44,7 +48,8 @@ static char *arena_table(Arena *a) {
     qsort(a->row, (size_t)a->rows, sizeof a->row[0], larger_first);
     char *text = xasprintf("%s", "");
     for (int i = 0; i < a->rows; i++) {
-        char *longer = xasprintf("%s%s%s %.3f GiB", text, i ? ", " : "", a->row[i].what, (double)a->row[i].bytes / (1 << 30));
+        char *longer = xasprintf("%s%s%s %.3f GiB", text, i ? ", " : "", a->row[i].what,
+                                 (double)a->row[i].bytes / (1 << 30));
         free(text);
         text = longer;
     }
@@ -56,7 +61,8 @@ void arena_commit(Arena *a) {
     a->base = (char *)device_take(a->capacity);
     if (!a->base)
         die("arena %s does not fit: %.3f GiB wanted, %.3f GiB available (%s)|smaller --micro-batch or --seq-len, --recompute layer, --optimizer adamw8bit, --update layer, or more ranks",
-            a->name, (double)a->capacity / (1 << 30), (double)device_memory() / (1 << 30), arena_table(a));
+            a->name, (double)a->capacity / (1 << 30), (double)device_memory() / (1 << 30),
+            arena_table(a));
     a->used = 0;
 }
 void arena_free(Arena *a) {

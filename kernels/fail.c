@@ -11,15 +11,20 @@
 static int fail_rank;
 static void (*fail_abort)(void);
 
-void die_set(int rank, void (*abort_all)(void)) { fail_rank = rank; fail_abort = abort_all; }
+void die_set(int rank, void (*abort_all)(void)) {
+    fail_rank = rank;
+    fail_abort = abort_all;
+}
 
 static int (*fail_claim)(void);
 void die_claim_set(int (*claim)(void)) { fail_claim = claim; }
 
 void die_claim(void) {
     if (!fail_claim || fail_claim()) return;
-    struct timespec wait = { 20, 0 };            // the one that spoke ends all ranks; should that fail, this one ends by itself
-    while (nanosleep(&wait, &wait)) { }
+    struct timespec wait = {
+        20, 0
+    }; // the one that spoke ends all ranks; should that fail, this one ends by itself
+    while (nanosleep(&wait, &wait)) {}
     _exit(1);
 }
 
@@ -29,7 +34,8 @@ void die(const char *format, ...) {
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    for (char *p = text; *p; p++) if (*p == '\n') *p = ' ';
+    for (char *p = text; *p; p++)
+        if (*p == '\n') *p = ' ';
     char *hint = strrchr(text, '|');
     if (hint) *hint++ = 0;
     if (fail_rank > 0) {
@@ -38,8 +44,11 @@ void die(const char *format, ...) {
     }
     die_claim();
     fflush(stdout);
-    if (fail_rank > 0) fprintf(stderr, "error: %s (rank %d)%s%s\n", text, fail_rank, hint ? "  hint: " : "", hint ? hint : "");
-    else fprintf(stderr, "error: %s%s%s\n", text, hint ? "  hint: " : "", hint ? hint : "");
+    if (fail_rank > 0)
+        fprintf(stderr, "error: %s (rank %d)%s%s\n", text, fail_rank, hint ? "  hint: " : "",
+                hint ? hint : "");
+    else
+        fprintf(stderr, "error: %s%s%s\n", text, hint ? "  hint: " : "", hint ? hint : "");
     fflush(stderr);
     if (fail_abort) fail_abort();
     exit(1);
@@ -47,13 +56,17 @@ void die(const char *format, ...) {
 
 void *xmalloc(size_t bytes, const char *what) {
     void *p = malloc(bytes ? bytes : 1);
-    if (!p) die("out of host memory: %zu bytes for %s|free memory or use fewer ranks on this machine", bytes, what);
+    if (!p)
+        die("out of host memory: %zu bytes for %s|free memory or use fewer ranks on this machine",
+            bytes, what);
     return p;
 }
 
 void *xcalloc(size_t count, size_t size, const char *what) {
     void *p = calloc(count ? count : 1, size ? size : 1);
-    if (!p) die("out of host memory: %zu x %zu bytes for %s|free memory or use fewer ranks on this machine", count, size, what);
+    if (!p)
+        die("out of host memory: %zu x %zu bytes for %s|free memory or use fewer ranks on this machine",
+            count, size, what);
     return p;
 }
 

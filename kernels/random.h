@@ -1,15 +1,18 @@
-// Random numbers that depend on (seed, tensor, index, step) and on nothing else (I4): no state, no order, the same bits on every
-// rank, in every layout, with every number of threads, on CPUs and GPUs.
+// Random numbers that depend on (seed, tensor, index, step) and on nothing else (I4): no state, no
+// order, the same bits on every rank, in every layout, with every number of threads, on CPUs and
+// GPUs.
 //
-//   philox           Philox4x32-10 ("Parallel random numbers: as easy as 1, 2, 3", SC 2011): 128 bits of a key and a counter
-//   random_uniform   double in (0,1): odd multiples of 2^-53, never 0 or 1
-//   random_normal    N(0,1) for element `index` of a tensor, by inversion (AS241), absolute error below 1e-15 |z|, |z| <= 8.3
-//   Noise            cheap bits for rounding: one Philox per 256-element block, an integer hash per element
-//   tensor_id        64-bit identity of a Hugging Face tensor name
+//   philox           Philox4x32-10 ("Parallel random numbers: as easy as 1, 2, 3", SC 2011): 128
+//   bits of a key and a counter random_uniform   double in (0,1): odd multiples of 2^-53, never 0
+//   or 1 random_normal    N(0,1) for element `index` of a tensor, by inversion (AS241), absolute
+//   error below 1e-15 |z|, |z| <= 8.3 Noise            cheap bits for rounding: one Philox per
+//   256-element block, an integer hash per element tensor_id        64-bit identity of a Hugging
+//   Face tensor name
 //
-// SAME BITS EVERYWHERE. Normals use only operations that IEEE 754 rounds correctly: double + - * /, sqrt and fma. Compilers may contract
-// a*b + c to an fma or not, so every product that is added to something IS an explicit fma here (or exact: a power of two), and there
-// is nothing left to contract. libm's log and the like differ between machines in the last bit and are not used.
+// SAME BITS EVERYWHERE. Normals use only operations that IEEE 754 rounds correctly: double + - * /,
+// sqrt and fma. Compilers may contract a*b + c to an fma or not, so every product that is added to
+// something IS an explicit fma here (or exact: a power of two), and there is nothing left to
+// contract. libm's log and the like differ between machines in the last bit and are not used.
 #ifndef MOE_RANDOM_H
 #define MOE_RANDOM_H
 #include <math.h>
@@ -23,9 +26,12 @@
 
 // Users of the generator: separate streams of one (seed, tensor).
 enum { RANDOM_INIT = 1, RANDOM_ROUNDING = 2, RANDOM_SAMPLE = 4 };
-typedef struct { uint32_t word[4]; } Random128;
+typedef struct {
+    uint32_t word[4];
+} Random128;
 
-// 64-bit finaliser of SplitMix64: a bijection in which every input bit flips every output bit with probability 1/2.
+// 64-bit finaliser of SplitMix64: a bijection in which every input bit flips every output bit with
+// probability 1/2.
 static inline MOE_HD uint64_t mix64(uint64_t x) {
     x ^= x >> 30, x *= 0xbf58476d1ce4e5b9u;
     x ^= x >> 27, x *= 0x94d049bb133111ebu;
@@ -43,22 +49,31 @@ static inline MOE_HD Random128 philox4x32_10(Random128 counter, uint32_t key0, u
     r.word[0] = c0, r.word[1] = c1, r.word[2] = c2, r.word[3] = c3;
     return r;
 }
-// 128 bits for (seed, tensor; index, step, purpose). seed and tensor are hashed into the 64-bit key; index (64 bits), step (56 bits) and
-// purpose (8 bits) are the counter, so that within one key nothing repeats.
-static inline MOE_HD Random128 philox(uint64_t seed, uint64_t tensor, uint64_t index, uint64_t step, int purpose) {
+// 128 bits for (seed, tensor; index, step, purpose). seed and tensor are hashed into the 64-bit
+// key; index (64 bits), step (56 bits) and purpose (8 bits) are the counter, so that within one key
+// nothing repeats.
+static inline MOE_HD Random128 philox(uint64_t seed, uint64_t tensor, uint64_t index, uint64_t step,
+                                      int purpose) {
     uint64_t key = mix64(mix64(seed + 0x9e3779b97f4a7c15u) + tensor);
     Random128 counter;
     counter.word[0] = (uint32_t)index, counter.word[1] = (uint32_t)(index >> 32);
-    counter.word[2] = (uint32_t)step, counter.word[3] = ((uint32_t)(step >> 32) & 0xffffffu) | (uint32_t)purpose << 24;
+    counter.word[2] = (uint32_t)step,
+    counter.word[3] = ((uint32_t)(step >> 32) & 0xffffffu) | (uint32_t)purpose << 24;
     return philox4x32_10(counter, (uint32_t)key, (uint32_t)(key >> 32));
 }
 // The upper or lower 64 of 128 bits.
-static inline MOE_HD uint64_t random_half(Random128 r, int half) { return (uint64_t)r.word[2 * half + 1] << 32 | r.word[2 * half]; }
-// 64 random bits to an odd multiple of 2^-53: k + 1/2 of 52 bits needs 53 bits, so it and 1 - u are exact, and u is symmetric about 1/2.
-static inline MOE_HD double random_uniform(uint64_t bits) { return ((double)(bits >> 12) + 0.5) * 0x1p-52; }
+static inline MOE_HD uint64_t random_half(Random128 r, int half) {
+    return (uint64_t)r.word[2 * half + 1] << 32 | r.word[2 * half];
+}
+// 64 random bits to an odd multiple of 2^-53: k + 1/2 of 52 bits needs 53 bits, so it and 1 - u are
+// exact, and u is symmetric about 1/2.
+static inline MOE_HD double random_uniform(uint64_t bits) {
+    return ((double)(bits >> 12) + 0.5) * 0x1p-52;
+}
 
-// Natural logarithm of a positive normal double. x = 2^e m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh(s), s = (m-1)/(m+1):
-// |s| <= 0.1716, and the series 1 + s^2/3 + s^4/5 ... to s^22/23 leaves out less than 2e-20. Error below 1.5e-16 |log x| + 1e-16.
+// Natural logarithm of a positive normal double. x = 2^e m with m in [sqrt(1/2), sqrt(2)), log m =
+// 2 atanh(s), s = (m-1)/(m+1): |s| <= 0.1716, and the series 1 + s^2/3 + s^4/5 ... to s^22/23
+// leaves out less than 2e-20. Error below 1.5e-16 |log x| + 1e-16.
 static inline MOE_HD double random_log(double x) {
     uint64_t bits;
     memcpy(&bits, &x, 8);
@@ -68,39 +83,54 @@ static inline MOE_HD double random_log(double x) {
     memcpy(&m, &bits, 8);
     if (m > 1.4142135623730951) m *= 0.5, e++;
     double s = (m - 1) / (m + 1), q = s * s, p = 1.0 / 23;
-    p = fma(p, q, 1.0 / 21), p = fma(p, q, 1.0 / 19), p = fma(p, q, 1.0 / 17), p = fma(p, q, 1.0 / 15), p = fma(p, q, 1.0 / 13);
-    p = fma(p, q, 1.0 / 11), p = fma(p, q, 1.0 / 9), p = fma(p, q, 1.0 / 7), p = fma(p, q, 1.0 / 5), p = fma(p, q, 1.0 / 3), p = fma(p, q, 1.0);
+    p = fma(p, q, 1.0 / 21), p = fma(p, q, 1.0 / 19), p = fma(p, q, 1.0 / 17),
+    p = fma(p, q, 1.0 / 15), p = fma(p, q, 1.0 / 13);
+    p = fma(p, q, 1.0 / 11), p = fma(p, q, 1.0 / 9), p = fma(p, q, 1.0 / 7), p = fma(p, q, 1.0 / 5),
+    p = fma(p, q, 1.0 / 3), p = fma(p, q, 1.0);
     return fma((double)e, 0.69314718055994530942, 2 * s * p);
 }
-// z with Phi(z) = u, 0 < u < 1: algorithm AS241, PPND16 (Applied Statistics 37 (1988) 477), relative error about 1e-16.
+// z with Phi(z) = u, 0 < u < 1: algorithm AS241, PPND16 (Applied Statistics 37 (1988) 477),
+// relative error about 1e-16.
 static inline MOE_HD double inverse_normal(double u) {
     double q = u - 0.5, r, n, d;
     if (q > -0.425 && q < 0.425) {
         r = fma(-q, q, 0.180625);
-        n = fma(2.5090809287301226727e+3, r, 3.3430575583588128105e+4), n = fma(n, r, 6.7265770927008700853e+4);
-        n = fma(n, r, 4.5921953931549871457e+4), n = fma(n, r, 1.3731693765509461125e+4), n = fma(n, r, 1.9715909503065514427e+3);
+        n = fma(2.5090809287301226727e+3, r, 3.3430575583588128105e+4),
+        n = fma(n, r, 6.7265770927008700853e+4);
+        n = fma(n, r, 4.5921953931549871457e+4), n = fma(n, r, 1.3731693765509461125e+4),
+        n = fma(n, r, 1.9715909503065514427e+3);
         n = fma(n, r, 1.3314166789178437745e+2), n = fma(n, r, 3.3871328727963666080e+0);
-        d = fma(5.2264952788528545610e+3, r, 2.8729085735721942674e+4), d = fma(d, r, 3.9307895800092710610e+4);
-        d = fma(d, r, 2.1213794301586595867e+4), d = fma(d, r, 5.3941960214247511077e+3), d = fma(d, r, 6.8718700749205790830e+2);
+        d = fma(5.2264952788528545610e+3, r, 2.8729085735721942674e+4),
+        d = fma(d, r, 3.9307895800092710610e+4);
+        d = fma(d, r, 2.1213794301586595867e+4), d = fma(d, r, 5.3941960214247511077e+3),
+        d = fma(d, r, 6.8718700749205790830e+2);
         d = fma(d, r, 4.2313330701600911252e+1), d = fma(d, r, 1.0);
         return q * n / d;
     }
     r = sqrt(-random_log(q < 0 ? u : 1 - u));
     if (r <= 5) {
         r -= 1.6;
-        n = fma(7.74545014278341407640e-4, r, 2.27238449892691845833e-2), n = fma(n, r, 2.41780725177450611770e-1);
-        n = fma(n, r, 1.27045825245236838258e+0), n = fma(n, r, 3.64784832476320460504e+0), n = fma(n, r, 5.76949722146069140550e+0);
+        n = fma(7.74545014278341407640e-4, r, 2.27238449892691845833e-2),
+        n = fma(n, r, 2.41780725177450611770e-1);
+        n = fma(n, r, 1.27045825245236838258e+0), n = fma(n, r, 3.64784832476320460504e+0),
+        n = fma(n, r, 5.76949722146069140550e+0);
         n = fma(n, r, 4.63033784615654529590e+0), n = fma(n, r, 1.42343711074968357734e+0);
-        d = fma(1.05075007164441684324e-9, r, 5.47593808499534494600e-4), d = fma(d, r, 1.51986665636164571966e-2);
-        d = fma(d, r, 1.48103976427480074590e-1), d = fma(d, r, 6.89767334985100004550e-1), d = fma(d, r, 1.67638483018380384940e+0);
+        d = fma(1.05075007164441684324e-9, r, 5.47593808499534494600e-4),
+        d = fma(d, r, 1.51986665636164571966e-2);
+        d = fma(d, r, 1.48103976427480074590e-1), d = fma(d, r, 6.89767334985100004550e-1),
+        d = fma(d, r, 1.67638483018380384940e+0);
         d = fma(d, r, 2.05319162663775882187e+0), d = fma(d, r, 1.0);
     } else {
         r -= 5;
-        n = fma(2.01033439929228813265e-7, r, 2.71155556874348757815e-5), n = fma(n, r, 1.24266094738807843860e-3);
-        n = fma(n, r, 2.65321895265761230930e-2), n = fma(n, r, 2.96560571828504891230e-1), n = fma(n, r, 1.78482653991729133580e+0);
+        n = fma(2.01033439929228813265e-7, r, 2.71155556874348757815e-5),
+        n = fma(n, r, 1.24266094738807843860e-3);
+        n = fma(n, r, 2.65321895265761230930e-2), n = fma(n, r, 2.96560571828504891230e-1),
+        n = fma(n, r, 1.78482653991729133580e+0);
         n = fma(n, r, 5.46378491116411436990e+0), n = fma(n, r, 6.65790464350110377720e+0);
-        d = fma(2.04426310338993978564e-15, r, 1.42151175831644588870e-7), d = fma(d, r, 1.84631831751005468180e-5);
-        d = fma(d, r, 7.86869131145613259100e-4), d = fma(d, r, 1.48753612908506148525e-2), d = fma(d, r, 1.36929880922735805310e-1);
+        d = fma(2.04426310338993978564e-15, r, 1.42151175831644588870e-7),
+        d = fma(d, r, 1.84631831751005468180e-5);
+        d = fma(d, r, 7.86869131145613259100e-4), d = fma(d, r, 1.48753612908506148525e-2),
+        d = fma(d, r, 1.36929880922735805310e-1);
         d = fma(d, r, 5.99832206555887937690e-1), d = fma(d, r, 1.0);
     }
     return q < 0 ? -(n / d) : n / d;
@@ -110,15 +140,18 @@ static inline MOE_HD Random128 random_normal_block(uint64_t seed, uint64_t tenso
     return philox(seed, tensor, index >> 1, 0, RANDOM_INIT);
 }
 static inline MOE_HD double random_normal(uint64_t seed, uint64_t tensor, uint64_t index) {
-    return inverse_normal(random_uniform(random_half(random_normal_block(seed, tensor, index), (int)(index & 1))));
+    return inverse_normal(
+        random_uniform(random_half(random_normal_block(seed, tensor, index), (int)(index & 1))));
 }
 
-// ---- noise for stochastic rounding --------------------------------------------------------------------------------------------
-// Philox once per 256-element block of the tensor; within a block a 32-bit hash (two multiplications, avalanche
-// bias 0.11, found by the hash-prospector search) of key + position * golden ratio. Rounding needs bits that are uniform and uncorrelated, not a generator that passes BigCrush,
-// and this costs 7 operations an element instead of 100.
+// ---- noise for stochastic rounding ----------------------------------------------------------
+// Philox once per 256-element block of the tensor; within a block a 32-bit hash (two
+// multiplications, avalanche bias 0.11, found by the hash-prospector search) of key + position *
+// golden ratio. Rounding needs bits that are uniform and uncorrelated, not a generator that passes
+// BigCrush, and this costs 7 operations an element instead of 100.
 typedef Random128 Noise;
-static inline MOE_HD Noise noise_block(uint64_t seed, uint64_t tensor, uint64_t block, uint64_t step) {
+static inline MOE_HD Noise noise_block(uint64_t seed, uint64_t tensor, uint64_t block,
+                                       uint64_t step) {
     return philox(seed, tensor, block, step, RANDOM_ROUNDING);
 }
 // 32 bits of stream 0..3 for position 0..255 of the block.
@@ -128,9 +161,10 @@ static inline MOE_HD uint32_t noise_bits(Noise noise, int stream, uint32_t posit
     x ^= x >> 15, x *= 0x735a2d97u;
     return x ^ (x >> 15);
 }
-// fp32 to bf16, rounding up with the probability of the dropped part: adding 16 random bits below the kept half carries exactly that often,
-// so the expectation is x. x is bf16 already: unchanged. What would carry past the largest finite number is cut instead (a finite
-// weight must not become infinite); infinity and NaN stay (NaN made quiet).
+// fp32 to bf16, rounding up with the probability of the dropped part: adding 16 random bits below
+// the kept half carries exactly that often, so the expectation is x. x is bf16 already: unchanged.
+// What would carry past the largest finite number is cut instead (a finite weight must not become
+// infinite); infinity and NaN stay (NaN made quiet).
 static inline MOE_HD uint16_t bf16_stochastic(float x, uint32_t random16) {
     uint32_t u;
     memcpy(&u, &x, 4);
@@ -139,8 +173,10 @@ static inline MOE_HD uint16_t bf16_stochastic(float x, uint32_t random16) {
     return (uint16_t)((up & 0x7fffffffu) >= 0x7f800000u ? u >> 16 : up >> 16);
 }
 
-// FNV-1a over the name (byte 0 ends it), then mix64. Tensors are named as in per-expert Hugging Face checkpoints
-// ("model.layers.3.mlp.experts.7.up_proj.weight"): the identity of a number survives every layout. 18,867 names collide with probability 1e-11.
+// FNV-1a over the name (byte 0 ends it), then mix64. Tensors are named as in per-expert Hugging
+// Face checkpoints
+// ("model.layers.3.mlp.experts.7.up_proj.weight"): the identity of a number survives every layout.
+// 18,867 names collide with probability 1e-11.
 static inline MOE_HD uint64_t tensor_id(const char *hf_name) {
     uint64_t hash = 0xcbf29ce484222325u;
     for (const char *c = hf_name; *c; c++) hash = (hash ^ (uint8_t)*c) * 0x100000001b3u;

@@ -1,11 +1,15 @@
-// Every CUDA kernel against its CPU twin, over ragged and degenerate shapes with the production tile widths. Runs in dev/cuemu (make test-cuemu) and on
-// a GPU. The CPU kernels are linked in twice under other names (kernels/cuda/Makefile.inc): ref_* in the precision of this build, true_* in fp32.
+// Every CUDA kernel against its CPU twin, over ragged and degenerate shapes with the production
+// tile widths. Runs in dev/cuemu (make test-cuemu) and on a GPU. The CPU kernels are linked in
+// twice under other names (kernels/cuda/Makefile.inc): ref_* in the precision of this build, true_*
+// in fp32.
 //
-// Tolerance, FlashAttention's rule: the same (bf16) inputs go through all three; the fp32 CPU result is the truth, and the error of the CUDA kernel
-// may be at most twice that of the CPU's bf16 version, in the root mean square of an output, plus 1e-5 of its size for sums in another order. A
-// single element may be off by four times the largest error of the bf16 version, plus 1e-4 of the largest number. fp32 builds have only the second terms.
-// Inputs are of size 1: what is zero in exact arithmetic (dq of a single position) may be 1e-6.
-// Integers, random numbers and conversions must agree in every bit.
+// Tolerance, FlashAttention's rule: the same (bf16) inputs go through all three; the fp32 CPU
+// result is the truth, and the error of the CUDA kernel may be at most twice that of the CPU's bf16
+// version, in the root mean square of an output, plus 1e-5 of its size for sums in another order. A
+// single element may be off by four times the largest error of the bf16 version, plus 1e-4 of the
+// largest number. fp32 builds have only the second terms. Inputs are of size 1: what is zero in
+// exact arithmetic (dq of a single position) may be 1e-6. Integers, random numbers and conversions
+// must agree in every bit.
 #ifdef MOE_CUDNN
 #include "cuda/attention_cudnn.h"
 #endif
@@ -18,26 +22,51 @@
 typedef std::vector<double> Numbers;
 
 enum World { CUDA, SAME, TRUTH, WORLDS };
-#define TWIN(name) extern "C" decltype(name) ref_##name; extern "C" decltype(name) true_##name;      // nvcc 13 loses the second of two in one declaration
-TWIN(embed_forward) TWIN(embed_backward) TWIN(cross_entropy) TWIN(rmsnorm_forward) TWIN(rmsnorm_backward) TWIN(linear_forward) TWIN(linear_backward_input)
-TWIN(linear_backward_input_add) TWIN(linear_backward_weight) TWIN(add) TWIN(rope_table) TWIN(qk_norm_rope_forward) TWIN(qk_norm_rope_backward)
-TWIN(attention_forward) TWIN(attention_backward) TWIN(attention_workspace) TWIN(router_forward) TWIN(router_backward_add) TWIN(router_share) TWIN(plan_rows)
-TWIN(plan_build) TWIN(plan_dense) TWIN(experts_up) TWIN(experts_down) TWIN(rows_combine) TWIN(experts_down_backward) TWIN(experts_up_backward)
-TWIN(experts_wgrad) TWIN(rows_gather) TWIN(rows_sum) TWIN(rows_sum_real) TWIN(optimizer_update) TWIN(gradient_squares) TWIN(sum_in_order)
-TWIN(gradient_scale) TWIN(clip_scale) TWIN(init_segments) TWIN(convert) TWIN(check_finite) TWIN(device_init)
-#define CALL(w, name, ...) ((w) == CUDA ? name(__VA_ARGS__) : (w) == SAME ? ref_##name(__VA_ARGS__) : true_##name(__VA_ARGS__))
+#define TWIN(name)                        \
+    extern "C" decltype(name) ref_##name; \
+    extern "C" decltype(name) true_##name; // nvcc 13 loses the second of two in one declaration
+TWIN(embed_forward)
+TWIN(embed_backward)
+TWIN(cross_entropy)
+TWIN(rmsnorm_forward) TWIN(rmsnorm_backward) TWIN(linear_forward) TWIN(linear_backward_input)
+    TWIN(linear_backward_input_add) TWIN(linear_backward_weight) TWIN(add) TWIN(rope_table)
+        TWIN(qk_norm_rope_forward) TWIN(qk_norm_rope_backward) TWIN(attention_forward)
+            TWIN(attention_backward) TWIN(attention_workspace) TWIN(router_forward)
+                TWIN(router_backward_add) TWIN(router_share) TWIN(plan_rows) TWIN(plan_build)
+                    TWIN(plan_dense) TWIN(experts_up) TWIN(experts_down) TWIN(rows_combine)
+                        TWIN(experts_down_backward) TWIN(experts_up_backward) TWIN(experts_wgrad)
+                            TWIN(rows_gather) TWIN(rows_sum) TWIN(rows_sum_real)
+                                TWIN(optimizer_update) TWIN(gradient_squares) TWIN(sum_in_order)
+                                    TWIN(gradient_scale) TWIN(clip_scale) TWIN(init_segments)
+                                        TWIN(convert) TWIN(check_finite) TWIN(device_init)
+#define CALL(w, name, ...)                   \
+    ((w) == CUDA   ? name(__VA_ARGS__)       \
+     : (w) == SAME ? ref_##name(__VA_ARGS__) \
+                   : true_##name(__VA_ARGS__))
 #define EACH_WORLD(w) for (int w = CUDA; w < WORLDS; w++)
 
-// ---- buffers: the same numbers in every world's types ---------------------------------------------------------------------------------
-enum Kind { X, REAL, DOUBLE, INT, INT64, BYTE };
+    // ---- buffers: the same numbers in every world's types ---------------------------------------
+    enum Kind {
+        X,
+        REAL,
+        DOUBLE,
+        INT,
+        INT64,
+        BYTE
+    };
 static uint64_t random_state = 1;
-static double uniform() {                        // [-1, 1)
+static double uniform() { // [-1, 1)
     random_state = random_state * 6364136223846793005u + 1442695040888963407u;
     return (double)(random_state >> 11) * 0x1p-52 - 1;
 }
 static int below(int n) { return (int)((uniform() + 1) / 2 * n); }
-static size_t element_size(Kind k, int w) { return k == X ? (w == TRUTH ? 4 : sizeof(floatX)) : k == DOUBLE || k == INT64 ? 8 : k == BYTE ? 1 : 4; }
-static double on_grid(double v) {                // as floatX keeps it
+static size_t element_size(Kind k, int w) {
+    return k == X                      ? (w == TRUTH ? 4 : sizeof(floatX))
+           : k == DOUBLE || k == INT64 ? 8
+           : k == BYTE                 ? 1
+                                       : 4;
+}
+static double on_grid(double v) { // as floatX keeps it
 #if defined(MOE_BF16)
     return (double)__bfloat162float(__float2bfloat16((float)v));
 #else
@@ -45,14 +74,19 @@ static double on_grid(double v) {                // as floatX keeps it
 #endif
 }
 static void put(void *p, Kind k, int w, double v) {
-    if (k == DOUBLE) *(double *)p = v;
-    else if (k == INT64) *(int64_t *)p = (int64_t)v;
-    else if (k == INT) *(int *)p = (int)v;
-    else if (k == BYTE) *(uint8_t *)p = (uint8_t)v;
+    if (k == DOUBLE)
+        *(double *)p = v;
+    else if (k == INT64)
+        *(int64_t *)p = (int64_t)v;
+    else if (k == INT)
+        *(int *)p = (int)v;
+    else if (k == BYTE)
+        *(uint8_t *)p = (uint8_t)v;
     else if (k == X && w != TRUTH && sizeof(floatX) == 2) {
         __nv_bfloat16 b = __float2bfloat16((float)v);
         memcpy(p, &b, 2);
-    } else *(float *)p = (float)v;
+    } else
+        *(float *)p = (float)v;
 }
 static double get(const void *p, Kind k, int w) {
     if (k == DOUBLE) return *(const double *)p;
@@ -83,19 +117,27 @@ static void write(const Buffer &b, int w, const Numbers &v) {
     size_t size = element_size(b.kind, w);
     std::vector<char> host(v.size() * size + 1);
     for (size_t i = 0; i < v.size(); i++) put(&host[i * size], b.kind, w, v[i]);
-    if (w == CUDA) device_upload(b.memory[w], host.data(), v.size() * size);
-    else memcpy(b.memory[w], host.data(), v.size() * size);
+    if (w == CUDA)
+        device_upload(b.memory[w], host.data(), v.size() * size);
+    else
+        memcpy(b.memory[w], host.data(), v.size() * size);
 }
 static Numbers read(const Buffer &b, int w) {
     size_t size = element_size(b.kind, w);
     std::vector<char> host(b.n * size + 1);
-    if (w == CUDA) device_download(host.data(), b.memory[w], b.n * size);
-    else memcpy(host.data(), b.memory[w], b.n * size);
+    if (w == CUDA)
+        device_download(host.data(), b.memory[w], b.n * size);
+    else
+        memcpy(host.data(), b.memory[w], b.n * size);
     Numbers v(b.n);
     for (size_t i = 0; i < b.n; i++) v[i] = get(&host[i * size], b.kind, w);
     return v;
 }
-static const unsigned char BEHIND[17] = "\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f";      // behind a buffer: NaN in every type, not the NaN that rounding to bf16 makes, and not -1
+static const unsigned char BEHIND[17] =
+    "\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f"; // behind a buffer: NaN in
+                                                                        // every type, not the NaN
+                                                                        // that rounding to bf16
+                                                                        // makes, and not -1
 // n elements, NaN bytes in every world: what a kernel does not write is found.
 static Buffer output(Kind kind, size_t n) {
     Buffer b;
@@ -106,7 +148,8 @@ static Buffer output(Kind kind, size_t n) {
             CUDA_CHECK(cudaMalloc(&b.memory[w], bytes));
             CUDA_CHECK(cudaMemsetAsync(b.memory[w], 0xff, bytes, compute_stream()));
             device_upload((char *)b.memory[w] + bytes - 16, BEHIND, 16);
-        } else memset(b.memory[w] = xmalloc(bytes, "a test buffer"), 0xff, bytes);
+        } else
+            memset(b.memory[w] = xmalloc(bytes, "a test buffer"), 0xff, bytes);
     }
     all_buffers.push_back(b);
     return b;
@@ -118,12 +161,13 @@ static Buffer input(Kind kind, const Numbers &v) {
 }
 static Buffer random_input(Kind kind, size_t n, double scale = 1) {
     Numbers v(n);
-    for (auto &x : v) x = kind == X ? on_grid(uniform() * scale) : (double)(float)(uniform() * scale);
+    for (auto &x : v)
+        x = kind == X ? on_grid(uniform() * scale) : (double)(float)(uniform() * scale);
     return input(kind, v);
 }
 static Buffer zeros(Kind kind, size_t n) { return input(kind, Numbers(n, 0.0)); }
 
-// ---- checks ---------------------------------------------------------------------------------------------------------------------------
+// ---- checks ---------------------------------------------------------------------------------
 static int passed, failed;
 static const char *only;
 static std::string group;
@@ -133,7 +177,8 @@ static void complain(const char *what, const char *text) {
     printf("     %s: %s: %s\n", group.c_str(), what, text);
     group_good = false;
 }
-static void compare_numbers(const char *what, const Numbers &mine, const Numbers &same, const Numbers &truth) {
+static void compare_numbers(const char *what, const Numbers &mine, const Numbers &same,
+                            const Numbers &truth) {
     double square = 0, square_same = 0, size = 0, most = 0, most_same = 0, largest = 0;
     for (size_t i = 0; i < truth.size(); i++) {
         double e = fabs(mine[i] - truth[i]), f = fabs(same[i] - truth[i]);
@@ -143,12 +188,17 @@ static void compare_numbers(const char *what, const Numbers &mine, const Numbers
         if (fabs(truth[i]) > largest) largest = fabs(truth[i]);
     }
     char text[200];
-    snprintf(text, sizeof text, "rms error %.3g (CPU %.3g, size %.3g), largest %.3g (CPU %.3g, size %.3g) of %zu", sqrt(square), sqrt(square_same), sqrt(size), most,
-             most_same, largest, truth.size());
+    snprintf(text, sizeof text,
+             "rms error %.3g (CPU %.3g, size %.3g), largest %.3g (CPU %.3g, size %.3g) of %zu",
+             sqrt(square), sqrt(square_same), sqrt(size), most, most_same, largest, truth.size());
     double noise = 1e-6 * sqrt((double)truth.size());
-    if (!(sqrt(square) <= 2 * sqrt(square_same) + 1e-5 * sqrt(size) + noise) || !(most <= 4 * most_same + 1e-4 * largest + 1e-6)) complain(what, text);
+    if (!(sqrt(square) <= 2 * sqrt(square_same) + 1e-5 * sqrt(size) + noise) ||
+        !(most <= 4 * most_same + 1e-4 * largest + 1e-6))
+        complain(what, text);
 }
-static void compare(const char *what, const Buffer &b) { compare_numbers(what, read(b, CUDA), read(b, SAME), read(b, TRUTH)); }
+static void compare(const char *what, const Buffer &b) {
+    compare_numbers(what, read(b, CUDA), read(b, SAME), read(b, TRUTH));
+}
 static void exact_numbers(const char *what, const Numbers &a, const Numbers &b) {
     for (size_t i = 0; i < b.size(); i++)
         if (!(a[i] == b[i]) && !(a[i] != a[i] && b[i] != b[i])) {
@@ -157,7 +207,9 @@ static void exact_numbers(const char *what, const Numbers &a, const Numbers &b) 
             return complain(what, text);
         }
 }
-static void exact(const char *what, const Buffer &b) { exact_numbers(what, read(b, CUDA), read(b, SAME)); }
+static void exact(const char *what, const Buffer &b) {
+    exact_numbers(what, read(b, CUDA), read(b, SAME));
+}
 static void end() {
     for (auto &b : all_buffers) {
         unsigned char behind[16];
@@ -172,84 +224,104 @@ static void end() {
     group_good ? passed++ : failed++;
 }
 
-// ---- ends -------------------------------------------------------------------------------------------------------------------------------
+// ---- ends -----------------------------------------------------------------------------------
 static void test_embedding(int R, int V, int C, int pad) {
     begin("embedding");
     Numbers id(R);
-    for (int i = 0; i < R; i++) id[i] = i % 3 ? below(V) : V / 2;               // one frequent id
-    Buffer ids = input(INT, id), W = random_input(X, (size_t)V * C), out = output(X, (size_t)R * C), dx = random_input(X, (size_t)R * C);
+    for (int i = 0; i < R; i++) id[i] = i % 3 ? below(V) : V / 2; // one frequent id
+    Buffer ids = input(INT, id), W = random_input(X, (size_t)V * C), out = output(X, (size_t)R * C),
+           dx = random_input(X, (size_t)R * C);
     Buffer fresh = output(REAL, (size_t)V * C), sum = random_input(REAL, (size_t)V * C);
     EACH_WORLD(w) {
         CALL(w, embed_forward, out.x(w), ids.i(w), W.x(w), R, C);
         CALL(w, embed_backward, fresh.g(w), dx.x(w), ids.i(w), 0, pad, R, V, C);
         CALL(w, embed_backward, sum.g(w), dx.x(w), ids.i(w), 1, -1, R, V, C);
     }
-    exact("out", out), exact("dW", fresh), exact("dW accumulated", sum);         // the same additions in the same order
+    exact("out", out), exact("dW", fresh),
+        exact("dW accumulated", sum); // the same additions in the same order
     end();
 }
 static void test_cross_entropy(int N, int V) {
     begin("cross entropy");
     Numbers target(N);
     for (int i = 0; i < N; i++) target[i] = i % 4 == 3 ? -1 : i % 4 == 2 ? V - 1 : below(V);
-    Buffer targets = input(INT, target), logits = random_input(X, (size_t)N * V, 8), again = random_input(X, (size_t)N * V), loss = zeros(DOUBLE, 1), loss2 = zeros(DOUBLE, 1);
+    Buffer targets = input(INT, target), logits = random_input(X, (size_t)N * V, 8),
+           again = random_input(X, (size_t)N * V), loss = zeros(DOUBLE, 1),
+           loss2 = zeros(DOUBLE, 1);
     EACH_WORLD(w) {
         CALL(w, cross_entropy, logits.x(w), loss.d(w), targets.i(w), 0.125f, 1, N, V);
         CALL(w, cross_entropy, again.x(w), loss2.d(w), targets.i(w), 0.125f, 0, N, V);
     }
-    compare("dlogits", logits), exact("logits left alone", again), compare("loss", loss), compare("loss without backward", loss2);
+    compare("dlogits", logits), exact("logits left alone", again), compare("loss", loss),
+        compare("loss without backward", loss2);
     end();
 }
 
-// ---- dense ------------------------------------------------------------------------------------------------------------------------------
+// ---- dense ----------------------------------------------------------------------------------
 static void test_rmsnorm(int R, int C) {
     begin("rmsnorm");
-    Buffer x = random_input(X, (size_t)R * C, 3), w_ = random_input(X, C, 2), y = output(X, (size_t)R * C), y2 = output(X, (size_t)R * C), rstd = output(REAL, R);
-    Buffer dy = random_input(X, (size_t)R * C), dx = output(X, (size_t)R * C), inplace = random_input(X, (size_t)R * C), dw = output(REAL, C), dw2 = random_input(REAL, C);
+    Buffer x = random_input(X, (size_t)R * C, 3), w_ = random_input(X, C, 2),
+           y = output(X, (size_t)R * C), y2 = output(X, (size_t)R * C), rstd = output(REAL, R);
+    Buffer dy = random_input(X, (size_t)R * C), dx = output(X, (size_t)R * C),
+           inplace = random_input(X, (size_t)R * C), dw = output(REAL, C),
+           dw2 = random_input(REAL, C);
     EACH_WORLD(w) {
         CALL(w, rmsnorm_forward, y.x(w), rstd.r(w), x.x(w), w_.x(w), 1e-6f, R, C);
         CALL(w, rmsnorm_forward, y2.x(w), 0, x.x(w), w_.x(w), 1e-6f, R, C);
-        CALL(w, rmsnorm_backward, dx.x(w), dw.g(w), 0, dy.x(w), x.x(w), w_.x(w), rstd.r(w), 0, R, C);
-        CALL(w, rmsnorm_backward, inplace.x(w), dw2.g(w), inplace.x(w), dy.x(w), x.x(w), w_.x(w), rstd.r(w), 1, R, C);
+        CALL(w, rmsnorm_backward, dx.x(w), dw.g(w), 0, dy.x(w), x.x(w), w_.x(w), rstd.r(w), 0, R,
+             C);
+        CALL(w, rmsnorm_backward, inplace.x(w), dw2.g(w), inplace.x(w), dy.x(w), x.x(w), w_.x(w),
+             rstd.r(w), 1, R, C);
     }
-    compare("y", y), compare("y without rstd", y2), compare("rstd", rstd), compare("dx", dx), compare("dx with residual in place", inplace), compare("dw", dw);
+    compare("y", y), compare("y without rstd", y2), compare("rstd", rstd), compare("dx", dx),
+        compare("dx with residual in place", inplace), compare("dw", dw);
     compare("dw accumulated", dw2);
     end();
 }
 static void test_linear(int R, int O, int N) {
     begin("linear and add");
-    Buffer x = random_input(X, (size_t)R * N), W = random_input(X, (size_t)O * N), y = output(X, (size_t)R * O), dy = random_input(X, (size_t)R * O);
-    Buffer dx = output(X, (size_t)R * N), dx2 = random_input(X, (size_t)R * N), dW = output(REAL, (size_t)O * N), dW2 = random_input(REAL, (size_t)O * N), sum = random_input(X, R * N);
+    Buffer x = random_input(X, (size_t)R * N), W = random_input(X, (size_t)O * N),
+           y = output(X, (size_t)R * O), dy = random_input(X, (size_t)R * O);
+    Buffer dx = output(X, (size_t)R * N), dx2 = random_input(X, (size_t)R * N),
+           dW = output(REAL, (size_t)O * N), dW2 = random_input(REAL, (size_t)O * N),
+           sum = random_input(X, R * N);
     EACH_WORLD(w) {
         CALL(w, linear_forward, y.x(w), x.x(w), W.x(w), R, O, N);
         CALL(w, linear_backward_input, dx.x(w), dy.x(w), W.x(w), R, O, N);
         CALL(w, linear_backward_input_add, dx2.x(w), dy.x(w), W.x(w), R, O, N);
         CALL(w, linear_backward_weight, dW.g(w), dy.x(w), x.x(w), 0, R, O, N);
         CALL(w, linear_backward_weight, dW2.g(w), dy.x(w), x.x(w), 1, R, O, N);
-        CALL(w, add, sum.x(w), x.x(w), dx2.x(w), (size_t)R * N - (R > 0));      // ragged
+        CALL(w, add, sum.x(w), x.x(w), dx2.x(w), (size_t)R * N - (R > 0)); // ragged
     }
-    compare("y", y), compare("dx", dx), compare("dx added", dx2), compare("dW", dW), compare("dW accumulated", dW2), compare("add", sum);
+    compare("y", y), compare("dx", dx), compare("dx added", dx2), compare("dW", dW),
+        compare("dW accumulated", dW2), compare("add", sum);
     end();
 }
 
-// ---- attention --------------------------------------------------------------------------------------------------------------------------
+// ---- attention ------------------------------------------------------------------------------
 static void test_qk_norm_rope(int B, int T, int H, int KV, int D) {
     begin("q/k norm and RoPE");
     int R = B * T;
     size_t nq = (size_t)R * H * D, nk = (size_t)R * KV * D, table = (size_t)T * D / 2;
-    Buffer cosines = output(REAL, table), sines = output(REAL, table), q = random_input(X, nq, 2), k = random_input(X, nk, 2), wq = random_input(X, D), wk = random_input(X, D);
-    Buffer qn = output(X, nq), kn = output(X, nk), dq = random_input(X, nq), dk = output(X, nk), dkn = random_input(X, nk), dwq = output(REAL, D), dwk = random_input(REAL, D);
+    Buffer cosines = output(REAL, table), sines = output(REAL, table), q = random_input(X, nq, 2),
+           k = random_input(X, nk, 2), wq = random_input(X, D), wk = random_input(X, D);
+    Buffer qn = output(X, nq), kn = output(X, nk), dq = random_input(X, nq), dk = output(X, nk),
+           dkn = random_input(X, nk), dwq = output(REAL, D), dwk = random_input(REAL, D);
     Buffer unused = output(REAL, D), dq2 = output(X, nq), dk2 = output(X, nk);
     EACH_WORLD(w) {
         CALL(w, rope_table, cosines.r(w), sines.r(w), 1e6, T, D);
-        CALL(w, qk_norm_rope_forward, qn.x(w), kn.x(w), q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w), 1e-6f, R, T, H, KV, D);
-        CALL(w, qk_norm_rope_backward, dq2.x(w), dk2.x(w), unused.g(w), dwk.g(w), dq.x(w), dkn.x(w), q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w), 1e-6f, 0, R,
-             T, H, KV, D);
-        CALL(w, qk_norm_rope_backward, dq.x(w), dk.x(w), dwq.g(w), dwk.g(w), dq.x(w), dkn.x(w), q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w), 1e-6f, w * 0, R,
-             T, H, KV, D);
-        CALL(w, qk_norm_rope_backward, dq2.x(w), dk2.x(w), dwq.g(w), dwk.g(w), qn.x(w), kn.x(w), q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w), 1e-6f, 1, R, T,
-             H, KV, D);
+        CALL(w, qk_norm_rope_forward, qn.x(w), kn.x(w), q.x(w), k.x(w), wq.x(w), wk.x(w),
+             cosines.r(w), sines.r(w), 1e-6f, R, T, H, KV, D);
+        CALL(w, qk_norm_rope_backward, dq2.x(w), dk2.x(w), unused.g(w), dwk.g(w), dq.x(w), dkn.x(w),
+             q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w), 1e-6f, 0, R, T, H, KV, D);
+        CALL(w, qk_norm_rope_backward, dq.x(w), dk.x(w), dwq.g(w), dwk.g(w), dq.x(w), dkn.x(w),
+             q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w), 1e-6f, w * 0, R, T, H, KV,
+             D);
+        CALL(w, qk_norm_rope_backward, dq2.x(w), dk2.x(w), dwq.g(w), dwk.g(w), qn.x(w), kn.x(w),
+             q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w), 1e-6f, 1, R, T, H, KV, D);
     }
-    compare("cos", cosines), compare("sin", sines), compare("q", qn), compare("k", kn), compare("dq in place", dq), compare("dk", dk), compare("dwq accumulated", dwq);
+    compare("cos", cosines), compare("sin", sines), compare("q", qn), compare("k", kn),
+        compare("dq in place", dq), compare("dk", dk), compare("dwq accumulated", dwq);
     compare("dwk accumulated", dwk), compare("dwq", unused), compare("dq", dq2);
     end();
 }
@@ -259,54 +331,81 @@ static void test_attention(const char *kernel, int B, int T, int H, int KV, int 
     attention_select(kernel);
     begin(name);
     size_t nq = (size_t)B * T * H * D, nk = (size_t)B * T * KV * D;
-    Buffer q = random_input(X, nq, 2), k = random_input(X, nk, 2), v = random_input(X, nk), o = output(X, nq), lse = output(REAL, (size_t)B * H * T), d_o = random_input(X, nq);
-    Buffer dq = output(X, nq), dk = output(X, nk), dv = output(X, nk), again_q = output(X, nq), again_k = output(X, nk), again_v = output(X, nk);
-    size_t bytes = attention_workspace(B, T, H, KV, D), other = ref_attention_workspace(B, T, H, KV, D), largest = true_attention_workspace(B, T, H, KV, D);
+    Buffer q = random_input(X, nq, 2), k = random_input(X, nk, 2), v = random_input(X, nk),
+           o = output(X, nq), lse = output(REAL, (size_t)B * H * T), d_o = random_input(X, nq);
+    Buffer dq = output(X, nq), dk = output(X, nk), dv = output(X, nk), again_q = output(X, nq),
+           again_k = output(X, nk), again_v = output(X, nk);
+    size_t bytes = attention_workspace(B, T, H, KV, D),
+           other = ref_attention_workspace(B, T, H, KV, D),
+           largest = true_attention_workspace(B, T, H, KV, D);
     if (other > bytes) bytes = other;
     if (largest > bytes) bytes = largest;
     Buffer workspace = output(BYTE, bytes);
     EACH_WORLD(w) {
-        CALL(w, attention_forward, o.x(w), lse.r(w), q.x(w), k.x(w), v.x(w), workspace.memory[w], B, T, H, KV, D);
-        CALL(w, attention_backward, dq.x(w), dk.x(w), dv.x(w), d_o.x(w), o.x(w), lse.r(w), q.x(w), k.x(w), v.x(w), workspace.memory[w], B, T, H, KV, D);
+        CALL(w, attention_forward, o.x(w), lse.r(w), q.x(w), k.x(w), v.x(w), workspace.memory[w], B,
+             T, H, KV, D);
+        CALL(w, attention_backward, dq.x(w), dk.x(w), dv.x(w), d_o.x(w), o.x(w), lse.r(w), q.x(w),
+             k.x(w), v.x(w), workspace.memory[w], B, T, H, KV, D);
     }
-    attention_backward(again_q.x(CUDA), again_k.x(CUDA), again_v.x(CUDA), d_o.x(CUDA), o.x(CUDA), lse.r(CUDA), q.x(CUDA), k.x(CUDA), v.x(CUDA), workspace.memory[CUDA], B, T, H, KV, D);
+    attention_backward(again_q.x(CUDA), again_k.x(CUDA), again_v.x(CUDA), d_o.x(CUDA), o.x(CUDA),
+                       lse.r(CUDA), q.x(CUDA), k.x(CUDA), v.x(CUDA), workspace.memory[CUDA], B, T,
+                       H, KV, D);
     compare("o", o), compare("lse", lse), compare("dq", dq), compare("dk", dk), compare("dv", dv);
-    exact_numbers("dq again (I8)", read(again_q, CUDA), read(dq, CUDA)), exact_numbers("dk again (I8)", read(again_k, CUDA), read(dk, CUDA));
+    exact_numbers("dq again (I8)", read(again_q, CUDA), read(dq, CUDA)),
+        exact_numbers("dk again (I8)", read(again_k, CUDA), read(dk, CUDA));
     exact_numbers("dv again (I8)", read(again_v, CUDA), read(dv, CUDA));
     end();
 }
 
-// ---- router -------------------------------------------------------------------------------------------------------------------------------
+// ---- router ---------------------------------------------------------------------------------
 static void test_router(int R, int C, int E, int K, int normalize, int ties) {
     char name[80];
-    snprintf(name, sizeof name, "router R %d E %d K %d%s%s", R, E, K, normalize ? " normalised" : "", ties ? " ties" : "");
+    snprintf(name, sizeof name, "router R %d E %d K %d%s%s", R, E, K,
+             normalize ? " normalised" : "", ties ? " ties" : "");
     begin(name);
-    Buffer u = random_input(X, (size_t)R * C), W = ties ? zeros(X, (size_t)E * C) : random_input(X, (size_t)E * C, 0.5), bias = random_input(REAL, E, 0.1);
-    Buffer logits = output(REAL, (size_t)R * E), topk = output(INT, (size_t)R * K), score = output(REAL, (size_t)R * K), count = input(INT64, Numbers(E, 3)), prob = zeros(DOUBLE, E);
-    Buffer z = zeros(DOUBLE, 2), f = output(DOUBLE, E), du = random_input(X, (size_t)R * C), dW = output(REAL, (size_t)E * C), dW2 = random_input(REAL, (size_t)E * C);
-    Buffer dz = output(REAL, (size_t)R * E), dscore = random_input(REAL, (size_t)R * K), biased = output(INT, (size_t)R * K), score2 = output(REAL, (size_t)R * K);
+    Buffer u = random_input(X, (size_t)R * C),
+           W = ties ? zeros(X, (size_t)E * C) : random_input(X, (size_t)E * C, 0.5),
+           bias = random_input(REAL, E, 0.1);
+    Buffer logits = output(REAL, (size_t)R * E), topk = output(INT, (size_t)R * K),
+           score = output(REAL, (size_t)R * K), count = input(INT64, Numbers(E, 3)),
+           prob = zeros(DOUBLE, E);
+    Buffer z = zeros(DOUBLE, 2), f = output(DOUBLE, E), du = random_input(X, (size_t)R * C),
+           dW = output(REAL, (size_t)E * C), dW2 = random_input(REAL, (size_t)E * C);
+    Buffer dz = output(REAL, (size_t)R * E), dscore = random_input(REAL, (size_t)R * K),
+           biased = output(INT, (size_t)R * K), score2 = output(REAL, (size_t)R * K);
     RouterStats none = {};
     EACH_WORLD(w) {
-        RouterStats stats = {count.l(w), prob.d(w), z.d(w)};
-        CALL(w, router_forward, logits.r(w), biased.i(w), score2.r(w), none, u.x(w), W.x(w), bias.r(w), normalize, R, C, E, K);
-        CALL(w, router_forward, logits.r(w), topk.i(w), score.r(w), stats, u.x(w), W.x(w), 0, normalize, R, C, E, K);
+        RouterStats stats = { count.l(w), prob.d(w), z.d(w) };
+        CALL(w, router_forward, logits.r(w), biased.i(w), score2.r(w), none, u.x(w), W.x(w),
+             bias.r(w), normalize, R, C, E, K);
+        CALL(w, router_forward, logits.r(w), topk.i(w), score.r(w), stats, u.x(w), W.x(w), 0,
+             normalize, R, C, E, K);
         CALL(w, router_share, f.d(w), count.l(w), 100.0, 1, E);
-        CALL(w, router_backward_add, du.x(w), dW.g(w), dz.r(w), dscore.r(w), logits.r(w), topk.i(w), score.r(w), u.x(w), W.x(w), f.d(w), 0.02, 0.001, normalize, 0, R, C, E, K);
-        CALL(w, router_backward_add, du.x(w), dW2.g(w), dz.r(w), dscore.r(w), logits.r(w), topk.i(w), score.r(w), u.x(w), W.x(w), f.d(w), 0.0, 0.0, normalize, 1, R, C, E, K);
+        CALL(w, router_backward_add, du.x(w), dW.g(w), dz.r(w), dscore.r(w), logits.r(w), topk.i(w),
+             score.r(w), u.x(w), W.x(w), f.d(w), 0.02, 0.001, normalize, 0, R, C, E, K);
+        CALL(w, router_backward_add, du.x(w), dW2.g(w), dz.r(w), dscore.r(w), logits.r(w),
+             topk.i(w), score.r(w), u.x(w), W.x(w), f.d(w), 0.0, 0.0, normalize, 1, R, C, E, K);
     }
-    exact("topk", topk), exact("topk with bias", biased), exact("count", count), compare("logits", logits), compare("score", score), compare("prob", prob), compare("z", z);
-    compare("f", f), compare("dz", dz), compare("du", du), compare("dW", dW), compare("dW accumulated", dW2), compare("score with bias", score2);
+    exact("topk", topk), exact("topk with bias", biased), exact("count", count),
+        compare("logits", logits), compare("score", score), compare("prob", prob), compare("z", z);
+    compare("f", f), compare("dz", dz), compare("du", du), compare("dW", dW),
+        compare("dW accumulated", dW2), compare("score with bias", score2);
     end();
 }
 
-// ---- plan and experts -------------------------------------------------------------------------------------------------------------------
-struct Plans { Plan plan[WORLDS]; Buffer row_token[WORLDS], token_row[WORLDS], expert_row[WORLDS]; };
+// ---- plan and experts -----------------------------------------------------------------------
+struct Plans {
+    Plan plan[WORLDS];
+    Buffer row_token[WORLDS], token_row[WORLDS], expert_row[WORLDS];
+};
 static Plans make_plans(int P, int K, int E) {
     Plans p;
     EACH_WORLD(w) {
         int M = CALL(w, plan_rows, P, K, E);
-        p.row_token[w] = input(INT, Numbers(M, 1)), p.token_row[w] = input(INT, Numbers((size_t)P * K, 1)), p.expert_row[w] = output(INT, E + 1);
-        Plan plan = {p.row_token[w].i(w), p.token_row[w].i(w), p.expert_row[w].i(w), M, P, E, K};
+        p.row_token[w] = input(INT, Numbers(M, 1)),
+        p.token_row[w] = input(INT, Numbers((size_t)P * K, 1)),
+        p.expert_row[w] = output(INT, E + 1);
+        Plan plan = { p.row_token[w].i(w), p.token_row[w].i(w), p.expert_row[w].i(w), M, P, E, K };
         p.plan[w] = plan;
     }
     return p;
@@ -314,67 +413,94 @@ static Plans make_plans(int P, int K, int E) {
 // The plans of the two backends differ by padding only: the same tokens in the same order.
 static void compare_plans(const Plans &p) {
     int tile = device_row_tile();
-    Numbers rt = read(p.row_token[CUDA], CUDA), tr = read(p.token_row[CUDA], CUDA), er = read(p.expert_row[CUDA], CUDA);
-    Numbers rt2 = read(p.row_token[SAME], SAME), tr2 = read(p.token_row[SAME], SAME), er2 = read(p.expert_row[SAME], SAME);
+    Numbers rt = read(p.row_token[CUDA], CUDA), tr = read(p.token_row[CUDA], CUDA),
+            er = read(p.expert_row[CUDA], CUDA);
+    Numbers rt2 = read(p.row_token[SAME], SAME), tr2 = read(p.token_row[SAME], SAME),
+            er2 = read(p.expert_row[SAME], SAME);
     size_t used = 0;
     for (size_t e = 0; e + 1 < er.size(); e++) {
         size_t rows = (size_t)(er2[e + 1] - er2[e]);
-        if (er[e + 1] - er[e] != (double)((rows + tile - 1) / tile * tile)) return complain("expert_row", "an expert's rows are not padded to the tile");
+        if (er[e + 1] - er[e] != (double)((rows + tile - 1) / tile * tile))
+            return complain("expert_row", "an expert's rows are not padded to the tile");
         for (size_t i = 0; i < (size_t)(er[e + 1] - er[e]); i++)
-            if (rt[(size_t)er[e] + i] != (i < rows ? rt2[(size_t)er2[e] + i] : -1)) return complain("row_token", "another token than on the CPU");
+            if (rt[(size_t)er[e] + i] != (i < rows ? rt2[(size_t)er2[e] + i] : -1))
+                return complain("row_token", "another token than on the CPU");
         for (size_t i = 0; i < tr.size(); i++)
-            if (tr2[i] >= er2[e] && tr2[i] < er2[e + 1] && tr[i] - er[e] != tr2[i] - er2[e]) return complain("token_row", "another row than on the CPU");
+            if (tr2[i] >= er2[e] && tr2[i] < er2[e + 1] && tr[i] - er[e] != tr2[i] - er2[e])
+                return complain("token_row", "another row than on the CPU");
         used = (size_t)er[e + 1];
     }
-    for (size_t i = 0; i < tr.size(); i++) if ((tr[i] < 0) != (tr2[i] < 0)) return complain("token_row", "-1 where the CPU has a row, or a row where it has none");
-    for (size_t i = used; i < rt.size(); i++) if (rt[i] != -1) return complain("row_token", "not -1 behind the last expert");
+    for (size_t i = 0; i < tr.size(); i++)
+        if ((tr[i] < 0) != (tr2[i] < 0))
+            return complain("token_row", "-1 where the CPU has a row, or a row where it has none");
+    for (size_t i = used; i < rt.size(); i++)
+        if (rt[i] != -1) return complain("row_token", "not -1 behind the last expert");
 }
 // Rows in the order of token_row, which all worlds share.
 static Numbers by_slot(const Plans &p, int w, const Buffer &b, int width) {
     Numbers v = read(b, w), slot = read(p.token_row[w], w), out;
-    for (double s : slot) for (int c = 0; s >= 0 && c < width; c++) out.push_back(v[(size_t)s * width + c]);
+    for (double s : slot)
+        for (int c = 0; s >= 0 && c < width; c++) out.push_back(v[(size_t)s * width + c]);
     return out;
 }
-static void compare_rows(const char *what, const Plans &p, const Buffer (&b)[WORLDS], int width, bool padding_is_zero) {
-    compare_numbers(what, by_slot(p, CUDA, b[CUDA], width), by_slot(p, SAME, b[SAME], width), by_slot(p, TRUTH, b[TRUTH], width));
-    Numbers rows = read(b[CUDA], CUDA), token = read(p.row_token[CUDA], CUDA), expert = read(p.expert_row[CUDA], CUDA);
+static void compare_rows(const char *what, const Plans &p, const Buffer (&b)[WORLDS], int width,
+                         bool padding_is_zero) {
+    compare_numbers(what, by_slot(p, CUDA, b[CUDA], width), by_slot(p, SAME, b[SAME], width),
+                    by_slot(p, TRUTH, b[TRUTH], width));
+    Numbers rows = read(b[CUDA], CUDA), token = read(p.row_token[CUDA], CUDA),
+            expert = read(p.expert_row[CUDA], CUDA);
     for (size_t m = 0; padding_is_zero && m < (size_t)expert.back(); m++)
-        for (int c = 0; token[m] < 0 && c < width; c++) if (rows[m * width + c] != 0) return complain(what, "a padding row is not zero");
+        for (int c = 0; token[m] < 0 && c < width; c++)
+            if (rows[m * width + c] != 0) return complain(what, "a padding row is not zero");
 }
 enum Routing { SPREAD, ONE, FOREIGN, EMPTY };
 // NaN in the padding rows: what stands there may not matter.
 static void poison_padding(const Buffer &rows, const Buffer &row_token, int width) {
     Numbers v = read(rows, CUDA), token = read(row_token, CUDA);
-    for (size_t i = 0; i < v.size(); i++) if (token[i / width] < 0) v[i] = NAN;
+    for (size_t i = 0; i < v.size(); i++)
+        if (token[i / width] < 0) v[i] = NAN;
     write(rows, CUDA, v);
 }
 static const char *expert_kernel = "auto";
 static void test_experts(int P, int K, int E, int C, int F, Routing routing) {
     char name[120];
-    static const char *names[] = {"", " all on one", " two ranks", " nobody here"};
-    snprintf(name, sizeof name, "experts (%s) P %d K %d E %d C %d F %d%s", expert_kernel, P, K, E, C, F, names[routing]);
+    static const char *names[] = { "", " all on one", " two ranks", " nobody here" };
+    snprintf(name, sizeof name, "experts (%s) P %d K %d E %d C %d F %d%s", expert_kernel, P, K, E,
+             C, F, names[routing]);
     begin(name);
-    int global = routing == FOREIGN || routing == EMPTY ? 2 * E : E, first = routing == FOREIGN ? E / 2 : 0;
+    int global = routing == FOREIGN || routing == EMPTY ? 2 * E : E,
+        first = routing == FOREIGN ? E / 2 : 0;
     Numbers ids((size_t)P * K);
-    for (int p = 0; p < P; p++) {                 // K distinct ids, ascending
+    for (int p = 0; p < P; p++) { // K distinct ids, ascending
         std::vector<int> take(global);
         for (int k = 0; k < K; k++) {
-            int e = routing == ONE && k == 0 ? E - 1 : routing == EMPTY ? E + below(E) : below(global);
+            int e = routing == ONE && k == 0 ? E - 1
+                    : routing == EMPTY       ? E + below(E)
+                                             : below(global);
             while (take[e]) e = routing == EMPTY ? E + (e + 1) % E : (e + 1) % global;
             take[e] = 1;
         }
-        for (int e = 0, k = 0; e < global; e++) if (take[e]) ids[(size_t)p * K + k++] = e;
+        for (int e = 0, k = 0; e < global; e++)
+            if (take[e]) ids[(size_t)p * K + k++] = e;
     }
     Plans p = make_plans(P, K, E);
     int in_use = routing == FOREIGN ? P - P / 3 : P;
-    Buffer choice = input(INT, ids), n_pool = input(INT, Numbers(1, in_use)), pool = random_input(X, (size_t)P * C), W1 = random_input(X, (size_t)E * 2 * F * C, 2 / sqrt(C));
-    Buffer W2 = random_input(X, (size_t)E * C * F, 2 / sqrt(F)), score = random_input(REAL, (size_t)P * K), dpool = random_input(X, (size_t)P * C), out = output(X, (size_t)P * C);
-    Buffer out1 = output(X, (size_t)P * C), dscore = output(REAL, (size_t)P * K), dW1 = output(REAL, (size_t)E * 2 * F * C), dW2 = output(REAL, (size_t)E * C * F);
-    Buffer sum1 = random_input(REAL, (size_t)E * 2 * F * C), sum2 = random_input(REAL, (size_t)E * C * F);
-    Buffer H[WORLDS], again[WORLDS], A[WORLDS], Y[WORLDS], sA[WORLDS], dX[WORLDS], dH[WORLDS], dH1[WORLDS], sA1[WORLDS];
+    Buffer choice = input(INT, ids), n_pool = input(INT, Numbers(1, in_use)),
+           pool = random_input(X, (size_t)P * C),
+           W1 = random_input(X, (size_t)E * 2 * F * C, 2 / sqrt(C));
+    Buffer W2 = random_input(X, (size_t)E * C * F, 2 / sqrt(F)),
+           score = random_input(REAL, (size_t)P * K), dpool = random_input(X, (size_t)P * C),
+           out = output(X, (size_t)P * C);
+    Buffer out1 = output(X, (size_t)P * C), dscore = output(REAL, (size_t)P * K),
+           dW1 = output(REAL, (size_t)E * 2 * F * C), dW2 = output(REAL, (size_t)E * C * F);
+    Buffer sum1 = random_input(REAL, (size_t)E * 2 * F * C),
+           sum2 = random_input(REAL, (size_t)E * C * F);
+    Buffer H[WORLDS], again[WORLDS], A[WORLDS], Y[WORLDS], sA[WORLDS], dX[WORLDS], dH[WORLDS],
+        dH1[WORLDS], sA1[WORLDS];
     EACH_WORLD(w) {
         size_t M = p.plan[w].M;
-        H[w] = output(X, M * 2 * F), again[w] = output(X, M * 2 * F), A[w] = output(X, M * F), Y[w] = output(X, M * C), sA[w] = output(X, M * F), dX[w] = output(X, M * C);
+        H[w] = output(X, M * 2 * F), again[w] = output(X, M * 2 * F), A[w] = output(X, M * F),
+        Y[w] = output(X, M * C), sA[w] = output(X, M * F), dX[w] = output(X, M * C);
         dH[w] = output(X, M * 2 * F), dH1[w] = output(X, M * 2 * F), sA1[w] = output(X, M * F);
         const Plan *plan = &p.plan[w];
         CALL(w, plan_build, &p.plan[w], choice.i(w), routing == FOREIGN ? n_pool.i(w) : 0, first);
@@ -384,18 +510,27 @@ static void test_experts(int P, int K, int E, int C, int F, Routing routing) {
         if (w == CUDA) poison_padding(again[w], p.row_token[w], 2 * F);
         CALL(w, rows_combine, out.x(w), Y[w].x(w), score.r(w), plan, C);
         CALL(w, rows_combine, out1.x(w), Y[w].x(w), 0, plan, C);
-        CALL(w, experts_down_backward, dH[w].x(w), sA[w].x(w), dscore.r(w), dpool.x(w), H[w].x(w), W2.x(w), score.r(w), plan, C, F);
-        CALL(w, experts_down_backward, again[w].x(w), sA[w].x(w), dscore.r(w), dpool.x(w), again[w].x(w), W2.x(w), score.r(w), plan, C, F);       // dH is H
-        CALL(w, experts_down_backward, dH1[w].x(w), sA1[w].x(w), 0, dpool.x(w), H[w].x(w), W2.x(w), 0, plan, C, F);
+        CALL(w, experts_down_backward, dH[w].x(w), sA[w].x(w), dscore.r(w), dpool.x(w), H[w].x(w),
+             W2.x(w), score.r(w), plan, C, F);
+        CALL(w, experts_down_backward, again[w].x(w), sA[w].x(w), dscore.r(w), dpool.x(w),
+             again[w].x(w), W2.x(w), score.r(w), plan, C, F); // dH is H
+        CALL(w, experts_down_backward, dH1[w].x(w), sA1[w].x(w), 0, dpool.x(w), H[w].x(w), W2.x(w),
+             0, plan, C, F);
         CALL(w, experts_up_backward, dX[w].x(w), dH[w].x(w), W1.x(w), plan, C, F);
-        CALL(w, experts_wgrad, dW1.g(w), dW2.g(w), pool.x(w), dpool.x(w), dH[w].x(w), sA[w].x(w), plan, 0, C, F);
-        CALL(w, experts_wgrad, sum1.g(w), sum2.g(w), pool.x(w), dpool.x(w), dH[w].x(w), sA[w].x(w), plan, 1, C, F);
+        CALL(w, experts_wgrad, dW1.g(w), dW2.g(w), pool.x(w), dpool.x(w), dH[w].x(w), sA[w].x(w),
+             plan, 0, C, F);
+        CALL(w, experts_wgrad, sum1.g(w), sum2.g(w), pool.x(w), dpool.x(w), dH[w].x(w), sA[w].x(w),
+             plan, 1, C, F);
     }
     compare_plans(p);
-    compare_rows("H", p, H, 2 * F, true), compare_rows("A", p, A, F, true), compare_rows("Y", p, Y, C, true), compare("out", out), compare("out without scores", out1);
-    compare_rows("dH", p, dH, 2 * F, true), compare_rows("dH in place", p, again, 2 * F, true), compare_rows("sA", p, sA, F, true), compare("dscore", dscore);
-    compare_rows("dH without scores", p, dH1, 2 * F, true), compare_rows("A of backward", p, sA1, F, true);
-    compare_rows("dX", p, dX, C, true), compare("dW1", dW1), compare("dW2", dW2), compare("dW1 accumulated", sum1), compare("dW2 accumulated", sum2);
+    compare_rows("H", p, H, 2 * F, true), compare_rows("A", p, A, F, true),
+        compare_rows("Y", p, Y, C, true), compare("out", out), compare("out without scores", out1);
+    compare_rows("dH", p, dH, 2 * F, true), compare_rows("dH in place", p, again, 2 * F, true),
+        compare_rows("sA", p, sA, F, true), compare("dscore", dscore);
+    compare_rows("dH without scores", p, dH1, 2 * F, true),
+        compare_rows("A of backward", p, sA1, F, true);
+    compare_rows("dX", p, dX, C, true), compare("dW1", dW1), compare("dW2", dW2),
+        compare("dW1 accumulated", sum1), compare("dW2 accumulated", sum2);
     end();
 }
 static void test_plan(int P, int K, int E) {
@@ -405,7 +540,8 @@ static void test_plan(int P, int K, int E) {
     Numbers ids((size_t)P * K);
     for (int p = 0; p < P; p++) {
         int start = below(E - K + 1);
-        for (int k = 0; k < K; k++) ids[(size_t)p * K + k] = below(7) == 0 && k == 0 ? -1 : start + k;
+        for (int k = 0; k < K; k++)
+            ids[(size_t)p * K + k] = below(7) == 0 && k == 0 ? -1 : start + k;
     }
     Buffer choice = input(INT, ids);
     Plans p = make_plans(P, K, E), dense = make_plans(P, 1, 1);
@@ -417,16 +553,19 @@ static void test_plan(int P, int K, int E) {
     compare_plans(dense);
     end();
 }
-// The same bits on any number of multiprocessors, on all of them and on two: then each block takes several tiles, and its ring and its results go on from tile to tile.
+// The same bits on any number of multiprocessors, on all of them and on two: then each block takes
+// several tiles, and its ring and its results go on from tile to tile.
 static void test_experts_budget(int P, int K, int E, int C, int F) {
     char name[120];
-    snprintf(name, sizeof name, "experts (%s) on fewer multiprocessors, P %d K %d E %d C %d F %d", expert_kernel, P, K, E, C, F);
+    snprintf(name, sizeof name, "experts (%s) on fewer multiprocessors, P %d K %d E %d C %d F %d",
+             expert_kernel, P, K, E, C, F);
     begin(name);
     Numbers ids((size_t)P * K);
     for (int p = 0; p < P; p++)
         for (int k = 0, start = below(E - K + 1); k < K; k++) ids[(size_t)p * K + k] = start + k;
     Plan plan = make_plans(P, K, E).plan[CUDA];
-    Buffer pool = random_input(X, (size_t)P * C), dpool = random_input(X, (size_t)P * C), W1 = random_input(X, (size_t)E * 2 * F * C), W2 = random_input(X, (size_t)E * C * F);
+    Buffer pool = random_input(X, (size_t)P * C), dpool = random_input(X, (size_t)P * C),
+           W1 = random_input(X, (size_t)E * 2 * F * C), W2 = random_input(X, (size_t)E * C * F);
     Buffer score = random_input(REAL, (size_t)P * K), choice = input(INT, ids);
     int multiprocessors;
     std::vector<Numbers> results[2];
@@ -434,19 +573,24 @@ static void test_experts_budget(int P, int K, int E, int C, int F) {
     CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
     for (int run = 0; run < 2; run++) {
         size_t M = plan.M;
-        Buffer H = zeros(X, M * 2 * F), A = zeros(X, M * F), Y = zeros(X, M * C), dH = zeros(X, M * 2 * F), sA = zeros(X, M * F), dX = zeros(X, M * C), dscore = output(REAL, (size_t)P * K);
+        Buffer H = zeros(X, M * 2 * F), A = zeros(X, M * F), Y = zeros(X, M * C),
+               dH = zeros(X, M * 2 * F), sA = zeros(X, M * F), dX = zeros(X, M * C),
+               dscore = output(REAL, (size_t)P * K);
         Buffer dW1 = output(REAL, (size_t)E * 2 * F * C), dW2 = output(REAL, (size_t)E * C * F);
         experts_leave(run ? multiprocessors - 2 : 0);
         experts_up(H.x(CUDA), A.x(CUDA), pool.x(CUDA), W1.x(CUDA), &plan, C, F);
         experts_down(Y.x(CUDA), A.x(CUDA), W2.x(CUDA), &plan, C, F);
-        experts_down_backward(dH.x(CUDA), sA.x(CUDA), dscore.r(CUDA), dpool.x(CUDA), H.x(CUDA), W2.x(CUDA), score.r(CUDA), &plan, C, F);
+        experts_down_backward(dH.x(CUDA), sA.x(CUDA), dscore.r(CUDA), dpool.x(CUDA), H.x(CUDA),
+                              W2.x(CUDA), score.r(CUDA), &plan, C, F);
         experts_up_backward(dX.x(CUDA), dH.x(CUDA), W1.x(CUDA), &plan, C, F);
         for (int accumulate = 0; accumulate < 2; accumulate++)
-            experts_wgrad(dW1.g(CUDA), dW2.g(CUDA), pool.x(CUDA), dpool.x(CUDA), dH.x(CUDA), sA.x(CUDA), &plan, accumulate, C, F);
-        for (const Buffer &b : {H, A, Y, dH, sA, dX, dscore, dW1, dW2}) results[run].push_back(read(b, CUDA));
+            experts_wgrad(dW1.g(CUDA), dW2.g(CUDA), pool.x(CUDA), dpool.x(CUDA), dH.x(CUDA),
+                          sA.x(CUDA), &plan, accumulate, C, F);
+        for (const Buffer &b : { H, A, Y, dH, sA, dX, dscore, dW1, dW2 })
+            results[run].push_back(read(b, CUDA));
     }
     experts_leave(0);
-    static const char *names[] = {"H", "A", "Y", "dH", "sA", "dX", "dscore", "dW1", "dW2"};
+    static const char *names[] = { "H", "A", "Y", "dH", "sA", "dX", "dscore", "dW1", "dW2" };
     for (int i = 0; i < 9; i++) exact_numbers(names[i], results[1][i], results[0][i]);
     end();
 }
@@ -455,24 +599,35 @@ static void test_rows(int n, int R, int J, int C) {
     Numbers one(n), many((size_t)R * J);
     for (auto &i : one) i = below(R + 1) - 1;
     for (auto &i : many) i = below(n + 1) - 1;
-    Buffer in = random_input(X, (size_t)R * C), index = input(INT, one), out = output(X, (size_t)n * C), words = random_input(REAL, (size_t)R * 3), out_words = output(REAL, (size_t)n * 3);
-    Buffer indices = input(INT, many), sum = output(X, (size_t)R * C), sum_words = output(REAL, (size_t)R * 3);
+    Buffer in = random_input(X, (size_t)R * C), index = input(INT, one),
+           out = output(X, (size_t)n * C), words = random_input(REAL, (size_t)R * 3),
+           out_words = output(REAL, (size_t)n * 3);
+    Buffer indices = input(INT, many), sum = output(X, (size_t)R * C),
+           sum_words = output(REAL, (size_t)R * 3);
     EACH_WORLD(w) {
         CALL(w, rows_gather, out.x(w), in.x(w), index.i(w), n, C * element_size(X, w));
         CALL(w, rows_gather, out_words.r(w), words.r(w), index.i(w), n, 12);
         CALL(w, rows_sum, sum.x(w), out.x(w), indices.i(w), R, J, C);
         CALL(w, rows_sum_real, sum_words.r(w), out_words.r(w), indices.i(w), R, J, 3);
     }
-    exact("gather", out), exact("gather of 12 bytes", out_words), compare("sum", sum), compare("sum of reals", sum_words);
+    exact("gather", out), exact("gather of 12 bytes", out_words), compare("sum", sum),
+        compare("sum of reals", sum_words);
     end();
 }
 
-// ---- optimizer ----------------------------------------------------------------------------------------------------------------------------
+// ---- optimizer ------------------------------------------------------------------------------
 static std::vector<Segment> make_segments(int n, int64_t *total, bool anywhere) {
     std::vector<Segment> s(n);
     int64_t offset = 0, block = 0;
     for (int i = 0; i < n; i++) {
-        Segment g = {0x1234567u + (uint64_t)i * 77, anywhere && i % 2 ? 3 + 100 * i : 256 * i, i == 2 ? 0 : i == 1 ? 1000 : 1 + below(700), offset, block, (float)(i % 2)};
+        Segment g = { 0x1234567u + (uint64_t)i * 77,
+                      anywhere && i % 2 ? 3 + 100 * i : 256 * i,
+                      i == 2   ? 0
+                      : i == 1 ? 1000
+                               : 1 + below(700),
+                      offset,
+                      block,
+                      (float)(i % 2) };
         s[i] = g;
         offset += g.count + (anywhere ? 1 : 0), block += g.count / 256 + 2;
     }
@@ -480,80 +635,102 @@ static std::vector<Segment> make_segments(int n, int64_t *total, bool anywhere) 
     return s;
 }
 static void test_optimizer(OptimizerKind kind, bool master, bool anywhere, int n_segments) {
-    static const char *names[] = {"sgd", "adamw", "adamw8"};
+    static const char *names[] = { "sgd", "adamw", "adamw8" };
     char name[80];
-    snprintf(name, sizeof name, "optimizer %s%s%s, %d segments", names[kind], master ? " master" : "", anywhere ? " cut anywhere" : "", n_segments);
+    snprintf(name, sizeof name, "optimizer %s%s%s, %d segments", names[kind],
+             master ? " master" : "", anywhere ? " cut anywhere" : "", n_segments);
     begin(name);
     int64_t n;
     std::vector<Segment> segments = make_segments(n_segments, &n, anywhere);
     int blocks = (int)(segments.back().qblock + segments.back().count / 256 + 2);
-    Buffer param = random_input(X, n), copy = random_input(REAL, n), grad = random_input(REAL, n), m = zeros(REAL, n), v = zeros(REAL, n), m8 = zeros(BYTE, n), v8 = zeros(BYTE, n);
-    Buffer m_scale = zeros(REAL, blocks), v_scale = zeros(REAL, blocks), scale = input(REAL, Numbers(1, 0.5)), infinite = input(REAL, Numbers(1, INFINITY));
-    // without a master, bf16 builds round stochastically: only the other backend in the same precision has the same noise
+    Buffer param = random_input(X, n), copy = random_input(REAL, n), grad = random_input(REAL, n),
+           m = zeros(REAL, n), v = zeros(REAL, n), m8 = zeros(BYTE, n), v8 = zeros(BYTE, n);
+    Buffer m_scale = zeros(REAL, blocks), v_scale = zeros(REAL, blocks),
+           scale = input(REAL, Numbers(1, 0.5)), infinite = input(REAL, Numbers(1, INFINITY));
+    // without a master, bf16 builds round stochastically: only the other backend in the same
+    // precision has the same noise
     bool stochastic = !master && sizeof(floatX) == 2;
     EACH_WORLD(w) {
-        OptimizerState s = {param.x(w), master ? copy.r(w) : 0, grad.g(w), m.r(w), v.r(w), m8.b(w), v8.b(w), m_scale.r(w), v_scale.r(w)};
+        OptimizerState s = {
+            param.x(w), master ? copy.r(w) : 0, grad.g(w),   m.r(w), v.r(w), m8.b(w),
+            v8.b(w),    m_scale.r(w),           v_scale.r(w)
+        };
         for (int t = 1; t <= 3; t++) {
-            OptimizerStep o = {kind, 1e-2, 0.9, 0.9, 0.99, 1e-8, 0.1, t, 7, t, 0.75};
+            OptimizerStep o = { kind, 1e-2, 0.9, 0.9, 0.99, 1e-8, 0.1, t, 7, t, 0.75 };
             CALL(w, optimizer_update, &s, segments.data(), n_segments, &o, scale.r(w));
             CALL(w, optimizer_update, &s, segments.data(), n_segments, &o, infinite.r(w));
         }
     }
     Numbers mine = read(param, CUDA), same = read(param, SAME);
-    if (kind == OPT_ADAMW8 || stochastic) {       // an fp32 number in the last bit elsewhere may round the other way, rarely
+    if (kind == OPT_ADAMW8 ||
+        stochastic) { // an fp32 number in the last bit elsewhere may round the other way, rarely
         size_t other = 0;
         for (size_t i = 0; i < mine.size(); i++) {
-            if (!(fabs(mine[i] - same[i]) <= 0.02 * (fabs(same[i]) + 0.02))) complain("param", "far from the CPU's");
+            if (!(fabs(mine[i] - same[i]) <= 0.02 * (fabs(same[i]) + 0.02)))
+                complain("param", "far from the CPU's");
             other += fabs(mine[i] - same[i]) > 1e-5;
         }
         if (other > mine.size() / 100) complain("param", "more than 1 % differ from the CPU's");
-    } else compare("param", param), compare("master", copy);
+    } else
+        compare("param", param), compare("master", copy);
     if (kind == OPT_ADAMW8) {
         Numbers a = read(v8, CUDA), b = read(v8, SAME), c = read(m8, CUDA), d = read(m8, SAME);
         size_t other = 0;
         for (size_t i = 0; i < a.size(); i++) other += (a[i] != b[i]) + (c[i] != d[i]);
         if (other > a.size() / 50) complain("codes", "more than 1 % differ from the CPU's");
         compare_numbers("v scale", read(v_scale, CUDA), read(v_scale, SAME), read(v_scale, SAME));
-    } else if (kind == OPT_ADAMW) compare("m", m), compare("v", v);
-    else compare("momentum", m);
+    } else if (kind == OPT_ADAMW)
+        compare("m", m), compare("v", v);
+    else
+        compare("momentum", m);
     end();
 }
 static void test_norms(int n_segments) {
     begin("gradient squares, scales, clip, initial weights");
     int64_t n;
     std::vector<Segment> segments = make_segments(n_segments, &n, true);
-    segments.back().count = 70000, n += 70000;    // more than one piece
-    Buffer grad = random_input(REAL, n), sums = output(DOUBLE, n_segments), total = output(DOUBLE, 1), factor = random_input(REAL, n_segments), norm = output(REAL, 1), clip = output(REAL, 1);
-    Buffer param = zeros(X, n), master = zeros(REAL, n), ones = zeros(X, n), norm2 = output(REAL, 1), clip2 = output(REAL, 1), bad = input(DOUBLE, {1.0, INFINITY});
+    segments.back().count = 70000, n += 70000; // more than one piece
+    Buffer grad = random_input(REAL, n), sums = output(DOUBLE, n_segments),
+           total = output(DOUBLE, 1), factor = random_input(REAL, n_segments),
+           norm = output(REAL, 1), clip = output(REAL, 1);
+    Buffer param = zeros(X, n), master = zeros(REAL, n), ones = zeros(X, n),
+           norm2 = output(REAL, 1), clip2 = output(REAL, 1), bad = input(DOUBLE, { 1.0, INFINITY });
     Buffer many = random_input(DOUBLE, 2500), total_many = output(DOUBLE, 1);
     EACH_WORLD(w) {
         CALL(w, gradient_squares, sums.d(w), grad.g(w), segments.data(), n_segments);
         CALL(w, sum_in_order, total.d(w), sums.d(w), n_segments);
-        CALL(w, sum_in_order, total_many.d(w), many.d(w), 2500);               // fetched in pieces of 1024
+        CALL(w, sum_in_order, total_many.d(w), many.d(w), 2500); // fetched in pieces of 1024
         CALL(w, clip_scale, norm.r(w), clip.r(w), sums.d(w), n_segments, 1.0);
         CALL(w, clip_scale, norm2.r(w), clip2.r(w), bad.d(w), 2, 1.0);
         CALL(w, gradient_scale, grad.g(w), segments.data(), n_segments, factor.r(w));
         CALL(w, init_segments, param.x(w), master.r(w), segments.data(), n_segments, 42, 0.02);
         CALL(w, init_segments, ones.x(w), 0, segments.data(), n_segments, 42, -1.0);
     }
-    compare("squares", sums), compare("sum", total), exact("sum in order", total_many), compare("norm", norm), compare("scale", clip), exact("scaled gradients", grad), exact("weights", param), exact("masters", master);
+    compare("squares", sums), compare("sum", total), exact("sum in order", total_many),
+        compare("norm", norm), compare("scale", clip), exact("scaled gradients", grad),
+        exact("weights", param), exact("masters", master);
     exact("ones", ones), exact("norm of infinity", norm2), exact("scale of infinity", clip2);
     end();
 }
 static void test_convert(size_t n) {
     begin("conversions");
-    static const Dtype types[] = {DTYPE_F32, DTYPE_BF16, DTYPE_F16, DTYPE_F64};
+    static const Dtype types[] = { DTYPE_F32, DTYPE_BF16, DTYPE_F16, DTYPE_F64 };
     Numbers v(n);
-    for (size_t i = 0; i < n; i++) v[i] = i % 5 == 0 ? uniform() * 1e-6 : i % 5 == 1 ? uniform() * 7e4 : uniform();
-    if (n > 4) v[n % 8 ? n - 1 : 0] = INFINITY, v[1] = -0.0, v[2] = 65519.999, v[3] = 1 + 0x1p-8 + 0x1p-40;
-    Buffer wide = input(DOUBLE, v), from = output(BYTE, n * 8), to = output(BYTE, n * 8), flag = zeros(INT, 8);
+    for (size_t i = 0; i < n; i++)
+        v[i] = i % 5 == 0 ? uniform() * 1e-6 : i % 5 == 1 ? uniform() * 7e4 : uniform();
+    if (n > 4)
+        v[n % 8 ? n - 1 : 0] = INFINITY, v[1] = -0.0, v[2] = 65519.999, v[3] = 1 + 0x1p-8 + 0x1p-40;
+    Buffer wide = input(DOUBLE, v), from = output(BYTE, n * 8), to = output(BYTE, n * 8),
+           flag = zeros(INT, 8);
     for (int a = 0; a < 4; a++)
         for (int b = 0; b < 4; b++) {
             for (int w = CUDA; w <= SAME; w++) {
                 CALL(w, convert, from.memory[w], types[a], wide.memory[w], DTYPE_F64, n);
                 CALL(w, convert, to.memory[w], types[b], from.memory[w], types[a], n);
                 CALL(w, check_finite, flag.i(w) + a, from.memory[w], types[a], n);
-                if (n > 4) CALL(w, check_finite, flag.i(w) + 4 + a, (char *)from.memory[w] + dtype_size(types[a]), types[a], (size_t)1);
+                if (n > 4)
+                    CALL(w, check_finite, flag.i(w) + 4 + a,
+                         (char *)from.memory[w] + dtype_size(types[a]), types[a], (size_t)1);
             }
             exact("conversion", to);
         }
@@ -563,16 +740,20 @@ static void test_convert(size_t n) {
 static void test_device() {
     begin("arena, copies, streams");
     Arena a = arena_counting("test");
-    arena_take(&a, 1000, "one"), arena_take(&a, 17u << 20, "two");         // five pieces of an upload, one more than it has stages
+    arena_take(&a, 1000, "one"),
+        arena_take(&a, 17u << 20, "two"); // five pieces of an upload, one more than it has stages
     size_t counted = a.used;
     arena_commit(&a);
-    char *one = (char *)arena_take(&a, 1000, "one"), *two = (char *)arena_take(&a, 17u << 20, "two");
-    if (a.used != counted || (size_t)two % 256 || two != one + 1024) complain("arena", "the second pass differs from the first");
+    char *one = (char *)arena_take(&a, 1000, "one"),
+         *two = (char *)arena_take(&a, 17u << 20, "two");
+    if (a.used != counted || (size_t)two % 256 || two != one + 1024)
+        complain("arena", "the second pass differs from the first");
     std::vector<char> host(17u << 20), back(17u << 20);
-    for (size_t i = 0; i < host.size(); i++) host[i] = (char)(i * 7 + i / 4096 + (i >> 20));      // no two pieces alike
+    for (size_t i = 0; i < host.size(); i++)
+        host[i] = (char)(i * 7 + i / 4096 + (i >> 20)); // no two pieces alike
     std::vector<char> kept = host;
     device_upload(two, host.data(), host.size());
-    memset(host.data(), 0, host.size());          // allowed as soon as upload returns
+    memset(host.data(), 0, host.size()); // allowed as soon as upload returns
     stream_order(STREAM_COMPUTE, STREAM_GATHER);
     CUDA_CHECK(cudaMemsetAsync(two + 5, 1, 3, device_stream(STREAM_GATHER)));
     stream_order(STREAM_GATHER, STREAM_COMPUTE);
@@ -586,25 +767,52 @@ static void test_device() {
     end();
 }
 
-// test_cuda [substring | -substring]: the groups whose name contains it, or all others. An exit status of 0 means all passed.
-static bool chosen(const char *name) { return !only || (*only == '-' ? !strstr(name, only + 1) : strstr(name, only) != 0); }
-#define RUN(name, ...) do { if (chosen(#name)) test_##name(__VA_ARGS__); } while (0)
+// test_cuda [substring | -substring]: the groups whose name contains it, or all others. An exit
+// status of 0 means all passed.
+static bool chosen(const char *name) {
+    return !only || (*only == '-' ? !strstr(name, only + 1) : strstr(name, only) != 0);
+}
+#define RUN(name, ...)                               \
+    do {                                             \
+        if (chosen(#name)) test_##name(__VA_ARGS__); \
+    } while (0)
 int main(int argc, char **argv) {
     only = argc > 1 ? argv[1] : 0;
     device_init(0, 0);
     ref_device_init(0, 1), true_device_init(0, 1);
     printf("%s\n", device_describe());
     RUN(device);
-    RUN(embedding, 70, 300, 64, 150); RUN(embedding, 300, 70000, 8, -1); RUN(embedding, 0, 10, 16, -1); RUN(embedding, 1, 1, 2056, -1);
-    RUN(cross_entropy, 6, 257); RUN(cross_entropy, 5, 4096); RUN(cross_entropy, 3, 5003); RUN(cross_entropy, 0, 64); RUN(cross_entropy, 4, 1);
-    RUN(rmsnorm, 3, 64); RUN(rmsnorm, 37, 2048); RUN(rmsnorm, 1, 8); RUN(rmsnorm, 0, 64); RUN(rmsnorm, 1031, 520); RUN(rmsnorm, 2, 4104);
-    RUN(linear, 33, 48, 40); RUN(linear, 1, 257, 8); RUN(linear, 0, 16, 16); RUN(linear, 130, 16, 136);
-    RUN(qk_norm_rope, 2, 9, 4, 2, 128); RUN(qk_norm_rope, 1, 70, 4, 4, 16); RUN(qk_norm_rope, 1, 3, 6, 3, 64); RUN(qk_norm_rope, 0, 3, 2, 1, 32);
-    std::vector<const char *> kernels = {"flash"};
+    RUN(embedding, 70, 300, 64, 150);
+    RUN(embedding, 300, 70000, 8, -1);
+    RUN(embedding, 0, 10, 16, -1);
+    RUN(embedding, 1, 1, 2056, -1);
+    RUN(cross_entropy, 6, 257);
+    RUN(cross_entropy, 5, 4096);
+    RUN(cross_entropy, 3, 5003);
+    RUN(cross_entropy, 0, 64);
+    RUN(cross_entropy, 4, 1);
+    RUN(rmsnorm, 3, 64);
+    RUN(rmsnorm, 37, 2048);
+    RUN(rmsnorm, 1, 8);
+    RUN(rmsnorm, 0, 64);
+    RUN(rmsnorm, 1031, 520);
+    RUN(rmsnorm, 2, 4104);
+    RUN(linear, 33, 48, 40);
+    RUN(linear, 1, 257, 8);
+    RUN(linear, 0, 16, 16);
+    RUN(linear, 130, 16, 136);
+    RUN(qk_norm_rope, 2, 9, 4, 2, 128);
+    RUN(qk_norm_rope, 1, 70, 4, 4, 16);
+    RUN(qk_norm_rope, 1, 3, 6, 3, 64);
+    RUN(qk_norm_rope, 0, 3, 2, 1, 32);
+    std::vector<const char *> kernels = { "flash" };
 #if defined(MOE_CUDNN) && defined(MOE_BF16)
     kernels.push_back("cudnn");
-    RUN(attention, "cudnn", 2, 1000, 8, 2, 128); RUN(attention, "cudnn", 1, 512, 2, 2, 64);
-    for (int64_t chunk : {12, 3}) {                // MiB: backward in calls of two sequences and of one, then of one KV head each
+    RUN(attention, "cudnn", 2, 1000, 8, 2, 128);
+    RUN(attention, "cudnn", 1, 512, 2, 2, 64);
+    for (int64_t chunk :
+         { 12,
+           3 }) { // MiB: backward in calls of two sequences and of one, then of one KV head each
         int64_t kept = cudnn_attention_chunk;
         cudnn_attention_chunk = chunk << 20;
         RUN(attention, "cudnn", 3, 500, 8, 2, 128);
@@ -612,25 +820,54 @@ int main(int argc, char **argv) {
     }
 #endif
     for (const char *kernel : kernels) {
-        RUN(attention, kernel, 1, 1, 1, 1, 16); RUN(attention, kernel, 2, 65, 4, 2, 16); RUN(attention, kernel, 1, 130, 2, 1, 64); RUN(attention, kernel, 1, 97, 2, 1, 128);
-        RUN(attention, kernel, 1, 64, 3, 1, 32); RUN(attention, kernel, 0, 5, 1, 1, 16);
+        RUN(attention, kernel, 1, 1, 1, 1, 16);
+        RUN(attention, kernel, 2, 65, 4, 2, 16);
+        RUN(attention, kernel, 1, 130, 2, 1, 64);
+        RUN(attention, kernel, 1, 97, 2, 1, 128);
+        RUN(attention, kernel, 1, 64, 3, 1, 32);
+        RUN(attention, kernel, 0, 5, 1, 1, 16);
     }
-    RUN(router, 37, 64, 8, 2, 1, 0); RUN(router, 70, 40, 128, 8, 1, 0); RUN(router, 9, 64, 5, 5, 0, 0); RUN(router, 20, 16, 40, 3, 0, 0); RUN(router, 6, 16, 33, 4, 1, 1);
-    RUN(router, 0, 16, 8, 2, 1, 0); RUN(router, 5, 16, 1, 1, 1, 0); RUN(router, 3, 16, 400, 8, 1, 0);
-    RUN(plan, 1, 1, 1); RUN(plan, 600, 8, 128); RUN(plan, 257, 2, 3); RUN(plan, 0, 2, 4); RUN(plan, 40, 4, 700);
-    for (const char *kernel : {"mma", "wgmma"}) {
+    RUN(router, 37, 64, 8, 2, 1, 0);
+    RUN(router, 70, 40, 128, 8, 1, 0);
+    RUN(router, 9, 64, 5, 5, 0, 0);
+    RUN(router, 20, 16, 40, 3, 0, 0);
+    RUN(router, 6, 16, 33, 4, 1, 1);
+    RUN(router, 0, 16, 8, 2, 1, 0);
+    RUN(router, 5, 16, 1, 1, 1, 0);
+    RUN(router, 3, 16, 400, 8, 1, 0);
+    RUN(plan, 1, 1, 1);
+    RUN(plan, 600, 8, 128);
+    RUN(plan, 257, 2, 3);
+    RUN(plan, 0, 2, 4);
+    RUN(plan, 40, 4, 700);
+    for (const char *kernel : { "mma", "wgmma" }) {
         if (!experts_select(expert_kernel = kernel)) continue;
-        RUN(experts, 5, 2, 4, 64, 24, SPREAD); RUN(experts, 150, 2, 3, 72, 40, ONE); RUN(experts, 30, 2, 4, 136, 136, FOREIGN); RUN(experts, 6, 2, 3, 16, 8, EMPTY);
-        RUN(experts, 0, 2, 3, 16, 8, SPREAD); RUN(experts, 140, 1, 1, 264, 72, SPREAD); RUN(experts, 64, 8, 64, 32, 16, SPREAD); RUN(experts, 3, 8, 256, 16, 8, SPREAD);
+        RUN(experts, 5, 2, 4, 64, 24, SPREAD);
+        RUN(experts, 150, 2, 3, 72, 40, ONE);
+        RUN(experts, 30, 2, 4, 136, 136, FOREIGN);
+        RUN(experts, 6, 2, 3, 16, 8, EMPTY);
+        RUN(experts, 0, 2, 3, 16, 8, SPREAD);
+        RUN(experts, 140, 1, 1, 264, 72, SPREAD);
+        RUN(experts, 64, 8, 64, 32, 16, SPREAD);
+        RUN(experts, 3, 8, 256, 16, 8, SPREAD);
         RUN(experts, 130, 1, 2, 520, 264, ONE);
     }
     if (experts_select(expert_kernel = "wgmma")) RUN(experts_budget, 200, 2, 3, 136, 264);
     experts_select("auto");
-    RUN(rows, 20, 9, 3, 64); RUN(rows, 1, 1, 1, 2048); RUN(rows, 0, 4, 2, 8); RUN(rows, 5, 3, 11, 40);
+    RUN(rows, 20, 9, 3, 64);
+    RUN(rows, 1, 1, 1, 2048);
+    RUN(rows, 0, 4, 2, 8);
+    RUN(rows, 5, 3, 11, 40);
     for (int master = 0; master < 2; master++) {
-        RUN(optimizer, OPT_SGD, master, true, 5); RUN(optimizer, OPT_ADAMW, master, true, 70); RUN(optimizer, OPT_ADAMW8, master, false, 6);
+        RUN(optimizer, OPT_SGD, master, true, 5);
+        RUN(optimizer, OPT_ADAMW, master, true, 70);
+        RUN(optimizer, OPT_ADAMW8, master, false, 6);
     }
-    RUN(norms, 70); RUN(convert, 3000); RUN(convert, 3003); RUN(convert, 1); RUN(convert, 0);
+    RUN(norms, 70);
+    RUN(convert, 3000);
+    RUN(convert, 3003);
+    RUN(convert, 1);
+    RUN(convert, 0);
     device_finish();
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;

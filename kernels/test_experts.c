@@ -1,23 +1,31 @@
 // Checks of plans, row maps, experts and router of the CPU backend against slow truths.
-// Build (one precision; -DMOE_BF16, -DMOE_FP64; with or without -fopenmp and -DMOE_BLAS -lopenblas) and run alone:
-//   cc -O2 -march=native kernels/test_experts.c kernels/cpu/*.c kernels/fail.c -lm -o build/test_experts && build/test_experts
+// Build (one precision; -DMOE_BF16, -DMOE_FP64; with or without -fopenmp and -DMOE_BLAS -lopenblas)
+// and run alone:
+//   cc -O2 -march=native kernels/test_experts.c kernels/cpu/*.c kernels/fail.c -lm -o
+//   build/test_experts && build/test_experts
 #include "test.h"
 #include "device.h"
 
-enum { MANY = 3 };   // threads; teams of 1 and MANY only: a runtime that shrinks a team ends threads together with their scratch memory
+enum {
+    MANY = 3
+}; // threads; teams of 1 and MANY only: a runtime that shrinks a team ends threads together with
+   // their scratch memory
 
-// ---- plans --------------------------------------------------------------------------------------------------------------------------
+// ---- plans ----------------------------------------------------------------------------------
 static Plan take_plan(int P, int K, int E) {
-    Plan plan = {0, 0, 0, plan_rows(P, K, E), P, E, K};
-    plan.row_token = TEST_TAKE(int, plan.M), plan.token_row = TEST_TAKE(int, (int64_t)P * K), plan.expert_row = TEST_TAKE(int, E + 1);
-    memset(plan.row_token, 0x55, (size_t)plan.M * sizeof(int)), memset(plan.token_row, 0x55, (size_t)P * K * sizeof(int));   // 0xff would read as -1
+    Plan plan = { 0, 0, 0, plan_rows(P, K, E), P, E, K };
+    plan.row_token = TEST_TAKE(int, plan.M), plan.token_row = TEST_TAKE(int, (int64_t)P *K),
+    plan.expert_row = TEST_TAKE(int, E + 1);
+    memset(plan.row_token, 0x55, (size_t)plan.M * sizeof(int)),
+        memset(plan.token_row, 0x55, (size_t)P * K * sizeof(int)); // 0xff would read as -1
     return plan;
 }
-// A random choice of K of E experts for each of P tokens, ascending, each slot absent (-1) with probability `absent`. favourite >= 0: chosen by all.
+// A random choice of K of E experts for each of P tokens, ascending, each slot absent (-1) with
+// probability `absent`. favourite >= 0: chosen by all.
 static int *take_choice(int P, int K, int E, double absent, int favourite) {
-    int *choice = TEST_TAKE(int, (int64_t)P * K + 1);
+    int *choice = TEST_TAKE(int, (int64_t)P *K + 1);
     for (int p = 0; p < P; p++) {
-        int taken[256] = {0}, n = 0;
+        int taken[256] = { 0 }, n = 0;
         if (favourite >= 0) taken[favourite] = 1, n++;
         while (n < K) {
             int e = test_below(E);
@@ -30,11 +38,14 @@ static int *take_choice(int P, int K, int E, double absent, int favourite) {
 }
 static int plan_is_right(const Plan *plan, const int *choice, int tokens, int first) {
     int tile = device_row_tile(), row = 0, ok = 1;
-    for (int e = 0; e < plan->E; e++) {   // the definition, expert by expert
+    for (int e = 0; e < plan->E; e++) { // the definition, expert by expert
         ok &= plan->expert_row[e] == row;
         for (int p = 0; p < tokens; p++)
             for (int k = 0; k < plan->K; k++)
-                if (choice[p * plan->K + k] == first + e) ok &= row < plan->M && plan->row_token[row] == p && plan->token_row[p * plan->K + k] == row, row++;
+                if (choice[p * plan->K + k] == first + e)
+                    ok &= row < plan->M && plan->row_token[row] == p &&
+                          plan->token_row[p * plan->K + k] == row,
+                        row++;
         for (; row % tile; row++) ok &= row < plan->M && plan->row_token[row] == -1;
     }
     ok &= plan->expert_row[plan->E] == row && row <= plan->M;
@@ -48,9 +59,11 @@ static int plan_is_right(const Plan *plan, const int *choice, int tokens, int fi
 static void test_plan(void) {
     int ok = 1;
     for (int i = 0; i < 300; i++) {
-        int E = 1 + test_below(12), local = 1 + test_below(E), first = test_below(E - local + 1), K = 1 + test_below(E < 8 ? E : 8), P = test_below(40);
+        int E = 1 + test_below(12), local = 1 + test_below(E), first = test_below(E - local + 1),
+            K = 1 + test_below(E < 8 ? E : 8), P = test_below(40);
         Plan plan = take_plan(P, K, local);
-        int *choice = take_choice(P, K, E, i % 3 ? 0 : 0.2, i % 5 ? -1 : test_below(E)), tokens = P ? test_below(P + 1) : 0;
+        int *choice = take_choice(P, K, E, i % 3 ? 0 : 0.2, i % 5 ? -1 : test_below(E)),
+            tokens = P ? test_below(P + 1) : 0;
         plan_build(&plan, choice, i % 2 ? &tokens : 0, first);
         ok &= plan_is_right(&plan, choice, i % 2 ? tokens : P, first);
         test_release("plan");
@@ -67,27 +80,37 @@ static void test_plan(void) {
     for (int a = 0; a <= 5; a++)
         for (int b = 0; b <= 5; b++)
             for (int c = 0; c <= 5; c++)
-                if (a + b + c <= 10) most = (int)fmax(most, ((a + tile - 1) / tile + (b + tile - 1) / tile + (c + tile - 1) / tile) * tile);
-    check(plan_rows(5, 2, 3) == most && plan_rows(0, 2, 3) == 0 && plan_rows(5, 8, 2) >= 10, "plan_rows is the worst case, not more");
+                if (a + b + c <= 10)
+                    most = (int)fmax(most, ((a + tile - 1) / tile + (b + tile - 1) / tile +
+                                            (c + tile - 1) / tile) *
+                                               tile);
+    check(plan_rows(5, 2, 3) == most && plan_rows(0, 2, 3) == 0 && plan_rows(5, 8, 2) >= 10,
+          "plan_rows is the worst case, not more");
     test_release("plan");
 }
-// <gather x, y> = <x, sum y> with the plan's two indices, and byte-wise gather against its definition.
+// <gather x, y> = <x, sum y> with the plan's two indices, and byte-wise gather against its
+// definition.
 static void test_rows(void) {
     enum { P = 37, K = 3, E = 5, C = 300 };
     Plan plan = take_plan(P, K, E);
     int *choice = take_choice(P, K, E, 0.2, -1);
     plan_build(&plan, choice, 0, 0);
     size_t n = (size_t)P * C, m = (size_t)plan.M * C;
-    floatX *x = test_x(test_random(n, 1, 0), n), *y = test_x(test_random(m, 1, 0), m), *px = TEST_TAKE(floatX, m), *ty = TEST_TAKE(floatX, n), *sum = TEST_TAKE(floatX, n);
+    floatX *x = test_x(test_random(n, 1, 0), n), *y = test_x(test_random(m, 1, 0), m),
+           *px = TEST_TAKE(floatX, m), *ty = TEST_TAKE(floatX, n), *sum = TEST_TAKE(floatX, n);
     rows_gather(px, x, plan.row_token, plan.M, C * sizeof(floatX));
     rows_combine(ty, y, 0, &plan, C);
     rows_sum(sum, y, plan.token_row, P, K, C);
-    double left = test_dot(from_x(px, m), from_x(y, m), m), right = test_dot(from_x(x, n), from_x(ty, n), n);
-    // Rounding of ty: 2^-9 (bf16), 2^-24 or 2^-53 relative to terms whose sum has a root mean square of sqrt(m).
+    double left = test_dot(from_x(px, m), from_x(y, m), m),
+           right = test_dot(from_x(x, n), from_x(ty, n), n);
+    // Rounding of ty: 2^-9 (bf16), 2^-24 or 2^-53 relative to terms whose sum has a root mean
+    // square of sqrt(m).
     double unit = sizeof(floatX) == 2 ? 0x1p-8 : sizeof(floatX) == 4 ? 0x1p-22 : 0x1p-50;
-    check(fabs(left - right) <= 4 * unit * sqrt((double)m), "gather and combine are adjoint: %.9g %.9g", left, right);
+    check(fabs(left - right) <= 4 * unit * sqrt((double)m),
+          "gather and combine are adjoint: %.9g %.9g", left, right);
     check(memcmp(ty, sum, n * sizeof(floatX)) == 0, "rows_sum is rows_combine without scores");
-    real *rx = test_real(test_random_real((size_t)plan.M * 4, 1, 0), (size_t)plan.M * 4), *ry = TEST_TAKE(real, P * 4);
+    real *rx = test_real(test_random_real((size_t)plan.M * 4, 1, 0), (size_t)plan.M * 4),
+         *ry = TEST_TAKE(real, P * 4);
     rows_sum_real(ry, rx, plan.token_row, P, K, 4);
     int ok = 1;
     for (int p = 0; p < P; p++)
@@ -98,14 +121,22 @@ static void test_rows(void) {
             ok &= s == ry[p * 4 + c];
         }
     for (int i = 0; i < plan.M; i++)
-        for (int c = 0; c < C; c++) ok &= load(px + (size_t)i * C + c) == (plan.row_token[i] < 0 ? 0 : load(x + (size_t)plan.row_token[i] * C + c));
+        for (int c = 0; c < C; c++)
+            ok &= load(px + (size_t)i * C + c) ==
+                  (plan.row_token[i] < 0 ? 0 : load(x + (size_t)plan.row_token[i] * C + c));
     check(ok, "rows_sum_real and rows_gather follow their definition");
     test_release("rows");
 }
 
-// ---- experts ------------------------------------------------------------------------------------------------------------------------
-typedef struct { int P, K, E, first, local, C, F, use_score, accumulate; double absent; int favourite; const char *name; } Case;
-typedef struct {   // everything in doubles; rows are addressed by slot p*K + k; (slots, *) rows that are not here stay 0
+// ---- experts --------------------------------------------------------------------------------
+typedef struct {
+    int P, K, E, first, local, C, F, use_score, accumulate;
+    double absent;
+    int favourite;
+    const char *name;
+} Case;
+typedef struct { // everything in doubles; rows are addressed by slot p*K + k; (slots, *) rows that
+                 // are not here stay 0
     const Case *c;
     const int *choice;
     double *x, *W1, *W2, *score, *seed;                      // inputs; seed (P,C) = dout
@@ -118,7 +149,9 @@ static double *zeros(size_t n) {
     memset(d, 0, n * sizeof *d);
     return d;
 }
-static int here(const Naive *s, int slot) { return s->choice[slot] >= s->c->first && s->choice[slot] < s->c->first + s->c->local; }
+static int here(const Naive *s, int slot) {
+    return s->choice[slot] >= s->c->first && s->choice[slot] < s->c->first + s->c->local;
+}
 static void naive_forward(Naive *s) {
     const Case *c = s->c;
     int C = c->C, F = c->F;
@@ -129,7 +162,8 @@ static void naive_forward(Naive *s) {
         if (!here(s, slot)) continue;
         int e = s->choice[slot] - c->first, p = slot / c->K;
         double *h = s->H + (int64_t)slot * 2 * F, *a = s->A + (int64_t)slot * F;
-        for (int f = 0; f < 2 * F; f++) h[f] = Q(test_dot(s->x + p * C, s->W1 + ((int64_t)e * 2 * F + f) * C, (size_t)C));
+        for (int f = 0; f < 2 * F; f++)
+            h[f] = Q(test_dot(s->x + p * C, s->W1 + ((int64_t)e * 2 * F + f) * C, (size_t)C));
         for (int f = 0; f < F; f++) a[f] = Q(Q(h[f] / (1 + exp(-h[f]))) * h[F + f]);
         for (int j = 0; j < C; j++) {
             y[j] = Q(test_dot(a, s->W2 + ((int64_t)e * C + j) * F, (size_t)F));
@@ -137,7 +171,8 @@ static void naive_forward(Naive *s) {
         }
     }
 }
-static void naive_backward(Naive *s) {   // every intermediate an op-by-op program would store is rounded
+static void naive_backward(
+    Naive *s) { // every intermediate an op-by-op program would store is rounded
     const Case *c = s->c;
     int C = c->C, F = c->F;
     double *g = TEST_TAKE(double, F), *dx = TEST_TAKE(double, C);
@@ -146,7 +181,8 @@ static void naive_backward(Naive *s) {   // every intermediate an op-by-op progr
         s->dscore[slot] = 0;
         if (!here(s, slot)) continue;
         int e = s->choice[slot] - c->first, p = slot / c->K;
-        const double *h = s->H + (int64_t)slot * 2 * F, *a = s->A + (int64_t)slot * F, *dy = s->seed + p * C;
+        const double *h = s->H + (int64_t)slot * 2 * F, *a = s->A + (int64_t)slot * F,
+                     *dy = s->seed + p * C;
         double *dh = s->dH + (int64_t)slot * 2 * F, *sa = s->sA + (int64_t)slot * F;
         for (int f = 0; f < F; f++) {
             g[f] = 0;
@@ -155,13 +191,16 @@ static void naive_backward(Naive *s) {   // every intermediate an op-by-op progr
             double sg = 1 / (1 + exp(-h[f])), dA = Q(s->score[slot] * g[f]);
             s->dscore[slot] += g[f] * a[f];
             sa[f] = Q(s->score[slot] * a[f]);
-            dh[f] = Q(Q(dA * h[F + f]) * Q(sg * (1 + h[f] * (1 - sg)))), dh[F + f] = Q(dA * Q(h[f] * sg));
+            dh[f] = Q(Q(dA * h[F + f]) * Q(sg * (1 + h[f] * (1 - sg)))),
+            dh[F + f] = Q(dA * Q(h[f] * sg));
         }
         for (int j = 0; j < C; j++) {
             dx[j] = 0;
-            for (int f = 0; f < 2 * F; f++) dx[j] += dh[f] * s->W1[((int64_t)e * 2 * F + f) * C + j];
+            for (int f = 0; f < 2 * F; f++)
+                dx[j] += dh[f] * s->W1[((int64_t)e * 2 * F + f) * C + j];
             s->dx[p * C + j] = Q(s->dx[p * C + j] + Q(dx[j]));
-            for (int f = 0; f < 2 * F; f++) s->dW1[((int64_t)e * 2 * F + f) * C + j] += dh[f] * s->x[p * C + j];
+            for (int f = 0; f < 2 * F; f++)
+                s->dW1[((int64_t)e * 2 * F + f) * C + j] += dh[f] * s->x[p * C + j];
             for (int f = 0; f < F; f++) s->dW2[((int64_t)e * C + j) * F + f] += dy[j] * sa[f];
         }
     }
@@ -176,10 +215,14 @@ static double naive_loss(void *context) {
 }
 static void naive_results(Naive *s) {
     const Case *c = s->c;
-    size_t slots = (size_t)c->P * c->K, w1 = (size_t)c->local * 2 * c->F * c->C, w2 = (size_t)c->local * c->F * c->C, n = (size_t)c->P * c->C;
-    s->H = zeros(slots * 2 * c->F), s->A = zeros(slots * c->F), s->out = zeros(n), s->dH = zeros(slots * 2 * c->F), s->sA = zeros(slots * c->F);
+    size_t slots = (size_t)c->P * c->K, w1 = (size_t)c->local * 2 * c->F * c->C,
+           w2 = (size_t)c->local * c->F * c->C, n = (size_t)c->P * c->C;
+    s->H = zeros(slots * 2 * c->F), s->A = zeros(slots * c->F), s->out = zeros(n),
+    s->dH = zeros(slots * 2 * c->F), s->sA = zeros(slots * c->F);
     s->dscore = zeros(slots), s->dx = zeros(n), s->dW1 = zeros(w1), s->dW2 = zeros(w2);
-    if (c->accumulate) memcpy(s->dW1, s->dW1_before, w1 * sizeof(double)), memcpy(s->dW2, s->dW2_before, w2 * sizeof(double));
+    if (c->accumulate)
+        memcpy(s->dW1, s->dW1_before, w1 * sizeof(double)),
+            memcpy(s->dW2, s->dW2_before, w2 * sizeof(double));
     naive_forward(s);
     naive_backward(s);
 }
@@ -187,15 +230,20 @@ static void naive_results(Naive *s) {
 static double *by_slot(const floatX *rows, const Plan *plan, int width) {
     double *d = zeros((size_t)plan->P * plan->K * width);
     for (int i = 0; i < plan->P * plan->K; i++)
-        for (int j = 0; plan->token_row[i] >= 0 && j < width; j++) d[(int64_t)i * width + j] = (double)load(rows + (int64_t)plan->token_row[i] * width + j);
+        for (int j = 0; plan->token_row[i] >= 0 && j < width; j++)
+            d[(int64_t)i * width + j] =
+                (double)load(rows + (int64_t)plan->token_row[i] * width + j);
     return d;
 }
 static void test_experts_case(const Case *c) {
-    size_t slots = (size_t)c->P * c->K, w1 = (size_t)c->local * 2 * c->F * c->C, w2 = (size_t)c->local * c->F * c->C, n = (size_t)c->P * c->C;
-    Naive exact = {0}, naive;
+    size_t slots = (size_t)c->P * c->K, w1 = (size_t)c->local * 2 * c->F * c->C,
+           w2 = (size_t)c->local * c->F * c->C, n = (size_t)c->P * c->C;
+    Naive exact = { 0 }, naive;
     exact.c = c, exact.choice = take_choice(c->P, c->K, c->E, c->absent, c->favourite);
-    exact.x = test_random(n, 1, 0), exact.W1 = test_random(w1, 1 / sqrt(c->C), 0), exact.W2 = test_random(w2, 1 / sqrt(c->F), 0);
-    exact.score = c->use_score ? test_random_real(slots, 0.2, 0.5) : zeros(slots), exact.seed = test_random(n, 1, 0);
+    exact.x = test_random(n, 1, 0), exact.W1 = test_random(w1, 1 / sqrt(c->C), 0),
+    exact.W2 = test_random(w2, 1 / sqrt(c->F), 0);
+    exact.score = c->use_score ? test_random_real(slots, 0.2, 0.5) : zeros(slots),
+    exact.seed = test_random(n, 1, 0);
     for (size_t i = 0; !c->use_score && i < slots; i++) exact.score[i] = 1;
     exact.dW1_before = test_random_real(w1, 1, 0), exact.dW2_before = test_random_real(w2, 1, 0);
     naive = exact;
@@ -207,15 +255,18 @@ static void test_experts_case(const Case *c) {
     Plan plan = take_plan(c->P, c->K, c->local);
     plan_build(&plan, exact.choice, 0, c->first);
     size_t M = (size_t)plan.M;
-    floatX *x = test_x(exact.x, n), *W1 = test_x(exact.W1, w1), *W2 = test_x(exact.W2, w2), *seed = test_x(exact.seed, n);
+    floatX *x = test_x(exact.x, n), *W1 = test_x(exact.W1, w1), *W2 = test_x(exact.W2, w2),
+           *seed = test_x(exact.seed, n);
     real *score = c->use_score ? test_real(exact.score, slots) : 0;
     floatX *result[3][8];
     real *dscore[3];
     gradX *dW1[3], *dW2[3];
-    for (int run = 0; run < 3; run++) {   // one thread, then MANY; the last with dH in place of H
+    for (int run = 0; run < 3; run++) { // one thread, then MANY; the last with dH in place of H
         test_threads(run ? MANY : 1);
-        floatX *H = TEST_TAKE(floatX, M * 2 * c->F), *A = TEST_TAKE(floatX, M * c->F), *Y = TEST_TAKE(floatX, M * c->C), *out = TEST_TAKE(floatX, n);
-        floatX *dH = TEST_TAKE(floatX, M * 2 * c->F), *sA = TEST_TAKE(floatX, M * c->F), *dX = TEST_TAKE(floatX, M * c->C), *dx = TEST_TAKE(floatX, n);
+        floatX *H = TEST_TAKE(floatX, M * 2 * c->F), *A = TEST_TAKE(floatX, M * c->F),
+               *Y = TEST_TAKE(floatX, M * c->C), *out = TEST_TAKE(floatX, n);
+        floatX *dH = TEST_TAKE(floatX, M * 2 * c->F), *sA = TEST_TAKE(floatX, M * c->F),
+               *dX = TEST_TAKE(floatX, M * c->C), *dx = TEST_TAKE(floatX, n);
         dscore[run] = TEST_TAKE(real, slots);
         dW1[run] = c->accumulate ? test_grad(exact.dW1_before, w1) : TEST_TAKE(gradX, w1);
         dW2[run] = c->accumulate ? test_grad(exact.dW2_before, w2) : TEST_TAKE(gradX, w2);
@@ -225,26 +276,32 @@ static void test_experts_case(const Case *c) {
         if (run == 1) experts_up(H, 0, x, W1, &plan, c->C, c->F);
         floatX *kept = test_x(from_x(H, M * 2 * c->F), M * 2 * c->F);
         if (run == 2) dH = H;
-        experts_down_backward(dH, sA, c->use_score || run == 0 ? dscore[run] : 0, seed, H, W2, score, &plan, c->C, c->F);
+        experts_down_backward(dH, sA, c->use_score || run == 0 ? dscore[run] : 0, seed, H, W2,
+                              score, &plan, c->C, c->F);
         experts_up_backward(dX, dH, W1, &plan, c->C, c->F);
         rows_combine(dx, dX, 0, &plan, c->C);
         experts_wgrad(dW1[run], dW2[run], x, seed, dH, sA, &plan, c->accumulate, c->C, c->F);
-        floatX *all[8] = {kept, A, Y, out, dH, sA, dX, dx};
+        floatX *all[8] = { kept, A, Y, out, dH, sA, dX, dx };
         memcpy(result[run], all, sizeof all);
     }
     test_threads(MANY);
-    size_t used = (size_t)plan.expert_row[c->local], size[8] = {used * 2 * c->F, used * c->F, used * c->C, n, used * 2 * c->F, used * c->F, used * c->C, n};
+    size_t used = (size_t)plan.expert_row[c->local],
+           size[8] = { used * 2 * c->F, used * c->F, used * c->C, n,
+                       used * 2 * c->F, used * c->F, used * c->C, n };
     int same = 1;
     for (int run = 1; run < 3; run++) {
-        for (int i = 0; i < 8; i++) same &= memcmp(result[0][i], result[run][i], size[i] * sizeof(floatX)) == 0;
-        same &= memcmp(dW1[0], dW1[run], w1 * sizeof(gradX)) == 0 && memcmp(dW2[0], dW2[run], w2 * sizeof(gradX)) == 0;
+        for (int i = 0; i < 8; i++)
+            same &= memcmp(result[0][i], result[run][i], size[i] * sizeof(floatX)) == 0;
+        same &= memcmp(dW1[0], dW1[run], w1 * sizeof(gradX)) == 0 &&
+                memcmp(dW2[0], dW2[run], w2 * sizeof(gradX)) == 0;
         if (c->use_score) same &= memcmp(dscore[0], dscore[run], slots * sizeof(real)) == 0;
     }
     compare(same, "experts: not the same bits with 1 and 3 threads, by recompute or in place");
     check_close("H", by_slot(result[0][0], &plan, 2 * c->F), exact.H, naive.H, slots * 2 * c->F, 1);
     check_close("A", by_slot(result[0][1], &plan, c->F), exact.A, naive.A, slots * c->F, 1);
     check_close("out", from_x(result[0][3], n), exact.out, naive.out, n, 1);
-    check_close("dH", by_slot(result[0][4], &plan, 2 * c->F), exact.dH, naive.dH, slots * 2 * c->F, 1);
+    check_close("dH", by_slot(result[0][4], &plan, 2 * c->F), exact.dH, naive.dH, slots * 2 * c->F,
+                1);
     check_close("sA", by_slot(result[0][5], &plan, c->F), exact.sA, naive.sA, slots * c->F, 1);
     check_close("dscore", from_real(dscore[0], slots), exact.dscore, naive.dscore, slots, 1);
     check_close("dx", from_x(result[0][7], n), exact.dx, naive.dx, n, 1);
@@ -258,32 +315,36 @@ static void test_experts_case(const Case *c) {
         check_gradient("dscore", keep_dscore, exact.score, slots, 40, naive_loss, &exact);
     }
     char name[160];
-    snprintf(name, sizeof name, "experts, %s: forward, backward, bits with 1 and 3 threads%s", c->name,
+    snprintf(name, sizeof name, "experts, %s: forward, backward, bits with 1 and 3 threads%s",
+             c->name,
              sizeof(real) == 8 && !c->accumulate && c->P < 20 ? ", finite differences" : "");
     test_group(name);
 }
 static void test_experts(void) {
     static const Case cases[] = {
         // P   K  E  first local C   F  score acc absent favourite
-        {13, 3, 6, 0, 6, 24, 10, 1, 0, 0, -1, "top 3 of 6"},
-        {13, 3, 6, 0, 6, 24, 10, 1, 1, 0, -1, "accumulated"},
-        {11, 2, 6, 2, 3, 16, 9, 1, 0, 0.2, -1, "local experts 2..4 of 6, absent slots"},
-        {9, 1, 4, 0, 4, 20, 8, 0, 0, 0, 2, "all tokens on one of four, no scores"},
-        {17, 8, 8, 0, 8, 12, 6, 1, 0, 0, -1, "all of 8"},
-        {0, 2, 4, 0, 4, 8, 6, 1, 0, 0, -1, "an empty pool"},
-        {0, 2, 4, 0, 4, 8, 6, 1, 1, 0, -1, "an empty pool, accumulated"},
-        {1300, 2, 5, 0, 5, 96, 20, 1, 0, 0, 1, "1300 tokens, one expert chosen by all"},
-        {1100, 1, 1, 0, 1, 70, 33, 0, 0, 0, -1, "a dense MLP as one expert"},
-        {60, 2, 3, 0, 3, 40, 600, 1, 0, 0, -1, "wide experts, several column blocks"},
+        { 13, 3, 6, 0, 6, 24, 10, 1, 0, 0, -1, "top 3 of 6" },
+        { 13, 3, 6, 0, 6, 24, 10, 1, 1, 0, -1, "accumulated" },
+        { 11, 2, 6, 2, 3, 16, 9, 1, 0, 0.2, -1, "local experts 2..4 of 6, absent slots" },
+        { 9, 1, 4, 0, 4, 20, 8, 0, 0, 0, 2, "all tokens on one of four, no scores" },
+        { 17, 8, 8, 0, 8, 12, 6, 1, 0, 0, -1, "all of 8" },
+        { 0, 2, 4, 0, 4, 8, 6, 1, 0, 0, -1, "an empty pool" },
+        { 0, 2, 4, 0, 4, 8, 6, 1, 1, 0, -1, "an empty pool, accumulated" },
+        { 1300, 2, 5, 0, 5, 96, 20, 1, 0, 0, 1, "1300 tokens, one expert chosen by all" },
+        { 1100, 1, 1, 0, 1, 70, 33, 0, 0, 0, -1, "a dense MLP as one expert" },
+        { 60, 2, 3, 0, 3, 40, 600, 1, 0, 0, -1, "wide experts, several column blocks" },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) test_experts_case(cases + i);
 }
 
-// ---- router ---------------------------------------------------------------------------------------------------------------------------
-typedef struct { int R, C, E, K, normalize; double aux, z; } Gate;
+// ---- router ---------------------------------------------------------------------------------
+typedef struct {
+    int R, C, E, K, normalize;
+    double aux, z;
+} Gate;
 typedef struct {
     const Gate *c;
-    double *u, *W, *seed, *f, *logits, *score, *dz, *du, *dW;   // seed (R,K) = dscore
+    double *u, *W, *seed, *f, *logits, *score, *dz, *du, *dW; // seed (R,K) = dscore
     int *topk;
 } NaiveGate;
 
@@ -294,14 +355,16 @@ static double gate_softmax(double *p, const double *z, int E) {
     for (int e = 0; e < E; e++) p[e] /= sum;
     return top + log(sum);
 }
-// The loss whose gradient router_backward_add adds: <score, seed> + aux sum_r sum_e f_e p_e + z sum_r lse^2, the choice frozen.
+// The loss whose gradient router_backward_add adds: <score, seed> + aux sum_r sum_e f_e p_e + z
+// sum_r lse^2, the choice frozen.
 static double gate_loss(void *context) {
     NaiveGate *s = (NaiveGate *)context;
     const Gate *c = s->c;
     double loss = 0, p[256];
     for (int r = 0; r < c->R; r++) {
         double *z = s->logits + (int64_t)r * c->E, total = 0;
-        for (int e = 0; e < c->E; e++) z[e] = test_dot(s->u + (int64_t)r * c->C, s->W + (int64_t)e * c->C, (size_t)c->C);
+        for (int e = 0; e < c->E; e++)
+            z[e] = test_dot(s->u + (int64_t)r * c->C, s->W + (int64_t)e * c->C, (size_t)c->C);
         double lse = gate_softmax(p, z, c->E);
         for (int k = 0; k < c->K; k++) total += p[s->topk[r * c->K + k]];
         for (int k = 0; k < c->K; k++) {
@@ -313,27 +376,44 @@ static double gate_loss(void *context) {
     }
     return loss;
 }
-// dz in the long form: dp first, then the softmax's Jacobian; nothing of the closed forms is reused.
+// dz in the long form: dp first, then the softmax's Jacobian; nothing of the closed forms is
+// reused.
 static void gate_backward(NaiveGate *s) {
     const Gate *c = s->c;
     double p[256], dp[256];
     for (int r = 0; r < c->R; r++) {
-        double lse = gate_softmax(p, s->logits + (int64_t)r * c->E, c->E), total = 0, inner = 0, dot = 0;
+        double lse = gate_softmax(p, s->logits + (int64_t)r * c->E, c->E), total = 0, inner = 0,
+               dot = 0;
         const int *ids = s->topk + r * c->K;
         for (int k = 0; k < c->K; k++) total += p[ids[k]];
         for (int k = 0; k < c->K; k++) inner += p[ids[k]] / total * s->seed[r * c->K + k];
         for (int e = 0; e < c->E; e++) dp[e] = c->aux * s->f[e];
-        for (int k = 0; k < c->K; k++) dp[ids[k]] += c->normalize ? (s->seed[r * c->K + k] - inner) / total : s->seed[r * c->K + k];
+        for (int k = 0; k < c->K; k++)
+            dp[ids[k]] +=
+                c->normalize ? (s->seed[r * c->K + k] - inner) / total : s->seed[r * c->K + k];
         for (int e = 0; e < c->E; e++) dot += p[e] * dp[e];
         for (int e = 0; e < c->E; e++) {
             double dz = s->dz[(int64_t)r * c->E + e] = p[e] * (dp[e] - dot) + 2 * c->z * lse * p[e];
-            for (int j = 0; j < c->C; j++) s->du[(int64_t)r * c->C + j] += dz * s->W[(int64_t)e * c->C + j], s->dW[(int64_t)e * c->C + j] += dz * s->u[(int64_t)r * c->C + j];
+            for (int j = 0; j < c->C; j++)
+                s->du[(int64_t)r * c->C + j] += dz * s->W[(int64_t)e * c->C + j],
+                    s->dW[(int64_t)e * c->C + j] += dz * s->u[(int64_t)r * c->C + j];
         }
     }
 }
 static void test_router_case(const Gate *c) {
-    size_t n = (size_t)c->R * c->C, w = (size_t)c->E * c->C, z = (size_t)c->R * c->E, k = (size_t)c->R * c->K;
-    NaiveGate s = {c, test_random(n, 1, 0), test_random(w, 1 / sqrt(c->C), 0), test_random_real(k, 1, 0), zeros(c->E), zeros(z), zeros(k), zeros(z), 0, 0, 0};
+    size_t n = (size_t)c->R * c->C, w = (size_t)c->E * c->C, z = (size_t)c->R * c->E,
+           k = (size_t)c->R * c->K;
+    NaiveGate s = { c,
+                    test_random(n, 1, 0),
+                    test_random(w, 1 / sqrt(c->C), 0),
+                    test_random_real(k, 1, 0),
+                    zeros(c->E),
+                    zeros(z),
+                    zeros(k),
+                    zeros(z),
+                    0,
+                    0,
+                    0 };
     for (int e = 0; e < c->E; e++) s.f[e] = (double)c->K / c->E * (0.5 + test_uniform());
     double *du_before = test_random(n, 1, 0), *dW_before = test_random_real(w, 1, 0);
     floatX *u = test_x(s.u, n), *W = test_x(s.W, w), *du[2];
@@ -344,26 +424,35 @@ static void test_router_case(const Gate *c) {
     double *prob[2], *stat[2];
     for (int run = 0; run < 2; run++) {
         test_threads(run ? MANY : 1);
-        logits[run] = TEST_TAKE(real, z), score[run] = TEST_TAKE(real, k), topk[run] = TEST_TAKE(int, k), dz[run] = TEST_TAKE(real, z);
+        logits[run] = TEST_TAKE(real, z), score[run] = TEST_TAKE(real, k),
+        topk[run] = TEST_TAKE(int, k), dz[run] = TEST_TAKE(real, z);
         count[run] = TEST_TAKE(int64_t, c->E), prob[run] = zeros(c->E), stat[run] = zeros(2);
         for (int e = 0; e < c->E; e++) count[run][e] = 5;
-        RouterStats stats = {count[run], prob[run], stat[run]};
-        router_forward(logits[run], topk[run], score[run], stats, u, W, 0, c->normalize, c->R, c->C, c->E, c->K);
-        du[run] = test_x(du_before, n), dW[run] = run ? test_grad(dW_before, w) : TEST_TAKE(gradX, w);
-        router_backward_add(du[run], dW[run], dz[run], dscore, logits[run], topk[run], score[run], u, W, c->aux != 0 ? s.f : 0, c->aux, c->z, c->normalize, run,
-                            c->R, c->C, c->E, c->K);
+        RouterStats stats = { count[run], prob[run], stat[run] };
+        router_forward(logits[run], topk[run], score[run], stats, u, W, 0, c->normalize, c->R, c->C,
+                       c->E, c->K);
+        du[run] = test_x(du_before, n),
+        dW[run] = run ? test_grad(dW_before, w) : TEST_TAKE(gradX, w);
+        router_backward_add(du[run], dW[run], dz[run], dscore, logits[run], topk[run], score[run],
+                            u, W, c->aux != 0 ? s.f : 0, c->aux, c->z, c->normalize, run, c->R,
+                            c->C, c->E, c->K);
     }
     test_threads(MANY);
-    int same = memcmp(logits[0], logits[1], z * sizeof(real)) == 0 && memcmp(topk[0], topk[1], k * sizeof(int)) == 0 && memcmp(score[0], score[1], k * sizeof(real)) == 0 &&
-               memcmp(dz[0], dz[1], z * sizeof(real)) == 0 && memcmp(du[0], du[1], n * sizeof(floatX)) == 0 && memcmp(prob[0], prob[1], sizeof(double) * (size_t)c->E) == 0 &&
+    int same = memcmp(logits[0], logits[1], z * sizeof(real)) == 0 &&
+               memcmp(topk[0], topk[1], k * sizeof(int)) == 0 &&
+               memcmp(score[0], score[1], k * sizeof(real)) == 0 &&
+               memcmp(dz[0], dz[1], z * sizeof(real)) == 0 &&
+               memcmp(du[0], du[1], n * sizeof(floatX)) == 0 &&
+               memcmp(prob[0], prob[1], sizeof(double) * (size_t)c->E) == 0 &&
                memcmp(stat[0], stat[1], 16) == 0;
     int sorted = 1, counted = 1;
-    double lse2 = 0, entropy = 0, *p = TEST_TAKE(double, c->E), *mass = zeros(c->E), *chosen = zeros(c->E), *got = zeros(c->E);
+    double lse2 = 0, entropy = 0, *p = TEST_TAKE(double, c->E), *mass = zeros(c->E),
+           *chosen = zeros(c->E), *got = zeros(c->E);
     s.topk = topk[0];
     gate_loss(&s);
     for (int r = 0; r < c->R; r++) {
         double lse = gate_softmax(p, s.logits + (int64_t)r * c->E, c->E), least = 1, most = 0;
-        int taken[256] = {0};
+        int taken[256] = { 0 };
         lse2 += lse * lse;
         for (int e = 0; e < c->E; e++) entropy -= p[e] * log(p[e]), mass[e] += p[e];
         for (int i = 0; i < c->K; i++) {
@@ -372,12 +461,19 @@ static void test_router_case(const Gate *c) {
             taken[id] = 1, chosen[id]++, least = fmin(least, p[id]);
         }
         for (int e = 0; e < c->E; e++) most = taken[e] ? most : fmax(most, p[e]);
-        sorted &= c->K == c->E || least > most * (1 - 1e-5);   // fp32 logits may order neighbours closer than 1e-5 differently
+        sorted &=
+            c->K == c->E ||
+            least >
+                most * (1 - 1e-5); // fp32 logits may order neighbours closer than 1e-5 differently
     }
-    for (int e = 0; e < c->E; e++) counted &= count[0][e] == 5 + (int64_t)chosen[e], got[e] = prob[0][e];
-    double stat_truth[2] = {lse2, entropy};
-    compare(same, "router: not the same bits with 1 and 3 threads"), compare(sorted, "router: wrong choice"), compare(counted, "router: wrong counts");
-    if (c->R) check_close("router prob", got, mass, mass, c->E, 1), check_close("router z", stat[0], stat_truth, stat_truth, 2, 1);
+    for (int e = 0; e < c->E; e++)
+        counted &= count[0][e] == 5 + (int64_t)chosen[e], got[e] = prob[0][e];
+    double stat_truth[2] = { lse2, entropy };
+    compare(same, "router: not the same bits with 1 and 3 threads"),
+        compare(sorted, "router: wrong choice"), compare(counted, "router: wrong counts");
+    if (c->R)
+        check_close("router prob", got, mass, mass, c->E, 1),
+            check_close("router z", stat[0], stat_truth, stat_truth, 2, 1);
     check_close("router score", from_real(score[0], k), s.score, s.score, k, 1);
     s.du = zeros(n), s.dW = zeros(w);
     gate_backward(&s);
@@ -386,59 +482,83 @@ static void test_router_case(const Gate *c) {
         check_gradient("router dW", s.dW, s.W, w, 40, gate_loss, &s);
     }
     double *du_naive = zeros(n), *dW_sum = zeros(w);
-    for (size_t i = 0; i < n; i++) s.du[i] += du_before[i], du_naive[i] = (double)bf16_to_float(float_to_bf16((float)s.du[i]));
+    for (size_t i = 0; i < n; i++)
+        s.du[i] += du_before[i], du_naive[i] = (double)bf16_to_float(float_to_bf16((float)s.du[i]));
     for (size_t i = 0; i < w; i++) dW_sum[i] = s.dW[i] + dW_before[i];
     check_close("router dz", from_real(dz[0], z), s.dz, s.dz, z, 2);
     check_close("router du", from_x(du[0], n), s.du, du_naive, n, 1);
     check_close("router dW", from_grad(dW[0], w), s.dW, s.dW, w, 2);
     check_close("router dW accumulated", from_grad(dW[1], w), dW_sum, dW_sum, w, 2);
     char name[160];
-    snprintf(name, sizeof name, "router, R %d E %d K %d %s aux %g z %g: choice, statistics, gradients, bits with 1 and 3 threads", c->R, c->E, c->K,
-             c->normalize ? "normalised" : "raw", c->aux, c->z);
+    snprintf(
+        name, sizeof name,
+        "router, R %d E %d K %d %s aux %g z %g: choice, statistics, gradients, bits with 1 and 3 threads",
+        c->R, c->E, c->K, c->normalize ? "normalised" : "raw", c->aux, c->z);
     test_group(name);
 }
 // One token whose logits are given: u = 1, W = the logits.
-static void route(const double *logits, int E, int K, const real *bias, int normalize, int *topk, real *score) {
+static void route(const double *logits, int E, int K, const real *bias, int normalize, int *topk,
+                  real *score) {
     floatX *W = test_x(logits, (size_t)E), *u = TEST_TAKE(floatX, 1);
-    RouterStats none = {0, 0, 0};
+    RouterStats none = { 0, 0, 0 };
     store(u, 1);
     router_forward(TEST_TAKE(real, E), topk, score, none, u, W, bias, normalize, 1, 1, E, K);
 }
 static void test_router(void) {
-    static const Gate cases[] = {{13, 24, 6, 3, 1, 0, 0},   {13, 24, 6, 3, 0, 0, 0},     {13, 24, 6, 3, 1, 0.3, 0.01}, {13, 24, 6, 3, 0, 0.3, 0.01},
-                                 {7, 10, 8, 1, 1, 0.1, 0},  {7, 10, 5, 5, 0, 0, 0.1},    {700, 130, 128, 8, 1, 1e-3, 1e-4}, {0, 10, 4, 2, 1, 0.1, 0.1}};
+    static const Gate cases[] = {
+        { 13, 24, 6, 3, 1, 0, 0 },           { 13, 24, 6, 3, 0, 0, 0 },
+        { 13, 24, 6, 3, 1, 0.3, 0.01 },      { 13, 24, 6, 3, 0, 0.3, 0.01 },
+        { 7, 10, 8, 1, 1, 0.1, 0 },          { 7, 10, 5, 5, 0, 0, 0.1 },
+        { 700, 130, 128, 8, 1, 1e-3, 1e-4 }, { 0, 10, 4, 2, 1, 0.1, 0.1 }
+    };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) test_router_case(cases + i);
-    // Published vectors: one token, z = [2,1,0,-1], K = 2. f = [1,1,0,0], coef = 1, E = 4: aux_scale 4.
-    static const double z[4] = {2, 1, 0, -1}, want_score[2] = {0.73105858, 0.26894142}, want[3][4] = {{0.58983580, -0.58983580, 0, 0},
-        {0.53435313, -0.51407092, -0.01482749, -0.00545473}, {0.30702585, 0.11294850, -0.30702585, -0.11294850}};
+    // Published vectors: one token, z = [2,1,0,-1], K = 2. f = [1,1,0,0], coef = 1, E = 4:
+    // aux_scale 4.
+    static const double z[4] = { 2, 1, 0, -1 }, want_score[2] = { 0.73105858, 0.26894142 },
+                        want[3][4] = { { 0.58983580, -0.58983580, 0, 0 },
+                                       { 0.53435313, -0.51407092, -0.01482749, -0.00545473 },
+                                       { 0.30702585, 0.11294850, -0.30702585, -0.11294850 } };
     for (int i = 0; i < 3; i++) {
         int topk[2];
-        real score[2], logits[4] = {2, 1, 0, -1}, dz[4], dscore[2] = {i < 2 ? 1 : 0, i < 2 ? -2 : 0};
-        double f[4] = {1, 1, 0, 0}, off = 0;
+        real score[2], logits[4] = { 2, 1, 0, -1 }, dz[4],
+                       dscore[2] = { i < 2 ? 1 : 0, i < 2 ? -2 : 0 };
+        double f[4] = { 1, 1, 0, 0 }, off = 0;
         floatX *u = test_x(z, 1), *W = test_x(z, 4), du[1];
         gradX dW[4];
         route(z, 4, 2, 0, i != 1, topk, score);
         store(du, 0);
-        router_backward_add(du, dW, dz, dscore, logits, topk, score, u, W, f, i == 2 ? 4 : 0, 0, i != 1, 0, 1, 1, 4, 2);
+        router_backward_add(du, dW, dz, dscore, logits, topk, score, u, W, f, i == 2 ? 4 : 0, 0,
+                            i != 1, 0, 1, 1, 4, 2);
         for (int e = 0; e < 4; e++) off = fmax(off, fabs((double)dz[e] - want[i][e]));
-        if (i == 0) off = fmax(off, fmax(fabs((double)score[0] - want_score[0]), fabs((double)score[1] - want_score[1])));
+        if (i == 0)
+            off = fmax(off, fmax(fabs((double)score[0] - want_score[0]),
+                                 fabs((double)score[1] - want_score[1])));
         // the vectors have 8 decimals; fp32 adds a few 6e-8
-        check(topk[0] == 0 && topk[1] == 1 && off < (sizeof(real) == 8 ? 1e-8 : 3e-7) && (i != 0 || (dz[2] == 0 && dz[3] == 0)), "router vector %d: off by %.1e", i, off);
+        check(topk[0] == 0 && topk[1] == 1 && off < (sizeof(real) == 8 ? 1e-8 : 3e-7) &&
+                  (i != 0 || (dz[2] == 0 && dz[3] == 0)),
+              "router vector %d: off by %.1e", i, off);
     }
     int topk[8];
-    real score[8], bias[6] = {0, 0, 0, 0, 1, 1};
-    static const double ties[6] = {1, 2, 1, 2, 1, 1}, poison[6] = {0, NAN, 3, 4, 5, 6}, infinite[6] = {0, 1, INFINITY, 2, 3, 4}, far[6] = {0, -2000, -3000, -4000, -2000, -1000};
+    real score[8], bias[6] = { 0, 0, 0, 0, 1, 1 };
+    static const double ties[6] = { 1, 2, 1, 2, 1, 1 }, poison[6] = { 0, NAN, 3, 4, 5, 6 },
+                        infinite[6] = { 0, 1, INFINITY, 2, 3, 4 },
+                        far[6] = { 0, -2000, -3000, -4000, -2000, -1000 };
     route(ties, 6, 3, 0, 1, topk, score);
-    check(topk[0] == 0 && topk[1] == 1 && topk[2] == 3, "ties go to the lowest id, choice is sorted by id");
+    check(topk[0] == 0 && topk[1] == 1 && topk[2] == 3,
+          "ties go to the lowest id, choice is sorted by id");
     route(far, 6, 3, 0, 1, topk, score);
-    check(topk[0] == 0 && topk[1] == 1 && topk[2] == 2 && score[0] == 1 && score[1] == 0, "probabilities that underflow tie");
+    check(topk[0] == 0 && topk[1] == 1 && topk[2] == 2 && score[0] == 1 && score[1] == 0,
+          "probabilities that underflow tie");
     route(ties, 6, 2, bias, 0, topk, score);
-    check(topk[0] == 4 && topk[1] == 5 && fabs((double)score[0] - exp(1) / (2 * exp(2) + 4 * exp(1))) < 1e-6, "a bias chooses but does not weigh");
+    check(topk[0] == 4 && topk[1] == 5 &&
+              fabs((double)score[0] - exp(1) / (2 * exp(2) + 4 * exp(1))) < 1e-6,
+          "a bias chooses but does not weigh");
     route(poison, 6, 3, 0, 1, topk, score);
-    check(topk[0] == 0 && topk[1] == 1 && topk[2] == 2 && isnan(score[0]), "a NaN logit chooses the lowest ids and stays visible");
+    check(topk[0] == 0 && topk[1] == 1 && topk[2] == 2 && isnan(score[0]),
+          "a NaN logit chooses the lowest ids and stays visible");
     route(infinite, 6, 6, 0, 1, topk, score);
     check(topk[0] == 0 && topk[5] == 5, "an infinite logit does not crash");
-    int64_t count[6] = {1, 2, 3, 4, 5, 6};
+    int64_t count[6] = { 1, 2, 3, 4, 5, 6 };
     double f[3];
     router_share(f, count, 4, 2, 3);
     check(f[0] == 1.25 && f[1] == 1.75 && f[2] == 2.25, "router_share pools the layers");

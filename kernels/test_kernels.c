@@ -1,5 +1,6 @@
-// Checks of the CPU kernels that are not about experts: against naive loops in double, against finite differences (fp64 builds), against the naive bf16
-// version (bf16 builds), with 1 and more threads (same bits), and beyond 2^31 elements. test_experts.c checks the rest.
+// Checks of the CPU kernels that are not about experts: against naive loops in double, against
+// finite differences (fp64 builds), against the naive bf16 version (bf16 builds), with 1 and more
+// threads (same bits), and beyond 2^31 elements. test_experts.c checks the rest.
 #define _GNU_SOURCE
 #include "cpu/gemm.h"
 #include "test.h"
@@ -8,10 +9,12 @@
 #include <unistd.h>
 
 enum { FP64 = sizeof(real) == 8 };
-#define BOTH for (test_rounding = 0; test_rounding < 2; test_rounding++)   // the truth, then the naive bf16 version
-#define TAKE2(name, n) double *name[2] = {TEST_TAKE(double, n), TEST_TAKE(double, n)}
+#define BOTH                                   \
+    for (test_rounding = 0; test_rounding < 2; \
+         test_rounding++) // the truth, then the naive bf16 version
+#define TAKE2(name, n) double *name[2] = { TEST_TAKE(double, n), TEST_TAKE(double, n) }
 
-// ---- numbers --------------------------------------------------------------------------------------------------------------------
+// ---- numbers --------------------------------------------------------------------------------
 static void test_numbers(void) {
     // every bf16 value survives; halves go to even, anything above a half up, below it down
     int wrong = 0;
@@ -23,7 +26,7 @@ static void test_numbers(void) {
         }
         wrong += float_to_bf16(f) != b;
         if (isinf(f)) continue;
-        uint32_t low[] = {0x7fff, 0x8000, 0x8001}, want[] = {b, b + (b & 1), b + 1};
+        uint32_t low[] = { 0x7fff, 0x8000, 0x8001 }, want[] = { b, b + (b & 1), b + 1 };
         for (int i = 0; i < 3; i++) {
             uint32_t u = b << 16 | low[i];
             float g;
@@ -31,7 +34,7 @@ static void test_numbers(void) {
             wrong += float_to_bf16(g) != (uint16_t)want[i];
         }
     }
-    uint32_t nan_bits[] = {0x7f800001u, 0xff800001u, 0x7fffffffu, 0xffffffffu};
+    uint32_t nan_bits[] = { 0x7f800001u, 0xff800001u, 0x7fffffffu, 0xffffffffu };
     for (int i = 0; i < 4; i++) {
         float g;
         memcpy(&g, &nan_bits[i], 4);
@@ -39,7 +42,8 @@ static void test_numbers(void) {
     }
     compare(wrong == 0, "bf16 rounding: %d values", wrong);
 
-    // exponential: fp32 within 2 units in the last place of libm's double result, denormals included
+    // exponential: fp32 within 2 units in the last place of libm's double result, denormals
+    // included
     double worst = 0;
     for (int i = 0; i <= 400000; i++) {
         real x = (real)(-110.0 + i * (200.0 / 400000));
@@ -48,43 +52,56 @@ static void test_numbers(void) {
             compare(FP64 || isinf(got), "exp(%g) = %g", (double)x, got);
             continue;
         }
-        double ulp = ldexp(FP64 ? 0x1p-52 : 0x1p-23, (int)fmax(floor(log2(want)), FP64 ? -1022 : -126));
+        double ulp =
+            ldexp(FP64 ? 0x1p-52 : 0x1p-23, (int)fmax(floor(log2(want)), FP64 ? -1022 : -126));
         worst = fmax(worst, fabs(got - want) / ulp);
     }
     compare(worst <= 2, "exp: %g units in the last place", worst);
-    compare(exp_real(0) == 1 && exp_real(-(real)INFINITY) == 0 && exp_real(-1000) == 0, "exp at 0 and far below");
-    compare(isinf(exp_real(1000)) && isinf(exp_real((real)INFINITY)) && isnan(exp_real((real)NAN)), "exp far above and of NaN");
+    compare(exp_real(0) == 1 && exp_real(-(real)INFINITY) == 0 && exp_real(-1000) == 0,
+            "exp at 0 and far below");
+    compare(isinf(exp_real(1000)) && isinf(exp_real((real)INFINITY)) && isnan(exp_real((real)NAN)),
+            "exp far above and of NaN");
     compare(sigmoid(-200) == 0 || FP64, "sigmoid far below");
-    compare(sigmoid(200) == 1 && sigmoid(0) == (real)0.5 && silu(0) == 0 && silu(200) == 200 && fabs((double)silu(-200)) < 1e-30, "sigmoid and silu");
+    compare(sigmoid(200) == 1 && sigmoid(0) == (real)0.5 && silu(0) == 0 && silu(200) == 200 &&
+                fabs((double)silu(-200)) < 1e-30,
+            "sigmoid and silu");
 
     for (int n = 0; n < 70; n++) {
-        double *x = test_random_real((size_t)n + 1, 1, 0), *y = test_random_real((size_t)n + 1, 1, 0), sum = 0, dot = 0, most = -INFINITY;
+        double *x = test_random_real((size_t)n + 1, 1, 0),
+               *y = test_random_real((size_t)n + 1, 1, 0), sum = 0, dot = 0, most = -INFINITY;
         for (int i = 0; i < n; i++) sum += x[i], dot += x[i] * y[i], most = fmax(most, x[i]);
         real *a = test_real(x, (size_t)n), *b = test_real(y, (size_t)n);
-        compare(fabs((double)row_sum(a, n) - sum) <= (FP64 ? 1e-13 : 1e-5) && fabs((double)row_dot(a, b, n) - dot) <= (FP64 ? 1e-13 : 1e-5) &&
-                    (double)row_max(a, n) == most, "reductions over %d", n);
+        compare(fabs((double)row_sum(a, n) - sum) <= (FP64 ? 1e-13 : 1e-5) &&
+                    fabs((double)row_dot(a, b, n) - dot) <= (FP64 ? 1e-13 : 1e-5) &&
+                    (double)row_max(a, n) == most,
+                "reductions over %d", n);
         test_release("reductions");
     }
     test_group("numbers: bf16, exp, sigmoid, row reductions");
 }
 
-// ---- matrix products --------------------------------------------------------------------------------------------------------------
-static void naive_gemm(double *C, int ta, int tb, int m, int n, int k, const double *A, int lda, const double *B, int ldb, int beta, const double *C0) {
+// ---- matrix products ------------------------------------------------------------------------
+static void naive_gemm(double *C, int ta, int tb, int m, int n, int k, const double *A, int lda,
+                       const double *B, int ldb, int beta, const double *C0) {
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++) {
             double s = beta ? C0[i * n + j] : 0;
-            for (int p = 0; p < k; p++) s += (ta ? A[p * lda + i] : A[i * lda + p]) * (tb ? B[j * ldb + p] : B[p * ldb + j]);
+            for (int p = 0; p < k; p++)
+                s +=
+                    (ta ? A[p * lda + i] : A[i * lda + p]) * (tb ? B[j * ldb + p] : B[p * ldb + j]);
             C[i * n + j] = Q(s);
         }
 }
 static void test_gemm_shape(int ta, int tb, int m, int n, int k, int beta) {
     int pad = 3, lda = (ta ? m : k) + pad, ldb = (tb ? k : n) + pad, ldc = n + pad;
-    size_t na = (size_t)lda * (size_t)(ta ? k : m), nb = (size_t)ldb * (size_t)(tb ? n : k), nc = (size_t)m * (size_t)n;
+    size_t na = (size_t)lda * (size_t)(ta ? k : m), nb = (size_t)ldb * (size_t)(tb ? n : k),
+           nc = (size_t)m * (size_t)n;
     double *A = test_random(na, 1, 0), *B = test_random(nb, 1, 0), *C0 = test_random(nc, 1, 0);
     TAKE2(want, nc);
     BOTH naive_gemm(want[test_rounding], ta, tb, m, n, k, A, lda, B, ldb, beta, C0);
     for (int form = 0; form < 5; form++) {
-        // columns behind n belong to somebody else: they keep their NaN; with beta 0 all of C starts as NaN
+        // columns behind n belong to somebody else: they keep their NaN; with beta 0 all of C
+        // starts as NaN
         real *C = TEST_TAKE(real, (size_t)m * (size_t)ldc);
         floatX *X = TEST_TAKE(floatX, (size_t)m * (size_t)ldc);
         for (int i = 0; i < m && beta; i++)
@@ -93,44 +110,65 @@ static void test_gemm_shape(int ta, int tb, int m, int n, int k, int beta) {
                 store(X + i * ldc + j, (real)C0[i * n + j]);
             }
         int rounded = form == 2 || form == 4, foreign = 0;
-        if (form == 0) gemm(ta, tb, m, n, k, test_real(A, na), lda, test_real(B, nb), ldb, (real)beta, C, ldc);
-        if (form == 1) gemm_x(ta, tb, m, n, k, test_x(A, na), lda, test_x(B, nb), ldb, (real)beta, C, ldc);
-        if (form == 2) gemm_xx(ta, tb, m, n, k, test_x(A, na), lda, test_x(B, nb), ldb, (real)beta, X, ldc);
-        if (form == 3) gemm_parallel_x(ta, tb, m, n, k, test_x(A, na), lda, test_x(B, nb), ldb, (real)beta, C, ldc);
-        if (form == 4) gemm_parallel_xx(ta, tb, m, n, k, test_x(A, na), lda, test_x(B, nb), ldb, (real)beta, X, ldc);
+        if (form == 0)
+            gemm(ta, tb, m, n, k, test_real(A, na), lda, test_real(B, nb), ldb, (real)beta, C, ldc);
+        if (form == 1)
+            gemm_x(ta, tb, m, n, k, test_x(A, na), lda, test_x(B, nb), ldb, (real)beta, C, ldc);
+        if (form == 2)
+            gemm_xx(ta, tb, m, n, k, test_x(A, na), lda, test_x(B, nb), ldb, (real)beta, X, ldc);
+        if (form == 3)
+            gemm_parallel_x(ta, tb, m, n, k, test_x(A, na), lda, test_x(B, nb), ldb, (real)beta, C,
+                            ldc);
+        if (form == 4)
+            gemm_parallel_xx(ta, tb, m, n, k, test_x(A, na), lda, test_x(B, nb), ldb, (real)beta, X,
+                             ldc);
         double *got = TEST_TAKE(double, nc);
         for (int i = 0; i < m; i++) {
-            for (int j = 0; j < n; j++) got[i * n + j] = (double)(rounded ? load(X + i * ldc + j) : C[i * ldc + j]);
-            for (int j = n; j < ldc; j++) foreign += !isnan((double)(rounded ? load(X + i * ldc + j) : C[i * ldc + j]));
+            for (int j = 0; j < n; j++)
+                got[i * n + j] = (double)(rounded ? load(X + i * ldc + j) : C[i * ldc + j]);
+            for (int j = n; j < ldc; j++)
+                foreign += !isnan((double)(rounded ? load(X + i * ldc + j) : C[i * ldc + j]));
         }
         char name[96];
-        snprintf(name, sizeof name, "product form %d, ta %d tb %d, %d x %d x %d, beta %d", form, ta, tb, m, n, k, beta);
+        snprintf(name, sizeof name, "product form %d, ta %d tb %d, %d x %d x %d, beta %d", form, ta,
+                 tb, m, n, k, beta);
         check_close(name, got, want[0], rounded ? want[1] : want[0], nc, 1);
         compare(!foreign, "%s: touched columns behind n", name);
     }
     test_release("products");
 }
 static void test_gemm(void) {
-    static const int shapes[][3] = {{1, 1, 1}, {3, 5, 7}, {6, 16, 8}, {13, 33, 17}, {65, 31, 300}, {97, 130, 70}, {300, 40, 520}, {5, 530, 20}, {0, 4, 4}, {4, 0, 4}, {4, 5, 0}};
+    static const int shapes[][3] = { { 1, 1, 1 },      { 3, 5, 7 },     { 6, 16, 8 },
+                                     { 13, 33, 17 },   { 65, 31, 300 }, { 97, 130, 70 },
+                                     { 300, 40, 520 }, { 5, 530, 20 },  { 0, 4, 4 },
+                                     { 4, 0, 4 },      { 4, 5, 0 } };
     for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++)
-        for (int bits = 0; bits < 8; bits++) test_gemm_shape(bits & 1, bits >> 1 & 1, shapes[s][0], shapes[s][1], shapes[s][2], bits >> 2);
-    test_gemm_shape(0, 1, 1200, 300, 40, 0);   // several tiles
+        for (int bits = 0; bits < 8; bits++)
+            test_gemm_shape(bits & 1, bits >> 1 & 1, shapes[s][0], shapes[s][1], shapes[s][2],
+                            bits >> 2);
+    test_gemm_shape(0, 1, 1200, 300, 40, 0); // several tiles
     test_gemm_shape(1, 0, 300, 200, 1000, 1);
     test_group("matrix products: all layouts, edges, beta, empty sides");
 }
 
-// ---- ends ---------------------------------------------------------------------------------------------------------------------------
+// ---- ends -----------------------------------------------------------------------------------
 static void test_embed(int R, int V, int C) {
     size_t nw = (size_t)V * (size_t)C, nx = (size_t)R * (size_t)C;
-    double *W = test_random(nw, 1, 0), *dx = test_random(nx, 1, 0), *old = test_random_real(nw, 1, 0);
+    double *W = test_random(nw, 1, 0), *dx = test_random(nx, 1, 0),
+           *old = test_random_real(nw, 1, 0);
     int *ids = TEST_TAKE(int, R);
-    for (int r = 0; r < R; r++) ids[r] = test_below(V);   // R > V in one shape: repeats; R < V in another: rows nobody looks up
+    for (int r = 0; r < R; r++)
+        ids[r] =
+            test_below(V); // R > V in one shape: repeats; R < V in another: rows nobody looks up
     floatX *out = TEST_TAKE(floatX, nx), *Wx = test_x(W, nw), *dxx = test_x(dx, nx);
     embed_forward(out, ids, Wx, R, C);
     int wrong = 0;
-    for (int r = 0; r < R; r++) wrong += memcmp(out + (int64_t)r * C, Wx + (int64_t)ids[r] * C, (size_t)C * sizeof *out) != 0;
+    for (int r = 0; r < R; r++)
+        wrong +=
+            memcmp(out + (int64_t)r * C, Wx + (int64_t)ids[r] * C, (size_t)C * sizeof *out) != 0;
     compare(!wrong, "embedding: %d rows differ", wrong);
-    for (int pad = -1; pad < V && R; pad += 1 + ids[0] - pad > 0 ? 1 + ids[0] - pad : V)   // none, then one that occurs
+    for (int pad = -1; pad < V && R;
+         pad += 1 + ids[0] - pad > 0 ? 1 + ids[0] - pad : V) // none, then one that occurs
         for (int accumulate = 0; accumulate < 2; accumulate++) {
             double *want = TEST_TAKE(double, nw);
             for (size_t i = 0; i < nw; i++) want[i] = accumulate ? old[i] : 0;
@@ -148,7 +186,12 @@ static void test_embed(int R, int V, int C) {
     test_release("embedding");
 }
 
-typedef struct { floatX *logits, *work; const int *targets; int N, V; real seed; } CrossEntropy;
+typedef struct {
+    floatX *logits, *work;
+    const int *targets;
+    int N, V;
+    real seed;
+} CrossEntropy;
 static double cross_entropy_loss(void *context) {
     CrossEntropy *c = context;
     double loss = 0;
@@ -166,14 +209,17 @@ static void test_cross_entropy(int N, int V, double spread) {
         for (int i = 0; i < V; i++) most = fmax(most, x[r * V + i]);
         for (int i = 0; i < V; i++) sum += exp(x[r * V + i] - most);
         for (int i = 0; i < V; i++)
-            d[test_rounding][r * V + i] = targets[r] < 0 ? 0 : Q((exp(x[r * V + i] - most) / sum - (i == targets[r])) * seed);
+            d[test_rounding][r * V + i] =
+                targets[r] < 0 ? 0 : Q((exp(x[r * V + i] - most) / sum - (i == targets[r])) * seed);
         if (targets[r] >= 0 && !test_rounding) want_loss += log(sum) + most - x[r * V + targets[r]];
     }
-    CrossEntropy c = {test_x(x, n), test_x(x, n), targets, N, V, (real)seed};
-    double loss = 100;   // added to, not overwritten
+    CrossEntropy c = { test_x(x, n), test_x(x, n), targets, N, V, (real)seed };
+    double loss = 100; // added to, not overwritten
     cross_entropy(c.work, &loss, targets, (real)seed, 0, N, V);
-    compare(!memcmp(c.work, c.logits, n * sizeof(floatX)), "cross entropy without backward changed the logits");
-    compare(fabs(loss - 100 - want_loss) <= (FP64 ? 1e-11 : 1e-6) * (1 + want_loss), "cross entropy: loss %.9g, not %.9g", loss - 100, want_loss);
+    compare(!memcmp(c.work, c.logits, n * sizeof(floatX)),
+            "cross entropy without backward changed the logits");
+    compare(fabs(loss - 100 - want_loss) <= (FP64 ? 1e-11 : 1e-6) * (1 + want_loss),
+            "cross entropy: loss %.9g, not %.9g", loss - 100, want_loss);
     cross_entropy(c.work, &loss, targets, (real)seed, 1, N, V);
     double *got = from_x(c.work, n);
     check_close("dlogits", got, d[0], d[1], n, 1);
@@ -187,14 +233,20 @@ static void test_cross_entropy(int N, int V, double spread) {
 static void test_ends(void) {
     test_embed(40, 9, 70), test_embed(5, 30, 3), test_embed(0, 4, 4);
     test_group("embedding, forward and backward");
-    test_cross_entropy(7, 50, 2), test_cross_entropy(2, 1, 1), test_cross_entropy(1, 17, 30), test_cross_entropy(0, 5, 1);
-    test_cross_entropy(5, 151936, 3);   // the real vocabulary
+    test_cross_entropy(7, 50, 2), test_cross_entropy(2, 1, 1), test_cross_entropy(1, 17, 30),
+        test_cross_entropy(0, 5, 1);
+    test_cross_entropy(5, 151936, 3); // the real vocabulary
     test_group("cross entropy and its gradient");
 }
 
-// ---- norms and rope -----------------------------------------------------------------------------------------------------------------
-static const double EPS = 1e-3;   // large enough to matter in the comparison
-typedef struct { floatX *x, *w, *y; real *rstd; const double *dy; int R, C; } Norm;
+// ---- norms and rope -------------------------------------------------------------------------
+static const double EPS = 1e-3; // large enough to matter in the comparison
+typedef struct {
+    floatX *x, *w, *y;
+    real *rstd;
+    const double *dy;
+    int R, C;
+} Norm;
 static double norm_loss(void *context) {
     Norm *c = context;
     rmsnorm_forward(c->y, c->rstd, c->x, c->w, (real)EPS, c->R, c->C);
@@ -204,14 +256,19 @@ static double norm_loss(void *context) {
 }
 static void test_rmsnorm(int R, int C) {
     size_t n = (size_t)R * (size_t)C;
-    double *x = test_random(n, 0.5, 0.1), *w = test_random((size_t)C, 0.3, 1), *dy = test_random(n, 1, 0), *res = test_random(n, 1, 0), *old = test_random_real((size_t)C, 1, 0);
+    double *x = test_random(n, 0.5, 0.1), *w = test_random((size_t)C, 0.3, 1),
+           *dy = test_random(n, 1, 0), *res = test_random(n, 1, 0),
+           *old = test_random_real((size_t)C, 1, 0);
     TAKE2(y, n);
     TAKE2(dx, n);
     TAKE2(dw, C);
-    Norm c = {test_x(x, n), test_x(w, (size_t)C), TEST_TAKE(floatX, n), TEST_TAKE(real, R), dy, R, C};
+    Norm c = {
+        test_x(x, n), test_x(w, (size_t)C), TEST_TAKE(floatX, n), TEST_TAKE(real, R), dy, R, C
+    };
     floatX *dyx = test_x(dy, n);
-    rmsnorm_forward(c.y, 0, c.x, c.w, (real)EPS, R, C);   // rstd not wanted
-    for (int mode = 0; mode < 6; mode++) {   // residual: none, another buffer, dx itself; dw written or added
+    rmsnorm_forward(c.y, 0, c.x, c.w, (real)EPS, R, C); // rstd not wanted
+    for (int mode = 0; mode < 6;
+         mode++) { // residual: none, another buffer, dx itself; dw written or added
         int accumulate = mode & 1, residual = mode >> 1;
         BOTH {
             int b = test_rounding;
@@ -236,7 +293,11 @@ static void test_rmsnorm(int R, int C) {
         rmsnorm_forward(c.y, c.rstd, c.x, c.w, (real)EPS, R, C);
         floatX *d = residual == 2 ? test_x(res, n) : TEST_TAKE(floatX, n);
         gradX *g = accumulate ? test_grad(old, (size_t)C) : TEST_TAKE(gradX, C);
-        rmsnorm_backward(d, g, residual == 2 ? d : residual ? test_x(res, n) : 0, dyx, c.x, c.w, c.rstd, accumulate, R, C);
+        rmsnorm_backward(d, g,
+                         residual == 2 ? d
+                         : residual    ? test_x(res, n)
+                                       : 0,
+                         dyx, c.x, c.w, c.rstd, accumulate, R, C);
         check_close("rmsnorm", from_x(c.y, n), y[0], y[1], n, 1);
         check_close("rmsnorm dx", from_x(d, n), dx[0], dx[1], n, 1);
         check_close("rmsnorm dw", from_grad(g, (size_t)C), dw[0], dw[1], (size_t)C, 1);
@@ -257,27 +318,41 @@ static void test_rope_table(void) {
     for (int t = 0; t < T; t++)
         for (int j = 0; j < D / 2; j++) {
             double a = t * pow(1e6, -2.0 * j / D);
-            worst = fmax(worst, fmax(fabs((double)c[t * D / 2 + j] - cos(a)), fabs((double)s[t * D / 2 + j] - sin(a))));
+            worst = fmax(worst, fmax(fabs((double)c[t * D / 2 + j] - cos(a)),
+                                     fabs((double)s[t * D / 2 + j] - sin(a))));
         }
     compare(worst <= tolerance, "rope table deviates by %g", worst);
     // known values at position 1000 of Qwen3's table
-    compare(fabs((double)c[64000 + 1] + 0.02366990) < 4e-5 && fabs((double)s[64000 + 63] - 1.24093744e-3) < 1e-8, "rope table: known values");
-    if (!FP64) {   // the last bit of HF's table: fp32 frequency times fp32 position, rounded
+    compare(fabs((double)c[64000 + 1] + 0.02366990) < 4e-5 &&
+                fabs((double)s[64000 + 63] - 1.24093744e-3) < 1e-8,
+            "rope table: known values");
+    if (!FP64) { // the last bit of HF's table: fp32 frequency times fp32 position, rounded
         float frequency = (float)pow(1e6, -2.0 / D), angle = 999.0f * frequency;
-        compare(c[999 * 64 + 1] == (float)cos((double)angle), "rope table rounds as Hugging Face's");
+        compare(c[999 * 64 + 1] == (float)cos((double)angle),
+                "rope table rounds as Hugging Face's");
     }
 }
 
-typedef struct { floatX *q, *k, *wq, *wk, *qn, *kn; real *c, *s; const double *gq, *gk; int R, T, H, KV, D; } Heads;
+typedef struct {
+    floatX *q, *k, *wq, *wk, *qn, *kn;
+    real *c, *s;
+    const double *gq, *gk;
+    int R, T, H, KV, D;
+} Heads;
 static double heads_loss(void *context) {
     Heads *h = context;
-    qk_norm_rope_forward(h->qn, h->kn, h->q, h->k, h->wq, h->wk, h->c, h->s, (real)EPS, h->R, h->T, h->H, h->KV, h->D);
+    qk_norm_rope_forward(h->qn, h->kn, h->q, h->k, h->wq, h->wk, h->c, h->s, (real)EPS, h->R, h->T,
+                         h->H, h->KV, h->D);
     double s = 0;
-    for (int64_t i = 0; i < (int64_t)h->R * h->H * h->D; i++) s += (double)load(h->qn + i) * h->gq[i];
-    for (int64_t i = 0; i < (int64_t)h->R * h->KV * h->D; i++) s += (double)load(h->kn + i) * h->gk[i];
+    for (int64_t i = 0; i < (int64_t)h->R * h->H * h->D; i++)
+        s += (double)load(h->qn + i) * h->gq[i];
+    for (int64_t i = 0; i < (int64_t)h->R * h->KV * h->D; i++)
+        s += (double)load(h->kn + i) * h->gk[i];
     return s;
 }
-static void naive_heads(double *y, double *dx, double *dw, const double *x, const double *w, const double *dy, const real *c, const real *s, int R, int T, int H, int D) {
+static void naive_heads(double *y, double *dx, double *dw, const double *x, const double *w,
+                        const double *dy, const real *c, const real *s, int R, int T, int H,
+                        int D) {
     int half = D / 2;
     for (int j = 0; j < D; j++) dw[j] = 0;
     for (int r = 0; r < R * H; r++) {
@@ -307,16 +382,30 @@ static void naive_heads(double *y, double *dx, double *dw, const double *x, cons
 static void test_heads(int B, int T, int H, int KV, int D) {
     int R = B * T;
     size_t nq = (size_t)R * (size_t)(H * D), nk = (size_t)R * (size_t)(KV * D), nd = (size_t)D;
-    double *q = test_random(nq, 1, 0.2), *k = test_random(nk, 1, 0), *wq = test_random(nd, 0.3, 1), *wk = test_random(nd, 0.3, 1), *gq = test_random(nq, 1, 0),
-           *gk = test_random(nk, 1, 0), *old = test_random_real(nd, 1, 0);
+    double *q = test_random(nq, 1, 0.2), *k = test_random(nk, 1, 0), *wq = test_random(nd, 0.3, 1),
+           *wk = test_random(nd, 0.3, 1), *gq = test_random(nq, 1, 0), *gk = test_random(nk, 1, 0),
+           *old = test_random_real(nd, 1, 0);
     TAKE2(qn, nq);
     TAKE2(dq, nq);
     TAKE2(dwq, nd);
     TAKE2(kn, nk);
     TAKE2(dk, nk);
     TAKE2(dwk, nd);
-    Heads h = {test_x(q, nq), test_x(k, nk), test_x(wq, nd), test_x(wk, nd), TEST_TAKE(floatX, nq), TEST_TAKE(floatX, nk), TEST_TAKE(real, T * D / 2), TEST_TAKE(real, T * D / 2), gq, gk,
-               R, T, H, KV, D};
+    Heads h = { test_x(q, nq),
+                test_x(k, nk),
+                test_x(wq, nd),
+                test_x(wk, nd),
+                TEST_TAKE(floatX, nq),
+                TEST_TAKE(floatX, nk),
+                TEST_TAKE(real, T * D / 2),
+                TEST_TAKE(real, T * D / 2),
+                gq,
+                gk,
+                R,
+                T,
+                H,
+                KV,
+                D };
     rope_table(h.c, h.s, 100, T, D);
     BOTH {
         int b = test_rounding;
@@ -326,35 +415,51 @@ static void test_heads(int B, int T, int H, int KV, int D) {
     qk_norm_rope_forward(h.qn, h.kn, h.q, h.k, h.wq, h.wk, h.c, h.s, (real)EPS, R, T, H, KV, D);
     check_close("qk norm rope: q", from_x(h.qn, nq), qn[0], qn[1], nq, 1);
     check_close("qk norm rope: k", from_x(h.kn, nk), kn[0], kn[1], nk, 1);
-    for (int mode = 0; mode < 4; mode++) {   // written or added; own buffers or in place
+    for (int mode = 0; mode < 4; mode++) { // written or added; own buffers or in place
         int accumulate = mode & 1;
-        floatX *gqx = test_x(gq, nq), *gkx = test_x(gk, nk), *dqx = mode & 2 ? gqx : TEST_TAKE(floatX, nq), *dkx = mode & 2 ? gkx : TEST_TAKE(floatX, nk);
-        gradX *a = accumulate ? test_grad(old, nd) : TEST_TAKE(gradX, nd), *b = accumulate ? test_grad(old, nd) : TEST_TAKE(gradX, nd);
-        qk_norm_rope_backward(dqx, dkx, a, b, gqx, gkx, h.q, h.k, h.wq, h.wk, h.c, h.s, (real)EPS, accumulate, R, T, H, KV, D);
+        floatX *gqx = test_x(gq, nq), *gkx = test_x(gk, nk),
+               *dqx = mode & 2 ? gqx : TEST_TAKE(floatX, nq),
+               *dkx = mode & 2 ? gkx : TEST_TAKE(floatX, nk);
+        gradX *a = accumulate ? test_grad(old, nd) : TEST_TAKE(gradX, nd),
+              *b = accumulate ? test_grad(old, nd) : TEST_TAKE(gradX, nd);
+        qk_norm_rope_backward(dqx, dkx, a, b, gqx, gkx, h.q, h.k, h.wq, h.wk, h.c, h.s, (real)EPS,
+                              accumulate, R, T, H, KV, D);
         check_close("qk norm rope: dq", from_x(dqx, nq), dq[0], dq[1], nq, 1);
         check_close("qk norm rope: dk", from_x(dkx, nk), dk[0], dk[1], nk, 1);
-        if (accumulate) for (int i = 0; i < D; i++) a[i].v -= (real)old[i], b[i].v -= (real)old[i];
-        check_close("qk norm rope: dwq", from_grad(a, nd), dwq[0], dwq[1], nd, 2);   // 2: the old value is added and taken off again
+        if (accumulate)
+            for (int i = 0; i < D; i++) a[i].v -= (real)old[i], b[i].v -= (real)old[i];
+        check_close("qk norm rope: dwq", from_grad(a, nd), dwq[0], dwq[1], nd,
+                    2); // 2: the old value is added and taken off again
         check_close("qk norm rope: dwk", from_grad(b, nd), dwk[0], dwk[1], nd, 2);
         if (FP64 && mode == 0) {
-            check_gradient("qk norm rope: dq", (double *)dqx, (double *)h.q, nq, 40, heads_loss, &h);
-            check_gradient("qk norm rope: dk", (double *)dkx, (double *)h.k, nk, 40, heads_loss, &h);
-            check_gradient("qk norm rope: dwq", (double *)a, (double *)h.wq, nd, 40, heads_loss, &h);
-            check_gradient("qk norm rope: dwk", (double *)b, (double *)h.wk, nd, 40, heads_loss, &h);
+            check_gradient("qk norm rope: dq", (double *)dqx, (double *)h.q, nq, 40, heads_loss,
+                           &h);
+            check_gradient("qk norm rope: dk", (double *)dkx, (double *)h.k, nk, 40, heads_loss,
+                           &h);
+            check_gradient("qk norm rope: dwq", (double *)a, (double *)h.wq, nd, 40, heads_loss,
+                           &h);
+            check_gradient("qk norm rope: dwk", (double *)b, (double *)h.wk, nd, 40, heads_loss,
+                           &h);
         }
     }
     test_release("qk norm rope");
 }
 static void test_norms(void) {
-    test_rmsnorm(5, 7), test_rmsnorm(1, 64), test_rmsnorm(130, 100), test_rmsnorm(3, 130), test_rmsnorm(0, 5);
+    test_rmsnorm(5, 7), test_rmsnorm(1, 64), test_rmsnorm(130, 100), test_rmsnorm(3, 130),
+        test_rmsnorm(0, 5);
     test_group("rmsnorm, forward and backward");
     test_rope_table();
-    test_heads(2, 5, 4, 2, 8), test_heads(1, 1, 1, 1, 2), test_heads(3, 30, 2, 2, 6), test_heads(1, 70, 4, 1, 16), test_heads(0, 4, 2, 1, 4);
+    test_heads(2, 5, 4, 2, 8), test_heads(1, 1, 1, 1, 2), test_heads(3, 30, 2, 2, 6),
+        test_heads(1, 70, 4, 1, 16), test_heads(0, 4, 2, 1, 4);
     test_group("rope table, norm and rotation of heads");
 }
 
-// ---- linear maps, sums -----------------------------------------------------------------------------------------------------------------
-typedef struct { floatX *x, *W, *y; const double *dy; int R, O, N; } Linear;
+// ---- linear maps, sums ----------------------------------------------------------------------
+typedef struct {
+    floatX *x, *W, *y;
+    const double *dy;
+    int R, O, N;
+} Linear;
 static double linear_loss(void *context) {
     Linear *c = context;
     linear_forward(c->y, c->x, c->W, c->R, c->O, c->N);
@@ -364,8 +469,9 @@ static double linear_loss(void *context) {
 }
 static void test_linear_shape(int R, int O, int N) {
     size_t nx = (size_t)R * (size_t)N, nw = (size_t)O * (size_t)N, ny = (size_t)R * (size_t)O;
-    double *x = test_random(nx, 1, 0), *W = test_random(nw, 1, 0), *dy = test_random(ny, 1, 0), *oldx = test_random(nx, 1, 0), *oldw = test_random_real(nw, 1, 0);
-    Linear c = {test_x(x, nx), test_x(W, nw), TEST_TAKE(floatX, ny), dy, R, O, N};
+    double *x = test_random(nx, 1, 0), *W = test_random(nw, 1, 0), *dy = test_random(ny, 1, 0),
+           *oldx = test_random(nx, 1, 0), *oldw = test_random_real(nw, 1, 0);
+    Linear c = { test_x(x, nx), test_x(W, nw), TEST_TAKE(floatX, ny), dy, R, O, N };
     floatX *dyx = test_x(dy, ny);
     TAKE2(y, ny);
     TAKE2(dx, nx);
@@ -381,7 +487,8 @@ static void test_linear_shape(int R, int O, int N) {
         floatX *d = add_to ? test_x(oldx, nx) : TEST_TAKE(floatX, nx);
         gradX *g = add_to ? test_grad(oldw, nw) : TEST_TAKE(gradX, nw);
         linear_forward(c.y, c.x, c.W, R, O, N);
-        add_to ? linear_backward_input_add(d, dyx, c.W, R, O, N) : linear_backward_input(d, dyx, c.W, R, O, N);
+        add_to ? linear_backward_input_add(d, dyx, c.W, R, O, N)
+               : linear_backward_input(d, dyx, c.W, R, O, N);
         linear_backward_weight(g, dyx, c.x, add_to, R, O, N);
         check_close("linear", from_x(c.y, ny), y[0], y[1], ny, 1);
         check_close("linear dx", from_x(d, nx), dx[0], dx[1], nx, 1);
@@ -394,40 +501,53 @@ static void test_linear_shape(int R, int O, int N) {
     test_release("linear");
 }
 static void test_linear(void) {
-    test_linear_shape(5, 7, 3), test_linear_shape(1, 1, 1), test_linear_shape(70, 33, 130), test_linear_shape(0, 6, 5);
+    test_linear_shape(5, 7, 3), test_linear_shape(1, 1, 1), test_linear_shape(70, 33, 130),
+        test_linear_shape(0, 6, 5);
     test_group("linear maps, forward and backward");
-    static const size_t sizes[] = {0, 1, 1000, 40000};
+    static const size_t sizes[] = { 0, 1, 1000, 40000 };
     for (int i = 0; i < 4; i++)
         for (int alias = 0; alias < 3; alias++) {
             size_t n = sizes[i];
             double *a = test_random(n, 1, 0), *b = test_random(n, 1, 0);
             TAKE2(want, n);
             BOTH for (size_t j = 0; j < n; j++) want[test_rounding][j] = Q(a[j] + b[j]);
-            floatX *ax = test_x(a, n), *bx = test_x(b, n), *out = alias == 0 ? TEST_TAKE(floatX, n) : alias == 1 ? ax : bx;
+            floatX *ax = test_x(a, n), *bx = test_x(b, n),
+                   *out = alias == 0   ? TEST_TAKE(floatX, n)
+                          : alias == 1 ? ax
+                                       : bx;
             add(out, ax, bx, n);
             check_close("add", from_x(out, n), want[0], want[1], n, 1);
         }
     test_group("add");
 }
 
-// ---- attention -----------------------------------------------------------------------------------------------------------------------------
-typedef struct { floatX *q, *k, *v, *o; real *lse; void *workspace; const double *d_o; int B, T, H, KV, D; } Attention;
+// ---- attention ------------------------------------------------------------------------------
+typedef struct {
+    floatX *q, *k, *v, *o;
+    real *lse;
+    void *workspace;
+    const double *d_o;
+    int B, T, H, KV, D;
+} Attention;
 static double attention_loss(void *context) {
     Attention *c = context;
     attention_forward(c->o, c->lse, c->q, c->k, c->v, c->workspace, c->B, c->T, c->H, c->KV, c->D);
     double s = 0;
-    for (int64_t i = 0; i < (int64_t)c->B * c->T * c->H * c->D; i++) s += (double)load(c->o + i) * c->d_o[i];
+    for (int64_t i = 0; i < (int64_t)c->B * c->T * c->H * c->D; i++)
+        s += (double)load(c->o + i) * c->d_o[i];
     return s;
 }
-static void naive_attention(double *o, double *lse, double *dq, double *dk, double *dv, const double *d_o, const double *q, const double *k, const double *v, int B, int T, int H, int KV,
-                            int D) {
+static void naive_attention(double *o, double *lse, double *dq, double *dk, double *dv,
+                            const double *d_o, const double *q, const double *k, const double *v,
+                            int B, int T, int H, int KV, int D) {
     double scale = 1 / sqrt(D), *p = TEST_TAKE(double, T), *ds = TEST_TAKE(double, T);
     memset(dk, 0, (size_t)(B * T * KV * D) * sizeof *dk);
     memset(dv, 0, (size_t)(B * T * KV * D) * sizeof *dv);
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++)
             for (int t = 0; t < T; t++) {
-                int64_t row = ((int64_t)(b * T + t) * H + h) * D, key0 = ((int64_t)b * T * KV + h / (H / KV)) * D, step = (int64_t)KV * D;
+                int64_t row = ((int64_t)(b * T + t) * H + h) * D,
+                        key0 = ((int64_t)b * T * KV + h / (H / KV)) * D, step = (int64_t)KV * D;
                 double most = -INFINITY, sum = 0, delta = 0;
                 for (int j = 0; j <= t; j++) {
                     p[j] = Q(Q(test_dot(q + row, k + key0 + j * step, (size_t)D)) * scale);
@@ -457,7 +577,8 @@ static void naive_attention(double *o, double *lse, double *dq, double *dk, doub
 }
 static void test_attention_shape(int B, int T, int H, int KV, int D, double spread) {
     size_t nq = (size_t)(B * T * H * D), nk = (size_t)(B * T * KV * D), nl = (size_t)(B * H * T);
-    double *q = test_random(nq, spread, 0), *k = test_random(nk, spread, 0), *v = test_random(nk, 1, 0), *d_o = test_random(nq, 1, 0);
+    double *q = test_random(nq, spread, 0), *k = test_random(nk, spread, 0),
+           *v = test_random(nk, 1, 0), *d_o = test_random(nq, 1, 0);
     TAKE2(o, nq);
     TAKE2(dq, nq);
     TAKE2(dk, nk);
@@ -467,21 +588,35 @@ static void test_attention_shape(int B, int T, int H, int KV, int D, double spre
         int b = test_rounding;
         naive_attention(o[b], lse[b], dq[b], dk[b], dv[b], d_o, q, k, v, B, T, H, KV, D);
     }
-    Attention c = {test_x(q, nq), test_x(k, nk), test_x(v, nk), TEST_TAKE(floatX, nq), TEST_TAKE(real, nl), test_take(attention_workspace(B, T, H, KV, D)), d_o, B, T, H, KV, D};
+    Attention c = { test_x(q, nq),
+                    test_x(k, nk),
+                    test_x(v, nk),
+                    TEST_TAKE(floatX, nq),
+                    TEST_TAKE(real, nl),
+                    test_take(attention_workspace(B, T, H, KV, D)),
+                    d_o,
+                    B,
+                    T,
+                    H,
+                    KV,
+                    D };
     floatX *dqx = TEST_TAKE(floatX, nq), *dkx = TEST_TAKE(floatX, nk), *dvx = TEST_TAKE(floatX, nk);
     attention_forward(c.o, c.lse, c.q, c.k, c.v, c.workspace, B, T, H, KV, D);
-    memset(c.workspace, 0xff, attention_workspace(B, T, H, KV, D));   // nothing survives in it
-    attention_backward(dqx, dkx, dvx, test_x(d_o, nq), c.o, c.lse, c.q, c.k, c.v, c.workspace, B, T, H, KV, D);
+    memset(c.workspace, 0xff, attention_workspace(B, T, H, KV, D)); // nothing survives in it
+    attention_backward(dqx, dkx, dvx, test_x(d_o, nq), c.o, c.lse, c.q, c.k, c.v, c.workspace, B, T,
+                       H, KV, D);
     char name[64];
     snprintf(name, sizeof name, "attention %d x %d, %d/%d heads of %d:", B, T, H, KV, D);
-    const char *what[] = {"o", "lse", "dq", "dk", "dv"};
-    const double *got[] = {from_x(c.o, nq), from_real(c.lse, nl), from_x(dqx, nq), from_x(dkx, nk), from_x(dvx, nk)};
-    double **want[] = {o, lse, dq, dk, dv};
-    size_t n[] = {nq, nl, nq, nk, nk};
+    const char *what[] = { "o", "lse", "dq", "dk", "dv" };
+    const double *got[] = { from_x(c.o, nq), from_real(c.lse, nl), from_x(dqx, nq), from_x(dkx, nk),
+                            from_x(dvx, nk) };
+    double **want[] = { o, lse, dq, dk, dv };
+    size_t n[] = { nq, nl, nq, nk, nk };
     for (int i = 0; i < 5; i++) {
         char full[80];
         snprintf(full, sizeof full, "%s %s", name, what[i]);
-        check_close(full, got[i], want[i][0], want[i][1], n[i], i < 2 ? 1 : 10);   // 10: dP - delta cancels, the more the sharper the softmax
+        check_close(full, got[i], want[i][0], want[i][1], n[i],
+                    i < 2 ? 1 : 10); // 10: dP - delta cancels, the more the sharper the softmax
     }
     if (FP64 && T < 80) {
         check_gradient("attention dq", (double *)dqx, (double *)c.q, nq, 40, attention_loss, &c);
@@ -492,31 +627,53 @@ static void test_attention_shape(int B, int T, int H, int KV, int D, double spre
 }
 static void test_attention(void) {
     attention_select("auto"), attention_select("blas");
-    test_attention_shape(2, 7, 4, 2, 6, 1), test_attention_shape(1, 1, 2, 2, 4, 1), test_attention_shape(2, 70, 4, 1, 8, 1), test_attention_shape(1, 40, 3, 3, 2, 2);
-    test_attention_shape(1, 300, 2, 1, 8, 1);   // two blocks of keys, three of queries, the last ones ragged
-    test_attention_shape(1, 530, 2, 2, 16, 3);  // three blocks of keys, sharp rows: the running maximum moves
-    test_attention_shape(2, 129, 16, 1, 4, 1), test_attention_shape(1, 64, 4, 2, 64, 1), test_attention_shape(0, 8, 2, 1, 4, 1);
+    test_attention_shape(2, 7, 4, 2, 6, 1), test_attention_shape(1, 1, 2, 2, 4, 1),
+        test_attention_shape(2, 70, 4, 1, 8, 1), test_attention_shape(1, 40, 3, 3, 2, 2);
+    test_attention_shape(1, 300, 2, 1, 8,
+                         1); // two blocks of keys, three of queries, the last ones ragged
+    test_attention_shape(1, 530, 2, 2, 16,
+                         3); // three blocks of keys, sharp rows: the running maximum moves
+    test_attention_shape(2, 129, 16, 1, 4, 1), test_attention_shape(1, 64, 4, 2, 64, 1),
+        test_attention_shape(0, 8, 2, 1, 4, 1);
     test_group("attention, forward and backward, groups of 1 to 16 heads");
 }
 
-// ---- the same bits whatever the number of threads (I8) ----------------------------------------------------------------------------------------
+// ---- the same bits whatever the number of threads (I8) --------------------------------------
 static uint64_t hash_bytes(uint64_t h, const void *p, size_t bytes) {
     for (size_t i = 0; i < bytes; i++) h = (h ^ ((const unsigned char *)p)[i]) * 0x100000001b3u;
     return h;
 }
 #define HASH(p, n) h = hash_bytes(h, (p), (size_t)(n) * sizeof *(p))
 static void run_everything(uint64_t out[6]) {
-    enum { B = 3, T = 150, R = B * T, C = 200, O = 330, V = 77, H = 4, KV = 2, D = 16, NQ = R * H * D, NK = R * KV * D };
+    enum {
+        B = 3,
+        T = 150,
+        R = B * T,
+        C = 200,
+        O = 330,
+        V = 77,
+        H = 4,
+        KV = 2,
+        D = 16,
+        NQ = R * H * D,
+        NK = R * KV * D
+    };
     test_state = 42;
-    floatX *x = test_x(test_random(R * C, 1, 0), R * C), *dy = test_x(test_random(R * O, 1, 0), R * O), *W = test_x(test_random(O * C, 1, 0), O * C), *y = TEST_TAKE(floatX, R * O),
-           *dx = TEST_TAKE(floatX, R * C), *w = test_x(test_random(C, 1, 0), C), *z = TEST_TAKE(floatX, R * C);
+    floatX *x = test_x(test_random(R * C, 1, 0), R * C),
+           *dy = test_x(test_random(R * O, 1, 0), R * O),
+           *W = test_x(test_random(O * C, 1, 0), O * C), *y = TEST_TAKE(floatX, R * O),
+           *dx = TEST_TAKE(floatX, R * C), *w = test_x(test_random(C, 1, 0), C),
+           *z = TEST_TAKE(floatX, R * C);
     gradX *dW = TEST_TAKE(gradX, O * C), *dw = TEST_TAKE(gradX, C), *dE = TEST_TAKE(gradX, V * C);
     uint64_t h = 0;
-    linear_forward(y, x, W, R, O, C), linear_backward_input(dx, dy, W, R, O, C), linear_backward_input_add(dx, dy, W, R, O, C), linear_backward_weight(dW, dy, x, 0, R, O, C);
+    linear_forward(y, x, W, R, O, C), linear_backward_input(dx, dy, W, R, O, C),
+        linear_backward_input_add(dx, dy, W, R, O, C),
+        linear_backward_weight(dW, dy, x, 0, R, O, C);
     HASH(y, R * O), HASH(dx, R * C), HASH(dW, O * C);
     out[0] = h, h = 0;
     real *rstd = TEST_TAKE(real, R);
-    rmsnorm_forward(z, rstd, x, w, (real)EPS, R, C), rmsnorm_backward(dx, dw, dx, z, x, w, rstd, 0, R, C), add(z, z, x, R * C);
+    rmsnorm_forward(z, rstd, x, w, (real)EPS, R, C),
+        rmsnorm_backward(dx, dw, dx, z, x, w, rstd, 0, R, C), add(z, z, x, R * C);
     HASH(z, R * C), HASH(dx, R * C), HASH(dw, C), HASH(rstd, R);
     out[1] = h, h = 0;
     int *ids = TEST_TAKE(int, R);
@@ -529,9 +686,12 @@ static void run_everything(uint64_t out[6]) {
     cross_entropy(y, &loss, ids, (real)0.01, 1, R, O);
     HASH(y, R * O), HASH(&loss, 1);
     out[3] = h, h = 0;
-    floatX *q = test_x(test_random(NQ, 1, 0), NQ), *k = test_x(test_random(NK, 1, 0), NK), *v = test_x(test_random(NK, 1, 0), NK), *g = test_x(test_random(NQ, 1, 0), NQ), *o = TEST_TAKE(floatX, NQ),
-           *dq = TEST_TAKE(floatX, NQ), *dk = TEST_TAKE(floatX, NK), *dv = TEST_TAKE(floatX, NK);
-    real *lse = TEST_TAKE(real, R * H), *c = TEST_TAKE(real, T * D / 2), *s = TEST_TAKE(real, T * D / 2);
+    floatX *q = test_x(test_random(NQ, 1, 0), NQ), *k = test_x(test_random(NK, 1, 0), NK),
+           *v = test_x(test_random(NK, 1, 0), NK), *g = test_x(test_random(NQ, 1, 0), NQ),
+           *o = TEST_TAKE(floatX, NQ), *dq = TEST_TAKE(floatX, NQ), *dk = TEST_TAKE(floatX, NK),
+           *dv = TEST_TAKE(floatX, NK);
+    real *lse = TEST_TAKE(real, R * H), *c = TEST_TAKE(real, T * D / 2),
+         *s = TEST_TAKE(real, T * D / 2);
     void *workspace = test_take(attention_workspace(B, T, H, KV, D));
     attention_forward(o, lse, q, k, v, workspace, B, T, H, KV, D);
     attention_backward(dq, dk, dv, g, o, lse, q, k, v, workspace, B, T, H, KV, D);
@@ -540,13 +700,15 @@ static void run_everything(uint64_t out[6]) {
     rope_table(c, s, 1e4, T, D);
     qk_norm_rope_forward(o, dk, q, k, w, w + D, c, s, (real)EPS, R, T, H, KV, D);
     HASH(o, NQ), HASH(dk, NK);
-    qk_norm_rope_backward(dq, dk, dw, dw + D, dq, dk, q, k, w, w + D, c, s, (real)EPS, 0, R, T, H, KV, D);
+    qk_norm_rope_backward(dq, dk, dw, dw + D, dq, dk, q, k, w, w + D, c, s, (real)EPS, 0, R, T, H,
+                          KV, D);
     HASH(dq, NQ), HASH(dk, NK), HASH(dw, 2 * D), HASH(c, T * D / 2), HASH(s, T * D / 2);
     out[5] = h;
     test_release("threads");
 }
 static void test_determinism(void) {
-    static const char *name[] = {"linear", "rmsnorm", "embedding", "cross entropy", "attention", "heads"};
+    static const char *name[] = { "linear",        "rmsnorm",   "embedding",
+                                  "cross entropy", "attention", "heads" };
     uint64_t one[6], more[6];
     int before = thread_count();
     test_threads(1);
@@ -554,36 +716,44 @@ static void test_determinism(void) {
     for (int threads = 2; threads <= 3; threads++) {
         test_threads(threads);
         run_everything(more);
-        for (int i = 0; i < 6; i++) compare(one[i] == more[i], "%s: other bits with %d threads", name[i], threads);
+        for (int i = 0; i < 6; i++)
+            compare(one[i] == more[i], "%s: other bits with %d threads", name[i], threads);
     }
     test_threads(before);
     test_group("the same bits with 1, 2 and 3 threads");
 }
 
-// ---- offsets beyond 2^31 elements (I9): sparse mappings of which a few pages are touched ----------------------------------------------------------
+// ---- offsets beyond 2^31 elements (I9): sparse mappings of which a few pages are touched ----
 static void *sparse(size_t bytes) {
-    void *p = mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *p =
+        mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) die("cannot map %zu bytes without reserving them|raise ulimit -v", bytes);
     return p;
 }
 static void test_offsets(void) {
-    enum { V = 151936, N = 14200, C = 16384 };   // N*V = 2.16e9, V*C = 2.49e9
+    enum { V = 151936, N = 14200, C = 16384 }; // N*V = 2.16e9, V*C = 2.49e9
     size_t bytes = (size_t)V * N * sizeof(floatX);
     floatX *logits = sparse(bytes);
     int *targets = TEST_TAKE(int, N);
     for (int r = 0; r < N; r++) targets[r] = r == N - 1 ? 5 : -1;
     store(logits + (int64_t)V * (N - 1) + 5, 20);
-    double loss = 0, want = log(1 + (V - 1) * exp(-20.0));   // a sure row: nothing of the small terms may get lost beside the 1
+    double loss = 0,
+           want = log(
+               1 +
+               (V - 1) *
+                   exp(-20.0)); // a sure row: nothing of the small terms may get lost beside the 1
     cross_entropy(logits, &loss, targets, 1, 0, N, V);
     compare(fabs(loss - want) < 1e-6, "cross entropy beyond 2^31 logits: %g, not %g", loss, want);
     munmap(logits, bytes);
 
     bytes = (size_t)V * C * sizeof(gradX);
     gradX *dW = sparse(bytes);
-    int ids[2] = {V - 1, 3};
+    int ids[2] = { V - 1, 3 };
     floatX *x = test_x(test_random(2 * C, 1, 0), 2 * C), *out = TEST_TAKE(floatX, 2 * C);
     embed_backward(dW, x, ids, 1, -1, 2, V, C);
-    compare((double)dW[(int64_t)(V - 1) * C + C - 1].v == (double)load(x + C - 1) && (double)dW[3 * C].v == (double)load(x + C), "embedding gradient beyond 2^31");
+    compare((double)dW[(int64_t)(V - 1) * C + C - 1].v == (double)load(x + C - 1) &&
+                (double)dW[3 * C].v == (double)load(x + C),
+            "embedding gradient beyond 2^31");
     munmap(dW, bytes);
     floatX *W = sparse((size_t)V * C * sizeof(floatX));
     memcpy(W + (int64_t)(V - 1) * C, x, C * sizeof *x);
@@ -614,7 +784,7 @@ static void test_offsets(void) {
     test_group("offsets beyond 2^31 elements");
 }
 
-// ---- device -----------------------------------------------------------------------------------------------------------------------------------
+// ---- device ---------------------------------------------------------------------------------
 static void take_pieces(Arena *a, char *p[3]) {
     p[0] = ARENA_TAKE(a, char, 1000, "small");
     p[1] = ARENA_TAKE(a, char, 3 << 20, "large");
@@ -629,14 +799,15 @@ static void output_of(void (*f)(void), char *text, size_t size, int *status) {
     if (child == 0) {
         dup2(ends[1], 2);
 #ifdef _OPENMP
-        omp_set_num_threads(1);   // the runtime's other threads do not exist behind a fork
+        omp_set_num_threads(1); // the runtime's other threads do not exist behind a fork
 #endif
         f();
         _exit(0);
     }
     close(ends[1]);
     size_t at = 0;
-    for (ssize_t got; at + 1 < size && (got = read(ends[0], text + at, size - 1 - at)) > 0;) at += (size_t)got;
+    for (ssize_t got; at + 1 < size && (got = read(ends[0], text + at, size - 1 - at)) > 0;)
+        at += (size_t)got;
     text[at] = 0;
     close(ends[0]);
     waitpid(child, status, 0);
@@ -655,17 +826,23 @@ static void take_too_much(void) {
 }
 static void select_nonsense(void) { attention_select("flash"); }
 static void test_device(void) {
-    compare(!strcmp(device_backend(), "cpu") && device_row_tile() == 1 && device_memory() > 1 << 20, "device: name, tile, memory");
-    compare(strstr(device_describe(), "GFLOP/s") && strstr(device_describe(), "thread") && device_peak_flops() > 1e7, "device: %s", device_describe());
+    compare(!strcmp(device_backend(), "cpu") && device_row_tile() == 1 && device_memory() > 1 << 20,
+            "device: name, tile, memory");
+    compare(strstr(device_describe(), "GFLOP/s") && strstr(device_describe(), "thread") &&
+                device_peak_flops() > 1e7,
+            "device: %s", device_describe());
     setenv("OPENBLAS_CORETYPE", "Prescott", 1);
-    compare(strstr(device_describe(), "OPENBLAS_CORETYPE=Prescott") != 0, "device: the inherited core type is not named: %s", device_describe());
+    compare(strstr(device_describe(), "OPENBLAS_CORETYPE=Prescott") != 0,
+            "device: the inherited core type is not named: %s", device_describe());
     unsetenv("OPENBLAS_CORETYPE");
 
     Arena a = arena_counting("test");
     char *p[3], *q[3];
     take_pieces(&a, p);
     size_t counted = a.used;
-    compare(!p[0] && !p[1] && a.rows == 2 && a.row[0].bytes == 1024 + 256 && a.row[1].bytes == 3 << 20 && counted == 1280 + (3 << 20), "arena: counting");
+    compare(!p[0] && !p[1] && a.rows == 2 && a.row[0].bytes == 1024 + 256 &&
+                a.row[1].bytes == 3 << 20 && counted == 1280 + (3 << 20),
+            "arena: counting");
     arena_commit(&a);
     take_pieces(&a, q);
     int poisoned = 1;
@@ -677,31 +854,39 @@ static void test_device(void) {
         poisoned &= *q[i] == 0;
 #endif
     }
-    compare(poisoned && a.used == counted && q[1] - q[0] == 1024, "arena: contents or places of the pieces");
+    compare(poisoned && a.used == counted && q[1] - q[0] == 1024,
+            "arena: contents or places of the pieces");
     device_zero(q[1], 3 << 20);
     device_upload(q[0], "abc", 4);
     device_copy(q[1] + (2 << 20) + 5, q[0], 4);
     char back[4];
     device_download(back, q[1] + (2 << 20) + 5, 4);
-    compare(!strcmp(back, "abc") && q[1][0] == 0 && q[1][(3 << 20) - 1] == 0, "device: zero and copies");
+    compare(!strcmp(back, "abc") && q[1][0] == 0 && q[1][(3 << 20) - 1] == 0,
+            "device: zero and copies");
     arena_free(&a);
     compare(!a.base && !a.used, "arena: free");
 
     char text[2048];
     int status;
     output_of(commit_too_much, text, sizeof text, &status);
-    compare(WIFEXITED(status) && WEXITSTATUS(status) && strstr(text, "activations") && strstr(text, "logits") && strstr(text, "GiB") && strstr(text, "hint:"), "arena too large: %s", text);
+    compare(WIFEXITED(status) && WEXITSTATUS(status) && strstr(text, "activations") &&
+                strstr(text, "logits") && strstr(text, "GiB") && strstr(text, "hint:"),
+            "arena too large: %s", text);
     output_of(take_too_much, text, sizeof text, &status);
-    compare(WIFEXITED(status) && WEXITSTATUS(status) && strstr(text, "scratch"), "arena taken beyond its size: %s", text);
+    compare(WIFEXITED(status) && WEXITSTATUS(status) && strstr(text, "scratch"),
+            "arena taken beyond its size: %s", text);
     output_of(select_nonsense, text, sizeof text, &status);
-    compare(WIFEXITED(status) && WEXITSTATUS(status) && strstr(text, "flash") && strstr(text, "blas"), "unknown attention kernel: %s", text);
+    compare(WIFEXITED(status) && WEXITSTATUS(status) && strstr(text, "flash") &&
+                strstr(text, "blas"),
+            "unknown attention kernel: %s", text);
     test_group("device: report, arenas, copies, errors");
 }
 
 int main(void) {
     device_init(0, 0);
     printf("kernels in %s: %s\n", PRECISION_NAME, device_describe());
-    test_numbers(), test_gemm(), test_ends(), test_norms(), test_linear(), test_attention(), test_determinism(), test_offsets(), test_device();
+    test_numbers(), test_gemm(), test_ends(), test_norms(), test_linear(), test_attention(),
+        test_determinism(), test_offsets(), test_device();
     device_finish();
     return test_summary();
 }

@@ -1,9 +1,11 @@
-// The number types of the whole program. Model code moves pointers to them and cannot touch what they point at: floatX and
-// gradX are structs of one number, so that `*x + *y` does not compile in C and a device pointer is never read by mistake.
+// The number types of the whole program. Model code moves pointers to them and cannot touch what
+// they point at: floatX and gradX are structs of one number, so that `*x + *y` does not compile in
+// C and a device pointer is never read by mistake.
 //
-//   floatX   activations and weights              float (PRECISION=fp32, default), bf16 (PRECISION=bf16), double (fp64, for finite differences)
-//   gradX    gradients of weights                 float, or double in the fp64 build
-//   real     what stays fp32 whatever floatX is:  router logits, scores, norm statistics, log-sum-exp, losses; double in the fp64 build
+//   floatX   activations and weights              float (PRECISION=fp32, default), bf16
+//   (PRECISION=bf16), double (fp64, for finite differences) gradX    gradients of weights float, or
+//   double in the fp64 build real     what stays fp32 whatever floatX is:  router logits, scores,
+//   norm statistics, log-sum-exp, losses; double in the fp64 build
 #ifndef MOE_TYPES_H
 #define MOE_TYPES_H
 #include <stddef.h>
@@ -11,19 +13,27 @@
 #include <string.h>
 
 #if defined(MOE_BF16)
-typedef struct { uint16_t bits; } floatX;
+typedef struct {
+    uint16_t bits;
+} floatX;
 typedef float real;
 #define PRECISION_NAME "bf16"
 #elif defined(MOE_FP64)
-typedef struct { double v; } floatX;
+typedef struct {
+    double v;
+} floatX;
 typedef double real;
 #define PRECISION_NAME "fp64"
 #else
-typedef struct { float v; } floatX;
+typedef struct {
+    float v;
+} floatX;
 typedef float real;
 #define PRECISION_NAME "fp32"
 #endif
-typedef struct { real v; } gradX;
+typedef struct {
+    real v;
+} gradX;
 
 // bf16 on the HOST.
 static inline float bf16_to_float(uint16_t bits) {
@@ -32,8 +42,9 @@ static inline float bf16_to_float(uint16_t bits) {
     memcpy(&f, &u, 4);
     return f;
 }
-// Nearest even: adding 0x7fff, or 0x8000 where the kept bit is odd, carries exactly when the dropped half is above (or a tie
-// against an odd number); infinity cannot carry. A NaN could carry into infinity or zero: it is cut instead, and made quiet.
+// Nearest even: adding 0x7fff, or 0x8000 where the kept bit is odd, carries exactly when the
+// dropped half is above (or a tie against an odd number); infinity cannot carry. A NaN could carry
+// into infinity or zero: it is cut instead, and made quiet.
 static inline uint16_t float_to_bf16(float f) {
     uint32_t u;
     memcpy(&u, &f, 4);
@@ -53,7 +64,10 @@ static inline float floatx_to_float(floatX x) {
 // element types of buffers, messages and files
 typedef enum { DTYPE_F32, DTYPE_BF16, DTYPE_F16, DTYPE_F64, DTYPE_I32, DTYPE_I64, DTYPE_U8 } Dtype;
 static inline size_t dtype_size(Dtype d) {
-    return d == DTYPE_F64 || d == DTYPE_I64 ? 8 : d == DTYPE_BF16 || d == DTYPE_F16 ? 2 : d == DTYPE_U8 ? 1 : 4;
+    return d == DTYPE_F64 || d == DTYPE_I64    ? 8
+           : d == DTYPE_BF16 || d == DTYPE_F16 ? 2
+           : d == DTYPE_U8                     ? 1
+                                               : 4;
 }
 #if defined(MOE_BF16)
 #define DTYPE_FLOATX DTYPE_BF16

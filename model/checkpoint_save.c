@@ -1,10 +1,11 @@
 // Writing checkpoints: see checkpoint.h.
 //
-//   plan     every rank: which files, which tensor where. A function of config and options alone, so all ranks agree without talking.
-//   begin    one rank: is there room?, folder incomplete_step_N, every file at its full size with its header
-//   shards   every rank that writes: its own byte ranges of all files, synced
-//   finish   one rank: index, config, tokenizer, trainer.json; then the folder gets its name
-#define _GNU_SOURCE                      // fallocate
+//   plan     every rank: which files, which tensor where. A function of config and options alone,
+//   so all ranks agree without talking. begin    one rank: is there room?, folder
+//   incomplete_step_N, every file at its full size with its header shards   every rank that writes:
+//   its own byte ranges of all files, synced finish   one rank: index, config, tokenizer,
+//   trainer.json; then the folder gets its name
+#define _GNU_SOURCE // fallocate
 #include "checkpoint_parts.h"
 #include "checkpoint_folder.h"
 #include "../kernels/fail.h"
@@ -17,18 +18,26 @@
 #include <string.h>
 #include <unistd.h>
 
-#define DEFAULT_FILE_BYTES 5000000000    // Hugging Face's customary 5 GB
-enum { SMALL_FILES = 1 << 20 };          // room for configs, index and folder, beside what is counted exactly
+#define DEFAULT_FILE_BYTES 5000000000 // Hugging Face's customary 5 GB
+enum {
+    SMALL_FILES = 1 << 20
+}; // room for configs, index and folder, beside what is counted exactly
 
 SaveDtype save_dtype_parse(const char *text) {
     static const char *names[] = { "", "f32", "bf16", "source" };
-    for (int i = 0; i < 4; i++) if (!strcmp(text, names[i])) return (SaveDtype)i;
+    for (int i = 0; i < 4; i++)
+        if (!strcmp(text, names[i])) return (SaveDtype)i;
     die("--save-dtype %s|use f32, bf16 or source", text);
 }
 
-static const char *torch_name(Dtype t) { return t == DTYPE_BF16 ? "bfloat16" : t == DTYPE_F16 ? "float16" : t == DTYPE_F64 ? "float64" : "float32"; }
+static const char *torch_name(Dtype t) {
+    return t == DTYPE_BF16  ? "bfloat16"
+           : t == DTYPE_F16 ? "float16"
+           : t == DTYPE_F64 ? "float64"
+                            : "float32";
+}
 
-// ---- plan -------------------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- plan -----------------------------------------------------------------------------------
 static Dtype save_type(const Checkpoint *k, SaveDtype option, int weight) {
     if (option == SAVE_F32) return DTYPE_F32;
     if (option == SAVE_BF16) return DTYPE_BF16;
@@ -36,17 +45,28 @@ static Dtype save_type(const Checkpoint *k, SaveDtype option, int weight) {
 }
 
 // Every number of type `has` is a number of type `to`.
-static int holds(Dtype to, Dtype has) { return to == has || to == DTYPE_F64 || (to == DTYPE_F32 && (has == DTYPE_BF16 || has == DTYPE_F16)); }
+static int holds(Dtype to, Dtype has) {
+    return to == has || to == DTYPE_F64 ||
+           (to == DTYPE_F32 && (has == DTYPE_BF16 || has == DTYPE_F16));
+}
 
-static SafeTensor new_tensor(char *name, Dtype type, int n_dims, int64_t d0, int64_t d1, int64_t d2) {
+static SafeTensor new_tensor(char *name, Dtype type, int n_dims, int64_t d0, int64_t d1,
+                             int64_t d2) {
     SafeTensor t;
     memset(&t, 0, sizeof t);
-    t.name = name; t.type = type; t.n_dims = n_dims;
-    t.shape[0] = d0; t.shape[1] = d1; t.shape[2] = d2;
+    t.name = name;
+    t.type = type;
+    t.n_dims = n_dims;
+    t.shape[0] = d0;
+    t.shape[1] = d1;
+    t.shape[2] = d2;
     return t;
 }
 
-typedef struct { int tensor; int64_t base; } Home;   // the tensor of the file that holds a weight, and where the weight begins in it
+typedef struct {
+    int tensor;
+    int64_t base;
+} Home; // the tensor of the file that holds a weight, and where the weight begins in it
 
 // The model's tensors in the layout asked for, in table order, and each weight's home among them.
 static int model_tensors(const Checkpoint *k, SaveOptions o, SafeTensor *t, Home *home) {
@@ -56,21 +76,30 @@ static int model_tensors(const Checkpoint *k, SaveOptions o, SafeTensor *t, Home
         char fused[160];
         int64_t shape[3], base = 0;
         if (o.fused && checkpoint_fused(&k->m->c, w->name, fused, &base, shape)) {
-            if (!base) t[n++] = new_tensor(xasprintf("%s", fused), save_type(k, o.dtype, i), 3, shape[0], shape[1], shape[2]);
-        } else t[n++] = new_tensor(xasprintf("%s", w->name), save_type(k, o.dtype, i), w->vector ? 1 : 2, w->vector ? w->cols : w->rows, w->vector ? 0 : w->cols, 0);
-        home[i].tensor = n - 1;          // an expert's tensors follow one another in the table
+            if (!base)
+                t[n++] = new_tensor(xasprintf("%s", fused), save_type(k, o.dtype, i), 3, shape[0],
+                                    shape[1], shape[2]);
+        } else
+            t[n++] =
+                new_tensor(xasprintf("%s", w->name), save_type(k, o.dtype, i), w->vector ? 1 : 2,
+                           w->vector ? w->cols : w->rows, w->vector ? 0 : w->cols, 0);
+        home[i].tensor = n - 1; // an expert's tensors follow one another in the table
         home[i].base = base;
     }
     return n;
 }
 
-// Cuts n tensors into files of at most `limit` bytes; t[i].file becomes the file's number. Returns how many.
+// Cuts n tensors into files of at most `limit` bytes; t[i].file becomes the file's number. Returns
+// how many.
 static int cut_files(SafeTensor *t, int n, int64_t limit) {
     int file = 0;
     int64_t used = 0;
     for (int i = 0; i < n; i++) {
         int64_t bytes = safetensors_elements(&t[i]) * (int64_t)dtype_size(t[i].type);
-        if (used && used + bytes > limit) { file++; used = 0; }
+        if (used && used + bytes > limit) {
+            file++;
+            used = 0;
+        }
         used += bytes;
         t[i].file = file;
     }
@@ -89,12 +118,18 @@ static void plan_model(const Checkpoint *k, SavePlan *p) {
     p->tensor = (SafeTensor *)xcalloc((size_t)k->n, sizeof *p->tensor, "save plan");
     p->n_tensors = model_tensors(k, p->options, p->tensor, home);
     p->dtype = torch_name(p->tensor[0].type);
-    p->n_model_files = cut_files(p->tensor, p->n_tensors, p->options.file_bytes > 0 ? p->options.file_bytes : DEFAULT_FILE_BYTES);
+    p->n_model_files =
+        cut_files(p->tensor, p->n_tensors,
+                  p->options.file_bytes > 0 ? p->options.file_bytes : DEFAULT_FILE_BYTES);
     p->file = (OutFile *)xcalloc((size_t)p->n_model_files + 1, sizeof *p->file, "save plan");
     for (int i = 0, first = 0; i < p->n_model_files; i++) {
         int n = 0;
         while (first + n < p->n_tensors && p->tensor[first + n].file == i) n++;
-        add_file(p, p->n_model_files == 1 ? xasprintf("model.safetensors") : xasprintf("model-%05d-of-%05d.safetensors", i + 1, p->n_model_files), p->tensor + first, n);
+        add_file(p,
+                 p->n_model_files == 1
+                     ? xasprintf("model.safetensors")
+                     : xasprintf("model-%05d-of-%05d.safetensors", i + 1, p->n_model_files),
+                 p->tensor + first, n);
         first += n;
     }
     p->place[PART_WEIGHT] = (Place *)xmalloc((size_t)k->n * sizeof(Place), "save plan");
@@ -106,25 +141,37 @@ static void plan_model(const Checkpoint *k, SavePlan *p) {
     free(home);
 }
 
-// optimizer.safetensors: what resuming needs and the model's files do not hold. A weight gets a .master where its file type has fewer bits than training.
+// optimizer.safetensors: what resuming needs and the model's files do not hold. A weight gets a
+// .master where its file type has fewer bits than training.
 static void plan_state(const Checkpoint *k, SavePlan *p, unsigned state) {
     Dtype trained = state & STATE_MASTER ? DTYPE_REAL : DTYPE_FLOATX;
     SafeTensor *t = (SafeTensor *)xmalloc((size_t)k->n * PARTS * sizeof *t, "save plan");
     int n = 0;
-    for (Part part = PART_MASTER; part < PARTS; part = (Part)(part + 1)) p->place[part] = (Place *)xmalloc((size_t)k->n * sizeof(Place), "save plan");
+    for (Part part = PART_MASTER; part < PARTS; part = (Part)(part + 1))
+        p->place[part] = (Place *)xmalloc((size_t)k->n * sizeof(Place), "save plan");
     for (int i = 0; i < k->n; i++)
         for (Part part = PART_MASTER; part < PARTS; part = (Part)(part + 1)) {
             const Weight *w = &k->weight[i];
             int is_scale = part >= PART_M_SCALE, is_code = part == PART_M8 || part == PART_V8;
-            int wanted = part == PART_MASTER ? !holds(p->place[PART_WEIGHT][i].type, trained) : (state & (part == PART_M ? STATE_M : part == PART_V ? STATE_V : STATE_8BIT)) != 0;
-            Dtype type = part == PART_MASTER ? trained : is_code ? DTYPE_U8 : is_scale ? DTYPE_F32 : DTYPE_REAL;
-            Place place = { wanted ? p->n_model_files : -1, type, n };       // at: index for now, the offset once the file is laid out
+            int wanted = part == PART_MASTER ? !holds(p->place[PART_WEIGHT][i].type, trained)
+                                             : (state & (part == PART_M   ? STATE_M
+                                                         : part == PART_V ? STATE_V
+                                                                          : STATE_8BIT)) != 0;
+            Dtype type = part == PART_MASTER ? trained
+                         : is_code           ? DTYPE_U8
+                         : is_scale          ? DTYPE_F32
+                                             : DTYPE_REAL;
+            Place place = { wanted ? p->n_model_files : -1, type,
+                            n }; // at: index for now, the offset once the file is laid out
             p->place[part][i] = place;
             if (!wanted) continue;
             int flat = w->vector || is_scale;
-            t[n++] = new_tensor(xasprintf("%s%s", w->name, PART_SUFFIX[part]), type, flat ? 1 : 2, flat ? checkpoint_part_elements(w, part) : w->rows, flat ? 0 : w->cols, 0);
+            t[n++] = new_tensor(xasprintf("%s%s", w->name, PART_SUFFIX[part]), type, flat ? 1 : 2,
+                                flat ? checkpoint_part_elements(w, part) : w->rows,
+                                flat ? 0 : w->cols, 0);
         }
-    add_file(p, xasprintf("optimizer.safetensors"), t, n);        // without a tensor, too: a reader finds the same files in every checkpoint
+    add_file(p, xasprintf("optimizer.safetensors"), t,
+             n); // without a tensor, too: a reader finds the same files in every checkpoint
     for (Part part = PART_MASTER; part < PARTS; part = (Part)(part + 1))
         for (int i = 0; i < k->n; i++)
             if (p->place[part][i].file >= 0) p->place[part][i].at = t[p->place[part][i].at].at;
@@ -133,24 +180,38 @@ static void plan_state(const Checkpoint *k, SavePlan *p, unsigned state) {
 }
 
 void checkpoint_plan_free(SavePlan *p) {
-    for (int i = 0; i < p->n_files; i++) { free(p->file[i].name); free(p->file[i].header); }
+    for (int i = 0; i < p->n_files; i++) {
+        free(p->file[i].name);
+        free(p->file[i].header);
+    }
     for (int i = 0; i < p->n_tensors; i++) free(p->tensor[i].name);
     for (int i = 0; i < PARTS; i++) free(p->place[i]);
-    free(p->file); free(p->tensor); free(p->out); free(p->folder);
+    free(p->file);
+    free(p->tensor);
+    free(p->out);
+    free(p->folder);
     memset(p, 0, sizeof *p);
 }
 
-// Saving as the source was cannot bring back bits that training did not keep, and a model that was initialised has no source.
+// Saving as the source was cannot bring back bits that training did not keep, and a model that was
+// initialised has no source.
 static void warn_source(Checkpoint *k, unsigned state) {
     Dtype trained = state & STATE_MASTER ? DTYPE_REAL : DTYPE_FLOATX;
     int narrowed = 0;
     for (int i = 0; k->has_source && i < k->n; i++) narrowed += !holds(trained, k->source[i]);
     if (k->warned++ || k->rank) return;
-    if (!k->has_source) fprintf(stderr, "warning: --save-dtype source: the model was not loaded, saving as %s\n", dtype_name(DTYPE_FLOATX));
-    else if (narrowed) fprintf(stderr, "warning: --save-dtype source: %d of %d tensors had more bits than %s, in which this run keeps them\n", narrowed, k->n, dtype_name(trained));
+    if (!k->has_source)
+        fprintf(stderr, "warning: --save-dtype source: the model was not loaded, saving as %s\n",
+                dtype_name(DTYPE_FLOATX));
+    else if (narrowed)
+        fprintf(
+            stderr,
+            "warning: --save-dtype source: %d of %d tensors had more bits than %s, in which this run keeps them\n",
+            narrowed, k->n, dtype_name(trained));
 }
 
-void checkpoint_save_plan(Checkpoint *k, const char *out, int64_t step, SaveOptions o, unsigned state) {
+void checkpoint_save_plan(Checkpoint *k, const char *out, int64_t step, SaveOptions o,
+                          unsigned state) {
     SavePlan *p = &k->plan;
     checkpoint_plan_free(p);
     p->options = o;
@@ -163,12 +224,13 @@ void checkpoint_save_plan(Checkpoint *k, const char *out, int64_t step, SaveOpti
     plan_state(k, p, state);
 }
 
-// ---- begin --------------------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- begin ----------------------------------------------------------------------------------
 // A save that cannot be finished gives its space back before it ends the run.
 static void fail(const SavePlan *p, const char *file, int error) MOE_NORETURN;
 static void fail(const SavePlan *p, const char *file, int error) {
     folder_remove(p->folder);
-    die("%s/%s: cannot write: %s|free disk space, lower --keep or choose another --out; earlier checkpoints are intact", p->folder, file, strerror(error));
+    die("%s/%s: cannot write: %s|free disk space, lower --keep or choose another --out; earlier checkpoints are intact",
+        p->folder, file, strerror(error));
 }
 
 static int open_file(const SavePlan *p, const OutFile *f, int flags) {
@@ -186,16 +248,19 @@ void checkpoint_save_begin(Checkpoint *k) {
     int64_t room = folder_free_bytes(dir), need = p->bytes + SMALL_FILES;
     for (int i = 0; i < k->n_attachments; i++) need += (int64_t)k->attachment[i].bytes;
     if (room >= 0 && room < need)
-        die("%s: a checkpoint needs %.3f GB, the disk has %.3f GB free|free disk space, lower --keep or choose another --out; earlier checkpoints are intact", dir,
-            (double)need / 1e9, (double)room / 1e9);
+        die("%s: a checkpoint needs %.3f GB, the disk has %.3f GB free|free disk space, lower --keep or choose another --out; earlier checkpoints are intact",
+            dir, (double)need / 1e9, (double)room / 1e9);
     free(dir);
     free(folder_begin(p->out, p->step));
     for (int i = 0; i < p->n_files; i++) {
         const OutFile *f = &p->file[i];
         int fd = open_file(p, f, O_CREAT | O_TRUNC), error = 0;
 #ifdef __linux__
-        // Takes the blocks now where the file system can: a full disk or quota shows before the first byte is written.
-        if (fallocate(fd, 0, 0, (off_t)f->bytes) && (errno == ENOSPC || errno == EDQUOT || errno == EFBIG)) error = errno;
+        // Takes the blocks now where the file system can: a full disk or quota shows before the
+        // first byte is written.
+        if (fallocate(fd, 0, 0, (off_t)f->bytes) &&
+            (errno == ENOSPC || errno == EDQUOT || errno == EFBIG))
+            error = errno;
 #endif
         if (!error && ftruncate(fd, (off_t)f->bytes)) error = errno;
         if (!error) error = file_write_at(fd, 0, f->header, (int64_t)f->header_bytes);
@@ -205,8 +270,9 @@ void checkpoint_save_begin(Checkpoint *k) {
     }
 }
 
-// ---- shards -------------------------------------------------------------------------------------------------------------------------------------------------------------
-static void write_piece(Checkpoint *k, const int *fd, Place place, Part part, const OptimizerState *s, const Segment *g) {
+// ---- shards ---------------------------------------------------------------------------------
+static void write_piece(Checkpoint *k, const int *fd, Place place, Part part,
+                        const OptimizerState *s, const Segment *g) {
     Piece p = checkpoint_piece(part, s, g);
     int64_t size = (int64_t)dtype_size(place.type), step = CHECKPOINT_STAGING / 8;
     for (int64_t i = 0; i < p.count; i += step) {
@@ -217,7 +283,8 @@ static void write_piece(Checkpoint *k, const int *fd, Place place, Part part, co
             src = k->device;
         }
         device_download(k->host, src, (size_t)(n * size));
-        int error = file_write_at(fd[place.file], place.at + (p.first + i) * size, k->host, n * size);
+        int error =
+            file_write_at(fd[place.file], place.at + (p.first + i) * size, k->host, n * size);
         if (error) fail(&k->plan, k->plan.file[place.file].name, error);
         checkpoint_progress(k, "writing", n * size);
     }
@@ -230,7 +297,7 @@ void checkpoint_save_shards(Checkpoint *k, const OptimizerState *shard) {
     int *fd = (int *)xmalloc((size_t)p->n_files * sizeof *fd, "file list");
     for (int i = 0; i < p->n_files; i++) fd[i] = open_file(p, &p->file[i], 0);
     int64_t total = 0;
-    for (int pass = 0; pass < 2; pass++) {       // the first counts
+    for (int pass = 0; pass < 2; pass++) { // the first counts
         if (pass) checkpoint_progress_start(k, total);
         for (int b = 0; b < k->m->n_blocks; b++)
             for (Part part = PART_WEIGHT; part < PARTS; part = (Part)(part + 1))
@@ -238,8 +305,11 @@ void checkpoint_save_shards(Checkpoint *k, const OptimizerState *shard) {
                     const Segment *g = &k->m->block[b].segment[i];
                     Place place = p->place[part][checkpoint_weight(k, g)];
                     if (place.file < 0) continue;
-                    if (pass) write_piece(k, fd, place, part, &shard[b], g);
-                    else total += checkpoint_piece(part, &shard[b], g).count * (int64_t)dtype_size(place.type);
+                    if (pass)
+                        write_piece(k, fd, place, part, &shard[b], g);
+                    else
+                        total += checkpoint_piece(part, &shard[b], g).count *
+                                 (int64_t)dtype_size(place.type);
                 }
     }
     checkpoint_progress_end(k);
@@ -248,11 +318,12 @@ void checkpoint_save_shards(Checkpoint *k, const OptimizerState *shard) {
         if (close(fd[i]) && !error) error = errno;
         if (error) fail(p, p->file[i].name, error);
     }
-    free(fd); free(k->host);
+    free(fd);
+    free(k->host);
     k->host = 0;
 }
 
-// ---- finish -------------------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- finish ---------------------------------------------------------------------------------
 static void write_small(const SavePlan *p, const char *name, const char *data, size_t bytes) {
     int error = folder_write(p->folder, name, data, bytes);
     if (error) fail(p, name, error);
@@ -268,30 +339,35 @@ static void write_json(const SavePlan *p, const char *name, cJSON *root) {
 
 void checkpoint_save_finish(Checkpoint *k, const struct cJSON *trainer) {
     SavePlan *p = &k->plan;
-    cJSON *index = cJSON_CreateObject(), *metadata = cJSON_AddObjectToObject(index, "metadata"), *map = cJSON_AddObjectToObject(index, "weight_map");
+    cJSON *index = cJSON_CreateObject(), *metadata = cJSON_AddObjectToObject(index, "metadata"),
+          *map = cJSON_AddObjectToObject(index, "weight_map");
     double bytes = 0;
     for (int i = 0; i < p->n_tensors; i++) {
         bytes += (double)p->tensor[i].bytes;
-        cJSON_AddItemToObject(map, p->tensor[i].name, cJSON_CreateString(p->file[p->tensor[i].file].name));
+        cJSON_AddItemToObject(map, p->tensor[i].name,
+                              cJSON_CreateString(p->file[p->tensor[i].file].name));
     }
     cJSON_AddNumberToObject(metadata, "total_size", bytes);
     write_json(p, "model.safetensors.index.json", index);
     char *config = config_export(&k->m->c, p->dtype);
     write_small(p, "config.json", config, strlen(config));
     cJSON_free(config);
-    for (int i = 0; i < k->n_attachments; i++) write_small(p, k->attachment[i].name, k->attachment[i].data, k->attachment[i].bytes);
+    for (int i = 0; i < k->n_attachments; i++)
+        write_small(p, k->attachment[i].name, k->attachment[i].data, k->attachment[i].bytes);
     cJSON *root = trainer ? cJSON_Duplicate(trainer, 1) : cJSON_CreateObject();
     static const char *ours[] = { "step", "precision", "files" };
     for (int i = 0; i < 3; i++) cJSON_DeleteItemFromObjectCaseSensitive(root, ours[i]);
     cJSON_AddNumberToObject(root, "step", (double)p->step);
     cJSON_AddStringToObject(root, "precision", PRECISION_NAME);
     cJSON *files = cJSON_AddObjectToObject(root, "files");
-    for (int i = 0; i < p->n_files; i++) cJSON_AddNumberToObject(files, p->file[i].name, (double)p->file[i].bytes);
+    for (int i = 0; i < p->n_files; i++)
+        cJSON_AddNumberToObject(files, p->file[i].name, (double)p->file[i].bytes);
     write_json(p, "trainer.json", root);
     folder_publish(p->out, p->step, p->options.keep);
 }
 
-int64_t checkpoint_save(Checkpoint *k, const char *out, int64_t step, SaveOptions o, const OptimizerState *shard, const struct cJSON *trainer) {
+int64_t checkpoint_save(Checkpoint *k, const char *out, int64_t step, SaveOptions o,
+                        const OptimizerState *shard, const struct cJSON *trainer) {
     checkpoint_save_plan(k, out, step, o, checkpoint_state(shard));
     int64_t bytes = k->plan.bytes;
     if (!k->rank) checkpoint_save_begin(k);

@@ -3,21 +3,32 @@
 #include "profile.h"
 #include <string.h>
 
-// ---- weights and gradients: pointers into blocks ---------------------------------------------------------------------------
-#define LAYER_POINTERS(result, dense, local)                                                                      \
-    do {                                                                                                          \
-        const ParamId id[11] = { P_ATTN_NORM, P_MLP_NORM, P_Q, P_K_, P_V_, P_Q_NORM, P_K_NORM, P_O, P_ROUTER,     \
-                                 m->c.is_moe[layer] ? P_EXPERT_UP : P_MLP_UP, m->c.is_moe[layer] ? P_EXPERT_DOWN : P_MLP_DOWN }; \
-        for (int i = 0; i < 11; i++) {                                                                            \
-            const Param *p = model_param(m, id[i], layer);                                                        \
-            at[i] = !p ? 0 : m->block[p->block].local ? (local) + p->offset : (dense) + p->offset;                \
-        }                                                                                                         \
+// ---- weights and gradients: pointers into blocks --------------------------------------------
+#define LAYER_POINTERS(result, dense, local)                                                       \
+    do {                                                                                           \
+        const ParamId id[11] = { P_ATTN_NORM,                                                      \
+                                 P_MLP_NORM,                                                       \
+                                 P_Q,                                                              \
+                                 P_K_,                                                             \
+                                 P_V_,                                                             \
+                                 P_Q_NORM,                                                         \
+                                 P_K_NORM,                                                         \
+                                 P_O,                                                              \
+                                 P_ROUTER,                                                         \
+                                 m->c.is_moe[layer] ? P_EXPERT_UP : P_MLP_UP,                      \
+                                 m->c.is_moe[layer] ? P_EXPERT_DOWN : P_MLP_DOWN };                \
+        for (int i = 0; i < 11; i++) {                                                             \
+            const Param *p = model_param(m, id[i], layer);                                         \
+            at[i] = !p ? 0 : m->block[p->block].local ? (local) + p->offset : (dense) + p->offset; \
+        }                                                                                          \
     } while (0)
 
 LayerWeights layer_weights(const Model *m, int layer, const floatX *dense, const floatX *local) {
     const floatX *at[11];
     LAYER_POINTERS(at, dense, local);
-    LayerWeights w = { at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10] };
+    LayerWeights w = {
+        at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10]
+    };
     return w;
 }
 
@@ -28,7 +39,7 @@ LayerGrads layer_grads(const Model *m, int layer, gradX *dense, gradX *local) {
     return d;
 }
 
-// ---- memory -----------------------------------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------
 // Width of the MLP of a layer and its rows: a dense layer is one expert with every token.
 static int mlp_width(const Config *c, int layer) { return c->is_moe[layer] ? c->F : c->I; }
 
@@ -36,47 +47,80 @@ static int mlp_width(const Config *c, int layer) { return c->is_moe[layer] ? c->
 static size_t attention_layout(Kept *k, const Work *w, char *base) {
     const Config *c = w->c;
     size_t at = 0, q = (size_t)w->Ra * w->Hl * c->D, kv = (size_t)w->Ra * w->KVl * c->D;
-#define PLACE(field, type, count) do { k->field = base ? (type *)(base + at) : 0; at += ((count) * sizeof(type) + 255) / 256 * 256; } while (0)
-    PLACE(q, floatX, q); PLACE(k, floatX, kv); PLACE(v, floatX, kv); PLACE(o, floatX, q);
-    PLACE(lse, real, (size_t)w->Ra * w->Hl); PLACE(mid, floatX, (size_t)w->R * c->C);
+#define PLACE(field, type, count)                         \
+    do {                                                  \
+        k->field = base ? (type *)(base + at) : 0;        \
+        at += ((count) * sizeof(type) + 255) / 256 * 256; \
+    } while (0)
+    PLACE(q, floatX, q);
+    PLACE(k, floatX, kv);
+    PLACE(v, floatX, kv);
+    PLACE(o, floatX, q);
+    PLACE(lse, real, (size_t)w->Ra * w->Hl);
+    PLACE(mid, floatX, (size_t)w->R * c->C);
     return at;
 }
 
-static size_t expert_layout(Kept *k, const Work *w, int layer, int64_t rows, int64_t pool, char *base) {
+static size_t expert_layout(Kept *k, const Work *w, int layer, int64_t rows, int64_t pool,
+                            char *base) {
     const Config *c = w->c;
     size_t at = 0;
     PLACE(H, floatX, (size_t)rows * 2 * mlp_width(c, layer));
-    if (w->moves && c->is_moe[layer]) { PLACE(pool, floatX, (size_t)pool * c->C); PLACE(pool_score, real, (size_t)pool * c->K); }
+    if (w->moves && c->is_moe[layer]) {
+        PLACE(pool, floatX, (size_t)pool * c->C);
+        PLACE(pool_score, real, (size_t)pool * c->K);
+    }
 #undef PLACE
     return at;
 }
 
-size_t kept_attention_bytes(const Work *w) { Kept k; return attention_layout(&k, w, 0); }
-size_t kept_expert_bytes(const Work *w, int layer, int64_t rows, int64_t pool) { Kept k; return expert_layout(&k, w, layer, rows, pool, 0); }
+size_t kept_attention_bytes(const Work *w) {
+    Kept k;
+    return attention_layout(&k, w, 0);
+}
+size_t kept_expert_bytes(const Work *w, int layer, int64_t rows, int64_t pool) {
+    Kept k;
+    return expert_layout(&k, w, layer, rows, pool, 0);
+}
 
 void kept_attention_place(Kept *k, const Work *w, const Slot *s, char *memory) {
     k->has_attention = memory != 0;
-    if (memory) { attention_layout(k, w, memory); return; }
-    k->q = s->scratch.q; k->k = s->scratch.k; k->v = s->scratch.v; k->o = s->scratch.o; k->lse = s->scratch.lse; k->mid = s->scratch.mid;
+    if (memory) {
+        attention_layout(k, w, memory);
+        return;
+    }
+    k->q = s->scratch.q;
+    k->k = s->scratch.k;
+    k->v = s->scratch.v;
+    k->o = s->scratch.o;
+    k->lse = s->scratch.lse;
+    k->mid = s->scratch.mid;
 }
 
-void kept_expert_place(Kept *k, const Work *w, int layer, int64_t rows, int64_t pool, char *memory) {
+void kept_expert_place(Kept *k, const Work *w, int layer, int64_t rows, int64_t pool,
+                       char *memory) {
     k->has_experts = memory != 0;
-    k->pool = 0; k->pool_score = 0;
-    if (memory) expert_layout(k, w, layer, rows, pool, memory);
-    else k->H = w->H;
+    k->pool = 0;
+    k->pool_score = 0;
+    if (memory)
+        expert_layout(k, w, layer, rows, pool, memory);
+    else
+        k->H = w->H;
 }
 
 void work_create(Work *w, const Model *m, const Grid *g, int B, int T, Arena *arena) {
     const Config *c = &m->c;
     memset(w, 0, sizeof *w);
-    w->c = c; w->B = B; w->T = T; w->R = B * T;
+    w->c = c;
+    w->B = B;
+    w->T = T;
+    w->R = B * T;
     w->Hl = c->H / (m->cut.split_heads ? g->ep : 1);
     w->KVl = c->KV / (m->cut.split_heads ? g->ep : 1);
     w->Ra = heads_rows(g, w->R);
     w->moves = g->ep > 1 && g->dispatch != DISPATCH_ALLREDUCE;
     w->heads = heads_create(g, c, w->R, arena);
-    size_t M = 0, hidden = 0;                     // largest expert rows, and rows x width, over the kinds of layers
+    size_t M = 0, hidden = 0; // largest expert rows, and rows x width, over the kinds of layers
     if (c->n_moe) {
         M = (size_t)plan_rows(exchange_pool_bound(g, w->R), c->K, c->E / g->ep);
         hidden = M * (size_t)c->F;
@@ -85,13 +129,16 @@ void work_create(Work *w, const Model *m, const Grid *g, int B, int T, Arena *ar
         size_t rows = (size_t)plan_rows(w->R, 1, 1);
         if (rows > M) M = rows;
         if (rows * (size_t)c->I > hidden) hidden = rows * (size_t)c->I;
-        w->dense.M = (int)rows; w->dense.P = w->R; w->dense.E = w->dense.K = 1;
+        w->dense.M = (int)rows;
+        w->dense.P = w->R;
+        w->dense.E = w->dense.K = 1;
         w->dense.row_token = ARENA_TAKE(arena, int, rows, "row index");
         w->dense.token_row = ARENA_TAKE(arena, int, w->R, "row index");
         w->dense.expert_row = ARENA_TAKE(arena, int, 2, "row index");
         if (w->dense.row_token) plan_dense(&w->dense, w->R);
     }
-    size_t q = (size_t)w->Ra * w->Hl * c->D, kv = (size_t)w->Ra * w->KVl * c->D, x = (size_t)w->R * c->C;
+    size_t q = (size_t)w->Ra * w->Hl * c->D, kv = (size_t)w->Ra * w->KVl * c->D,
+           x = (size_t)w->R * c->C;
     w->cos = ARENA_TAKE(arena, real, (size_t)T * c->D / 2, "rope table");
     w->sin = ARENA_TAKE(arena, real, (size_t)T * c->D / 2, "rope table");
     if (w->cos) rope_table(w->cos, w->sin, c->rope_theta, T, c->D);
@@ -103,7 +150,8 @@ void work_create(Work *w, const Model *m, const Grid *g, int B, int T, Arena *ar
     w->dv = ARENA_TAKE(arena, floatX, kv, "working set: attention");
     w->d_o = ARENA_TAKE(arena, floatX, q, "working set: attention");
     w->dh = ARENA_TAKE(arena, floatX, x, "working set: attention");
-    w->attention = arena_take(arena, attention_workspace(w->Ra / T, T, w->Hl, w->KVl, c->D), "working set: attention");
+    w->attention = arena_take(arena, attention_workspace(w->Ra / T, T, w->Hl, w->KVl, c->D),
+                              "working set: attention");
     w->H = ARENA_TAKE(arena, floatX, 2 * hidden, "working set: experts");
     w->A = ARENA_TAKE(arena, floatX, hidden, "working set: experts");
     w->Y = ARENA_TAKE(arena, floatX, M * (size_t)c->C, "working set: experts");
@@ -111,7 +159,10 @@ void work_create(Work *w, const Model *m, const Grid *g, int B, int T, Arena *ar
     w->dz = ARENA_TAKE(arena, real, (size_t)w->R * (c->n_moe ? c->E : 0), "working set: experts");
 }
 
-void work_free(Work *w) { heads_free(w->heads); w->heads = 0; }
+void work_free(Work *w) {
+    heads_free(w->heads);
+    w->heads = 0;
+}
 
 void slot_create(Slot *s, const Work *w, const Grid *g, Arena *arena) {
     const Config *c = w->c;
@@ -120,24 +171,31 @@ void slot_create(Slot *s, const Work *w, const Grid *g, Arena *arena) {
     s->u = ARENA_TAKE(arena, floatX, x, "working set: micro-batches in flight");
     s->y = ARENA_TAKE(arena, floatX, x, "working set: micro-batches in flight");
     s->rstd = ARENA_TAKE(arena, real, w->R, "working set: micro-batches in flight");
-    s->dscore = ARENA_TAKE(arena, real, (size_t)w->R * c->K, "working set: micro-batches in flight");
-    char *scratch = (char *)arena_take(arena, kept_attention_bytes(w), "working set: micro-batches in flight");
+    s->dscore =
+        ARENA_TAKE(arena, real, (size_t)w->R * c->K, "working set: micro-batches in flight");
+    char *scratch =
+        (char *)arena_take(arena, kept_attention_bytes(w), "working set: micro-batches in flight");
     if (scratch) attention_layout(&s->scratch, w, scratch);
     if (c->n_moe) s->exchange = exchange_create(g, c, w->R, arena);
 }
 
-void slot_free(Slot *s) { if (s->exchange) exchange_free(s->exchange); s->exchange = 0; }
+void slot_free(Slot *s) {
+    if (s->exchange) exchange_free(s->exchange);
+    s->exchange = 0;
+}
 
 // FLOPs of a product of R rows, for the profile; of causal attention forward, half of the square.
 static double product(double R, double O, double N) { return 2 * R * O * N; }
 static double attention_flops(const Work *w) { return 2.0 * w->Ra * w->T * w->Hl * w->c->D; }
-// Of the experts' rows, one of the three matrices: rows of this rank when tokens travel, else K of every token.
+// Of the experts' rows, one of the three matrices: rows of this rank when tokens travel, else K of
+// every token.
 static double expert_flops(const Work *w, const Slot *s, int layer) {
     const Config *c = w->c;
-    return c->is_moe[layer] ? product(w->moves ? s->plan.M : (double)w->R * c->K, c->F, c->C) : product(w->R, c->I, c->C);
+    return c->is_moe[layer] ? product(w->moves ? s->plan.M : (double)w->R * c->K, c->F, c->C)
+                            : product(w->R, c->I, c->C);
 }
 
-// ---- forward --------------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------
 // q .. mid of `kept` from its x.
 static void attention_part(Work *w, Kept *kept, const LayerWeights *p) {
     const Config *c = w->c;
@@ -150,9 +208,11 @@ static void attention_part(Work *w, Kept *kept, const LayerWeights *p) {
     linear_forward(kept->k, h, p->k, w->Ra, KV, c->C);
     linear_forward(kept->v, h, p->v, w->Ra, KV, c->C);
     profile_mark("q k norm and rope", 0);
-    qk_norm_rope_forward(w->qn, w->kn, kept->q, kept->k, p->q_norm, p->k_norm, w->cos, w->sin, (real)c->rms_eps, w->Ra, w->T, w->Hl, w->KVl, c->D);
+    qk_norm_rope_forward(w->qn, w->kn, kept->q, kept->k, p->q_norm, p->k_norm, w->cos, w->sin,
+                         (real)c->rms_eps, w->Ra, w->T, w->Hl, w->KVl, c->D);
     profile_mark("attention forward", attention_flops(w));
-    attention_forward(kept->o, kept->lse, w->qn, w->kn, kept->v, w->attention, w->Ra / w->T, w->T, w->Hl, w->KVl, c->D);
+    attention_forward(kept->o, kept->lse, w->qn, w->kn, kept->v, w->attention, w->Ra / w->T, w->T,
+                      w->Hl, w->KVl, c->D);
     profile_mark("o forward", product(w->Ra, c->C, Q));
     linear_forward(heads_target(w->heads, kept->mid), kept->o, p->o, w->Ra, c->C, Q);
     heads_reduce(w->heads, kept->mid);
@@ -160,14 +220,16 @@ static void attention_part(Work *w, Kept *kept, const LayerWeights *p) {
     add(kept->mid, kept->mid, kept->x, (size_t)w->R * c->C);
 }
 
-void layer_forward_start(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p, RouterStats stats, const real *bias) {
+void layer_forward_start(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p,
+                         RouterStats stats, const real *bias) {
     const Config *c = w->c;
     attention_part(w, kept, p);
     profile_mark("norms", 0);
     rmsnorm_forward(s->u, s->rstd, kept->mid, p->mlp_norm, (real)c->rms_eps, w->R, c->C);
     if (!c->is_moe[layer]) return;
     profile_mark("router forward", product(w->R, c->E, c->C));
-    router_forward(kept->logits, kept->topk, kept->score, stats, s->u, p->router, bias, c->norm_topk, w->R, c->C, c->E, c->K);
+    router_forward(kept->logits, kept->topk, kept->score, stats, s->u, p->router, bias,
+                   c->norm_topk, w->R, c->C, c->E, c->K);
     profile_mark("plan", 0);
     expert_plan(&s->plan, s->exchange, kept->topk);
     profile_mark("spread and collect", 0);
@@ -207,8 +269,9 @@ void layer_forward_finish(Work *w, Slot *s, Kept *kept, int layer, floatX *out) 
     add(out, kept->mid, s->y, (size_t)w->R * w->c->C);
 }
 
-// ---- backward: the stages of forward with every arrow turned round -----------------------------------------------------------
-void layer_backward_start(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p, const floatX *dx) {
+// ---- backward: the stages of forward with every arrow turned round --------------------------
+void layer_backward_start(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p,
+                          const floatX *dx) {
     const Config *c = w->c;
     if (!kept->has_attention) attention_part(w, kept, p);
     profile_mark("norms", 0);
@@ -218,10 +281,12 @@ void layer_backward_start(Work *w, Slot *s, Kept *kept, int layer, const LayerWe
     expert_plan(&s->plan, s->exchange, kept->topk);
     profile_mark("spread and collect", 0);
     if (!kept->pool) spread_start(s->exchange, FORWARD, s->u, kept->score);
-    spread_start(s->exchange, BACKWARD, dx, 0);          // out = mid + collect(...): dy of the experts is dx itself
+    spread_start(s->exchange, BACKWARD, dx,
+                 0); // out = mid + collect(...): dy of the experts is dx itself
 }
 
-void layer_backward_experts(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p, const LayerGrads *d, const floatX *dx, int accumulate) {
+void layer_backward_experts(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p,
+                            const LayerGrads *d, const floatX *dx, int accumulate) {
     const Config *c = w->c;
     int moe = c->is_moe[layer], F = mlp_width(c, layer);
     const Plan *plan = moe ? &s->plan : &w->dense;
@@ -237,7 +302,7 @@ void layer_backward_experts(Work *w, Slot *s, Kept *kept, int layer, const Layer
     }
     profile_mark("experts up", kept->has_experts ? 0 : 2 * expert_flops(w, s, layer));
     if (!kept->has_experts) experts_up(kept->H, 0, pool, p->up, plan, c->C, F);
-    floatX *dH = kept->H;                                // in place: H is not needed again
+    floatX *dH = kept->H; // in place: H is not needed again
     profile_mark("experts down backward", expert_flops(w, s, layer));
     experts_down_backward(dH, w->A, dscore, dpool, kept->H, p->down, score, plan, c->C, F);
     profile_mark("experts up backward", 2 * expert_flops(w, s, layer));
@@ -250,8 +315,9 @@ void layer_backward_experts(Work *w, Slot *s, Kept *kept, int layer, const Layer
     experts_wgrad(d->up, d->down, pool, dpool, dH, w->A, plan, accumulate, c->C, F);
 }
 
-void layer_backward_finish(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p, const LayerGrads *d, const RouterLoss *loss, floatX *dx,
-                           int accumulate, int accumulate_qkvo) {
+void layer_backward_finish(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p,
+                           const LayerGrads *d, const RouterLoss *loss, floatX *dx, int accumulate,
+                           int accumulate_qkvo) {
     const Config *c = w->c;
     int Q = w->Hl * c->D, KV = w->KVl * c->D;
     floatX *du = s->y;
@@ -259,11 +325,13 @@ void layer_backward_finish(Work *w, Slot *s, Kept *kept, int layer, const LayerW
         profile_mark("spread and collect", 0);
         collect_wait(s->exchange, BACKWARD);
         profile_mark("router backward", 2 * product(w->R, c->E, c->C));
-        router_backward_add(du, d->router, w->dz, s->dscore, kept->logits, kept->topk, kept->score, s->u, p->router, loss->share, loss->aux_scale,
-                            loss->z_scale, c->norm_topk, accumulate, w->R, c->C, c->E, c->K);
+        router_backward_add(du, d->router, w->dz, s->dscore, kept->logits, kept->topk, kept->score,
+                            s->u, p->router, loss->share, loss->aux_scale, loss->z_scale,
+                            c->norm_topk, accumulate, w->R, c->C, c->E, c->K);
     }
     profile_mark("norms backward", 0);
-    rmsnorm_backward(dx, d->mlp_norm, dx, du, kept->mid, p->mlp_norm, s->rstd, accumulate, w->R, c->C);     // dx is now the gradient of mid
+    rmsnorm_backward(dx, d->mlp_norm, dx, du, kept->mid, p->mlp_norm, s->rstd, accumulate, w->R,
+                     c->C); // dx is now the gradient of mid
 
     rmsnorm_forward(w->h, w->rstd, kept->x, p->attn_norm, (real)c->rms_eps, w->R, c->C);
     profile_mark("o backward", 2 * product(w->Ra, c->C, Q));
@@ -271,12 +339,15 @@ void layer_backward_finish(Work *w, Slot *s, Kept *kept, int layer, const LayerW
     linear_backward_input(w->d_o, d_mid, p->o, w->Ra, c->C, Q);
     linear_backward_weight(d->o, d_mid, kept->o, accumulate_qkvo, w->Ra, c->C, Q);
     profile_mark("q k norm and rope", 0);
-    qk_norm_rope_forward(w->qn, w->kn, kept->q, kept->k, p->q_norm, p->k_norm, w->cos, w->sin, (real)c->rms_eps, w->Ra, w->T, w->Hl, w->KVl, c->D);
+    qk_norm_rope_forward(w->qn, w->kn, kept->q, kept->k, p->q_norm, p->k_norm, w->cos, w->sin,
+                         (real)c->rms_eps, w->Ra, w->T, w->Hl, w->KVl, c->D);
     profile_mark("attention backward", 2.5 * attention_flops(w));
-    attention_backward(w->dq, w->dk, w->dv, w->d_o, kept->o, kept->lse, w->qn, w->kn, kept->v, w->attention, w->Ra / w->T, w->T, w->Hl, w->KVl, c->D);
+    attention_backward(w->dq, w->dk, w->dv, w->d_o, kept->o, kept->lse, w->qn, w->kn, kept->v,
+                       w->attention, w->Ra / w->T, w->T, w->Hl, w->KVl, c->D);
     profile_mark("q k norm and rope backward", 0);
-    qk_norm_rope_backward(w->dq, w->dk, d->q_norm, d->k_norm, w->dq, w->dk, kept->q, kept->k, p->q_norm, p->k_norm, w->cos, w->sin, (real)c->rms_eps,
-                          accumulate, w->Ra, w->T, w->Hl, w->KVl, c->D);
+    qk_norm_rope_backward(w->dq, w->dk, d->q_norm, d->k_norm, w->dq, w->dk, kept->q, kept->k,
+                          p->q_norm, p->k_norm, w->cos, w->sin, (real)c->rms_eps, accumulate, w->Ra,
+                          w->T, w->Hl, w->KVl, c->D);
     profile_mark("q k v backward", 2 * product(w->Ra, Q + 2 * KV, c->C));
     linear_backward_weight(d->q, w->dq, h, accumulate_qkvo, w->Ra, Q, c->C);
     linear_backward_weight(d->k, w->dk, h, accumulate_qkvo, w->Ra, KV, c->C);
@@ -287,5 +358,6 @@ void layer_backward_finish(Work *w, Slot *s, Kept *kept, int layer, const LayerW
     linear_backward_input_add(dh, w->dv, p->v, w->Ra, KV, c->C);
     heads_gather_adjoint(w->heads, w->dh);
     profile_mark("norms backward", 0);
-    rmsnorm_backward(dx, d->attn_norm, dx, w->dh, kept->x, p->attn_norm, w->rstd, accumulate, w->R, c->C);  // residual and branch meet at x
+    rmsnorm_backward(dx, d->attn_norm, dx, w->dh, kept->x, p->attn_norm, w->rstd, accumulate, w->R,
+                     c->C); // residual and branch meet at x
 }

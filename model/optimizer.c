@@ -31,15 +31,18 @@ static void *take_zero(Arena *arena, size_t bytes, const char *what) {
 
 Optimizer optimizer_create(const Model *m, OptimizerOptions o, Arena *arena) {
     Optimizer opt;
-    opt.o = o; opt.m = m;
-    opt.state = (OptimizerState *)xcalloc((size_t)m->n_blocks, sizeof(OptimizerState), "optimizer table");
+    opt.o = o;
+    opt.m = m;
+    opt.state =
+        (OptimizerState *)xcalloc((size_t)m->n_blocks, sizeof(OptimizerState), "optimizer table");
     int master = o.master && sizeof(floatX) < sizeof(float), adam = o.kind == OPT_ADAMW;
     for (int b = 0; b < m->n_blocks; b++) {
         const Block *block = &m->block[b];
         OptimizerState *s = &opt.state[b];
         size_t n = (size_t)block->shard, q = (size_t)block->n_qblocks;
         if (master) s->master = (real *)take_zero(arena, n * sizeof(real), "fp32 master weights");
-        if (adam || (o.kind == OPT_SGD && o.momentum != 0)) s->m = (real *)take_zero(arena, n * sizeof(real), "optimizer state");
+        if (adam || (o.kind == OPT_SGD && o.momentum != 0))
+            s->m = (real *)take_zero(arena, n * sizeof(real), "optimizer state");
         if (adam) s->v = (real *)take_zero(arena, n * sizeof(real), "optimizer state");
         if (o.kind == OPT_ADAMW8) {
             s->m8 = (uint8_t *)take_zero(arena, n, "optimizer state");
@@ -51,12 +54,18 @@ Optimizer optimizer_create(const Model *m, OptimizerOptions o, Arena *arena) {
     return opt;
 }
 
-void optimizer_free(Optimizer *opt) { free(opt->state); memset(opt, 0, sizeof *opt); }
+void optimizer_free(Optimizer *opt) {
+    free(opt->state);
+    memset(opt, 0, sizeof *opt);
+}
 
-void optimizer_step(Optimizer *opt, int block, const gradX *grad, double lr, int64_t t, int64_t update, double grad_scale, const real *scale) {
+void optimizer_step(Optimizer *opt, int block, const gradX *grad, double lr, int64_t t,
+                    int64_t update, double grad_scale, const real *scale) {
     const OptimizerOptions *o = &opt->o;
-    OptimizerStep step = { o->kind, lr, o->momentum, o->beta1, o->beta2, o->eps, o->weight_decay, t, o->seed, update, grad_scale };
+    OptimizerStep step = { o->kind,         lr, o->momentum, o->beta1, o->beta2,  o->eps,
+                           o->weight_decay, t,  o->seed,     update,   grad_scale };
     OptimizerState *s = &opt->state[block];
     s->grad = grad;
-    optimizer_update(s, opt->m->block[block].segment, opt->m->block[block].n_segments, &step, scale);
+    optimizer_update(s, opt->m->block[block].segment, opt->m->block[block].n_segments, &step,
+                     scale);
 }

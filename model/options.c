@@ -8,9 +8,15 @@
 #include <string.h>
 
 typedef enum { TEXT, INT, REAL, FLAG, CHOICE, FILES } OptionKind;
-typedef struct { const char *group, *name; OptionKind kind; const char *value, *choices, *help; size_t at; } Option;
+typedef struct {
+    const char *group, *name;
+    OptionKind kind;
+    const char *value, *choices, *help;
+    size_t at;
+} Option;
 #define OPTION_GROUP(title) { title, 0, TEXT, 0, 0, 0, 0 },
-#define OPTION_ROW(field, name, kind, value, choices, help) { 0, name, kind, value, choices, help, offsetof(Options, field) },
+#define OPTION_ROW(field, name, kind, value, choices, help) \
+    { 0, name, kind, value, choices, help, offsetof(Options, field) },
 static const Option table[] = { OPTION_TABLE(OPTION_GROUP, OPTION_ROW) };
 enum { ROWS = (int)(sizeof table / sizeof table[0]) };
 
@@ -40,7 +46,10 @@ static const Option *find(const char *name) {
         if (!table[i].name) continue;
         if (!strcmp(table[i].name, name)) return &table[i];
         int d = distance(name, table[i].name);
-        if (d < best) { best = d; near = &table[i]; }
+        if (d < best) {
+            best = d;
+            near = &table[i];
+        }
     }
     if (best <= 3) die("unknown option --%s|did you mean --%s? --help lists all", name, near->name);
     die("unknown option --%s|--help lists all", name);
@@ -49,7 +58,8 @@ static const Option *find(const char *name) {
 double options_real(const char *name, const char *value) {
     char *end;
     double x = strtod(value, &end);
-    if (!*value || *end || !isfinite(x)) die("--%s %s is not a number|give a number such as 0.1 or 3e-4", name, value);
+    if (!*value || *end || !isfinite(x))
+        die("--%s %s is not a number|give a number such as 0.1 or 3e-4", name, value);
     return x;
 }
 
@@ -57,15 +67,20 @@ static int64_t parse_int(const char *name, const char *value) {
     char *end;
     errno = 0;
     long long x = strtoll(value, &end, 10);
-    if (!*value || *end || errno) die("--%s %s is not a whole number|give a number such as 64", name, value);
+    if (!*value || *end || errno)
+        die("--%s %s is not a whole number|give a number such as 64", name, value);
     return x;
 }
 
 int64_t options_count(const char *name, const char *value, int64_t total) {
     if (!strpbrk(value, ".eE")) return parse_int(name, value);
     double ratio = options_real(name, value);
-    if (ratio < 0 || ratio > 1) die("--%s %s: a ratio lies between 0 and 1|write a count without a point, or a ratio of --steps", name, value);
-    return (int64_t)ceil(ratio * (double)total);             // as transformers, 0.07 of 100 is 8: the product in double is just above 7
+    if (ratio < 0 || ratio > 1)
+        die("--%s %s: a ratio lies between 0 and 1|write a count without a point, or a ratio of --steps",
+            name, value);
+    return (int64_t)ceil(
+        ratio *
+        (double)total); // as transformers, 0.07 of 100 is 8: the product in double is just above 7
 }
 
 // The choices for a hint: "a, b, c" (a bar would end the message there). Lives until the next call.
@@ -82,7 +97,7 @@ static const char *choices_text(const Option *o) {
 
 static int parse_choice(const Option *o, const char *value) {
     int i = 0;
-    for (const char *p = o->choices; ; i++) {
+    for (const char *p = o->choices;; i++) {
         size_t n = strcspn(p, "|");
         if (n == strlen(value) && !strncmp(p, value, n)) return i;
         if (!p[n]) break;
@@ -106,10 +121,16 @@ static void set(Options *options, const Option *o, const char *value) {
 Options options_parse(int argc, char **argv) {
     Options options;
     memset(&options, 0, sizeof options);
-    for (int i = 0; i < ROWS; i++) if (table[i].name) set(&options, &table[i], table[i].value);
-    for (int i = 1; i < argc; ) {
-        if (!strcmp(argv[i], "-h")) { options.help = 1; i++; continue; }
-        if (strncmp(argv[i], "--", 2)) die("%s is not an option|options begin with --; --help lists all", argv[i]);
+    for (int i = 0; i < ROWS; i++)
+        if (table[i].name) set(&options, &table[i], table[i].value);
+    for (int i = 1; i < argc;) {
+        if (!strcmp(argv[i], "-h")) {
+            options.help = 1;
+            i++;
+            continue;
+        }
+        if (strncmp(argv[i], "--", 2))
+            die("%s is not an option|options begin with --; --help lists all", argv[i]);
         const char *equals = strchr(argv[i], '=');
         char name[64];
         snprintf(name, sizeof name, "%.*s", equals ? (int)(equals - argv[i] - 2) : 60, argv[i] + 2);
@@ -118,20 +139,26 @@ Options options_parse(int argc, char **argv) {
         i++;
         if (o->kind == FLAG) {
             int given = next && (!strcmp(next, "on") || !strcmp(next, "off"));
-            if (equals && !given) die("--%s=%s|this option stands alone, or takes on or off", o->name, next);
+            if (equals && !given)
+                die("--%s=%s|this option stands alone, or takes on or off", o->name, next);
             set(&options, o, given ? next : "on");
             i += given && !equals;
         } else if (o->kind == FILES) {
             FileList *list = (FileList *)((char *)&options + o->at);
             int first = equals ? i - 1 : i, end = first;
-            while (end < argc && (end == first ? equals || strncmp(argv[end], "--", 2) : strncmp(argv[end], "--", 2))) end++;
+            while (end < argc && (end == first ? equals || strncmp(argv[end], "--", 2)
+                                               : strncmp(argv[end], "--", 2)))
+                end++;
             if (end == first) die("--%s needs a value|%s", o->name, choices_text(o));
-            list->name = (const char **)realloc((void *)list->name, (size_t)(list->n + end - first) * sizeof(char *));
+            list->name = (const char **)realloc((void *)list->name,
+                                                (size_t)(list->n + end - first) * sizeof(char *));
             if (!list->name) die("out of host memory for --%s|free memory", o->name);
-            for (int k = first; k < end; k++) list->name[list->n++] = k == first && equals ? next : argv[k];
+            for (int k = first; k < end; k++)
+                list->name[list->n++] = k == first && equals ? next : argv[k];
             i = end;
         } else {
-            if (!next || (!equals && !strncmp(next, "--", 2))) die("--%s needs a value|%s", o->name, choices_text(o));
+            if (!next || (!equals && !strncmp(next, "--", 2)))
+                die("--%s needs a value|%s", o->name, choices_text(o));
             set(&options, o, next);
             i += !equals;
         }
@@ -140,14 +167,20 @@ Options options_parse(int argc, char **argv) {
 }
 
 void options_help(FILE *out) {
-    fprintf(out, "train_moe: trains Qwen3-MoE, every parameter.\n\n  ./train_moe --init model/configs/tiny.json --train text.txt --steps 200 --out runs/first\n"
-                 "  mpirun -np 4 ./train_moe --model DIR --train 'shards/*.bin' --ep 2 --fsdp 2 --out runs/second\n");
+    fprintf(
+        out,
+        "train_moe: trains Qwen3-MoE, every parameter.\n\n  ./train_moe --init model/configs/tiny.json --train text.txt --steps 200 --out runs/first\n"
+        "  mpirun -np 4 ./train_moe --model DIR --train 'shards/*.bin' --ep 2 --fsdp 2 --out runs/second\n");
     for (int i = 0; i < ROWS; i++) {
         const Option *o = &table[i];
-        if (!o->name) { fprintf(out, "\n%s\n", o->group); continue; }
+        if (!o->name) {
+            fprintf(out, "\n%s\n", o->group);
+            continue;
+        }
         char left[96];
         snprintf(left, sizeof left, "--%s %s", o->name, o->choices);
-        fprintf(out, "  %-46s %s%s%s%s%s\n", left, o->help, *o->help && *o->value ? " " : "", *o->value ? "[" : "", o->value, *o->value ? "]" : "");
+        fprintf(out, "  %-46s %s%s%s%s%s\n", left, o->help, *o->help && *o->value ? " " : "",
+                *o->value ? "[" : "", o->value, *o->value ? "]" : "");
     }
 }
 
@@ -155,7 +188,8 @@ const char *options_choice(const Options *options, const char *name) {
     static char word[32];
     const Option *o = find(name);
     const char *p = o->choices;
-    for (int k = *(const int *)((const char *)options + o->at); k > 0; k--) p += strcspn(p, "|") + 1;
+    for (int k = *(const int *)((const char *)options + o->at); k > 0; k--)
+        p += strcspn(p, "|") + 1;
     snprintf(word, sizeof word, "%.*s", (int)strcspn(p, "|"), p);
     return word;
 }
@@ -166,15 +200,21 @@ struct cJSON *options_json(const Options *options) {
         const Option *o = &table[i];
         if (!o->name || !strcmp(o->name, "help")) continue;
         const char *field = (const char *)options + o->at;
-        if (o->kind == TEXT) cJSON_AddStringToObject(json, o->name, *(const char *const *)field);
-        else if (o->kind == INT) cJSON_AddNumberToObject(json, o->name, (double)*(const int64_t *)field);
-        else if (o->kind == REAL) cJSON_AddNumberToObject(json, o->name, *(const double *)field);
-        else if (o->kind == FLAG) cJSON_AddBoolToObject(json, o->name, *(const int *)field);
+        if (o->kind == TEXT)
+            cJSON_AddStringToObject(json, o->name, *(const char *const *)field);
+        else if (o->kind == INT)
+            cJSON_AddNumberToObject(json, o->name, (double)*(const int64_t *)field);
+        else if (o->kind == REAL)
+            cJSON_AddNumberToObject(json, o->name, *(const double *)field);
+        else if (o->kind == FLAG)
+            cJSON_AddBoolToObject(json, o->name, *(const int *)field);
         else if (o->kind == FILES) {
             const FileList *list = (const FileList *)field;
             cJSON *array = cJSON_AddArrayToObject(json, o->name);
-            for (int k = 0; k < list->n; k++) cJSON_AddItemToArray(array, cJSON_CreateString(list->name[k]));
-        } else cJSON_AddStringToObject(json, o->name, options_choice(options, o->name));
+            for (int k = 0; k < list->n; k++)
+                cJSON_AddItemToArray(array, cJSON_CreateString(list->name[k]));
+        } else
+            cJSON_AddStringToObject(json, o->name, options_choice(options, o->name));
     }
     return json;
 }

@@ -6,11 +6,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ALIGN = 256 };        // elements: parameters begin and shards are cut at multiples of this (I4)
+enum { ALIGN = 256 }; // elements: parameters begin and shards are cut at multiples of this (I4)
 
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// ---- parameters ---------------------------------------------------------------------------------------------------------
+// ---- parameters -----------------------------------------------------------------------------
 static int row_exists(const Config *c, char where, When when, int layer) {
     if (where != (layer < 0 ? 'E' : layer == c->L ? 'H' : 'L')) return 0;
     if (when == IF_MOE) return c->is_moe[layer];
@@ -20,18 +20,34 @@ static int row_exists(const Config *c, char where, When when, int layer) {
 }
 
 // One table row as the parameter of a layer, cut for this rank.
-static Param row_param(const Config *c, Cut cut, ParamId id, int layer, Kind kind, int decay, Init init, int parts, int rows, int cols, const char *hf0,
-                       const char *hf1) {
+static Param row_param(const Config *c, Cut cut, ParamId id, int layer, Kind kind, int decay,
+                       Init init, int parts, int rows, int cols, const char *hf0, const char *hf1) {
     Param p;
     memset(&p, 0, sizeof p);
     if (!cut.split_heads && (kind == HEAD_ROWS || kind == HEAD_COLS)) kind = DENSE;
-    p.id = id; p.layer = layer; p.kind = kind; p.decay = decay; p.init = init; p.parts = parts;
-    p.rows = p.full_rows = rows; p.cols = p.full_cols = cols;
+    p.id = id;
+    p.layer = layer;
+    p.kind = kind;
+    p.decay = decay;
+    p.init = init;
+    p.parts = parts;
+    p.rows = p.full_rows = rows;
+    p.cols = p.full_cols = cols;
     p.n = 1;
-    p.hf[0] = hf0; p.hf[1] = hf1;
-    if (kind == EXPERT) { p.n = c->E / cut.ep; p.first = cut.ep_rank * p.n; }
-    if (kind == HEAD_ROWS) { p.rows = rows / cut.ep; p.row0 = cut.ep_rank * p.rows; }
-    if (kind == HEAD_COLS) { p.cols = cols / cut.ep; p.col0 = cut.ep_rank * p.cols; }
+    p.hf[0] = hf0;
+    p.hf[1] = hf1;
+    if (kind == EXPERT) {
+        p.n = c->E / cut.ep;
+        p.first = cut.ep_rank * p.n;
+    }
+    if (kind == HEAD_ROWS) {
+        p.rows = rows / cut.ep;
+        p.row0 = cut.ep_rank * p.rows;
+    }
+    if (kind == HEAD_COLS) {
+        p.cols = cols / cut.ep;
+        p.col0 = cut.ep_rank * p.cols;
+    }
     p.size = (int64_t)p.n * parts * p.rows * p.cols;
     return p;
 }
@@ -39,7 +55,8 @@ static Param row_param(const Config *c, Cut cut, ParamId id, int layer, Kind kin
 static int layer_params(Param *out, const Config *c, Cut cut, int layer) {
     int n = 0;
 #define PARAM_ROW(id, where, when, kind, decay, init, parts, rows, cols, hf0, hf1) \
-    if (row_exists(c, where, when, layer)) out[n++] = row_param(c, cut, P_##id, layer, kind, decay, init, parts, rows, cols, hf0, hf1);
+    if (row_exists(c, where, when, layer))                                         \
+        out[n++] = row_param(c, cut, P_##id, layer, kind, decay, init, parts, rows, cols, hf0, hf1);
     PARAM_TABLE(PARAM_ROW)
 #undef PARAM_ROW
     return n;
@@ -47,10 +64,14 @@ static int layer_params(Param *out, const Config *c, Cut cut, int layer) {
 
 void param_hf_name(const Param *p, int slice, char *name) {
     int n = 0;
-    if (p->layer >= 0 && strncmp(p->hf[0], "model.", 6) && strncmp(p->hf[0], "lm_head", 7)) n = sprintf(name, "model.layers.%d.", p->layer);
+    if (p->layer >= 0 && strncmp(p->hf[0], "model.", 6) && strncmp(p->hf[0], "lm_head", 7))
+        n = sprintf(name, "model.layers.%d.", p->layer);
     const char *pattern = p->hf[slice % p->parts], *hole = strstr(pattern, "%d");
-    if (hole) sprintf(name + n, "%.*s%d%s", (int)(hole - pattern), pattern, p->first + slice / p->parts, hole + 2);
-    else strcpy(name + n, pattern);
+    if (hole)
+        sprintf(name + n, "%.*s%d%s", (int)(hole - pattern), pattern, p->first + slice / p->parts,
+                hole + 2);
+    else
+        strcpy(name + n, pattern);
 }
 
 void model_visit(const Config *c, TensorVisit visit, void *context) {
@@ -67,20 +88,28 @@ void model_visit(const Config *c, TensorVisit visit, void *context) {
     }
 }
 
-// ---- segments -------------------------------------------------------------------------------------------------------------
-typedef struct { Block *b; int capacity; int64_t end; } SegmentList;
+// ---- segments -------------------------------------------------------------------------------
+typedef struct {
+    Block *b;
+    int capacity;
+    int64_t end;
+} SegmentList;
 
-// Element range [begin, end) of tensor `slice` as stored here, at block offset `at`, clipped to the shard, becomes one segment. `first`: index of `begin` in the HF tensor.
-static void add_segment(SegmentList *list, const Param *p, int param, int slice, uint64_t tensor, int64_t at, int64_t count, int64_t first) {
+// Element range [begin, end) of tensor `slice` as stored here, at block offset `at`, clipped to the
+// shard, becomes one segment. `first`: index of `begin` in the HF tensor.
+static void add_segment(SegmentList *list, const Param *p, int param, int slice, uint64_t tensor,
+                        int64_t at, int64_t count, int64_t first) {
     Block *b = list->b;
-    int64_t lo = at > b->shard0 ? at : b->shard0, end = b->shard0 + b->shard, hi = at + count < end ? at + count : end;
+    int64_t lo = at > b->shard0 ? at : b->shard0, end = b->shard0 + b->shard,
+            hi = at + count < end ? at + count : end;
     if (lo >= hi) return;
     if (b->n_segments == list->capacity) {
         list->capacity = list->capacity ? 2 * list->capacity : 64;
         b->segment = (Segment *)realloc(b->segment, (size_t)list->capacity * sizeof(Segment));
         b->segment_param = (int *)realloc(b->segment_param, (size_t)list->capacity * sizeof(int));
         b->segment_slice = (int *)realloc(b->segment_slice, (size_t)list->capacity * sizeof(int));
-        if (!b->segment || !b->segment_param || !b->segment_slice) die("out of host memory for the segment table|free memory");
+        if (!b->segment || !b->segment_param || !b->segment_slice)
+            die("out of host memory for the segment table|free memory");
     }
     Segment s;
     s.tensor = tensor;
@@ -106,15 +135,19 @@ static void block_segments(Model *m, Block *b) {
             if (at >= b->shard0 + b->shard || at + tensor_size <= b->shard0) continue;
             param_hf_name(p, s, name);
             uint64_t id = tensor_id(name);
-            if (p->cols == p->full_cols) add_segment(&list, p, i, s, id, at, tensor_size, (int64_t)p->row0 * p->full_cols);
-            else for (int r = 0; r < p->rows; r++)      // columns of o_proj: a piece of every row
-                add_segment(&list, p, i, s, id, at + (int64_t)r * p->cols, p->cols, (int64_t)(p->row0 + r) * p->full_cols + p->col0);
+            if (p->cols == p->full_cols)
+                add_segment(&list, p, i, s, id, at, tensor_size, (int64_t)p->row0 * p->full_cols);
+            else
+                for (int r = 0; r < p->rows; r++) // columns of o_proj: a piece of every row
+                    add_segment(&list, p, i, s, id, at + (int64_t)r * p->cols, p->cols,
+                                (int64_t)(p->row0 + r) * p->full_cols + p->col0);
         }
     }
 }
 
-// Shards and parameters begin at multiples of ALIGN in a block. So a shard that begins inside a slice of S elements begins inside one of its quantisation blocks only where
-// earlier slices left an odd place, S % ALIGN != 0; and heads cut by ep begin where their rows or columns say.
+// Shards and parameters begin at multiples of ALIGN in a block. So a shard that begins inside a
+// slice of S elements begins inside one of its quantisation blocks only where earlier slices left
+// an odd place, S % ALIGN != 0; and heads cut by ep begin where their rows or columns say.
 int model_cuts_blocks(const Model *m) {
     for (int b = 0; b < m->n_blocks; b++) {
         const Block *block = &m->block[b];
@@ -125,18 +158,21 @@ int model_cuts_blocks(const Model *m) {
             if (p->rows != p->full_rows && slice % ALIGN) return 1;
             if (slice % ALIGN == 0) continue;
             for (int64_t at = block->shard; at < block->size; at += block->shard)
-                if (at > p->offset && at < p->offset + p->size && (at - p->offset) % slice % ALIGN) return 1;
+                if (at > p->offset && at < p->offset + p->size && (at - p->offset) % slice % ALIGN)
+                    return 1;
         }
     }
     return 0;
 }
 
-// ---- the model --------------------------------------------------------------------------------------------------------------
+// ---- the model ------------------------------------------------------------------------------
 // Appends the parameters of one layer that are local (or not) as a block; -1 where there are none.
 static int add_block(Model *m, const Param *row, int n, int layer, int local) {
     Block b;
     memset(&b, 0, sizeof b);
-    b.layer = layer; b.local = local; b.first_param = m->n_params;
+    b.layer = layer;
+    b.local = local;
+    b.first_param = m->n_params;
     for (int i = 0; i < n; i++) {
         if ((row[i].kind != DENSE) != local) continue;
         Param p = row[i];
@@ -156,39 +192,60 @@ static int add_block(Model *m, const Param *row, int n, int layer, int local) {
 }
 
 Model model_build(Config c, Cut cut) {
-    if (c.n_moe && c.E % cut.ep) die("%d experts cannot be divided over --ep %d|choose an ep that divides the number of experts", c.E, cut.ep);
+    if (c.n_moe && c.E % cut.ep)
+        die("%d experts cannot be divided over --ep %d|choose an ep that divides the number of experts",
+            c.E, cut.ep);
     if (cut.split_heads && (c.KV % cut.ep || c.H % cut.ep))
-        die("--attention heads: %d key/value heads cannot be divided over --ep %d|choose an ep that divides them, or --attention data", c.KV, cut.ep);
+        die("--attention heads: %d key/value heads cannot be divided over --ep %d|choose an ep that divides them, or --attention data",
+            c.KV, cut.ep);
     Model m;
     memset(&m, 0, sizeof m);
-    m.c = c; m.cut = cut;
-    m.param = (Param *)xcalloc((size_t)P_COUNT * (size_t)(c.L + 2), sizeof(Param), "parameter table");
+    m.c = c;
+    m.cut = cut;
+    m.param =
+        (Param *)xcalloc((size_t)P_COUNT * (size_t)(c.L + 2), sizeof(Param), "parameter table");
     m.block = (Block *)xcalloc((size_t)(2 * c.L + 2), sizeof(Block), "block table");
     m.dense_block = (int *)xcalloc((size_t)c.L, sizeof(int), "block table");
     m.local_block = (int *)xcalloc((size_t)c.L, sizeof(int), "block table");
     Param row[P_COUNT];
     for (int layer = -1; layer <= c.L; layer++) {
-        int n = layer_params(row, &c, cut, layer), dense = add_block(&m, row, n, layer, 0), local = add_block(&m, row, n, layer, 1);
-        if (layer < 0) m.embed_block = dense;
-        else if (layer == c.L) m.head_block = dense;
-        else { m.dense_block[layer] = dense; m.local_block[layer] = local; }
+        int n = layer_params(row, &c, cut, layer), dense = add_block(&m, row, n, layer, 0),
+            local = add_block(&m, row, n, layer, 1);
+        if (layer < 0)
+            m.embed_block = dense;
+        else if (layer == c.L)
+            m.head_block = dense;
+        else {
+            m.dense_block[layer] = dense;
+            m.local_block[layer] = local;
+        }
     }
     for (int b = 0; b < m.n_blocks; b++) block_segments(&m, &m.block[b]);
     return m;
 }
 
 void model_free(Model *m) {
-    for (int b = 0; b < m->n_blocks; b++) { free(m->block[b].segment); free(m->block[b].segment_param); free(m->block[b].segment_slice); }
-    free(m->param); free(m->block); free(m->dense_block); free(m->local_block);
+    for (int b = 0; b < m->n_blocks; b++) {
+        free(m->block[b].segment);
+        free(m->block[b].segment_param);
+        free(m->block[b].segment_slice);
+    }
+    free(m->param);
+    free(m->block);
+    free(m->dense_block);
+    free(m->local_block);
     config_free(&m->c);
     memset(m, 0, sizeof *m);
 }
 
 const Param *model_param(const Model *m, ParamId id, int layer) {
-    int b[2] = { layer < 0 ? m->embed_block : layer == m->c.L ? m->head_block : m->dense_block[layer],
+    int b[2] = { layer < 0         ? m->embed_block
+                 : layer == m->c.L ? m->head_block
+                                   : m->dense_block[layer],
                  layer < 0 || layer == m->c.L ? -1 : m->local_block[layer] };
     for (int j = 0; j < 2; j++)
         for (int i = 0; b[j] >= 0 && i < m->block[b[j]].n_params; i++)
-            if (m->param[m->block[b[j]].first_param + i].id == id) return &m->param[m->block[b[j]].first_param + i];
+            if (m->param[m->block[b[j]].first_param + i].id == id)
+                return &m->param[m->block[b[j]].first_param + i];
     return 0;
 }

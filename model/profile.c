@@ -7,14 +7,20 @@
 #include <string.h>
 
 enum { PHASES = 64 };
-typedef struct { const char *name; double seconds, flops; int64_t marks; } Phase;
+typedef struct {
+    const char *name;
+    double seconds, flops;
+    int64_t marks;
+} Phase;
 static Phase phase[PHASES];
 static int phases, current, active;
 static double since, begin;
 
 void profile_start(void) {
     device_sync();
-    phases = 0; current = -1; active = 1;
+    phases = 0;
+    current = -1;
+    active = 1;
     begin = since = now_seconds();
 }
 
@@ -24,9 +30,10 @@ void profile_mark(const char *name, double flops) {
     double now = now_seconds();
     if (current >= 0) phase[current].seconds += now - since;
     since = now;
-    for (current = 0; current < phases && strcmp(phase[current].name, name); current++) { }
+    for (current = 0; current < phases && strcmp(phase[current].name, name); current++) {}
     if (current == phases) {
-        if (phases == PHASES) die("more than %d phases to profile|raise PHASES in model/profile.c", PHASES);
+        if (phases == PHASES)
+            die("more than %d phases to profile|raise PHASES in model/profile.c", PHASES);
         phases++;
         phase[current].name = name;
         phase[current].seconds = phase[current].flops = 0;
@@ -47,10 +54,12 @@ void profile_print(FILE *file) {
     if (!file) return;
     double total = now_seconds() - begin;
     qsort(phase, (size_t)phases, sizeof(Phase), by_time);
-    fprintf(file, "profile: %.1f ms\n  %-34s %10s %7s %8s %10s\n", 1e3 * total, "phase", "ms", "share", "times", "GFLOP/s");
+    fprintf(file, "profile: %.1f ms\n  %-34s %10s %7s %8s %10s\n", 1e3 * total, "phase", "ms",
+            "share", "times", "GFLOP/s");
     for (int i = 0; i < phases; i++) {
         if (phase[i].seconds <= 0) continue;
-        fprintf(file, "  %-34s %10.2f %6.1f%% %8lld", phase[i].name, 1e3 * phase[i].seconds, 100 * phase[i].seconds / total, (long long)phase[i].marks);
+        fprintf(file, "  %-34s %10.2f %6.1f%% %8lld", phase[i].name, 1e3 * phase[i].seconds,
+                100 * phase[i].seconds / total, (long long)phase[i].marks);
         if (phase[i].flops > 0) fprintf(file, " %10.1f", 1e-9 * phase[i].flops / phase[i].seconds);
         fprintf(file, "\n");
     }

@@ -12,8 +12,9 @@
 #define MOE_COMMIT "unknown"
 #endif
 
-// ---- log.jsonl ------------------------------------------------------------------------------------------------------------------
-// Keeps the lines of steps <= step; again: without the evaluation at `step`, which is to come. A last line that a kill cut short is dropped with the rest.
+// ---- log.jsonl ------------------------------------------------------------------------------
+// Keeps the lines of steps <= step; again: without the evaluation at `step`, which is to come. A
+// last line that a kill cut short is dropped with the rest.
 static void cut_log(const char *path, int64_t step, int again) {
     FILE *in = fopen(path, "r");
     if (!in) return;
@@ -25,43 +26,55 @@ static void cut_log(const char *path, int64_t step, int again) {
     while ((n = getline(&line, &capacity, in)) > 0) {
         const char *at = strstr(line, "\"step\":");
         int64_t of = at ? strtoll(at + 7, 0, 10) : step + 1;
-        if (line[n - 1] == '\n' && of <= step && !(again && of == step && strstr(line, "\"val_loss\""))) fputs(line, out);
+        if (line[n - 1] == '\n' && of <= step &&
+            !(again && of == step && strstr(line, "\"val_loss\"")))
+            fputs(line, out);
     }
     free(line);
     fclose(in);
-    if (fflush(out) || fsync(fileno(out)) || fclose(out) || rename(temporary, path)) die("cannot rewrite %s: %s|free space or make the folder writable", path, strerror(errno));
+    if (fflush(out) || fsync(fileno(out)) || fclose(out) || rename(temporary, path))
+        die("cannot rewrite %s: %s|free space or make the folder writable", path, strerror(errno));
     free(temporary);
 }
 
 static void log_number(FILE *f, const char *key, double x) {
-    if (isfinite(x)) fprintf(f, ",\"%s\":%.9g", key, x);
-    else fprintf(f, ",\"%s\":null", key);
+    if (isfinite(x))
+        fprintf(f, ",\"%s\":%.9g", key, x);
+    else
+        fprintf(f, ",\"%s\":null", key);
 }
 
 static void log_line_end(Report *r) {
-    if (fputs("}\n", r->log) < 0 || fflush(r->log)) die("cannot write the log: %s|free space under --out", strerror(errno));
+    if (fputs("}\n", r->log) < 0 || fflush(r->log))
+        die("cannot write the log: %s|free space under --out", strerror(errno));
 }
 
-Report report_open(const Trainer *t, const char *out, int64_t step, int64_t steps, int again, double peak) {
+Report report_open(const Trainer *t, const char *out, int64_t step, int64_t steps, int again,
+                   double peak) {
     Report r;
     memset(&r, 0, sizeof r);
     r.active = t->g->rank == 0;
     r.peak = peak * t->g->world;
     r.flops_per_token = config_flops_per_token(&t->m->c, t->o.T);
-    r.first = step; r.steps = steps;
+    r.first = step;
+    r.steps = steps;
     r.begin = now_seconds();
     if (!r.active || !*out) return r;
     char *path = xasprintf("%s/log.jsonl", out);
     cut_log(path, step, again);
     r.log = fopen(path, "a");
-    if (!r.log) die("cannot open %s: %s|choose an --out folder that can be written", path, strerror(errno));
+    if (!r.log)
+        die("cannot open %s: %s|choose an --out folder that can be written", path, strerror(errno));
     free(path);
     return r;
 }
 
-void report_close(Report *r) { if (r->log) fclose(r->log); r->log = 0; }
+void report_close(Report *r) {
+    if (r->log) fclose(r->log);
+    r->log = 0;
+}
 
-// ---- start ----------------------------------------------------------------------------------------------------------------------
+// ---- start ----------------------------------------------------------------------------------
 static void write_run(const char *out, const Options *o, const Trainer *t) {
     cJSON *run = cJSON_CreateObject(), *config = cJSON_Parse(t->m->c.json);
     cJSON_AddStringToObject(run, "commit", MOE_COMMIT);
@@ -75,7 +88,8 @@ static void write_run(const char *out, const Options *o, const Trainer *t) {
     if (config) cJSON_AddItemToObject(run, "config", config);
     char *text = cJSON_Print(run), *path = xasprintf("%s/run.json", out);
     FILE *f = fopen(path, "w");
-    if (!f || fputs(text, f) < 0 || fputs("\n", f) < 0 || fclose(f)) die("cannot write %s: %s|free space or make the folder writable", path, strerror(errno));
+    if (!f || fputs(text, f) < 0 || fputs("\n", f) < 0 || fclose(f))
+        die("cannot write %s: %s|free space or make the folder writable", path, strerror(errno));
     cJSON_Delete(run);
     free(text);
     free(path);
@@ -83,56 +97,86 @@ static void write_run(const char *out, const Options *o, const Trainer *t) {
 
 static void print_files(const char *what, const Loader *data, int T) {
     if (!data) return;
-    printf("%-10s %d file%s (%s%s), %lld tokens, %lld windows of %d\n", what, loader_files(data), loader_files(data) == 1 ? "" : "s", loader_file(data, 0),
-           loader_files(data) > 1 ? ", ..." : "", (long long)loader_tokens(data), (long long)loader_windows(data), T);
+    printf("%-10s %d file%s (%s%s), %lld tokens, %lld windows of %d\n", what, loader_files(data),
+           loader_files(data) == 1 ? "" : "s", loader_file(data, 0),
+           loader_files(data) > 1 ? ", ..." : "", (long long)loader_tokens(data),
+           (long long)loader_windows(data), T);
 }
 
-void report_start(const Report *r, const Trainer *t, const Options *o, const char *source, const Loader *train, const Loader *val) {
+void report_start(const Report *r, const Trainer *t, const Options *o, const char *source,
+                  const Loader *train, const Loader *val) {
     if (!r->active) return;
     const Config *c = &t->m->c;
     const Grid *g = t->g;
     double total = config_total_parameters(c), multiplied = config_matrix_parameters(c);
     printf("moe.c      commit %s, %s\n", MOE_COMMIT, PRECISION_NAME);
     printf("device     %s\n", device_describe());
-    printf("ranks      %d over %s, %d on this machine\n", g->world, comm_describe(), comm_local_size());
-    if (g->world > 1) { char *rows = grid_table(g); fputs(rows, stdout); free(rows); }
-    printf("model      %s: %d layers (%d with experts), hidden %d, %d/%d heads of %d, vocabulary %d%s\n", source, c->L, c->n_moe, c->C, c->H, c->KV, c->D, c->V, c->tied ? ", tied head" : "");
-    if (c->n_moe) printf("experts    %d of width %d, top-%d%s\n", c->E, c->F, c->K, c->norm_topk ? ", scores renormalised" : "");
-    if (c->n_moe && c->K == 1 && c->norm_topk) printf("warning    top_k = 1 with norm_topk_prob: every score is 1 and the router gets no gradient from the language model\n");
+    printf("ranks      %d over %s, %d on this machine\n", g->world, comm_describe(),
+           comm_local_size());
+    if (g->world > 1) {
+        char *rows = grid_table(g);
+        fputs(rows, stdout);
+        free(rows);
+    }
+    printf(
+        "model      %s: %d layers (%d with experts), hidden %d, %d/%d heads of %d, vocabulary %d%s\n",
+        source, c->L, c->n_moe, c->C, c->H, c->KV, c->D, c->V, c->tied ? ", tied head" : "");
+    if (c->n_moe)
+        printf("experts    %d of width %d, top-%d%s\n", c->E, c->F, c->K,
+               c->norm_topk ? ", scores renormalised" : "");
+    if (c->n_moe && c->K == 1 && c->norm_topk)
+        printf(
+            "warning    top_k = 1 with norm_topk_prob: every score is 1 and the router gets no gradient from the language model\n");
     printf("parameters %.0f, of which a token meets %.0f in matrix products\n", total, multiplied);
     print_files("train", train, t->o.T);
     print_files("val", val, t->o.T);
-    printf("update     %lld sequences of %d = %lld tokens; on each rank %d round%s of %d micro-batch%s of %d\n", (long long)t->o.batch, t->o.T, (long long)t->o.batch * t->o.T,
-           t->o.rounds, t->o.rounds > 1 ? "s" : "", t->n_micro, t->n_micro > 1 ? "es" : "", t->R / t->o.T);
+    printf(
+        "update     %lld sequences of %d = %lld tokens; on each rank %d round%s of %d micro-batch%s of %d\n",
+        (long long)t->o.batch, t->o.T, (long long)t->o.batch * t->o.T, t->o.rounds,
+        t->o.rounds > 1 ? "s" : "", t->n_micro, t->n_micro > 1 ? "es" : "", t->R / t->o.T);
     if (train && t->o.batch > loader_windows(train))
-        printf("warning    the training data has %lld windows, an update takes %lld: every update sees some of them twice\n",
-               (long long)loader_windows(train), (long long)t->o.batch);
-    printf("optimizer  %s, lr %g, weight decay %g, clip %g, update %s", options_choice(o, "optimizer"), o->lr, o->weight_decay, o->grad_clip,
-           t->o.update_layer ? "layer (clips by the previous update's norm, the first is unclipped)" : "end");
+        printf(
+            "warning    the training data has %lld windows, an update takes %lld: every update sees some of them twice\n",
+            (long long)loader_windows(train), (long long)t->o.batch);
+    printf("optimizer  %s, lr %g, weight decay %g, clip %g, update %s",
+           options_choice(o, "optimizer"), o->lr, o->weight_decay, o->grad_clip,
+           t->o.update_layer ? "layer (clips by the previous update's norm, the first is unclipped)"
+                             : "end");
     printf(", recompute %s\n", options_choice(o, "recompute"));
     if (c->n_moe)
-        printf("losses     cross entropy + %g * aux (%s; %d at perfect balance) + %g * z%s%s\n", t->o.aux_coef, t->o.aux_per_layer ? "mean of layers" : "pooled over layers", c->K, t->o.z_coef,
-               t->o.rounds > 1 ? "; aux per round" : "", t->o.balance_rate > 0 ? "; selection bias on (transformers will not apply it)" : "");
+        printf("losses     cross entropy + %g * aux (%s; %d at perfect balance) + %g * z%s%s\n",
+               t->o.aux_coef, t->o.aux_per_layer ? "mean of layers" : "pooled over layers", c->K,
+               t->o.z_coef, t->o.rounds > 1 ? "; aux per round" : "",
+               t->o.balance_rate > 0 ? "; selection bias on (transformers will not apply it)" : "");
     if (r->peak > 0)
-        printf("mfu        %.4g FLOP a token = 6 x %.0f parameters in matrix products + 12 x layers x heads x head_dim x T / 2; peak %.4g FLOP/s (%s)\n", r->flops_per_token, multiplied, r->peak,
-               !strcmp(device_backend(), "cpu") ? "a short sgemm on this machine" : "dense, by device name");
-    else printf("mfu        not printed: the peak of this device is not known\n");
+        printf(
+            "mfu        %.4g FLOP a token = 6 x %.0f parameters in matrix products + 12 x layers x heads x head_dim x T / 2; peak %.4g FLOP/s (%s)\n",
+            r->flops_per_token, multiplied, r->peak,
+            !strcmp(device_backend(), "cpu") ? "a short sgemm on this machine"
+                                             : "dense, by device name");
+    else
+        printf("mfu        not printed: the peak of this device is not known\n");
     fflush(stdout);
     if (*o->out) write_run(o->out, o, t);
 }
 
-// ---- updates ----------------------------------------------------------------------------------------------------------------------
+// ---- updates --------------------------------------------------------------------------------
 static void print_eta(double seconds) {
     int64_t s = (int64_t)(seconds + 0.5);
-    if (s >= 3600) printf(" | ETA %lld:%02d:%02d", (long long)(s / 3600), (int)(s / 60 % 60), (int)(s % 60));
-    else printf(" | ETA %d:%02d", (int)(s / 60), (int)(s % 60));
+    if (s >= 3600)
+        printf(" | ETA %lld:%02d:%02d", (long long)(s / 3600), (int)(s / 60 % 60), (int)(s % 60));
+    else
+        printf(" | ETA %d:%02d", (int)(s / 60), (int)(s % 60));
 }
 
-void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s, double seconds, int with_experts) {
+void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s, double seconds,
+                 int with_experts) {
     if (!r->active) return;
     const Config *c = &t->m->c;
-    double rate = (double)s->tokens / seconds, mfu = r->peak > 0 ? rate * r->flops_per_token / r->peak : NAN;
-    printf("step %lld/%lld (%.0f%%) | loss %.4f", (long long)step, (long long)r->steps, 100.0 * (double)step / (double)r->steps, s->loss);
+    double rate = (double)s->tokens / seconds,
+           mfu = r->peak > 0 ? rate * r->flops_per_token / r->peak : NAN;
+    printf("step %lld/%lld (%.0f%%) | loss %.4f", (long long)step, (long long)r->steps,
+           100.0 * (double)step / (double)r->steps, s->loss);
     if (c->n_moe) printf(" aux %.3f", s->aux);
     printf(" | norm %.3g lr %.3g", s->grad_norm, s->lr);
     if (c->n_moe) printf(" | load %.1fx", s->expert_load_max);
@@ -140,7 +184,9 @@ void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s,
     printf(" | %.0f ms %.0f tok/s", 1e3 * seconds, rate);
     if (r->peak > 0) printf(" mfu %.1f%%", 100 * mfu);
     print_eta((now_seconds() - r->begin) / (double)(step - r->first) * (double)(r->steps - step));
-    printf("%s\n", !s->nonfinite ? "" : t->o.skip_nonfinite ? " | SKIPPED: gradient not finite" : " | gradient not finite");
+    printf("%s\n", !s->nonfinite         ? ""
+                   : t->o.skip_nonfinite ? " | SKIPPED: gradient not finite"
+                                         : " | gradient not finite");
     fflush(stdout);
     if (!r->log) return;
     fprintf(r->log, "{\"step\":%lld", (long long)step);
@@ -162,7 +208,11 @@ void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s,
             double total = 0;
             for (int e = 0; e < c->E; e++) total += (double)t->host_count[(size_t)l * c->E + e];
             for (int e = 0; e < c->E; e++)
-                fprintf(r->log, "%s%.4g", e ? "," : l ? ",[" : "[", total > 0 ? (double)t->host_count[(size_t)l * c->E + e] / total : 0);
+                fprintf(r->log, "%s%.4g",
+                        e   ? ","
+                        : l ? ",["
+                            : "[",
+                        total > 0 ? (double)t->host_count[(size_t)l * c->E + e] / total : 0);
             fprintf(r->log, "]");
         }
         fprintf(r->log, "]");
@@ -186,23 +236,32 @@ void report_heat_map(const Trainer *t, FILE *out) {
     enum { COLUMNS = 64 };
     int columns = c->E < COLUMNS ? c->E : COLUMNS;
     double positions = (double)t->R * t->n_micro * t->g->world * t->o.rounds;
-    fprintf(out, "expert load by layer (%d experts%s; ' ' none, '=' about the mean, '@' above 2.1x the mean)\n", c->E, columns < c->E ? ", grouped" : "");
+    fprintf(
+        out,
+        "expert load by layer (%d experts%s; ' ' none, '=' about the mean, '@' above 2.1x the mean)\n",
+        c->E, columns < c->E ? ", grouped" : "");
     for (int l = 0, i = 0; l < c->L; l++) {
         if (!c->is_moe[l]) continue;
         const int64_t *count = t->host_count + (size_t)i * c->E;
         int64_t total = 0, most = 0;
         int dead = 0;
-        for (int e = 0; e < c->E; e++) { total += count[e]; dead += count[e] == 0; if (count[e] > most) most = count[e]; }
+        for (int e = 0; e < c->E; e++) {
+            total += count[e];
+            dead += count[e] == 0;
+            if (count[e] > most) most = count[e];
+        }
         fprintf(out, "  %3d [", l);
         for (int k = 0; k < columns; k++) {
-            int begin = (int)((int64_t)k * c->E / columns), end = (int)((int64_t)(k + 1) * c->E / columns);
+            int begin = (int)((int64_t)k * c->E / columns),
+                end = (int)((int64_t)(k + 1) * c->E / columns);
             int64_t n = 0;
             for (int e = begin; e < end; e++) n += count[e];
             double load = total ? (double)n * c->E / ((double)total * (end - begin)) : 0;
             int shade = n == 0 ? 0 : 1 + (int)fmax(0, 4 * load - 0.5);
             fputc(shades[shade > 9 ? 9 : shade], out);
         }
-        fprintf(out, "] max/mean %.2f, dead %d, entropy %.2f of %.2f bits\n", total ? (double)most * c->E / (double)total : 0, dead,
+        fprintf(out, "] max/mean %.2f, dead %d, entropy %.2f of %.2f bits\n",
+                total ? (double)most * c->E / (double)total : 0, dead,
                 t->host_z[2 * i + 1] / positions / log(2), log2(c->E));
         i++;
     }

@@ -1,5 +1,6 @@
-// Reading and laying out safetensors files: see safetensors.h. A downloaded file may be cut short, a pointer of git-lfs, or hostile: every number of the header is checked
-// against the file before it is used.
+// Reading and laying out safetensors files: see safetensors.h. A downloaded file may be cut short,
+// a pointer of git-lfs, or hostile: every number of the header is checked against the file before
+// it is used.
 #define _POSIX_C_SOURCE 200809L
 #include "safetensors.h"
 #include "../kernels/fail.h"
@@ -12,28 +13,39 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define MAX_HEADER 100000000           // the limit of the reference implementation
-#define MAX_OFFSET 9007199254740992.0  // 2^53: JSON numbers arrive as doubles, exact up to here
+#define MAX_HEADER 100000000          // the limit of the reference implementation
+#define MAX_OFFSET 9007199254740992.0 // 2^53: JSON numbers arrive as doubles, exact up to here
 
-static const struct { const char *name; Dtype type; } TYPES[] = { { "F32", DTYPE_F32 }, { "BF16", DTYPE_BF16 }, { "F16", DTYPE_F16 }, { "F64", DTYPE_F64 },
-                                                                  { "I32", DTYPE_I32 }, { "I64", DTYPE_I64 }, { "U8", DTYPE_U8 } };
+static const struct {
+    const char *name;
+    Dtype type;
+} TYPES[] = { { "F32", DTYPE_F32 }, { "BF16", DTYPE_BF16 }, { "F16", DTYPE_F16 },
+              { "F64", DTYPE_F64 }, { "I32", DTYPE_I32 },   { "I64", DTYPE_I64 },
+              { "U8", DTYPE_U8 } };
 enum { N_TYPES = sizeof TYPES / sizeof *TYPES };
 
 const char *dtype_name(Dtype type) {
-    for (int i = 0; i < N_TYPES; i++) if (TYPES[i].type == type) return TYPES[i].name;
+    for (int i = 0; i < N_TYPES; i++)
+        if (TYPES[i].type == type) return TYPES[i].name;
     return "?";
 }
 
-// ---- bytes --------------------------------------------------------------------------------------------------------------------------------------------------------
-enum { IO_CHUNK = 1 << 30 };           // Linux moves at most 2 GiB a call
+// ---- bytes ----------------------------------------------------------------------------------
+enum { IO_CHUNK = 1 << 30 }; // Linux moves at most 2 GiB a call
 
 void file_read_at(int fd, const char *path, int64_t at, void *dst, int64_t bytes) {
     for (char *p = (char *)dst; bytes > 0;) {
         ssize_t n = pread(fd, p, (size_t)(bytes < IO_CHUNK ? bytes : IO_CHUNK), (off_t)at);
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0) die("%s: cannot read at byte %lld: %s|check the disk", path, (long long)at, strerror(errno));
-        if (n == 0) die("%s: the file ends at byte %lld, it was cut while in use|copy or download it again", path, (long long)at);
-        p += n; at += n; bytes -= n;
+        if (n < 0)
+            die("%s: cannot read at byte %lld: %s|check the disk", path, (long long)at,
+                strerror(errno));
+        if (n == 0)
+            die("%s: the file ends at byte %lld, it was cut while in use|copy or download it again",
+                path, (long long)at);
+        p += n;
+        at += n;
+        bytes -= n;
     }
 }
 
@@ -42,12 +54,14 @@ int file_write_at(int fd, int64_t at, const void *src, int64_t bytes) {
         ssize_t n = pwrite(fd, p, (size_t)(bytes < IO_CHUNK ? bytes : IO_CHUNK), (off_t)at);
         if (n < 0 && errno == EINTR) continue;
         if (n <= 0) return n < 0 ? errno : ENOSPC;
-        p += n; at += n; bytes -= n;
+        p += n;
+        at += n;
+        bytes -= n;
     }
     return 0;
 }
 
-// ---- reading a header -----------------------------------------------------------------------------------------------------------------------------------------------
+// ---- reading a header -----------------------------------------------------------------------
 int64_t safetensors_elements(const SafeTensor *t) {
     int64_t n = 1;
     for (int i = 0; i < t->n_dims; i++) n *= t->shape[i];
@@ -56,48 +70,61 @@ int64_t safetensors_elements(const SafeTensor *t) {
 
 char *safetensors_shape(const SafeTensor *t, char *text) {
     int n = sprintf(text, "[");
-    for (int i = 0; i < t->n_dims; i++) n += sprintf(text + n, "%s%lld", i ? ", " : "", (long long)t->shape[i]);
+    for (int i = 0; i < t->n_dims; i++)
+        n += sprintf(text + n, "%s%lld", i ? ", " : "", (long long)t->shape[i]);
     sprintf(text + n, "]");
     return text;
 }
 
 // A number of the header that must be a whole one in [0, 2^53].
 static int64_t whole(const cJSON *v, const char *path, const char *name, const char *what) {
-    if (!cJSON_IsNumber(v) || !(v->valuedouble >= 0) || v->valuedouble > MAX_OFFSET || v->valuedouble != (double)(int64_t)v->valuedouble)
-        die("%s: tensor %s: %s is not a list of whole numbers|the file is damaged, copy or download it again", path, name, what);
+    if (!cJSON_IsNumber(v) || !(v->valuedouble >= 0) || v->valuedouble > MAX_OFFSET ||
+        v->valuedouble != (double)(int64_t)v->valuedouble)
+        die("%s: tensor %s: %s is not a list of whole numbers|the file is damaged, copy or download it again",
+            path, name, what);
     return (int64_t)v->valuedouble;
 }
 
 // One entry of the header; data_start: first byte behind the header.
-static SafeTensor parse_tensor(const cJSON *entry, const char *path, int file, int64_t data_start, int64_t file_bytes) {
+static SafeTensor parse_tensor(const cJSON *entry, const char *path, int file, int64_t data_start,
+                               int64_t file_bytes) {
     SafeTensor t;
     memset(&t, 0, sizeof t);
     const char *name = entry->string;
-    const cJSON *type = cJSON_GetObjectItemCaseSensitive(entry, "dtype"), *shape = cJSON_GetObjectItemCaseSensitive(entry, "shape"), *dim = 0;
+    const cJSON *type = cJSON_GetObjectItemCaseSensitive(entry, "dtype"),
+                *shape = cJSON_GetObjectItemCaseSensitive(entry, "shape"), *dim = 0;
     const cJSON *offsets = cJSON_GetObjectItemCaseSensitive(entry, "data_offsets");
     if (!cJSON_IsString(type) || !cJSON_IsArray(shape) || cJSON_GetArraySize(offsets) != 2)
-        die("%s: tensor %s: dtype, shape or data_offsets is missing|the file is damaged, copy or download it again", path, name);
+        die("%s: tensor %s: dtype, shape or data_offsets is missing|the file is damaged, copy or download it again",
+            path, name);
     int i = 0;
     while (i < N_TYPES && strcmp(TYPES[i].name, type->valuestring)) i++;
-    if (i == N_TYPES) die("%s: tensor %s: dtype %.20s is not supported|use a checkpoint in F32, BF16 or F16", path, name, type->valuestring);
+    if (i == N_TYPES)
+        die("%s: tensor %s: dtype %.20s is not supported|use a checkpoint in F32, BF16 or F16",
+            path, name, type->valuestring);
     t.type = TYPES[i].type;
-    if (cJSON_GetArraySize(shape) > SAFETENSORS_DIMS) die("%s: tensor %s has more than %d dimensions|this is no Qwen3-MoE checkpoint", path, name, SAFETENSORS_DIMS);
+    if (cJSON_GetArraySize(shape) > SAFETENSORS_DIMS)
+        die("%s: tensor %s has more than %d dimensions|this is no Qwen3-MoE checkpoint", path, name,
+            SAFETENSORS_DIMS);
     double elements = 1;
     cJSON_ArrayForEach(dim, shape) {
         elements *= (double)(t.shape[t.n_dims++] = whole(dim, path, name, "shape"));
-        if (elements > MAX_OFFSET / 8) die("%s: tensor %s: shape of %.3g elements|the file is damaged, copy or download it again", path, name, elements);
+        if (elements > MAX_OFFSET / 8)
+            die("%s: tensor %s: shape of %.3g elements|the file is damaged, copy or download it again",
+                path, name, elements);
     }
-    int64_t begin = whole(cJSON_GetArrayItem(offsets, 0), path, name, "data_offsets"), end = whole(cJSON_GetArrayItem(offsets, 1), path, name, "data_offsets");
+    int64_t begin = whole(cJSON_GetArrayItem(offsets, 0), path, name, "data_offsets"),
+            end = whole(cJSON_GetArrayItem(offsets, 1), path, name, "data_offsets");
     if (begin > end || end > file_bytes - data_start)
-        die("%s: tensor %s: offsets [%lld, %lld) out of range, the file has %lld bytes of data|it was cut short: copy or download it again", path, name,
-            (long long)begin, (long long)end, (long long)(file_bytes - data_start));
+        die("%s: tensor %s: offsets [%lld, %lld) out of range, the file has %lld bytes of data|it was cut short: copy or download it again",
+            path, name, (long long)begin, (long long)end, (long long)(file_bytes - data_start));
     t.bytes = end - begin;
     t.at = data_start + begin;
     t.file = file;
     char text[192];
     if (t.bytes != safetensors_elements(&t) * (int64_t)dtype_size(t.type))
-        die("%s: tensor %s: %lld bytes do not hold shape %s of %s|the file is damaged, copy or download it again", path, name, (long long)t.bytes,
-            safetensors_shape(&t, text), dtype_name(t.type));
+        die("%s: tensor %s: %lld bytes do not hold shape %s of %s|the file is damaged, copy or download it again",
+            path, name, (long long)t.bytes, safetensors_shape(&t, text), dtype_name(t.type));
     t.name = (char *)xmalloc(strlen(name) + 1, "tensor name");
     strcpy(t.name, name);
     return t;
@@ -105,30 +132,39 @@ static SafeTensor parse_tensor(const cJSON *entry, const char *path, int file, i
 
 static int by_place(const void *a, const void *b) {
     const SafeTensor *x = (const SafeTensor *)a, *y = (const SafeTensor *)b;
-    return x->at != y->at ? (x->at < y->at ? -1 : 1) : (x->bytes > y->bytes) - (x->bytes < y->bytes);
+    return x->at != y->at ? (x->at < y->at ? -1 : 1)
+                          : (x->bytes > y->bytes) - (x->bytes < y->bytes);
 }
 
-static int by_name(const void *a, const void *b) { return strcmp(((const SafeTensor *)a)->name, ((const SafeTensor *)b)->name); }
+static int by_name(const void *a, const void *b) {
+    return strcmp(((const SafeTensor *)a)->name, ((const SafeTensor *)b)->name);
+}
 
 static void sort_names(SafeTensors *s) {
     qsort(s->tensor, (size_t)s->n, sizeof *s->tensor, by_name);
     for (int i = 1; i < s->n; i++)
         if (!strcmp(s->tensor[i - 1].name, s->tensor[i].name))
-            die("%s: tensor %s appears twice (again in %s)|the checkpoint is damaged, copy or download it again", s->path[s->tensor[i - 1].file], s->tensor[i].name,
-                s->path[s->tensor[i].file]);
+            die("%s: tensor %s appears twice (again in %s)|the checkpoint is damaged, copy or download it again",
+                s->path[s->tensor[i - 1].file], s->tensor[i].name, s->path[s->tensor[i].file]);
 }
 
 // The JSON of the header (caller frees) and the first byte behind it.
 static char *read_header(int fd, const char *path, int64_t file_bytes, int64_t *data_start) {
     unsigned char head[9] = { 0 };
     file_read_at(fd, path, 0, head, file_bytes < 8 ? file_bytes : 8);
-    if (!memcmp(head, "version ", 8)) die("%s: a git-lfs pointer, not the weights|run: git lfs pull", path);
-    if (file_bytes < 8) die("%s: truncated: %lld bytes are no safetensors file|copy or download it again", path, (long long)file_bytes);
+    if (!memcmp(head, "version ", 8))
+        die("%s: a git-lfs pointer, not the weights|run: git lfs pull", path);
+    if (file_bytes < 8)
+        die("%s: truncated: %lld bytes are no safetensors file|copy or download it again", path,
+            (long long)file_bytes);
     uint64_t length = 0;
     for (int i = 7; i >= 0; i--) length = length << 8 | head[i];
-    if (length > MAX_HEADER) die("%s: header length %llu exceeds 100 MB|this is no safetensors file", path, (unsigned long long)length);
+    if (length > MAX_HEADER)
+        die("%s: header length %llu exceeds 100 MB|this is no safetensors file", path,
+            (unsigned long long)length);
     if ((int64_t)length > file_bytes - 8)
-        die("%s: truncated: the header has %llu bytes, the file %lld|copy or download it again", path, (unsigned long long)length, (long long)file_bytes);
+        die("%s: truncated: the header has %llu bytes, the file %lld|copy or download it again",
+            path, (unsigned long long)length, (long long)file_bytes);
     char *text = (char *)xmalloc(length + 1, "safetensors header");
     file_read_at(fd, path, 8, text, (int64_t)length);
     text[length] = 0;
@@ -151,20 +187,26 @@ static void add_file(SafeTensors *s, const char *path) {
     char *text = read_header(fd, path, st.st_size, &data_start);
     const char *end = text, *last = text + (data_start - 8);
     cJSON *root = cJSON_ParseWithOpts(text, &end, 0);
-    while (root && end < last && (*end == ' ' || *end == '\n' || *end == '\t' || *end == '\r')) end++;
-    if (!root || end != last || !cJSON_IsObject(root)) die("%s: the header is not valid JSON (byte %lld)|the file is damaged, copy or download it again", path, (long long)(end - text));
+    while (root && end < last && (*end == ' ' || *end == '\n' || *end == '\t' || *end == '\r'))
+        end++;
+    if (!root || end != last || !cJSON_IsObject(root))
+        die("%s: the header is not valid JSON (byte %lld)|the file is damaged, copy or download it again",
+            path, (long long)(end - text));
     int first = s->n;
-    SafeTensor *t = (SafeTensor *)realloc(s->tensor, ((size_t)s->n + (size_t)cJSON_GetArraySize(root) + 1) * sizeof *t);
+    SafeTensor *t = (SafeTensor *)realloc(
+        s->tensor, ((size_t)s->n + (size_t)cJSON_GetArraySize(root) + 1) * sizeof *t);
     if (!t) die("out of host memory for the list of tensors|free memory");
     s->tensor = t;
     const cJSON *entry = 0;
-    cJSON_ArrayForEach(entry, root) if (strcmp(entry->string, "__metadata__")) s->tensor[s->n++] = parse_tensor(entry, path, file, data_start, st.st_size);
+    cJSON_ArrayForEach(entry, root) if (strcmp(entry->string, "__metadata__")) s->tensor[s->n++] =
+        parse_tensor(entry, path, file, data_start, st.st_size);
     cJSON_Delete(root);
     free(text);
     qsort(s->tensor + first, (size_t)(s->n - first), sizeof *t, by_place);
     for (int i = first + 1; i < s->n; i++)
         if (s->tensor[i].at < s->tensor[i - 1].at + s->tensor[i - 1].bytes)
-            die("%s: tensors %s and %s overlap|the file is damaged, copy or download it again", path, s->tensor[i - 1].name, s->tensor[i].name);
+            die("%s: tensors %s and %s overlap|the file is damaged, copy or download it again",
+                path, s->tensor[i - 1].name, s->tensor[i].name);
 }
 
 SafeTensors safetensors_open(const char *path) {
@@ -175,18 +217,22 @@ SafeTensors safetensors_open(const char *path) {
     return s;
 }
 
-// ---- folders --------------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- folders --------------------------------------------------------------------------------
 static cJSON *read_index(const char *path) {
     struct stat st;
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0 || fstat(fd, &st)) return 0;
-    if (st.st_size > MAX_HEADER) die("%s: %lld bytes are too many for an index|is this another file?", path, (long long)st.st_size);
+    if (st.st_size > MAX_HEADER)
+        die("%s: %lld bytes are too many for an index|is this another file?", path,
+            (long long)st.st_size);
     char *text = (char *)xmalloc((size_t)st.st_size + 1, "safetensors index");
     file_read_at(fd, path, 0, text, st.st_size);
     close(fd);
     text[st.st_size] = 0;
-    cJSON *root = cJSON_Parse(text), *map = cJSON_DetachItemFromObjectCaseSensitive(root, "weight_map");
-    if (!cJSON_IsObject(map) || !map->child) die("%s: no weight_map in it|the index is damaged, copy or download it again", path);
+    cJSON *root = cJSON_Parse(text),
+          *map = cJSON_DetachItemFromObjectCaseSensitive(root, "weight_map");
+    if (!cJSON_IsObject(map) || !map->child)
+        die("%s: no weight_map in it|the index is damaged, copy or download it again", path);
     cJSON_Delete(root);
     free(text);
     return map;
@@ -196,16 +242,23 @@ SafeTensors safetensors_open_folder(const char *dir) {
     SafeTensors s;
     memset(&s, 0, sizeof s);
     struct stat st;
-    if (stat(dir, &st) || !S_ISDIR(st.st_mode)) die("%s: no such model folder|give a folder with config.json and model*.safetensors", dir);
-    char *single = xasprintf("%s/model.safetensors", dir), *index = xasprintf("%s/model.safetensors.index.json", dir);
+    if (stat(dir, &st) || !S_ISDIR(st.st_mode))
+        die("%s: no such model folder|give a folder with config.json and model*.safetensors", dir);
+    char *single = xasprintf("%s/model.safetensors", dir),
+         *index = xasprintf("%s/model.safetensors.index.json", dir);
     cJSON *map = 0;
-    if (!access(single, F_OK)) add_file(&s, single);   // as transformers: the single file wins
-    else if (!(map = read_index(index))) die("%s: neither model.safetensors nor model.safetensors.index.json is there|only safetensors are read; convert .bin checkpoints first", dir);
+    if (!access(single, F_OK))
+        add_file(&s, single); // as transformers: the single file wins
+    else if (!(map = read_index(index)))
+        die("%s: neither model.safetensors nor model.safetensors.index.json is there|only safetensors are read; convert .bin checkpoints first",
+            dir);
     const cJSON *entry = 0;
     char *last = 0;
     cJSON_ArrayForEach(entry, map) {
         const char *file = cJSON_IsString(entry) ? entry->valuestring : "";
-        if (!*file || strchr(file, '/')) die("%s: tensor %s: \"%s\" is not the name of a file beside it|the index is damaged", index, entry->string, file);
+        if (!*file || strchr(file, '/'))
+            die("%s: tensor %s: \"%s\" is not the name of a file beside it|the index is damaged",
+                index, entry->string, file);
         if (last && !strcmp(last, file)) continue;
         last = entry->valuestring;
         char *path = xasprintf("%s/%s", dir, file);
@@ -218,17 +271,25 @@ SafeTensors safetensors_open_folder(const char *dir) {
     cJSON_ArrayForEach(entry, map) {
         const SafeTensor *t = safetensors_find(&s, entry->string);
         const char *name = t ? strrchr(s.path[t->file], '/') + 1 : "";
-        if (strcmp(name, entry->valuestring)) die("%s: tensor %s is not in %s|the checkpoint is incomplete, copy or download it again", index, entry->string, entry->valuestring);
+        if (strcmp(name, entry->valuestring))
+            die("%s: tensor %s is not in %s|the checkpoint is incomplete, copy or download it again",
+                index, entry->string, entry->valuestring);
     }
     cJSON_Delete(map);
-    free(single); free(index);
+    free(single);
+    free(index);
     return s;
 }
 
 void safetensors_close(SafeTensors *s) {
-    for (int i = 0; i < s->n_files; i++) { close(s->fd[i]); free(s->path[i]); }
+    for (int i = 0; i < s->n_files; i++) {
+        close(s->fd[i]);
+        free(s->path[i]);
+    }
     for (int i = 0; i < s->n; i++) free(s->tensor[i].name);
-    free(s->path); free(s->fd); free(s->tensor);
+    free(s->path);
+    free(s->fd);
+    free(s->tensor);
     memset(s, 0, sizeof *s);
 }
 
@@ -236,17 +297,23 @@ const SafeTensor *safetensors_find(const SafeTensors *s, const char *name) {
     for (int lo = 0, hi = s->n; lo < hi;) {
         int mid = lo + (hi - lo) / 2, order = strcmp(name, s->tensor[mid].name);
         if (!order) return &s->tensor[mid];
-        if (order < 0) hi = mid; else lo = mid + 1;
+        if (order < 0)
+            hi = mid;
+        else
+            lo = mid + 1;
     }
     return 0;
 }
 
-void safetensors_read(const SafeTensors *s, const SafeTensor *t, int64_t first, void *dst, int64_t bytes) {
-    if (first < 0 || bytes < 0 || first > t->bytes - bytes) die("%s: tensor %s: bytes [%lld, +%lld) are not in it|report this", s->path[t->file], t->name, (long long)first, (long long)bytes);
+void safetensors_read(const SafeTensors *s, const SafeTensor *t, int64_t first, void *dst,
+                      int64_t bytes) {
+    if (first < 0 || bytes < 0 || first > t->bytes - bytes)
+        die("%s: tensor %s: bytes [%lld, +%lld) are not in it|report this", s->path[t->file],
+            t->name, (long long)first, (long long)bytes);
     file_read_at(s->fd[t->file], s->path[t->file], t->at + first, dst, bytes);
 }
 
-// ---- writing ----------------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- writing --------------------------------------------------------------------------------
 char *safetensors_layout(SafeTensor *tensor, int n, size_t *header_bytes, int64_t *file_bytes) {
     size_t capacity = 64, used = 8;
     for (int i = 0; i < n; i++) capacity += strlen(tensor[i].name) + 80 + 20 * SAFETENSORS_DIMS;
@@ -259,14 +326,19 @@ char *safetensors_layout(SafeTensor *tensor, int n, size_t *header_bytes, int64_
             if (dtype_size(t->type) != size) continue;
             t->at = at;
             t->bytes = safetensors_elements(t) * (int64_t)size;
-            used += (size_t)sprintf(h + used, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[", t->name, dtype_name(t->type));
-            for (int d = 0; d < t->n_dims; d++) used += (size_t)sprintf(h + used, d ? ",%lld" : "%lld", (long long)t->shape[d]);
-            used += (size_t)sprintf(h + used, "],\"data_offsets\":[%lld,%lld]}", (long long)at, (long long)(at + t->bytes));
+            used += (size_t)sprintf(h + used, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[", t->name,
+                                    dtype_name(t->type));
+            for (int d = 0; d < t->n_dims; d++)
+                used += (size_t)sprintf(h + used, d ? ",%lld" : "%lld", (long long)t->shape[d]);
+            used += (size_t)sprintf(h + used, "],\"data_offsets\":[%lld,%lld]}", (long long)at,
+                                    (long long)(at + t->bytes));
             at += t->bytes;
         }
     h[used++] = '}';
     while (used % 64) h[used++] = ' ';
-    if (used - 8 > MAX_HEADER) die("a safetensors header of %zu bytes exceeds the format's 100 MB|use more layers per file or the fused layout", used);
+    if (used - 8 > MAX_HEADER)
+        die("a safetensors header of %zu bytes exceeds the format's 100 MB|use more layers per file or the fused layout",
+            used);
     for (int i = 0; i < 8; i++) h[i] = (char)((uint64_t)(used - 8) >> (8 * i) & 255);
     for (int i = 0; i < n; i++) tensor[i].at += (int64_t)used;
     *header_bytes = used;

@@ -1,13 +1,15 @@
 // One update, top to bottom (DESIGN 4):
 //
-//   tokens                                    this rank's windows of the update; N = valid targets of all ranks (I1)
-//   for each round:
-//     forward    layer 0 .. L-1:              gather(l+1) in flight; every micro-batch through layer l
-//     balance                                 router statistics summed over the ranks: the auxiliary losses are exact over the round
-//     head       in chunks of tokens:         logits, loss and dlogits in one pass
-//     backward   layer L-1 .. 0:              gather(l-1) in flight; every micro-batch back through layer l; reduce(l)
-//   update                                    norm, clip, optimizer: at the end, or (--update layer) each layer right behind its backward
-//   report                                    the one moment the host waits and reads (I11)
+//   tokens                                    this rank's windows of the update; N = valid targets
+//   of all ranks (I1) for each round:
+//     forward    layer 0 .. L-1:              gather(l+1) in flight; every micro-batch through
+//     layer l balance                                 router statistics summed over the ranks: the
+//     auxiliary losses are exact over the round head       in chunks of tokens:         logits,
+//     loss and dlogits in one pass backward   layer L-1 .. 0:              gather(l-1) in flight;
+//     every micro-batch back through layer l; reduce(l)
+//   update                                    norm, clip, optimizer: at the end, or (--update
+//   layer) each layer right behind its backward report                                    the one
+//   moment the host waits and reads (I11)
 #include "step.h"
 #include "dump.h"
 #include "profile.h"
@@ -18,8 +20,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-// ---- tokens -------------------------------------------------------------------------------------------------------------------
-// Reads this rank's contiguous part of the update's windows. Returns N: valid targets over all ranks, replicas included (I1).
+// ---- tokens ---------------------------------------------------------------------------------
+// Reads this rank's contiguous part of the update's windows. Returns N: valid targets over all
+// ranks, replicas included (I1).
 static double read_tokens(Trainer *t, Loader *data, int64_t update) {
     int T = t->o.T;
     int64_t first = (update - 1) * t->o.batch + t->g->data_rank * t->local_sequences, valid = 0;
@@ -40,7 +43,8 @@ static void upload_round(Trainer *t, int round) {
     device_upload(t->targets, t->host_targets + (size_t)round * n, n * sizeof(int));
 }
 
-// ---- the store: activations at their actual size, bumped in forward, all free again at the next round ---------------------------
+// ---- the store: activations at their actual size, bumped in forward, all free again at the next
+// round ----
 static char *store_take(Trainer *t, size_t bytes) {
     if (t->store_used + bytes > t->store_size) return 0;
     char *p = t->store + t->store_used;
@@ -53,7 +57,8 @@ static void place_attention(Trainer *t, Kept *k, const Slot *s, int training) {
     kept_attention_place(k, &t->work, s, keep ? store_take(t, kept_attention_bytes(&t->work)) : 0);
 }
 
-// The size is the largest of any rank of the ep group, so all of them keep or recompute alike: recomputing spreads again (I2).
+// The size is the largest of any rank of the ep group, so all of them keep or recompute alike:
+// recomputing spreads again (I2).
 static void place_experts(Trainer *t, Kept *k, const Slot *s, int layer, int training) {
     const ExchangeLoad *load = t->m->c.is_moe[layer] ? exchange_load(s->exchange) : 0;
     int64_t rows = t->work.dense.M, pool = 0;
@@ -62,7 +67,8 @@ static void place_experts(Trainer *t, Kept *k, const Slot *s, int layer, int tra
         pool = load->pool_max;
     }
     int keep = training && (t->o.recompute == RECOMPUTE_NONE || t->o.recompute == RECOMPUTE_AUTO);
-    kept_expert_place(k, &t->work, layer, rows, pool, keep ? store_take(t, kept_expert_bytes(&t->work, layer, rows, pool)) : 0);
+    kept_expert_place(k, &t->work, layer, rows, pool,
+                      keep ? store_take(t, kept_expert_bytes(&t->work, layer, rows, pool)) : 0);
     if (!training) return;
     if (load) {
         t->sent_rows += load->sent_rows;
@@ -70,12 +76,15 @@ static void place_experts(Trainer *t, Kept *k, const Slot *s, int layer, int tra
         t->respread_rows += k->has_experts ? 0 : load->sent_rows;
     }
     t->reattended += !k->has_attention;
-    if (k->has_attention && k->has_experts) t->kept_all++;
-    else if (k->has_attention) t->kept_attention++;
-    else t->kept_none++;
+    if (k->has_attention && k->has_experts)
+        t->kept_all++;
+    else if (k->has_attention)
+        t->kept_attention++;
+    else
+        t->kept_none++;
 }
 
-// ---- blocks ---------------------------------------------------------------------------------------------------------------------
+// ---- blocks ---------------------------------------------------------------------------------
 static void gather_layer(Trainer *t, int layer) {
     if (layer < 0 || layer >= t->m->c.L) return;
     fsdp_gather(t->fsdp, t->m->dense_block[layer]);
@@ -84,7 +93,8 @@ static void gather_layer(Trainer *t, int layer) {
 
 static LayerWeights get_layer(Trainer *t, int layer) {
     const floatX *dense = fsdp_get(t->fsdp, t->m->dense_block[layer]);
-    const floatX *local = t->m->local_block[layer] >= 0 ? fsdp_get(t->fsdp, t->m->local_block[layer]) : 0;
+    const floatX *local =
+        t->m->local_block[layer] >= 0 ? fsdp_get(t->fsdp, t->m->local_block[layer]) : 0;
     return layer_weights(t->m, layer, dense, local);
 }
 
@@ -93,8 +103,11 @@ static void release_layer(Trainer *t, int layer) {
     if (t->m->local_block[layer] >= 0) fsdp_release(t->fsdp, t->m->local_block[layer]);
 }
 
-// Whether a kernel adds to the gradient of a block: behind the first micro-batch, and behind the first round where the buffer is the final one (I5).
-static int accumulates(Trainer *t, int block, int micro, int round) { return micro > 0 || (round > 0 && fsdp_accumulates_in_place(t->fsdp, block)); }
+// Whether a kernel adds to the gradient of a block: behind the first micro-batch, and behind the
+// first round where the buffer is the final one (I5).
+static int accumulates(Trainer *t, int block, int micro, int round) {
+    return micro > 0 || (round > 0 && fsdp_accumulates_in_place(t->fsdp, block));
+}
 
 static int moe_index(const Config *c, int layer) {
     int n = 0;
@@ -109,8 +122,9 @@ static RouterStats layer_stats(Trainer *t, int layer) {
     return s;
 }
 
-// ---- forward ----------------------------------------------------------------------------------------------------------------------
-// From t->ids to the head's input kept[L]. The three stages of up to three micro-batches overlap: while m is between spread and collect, m+1 starts and m-1 ends.
+// ---- forward --------------------------------------------------------------------------------
+// From t->ids to the head's input kept[L]. The three stages of up to three micro-batches overlap:
+// while m is between spread and collect, m+1 starts and m-1 ends.
 void step_forward(Trainer *t, int n, int training) {
     const Config *c = &t->m->c;
     int lag1 = t->n_slots > 1 ? 1 : 0, lag2 = 2 * lag1;
@@ -119,7 +133,8 @@ void step_forward(Trainer *t, int n, int training) {
     profile_mark("embedding", 0);
     gather_layer(t, 0);
     const floatX *embedding = fsdp_get(t->fsdp, t->m->embed_block);
-    for (int m = 0; m < n; m++) embed_forward(t->kept[m].x, t->ids + (size_t)m * (size_t)t->R, embedding, t->R, c->C);
+    for (int m = 0; m < n; m++)
+        embed_forward(t->kept[m].x, t->ids + (size_t)m * (size_t)t->R, embedding, t->R, c->C);
     fsdp_release(t->fsdp, t->m->embed_block);
     for (int l = 0; l < c->L; l++) {
         profile_mark("gather weights", 0);
@@ -127,7 +142,8 @@ void step_forward(Trainer *t, int n, int training) {
         if (l + 1 == c->L) fsdp_gather(t->fsdp, t->m->head_block);
         LayerWeights w = get_layer(t, l);
         RouterStats stats = training && c->is_moe[l] ? layer_stats(t, l) : none;
-        const real *bias = t->bias && c->is_moe[l] ? t->bias + (size_t)moe_index(c, l) * (size_t)c->E : 0;
+        const real *bias =
+            t->bias && c->is_moe[l] ? t->bias + (size_t)moe_index(c, l) * (size_t)c->E : 0;
         Kept *kept = t->kept + (size_t)l * (size_t)t->n_micro;
         comm_where(-1, l, "forward");
         for (int i = 0; i < n + lag2; i++) {
@@ -138,18 +154,22 @@ void step_forward(Trainer *t, int n, int training) {
                 layer_forward_start(&t->work, s, &kept[m], l, &w, stats, bias);
                 place_experts(t, &kept[m], s, l, training);
             }
-            if (m1 >= 0 && m1 < n) layer_forward_experts(&t->work, &t->slot[m1 % t->n_slots], &kept[m1], l, &w);
-            if (m2 >= 0 && m2 < n) layer_forward_finish(&t->work, &t->slot[m2 % t->n_slots], &kept[m2], l, kept[t->n_micro + m2].x);
+            if (m1 >= 0 && m1 < n)
+                layer_forward_experts(&t->work, &t->slot[m1 % t->n_slots], &kept[m1], l, &w);
+            if (m2 >= 0 && m2 < n)
+                layer_forward_finish(&t->work, &t->slot[m2 % t->n_slots], &kept[m2], l,
+                                     kept[t->n_micro + m2].x);
             if (t->trace && training && m2 >= 0 && m2 < n) trace_forward(t, l, m2);
         }
         release_layer(t, l);
     }
 }
 
-// ---- balance ------------------------------------------------------------------------------------------------------------------------
+// ---- balance --------------------------------------------------------------------------------
 static double round_positions(const Trainer *t) { return (double)t->R * t->n_micro * t->g->world; }
 
-// Sums counts and probabilities of the round over the ranks; the shares f follow, pooled over layers as HF does, or layer by layer.
+// Sums counts and probabilities of the round over the ranks; the shares f follow, pooled over
+// layers as HF does, or layer by layer.
 static void balance(Trainer *t) {
     const Config *c = &t->m->c;
     if (!c->n_moe) return;
@@ -158,29 +178,43 @@ static void balance(Trainer *t) {
     profile_mark("router statistics", 0);
     comm_wait(all_reduce_start(t->g->all, t->count, E, DTYPE_I64, STREAM_EXCHANGE));
     comm_wait(all_reduce_start(t->g->all, t->prob, E, DTYPE_F64, STREAM_EXCHANGE));
-    comm_wait(all_reduce_start(t->g->all, t->zstat, 2 * (size_t)c->n_moe, DTYPE_F64, STREAM_EXCHANGE));
-    if (!t->o.aux_per_layer) { router_share(t->share, t->count, round_positions(t) * c->n_moe, c->n_moe, c->E); return; }
-    for (int i = 0; i < c->n_moe; i++) router_share(t->share + (size_t)i * (size_t)c->E, t->count + (size_t)i * (size_t)c->E, round_positions(t), 1, c->E);
+    comm_wait(
+        all_reduce_start(t->g->all, t->zstat, 2 * (size_t)c->n_moe, DTYPE_F64, STREAM_EXCHANGE));
+    if (!t->o.aux_per_layer) {
+        router_share(t->share, t->count, round_positions(t) * c->n_moe, c->n_moe, c->E);
+        return;
+    }
+    for (int i = 0; i < c->n_moe; i++)
+        router_share(t->share + (size_t)i * (size_t)c->E, t->count + (size_t)i * (size_t)c->E,
+                     round_positions(t), 1, c->E);
 }
 
 static RouterLoss router_loss(const Trainer *t, int layer) {
     const Config *c = &t->m->c;
-    double pooled = round_positions(t) * c->n_moe * t->o.rounds;       // the update's aux is the mean of its rounds'; z is one mean over all
-    RouterLoss r = { t->share + (t->o.aux_per_layer ? (size_t)moe_index(c, layer) * (size_t)c->E : 0), t->o.aux_coef * c->E / pooled, t->o.z_coef / pooled };
+    double pooled =
+        round_positions(t) * c->n_moe *
+        t->o.rounds; // the update's aux is the mean of its rounds'; z is one mean over all
+    RouterLoss r = { t->share +
+                         (t->o.aux_per_layer ? (size_t)moe_index(c, layer) * (size_t)c->E : 0),
+                     t->o.aux_coef * c->E / pooled, t->o.z_coef / pooled };
     return r;
 }
 
-// ---- head -----------------------------------------------------------------------------------------------------------------------------
-// Loss and, in training, dx and the gradients of norm and head. The [tokens, V] logits exist for one chunk at a time.
+// ---- head -----------------------------------------------------------------------------------
+// Loss and, in training, dx and the gradients of norm and head. The [tokens, V] logits exist for
+// one chunk at a time.
 void step_head(Trainer *t, int training, int round, double N) {
     const Config *c = &t->m->c;
     Model *m = t->m;
     int matrix_block = c->tied ? m->embed_block : m->head_block;
-    const Param *norm = model_param(m, P_FINAL_NORM, c->L), *matrix = c->tied ? model_param(m, P_EMBED, -1) : model_param(m, P_HEAD, c->L);
+    const Param *norm = model_param(m, P_FINAL_NORM, c->L),
+                *matrix = c->tied ? model_param(m, P_EMBED, -1) : model_param(m, P_HEAD, c->L);
     comm_where(-1, c->L, "head");
     profile_mark("gather weights", 0);
-    const floatX *wn = fsdp_get(t->fsdp, m->head_block) + norm->offset, *wh = fsdp_get(t->fsdp, matrix_block) + matrix->offset;
-    gradX *dn = training ? fsdp_grad(t->fsdp, m->head_block) + norm->offset : 0, *dh = training ? fsdp_grad(t->fsdp, matrix_block) + matrix->offset : 0;
+    const floatX *wn = fsdp_get(t->fsdp, m->head_block) + norm->offset,
+                 *wh = fsdp_get(t->fsdp, matrix_block) + matrix->offset;
+    gradX *dn = training ? fsdp_grad(t->fsdp, m->head_block) + norm->offset : 0,
+          *dh = training ? fsdp_grad(t->fsdp, matrix_block) + matrix->offset : 0;
     real seed = (real)(N > 0 ? 1 / N : 0);
     if (training) gather_layer(t, c->L - 1);
     for (int i = 0, pass = 0; i < t->n_micro; i++) {
@@ -193,29 +227,35 @@ void step_head(Trainer *t, int training, int round, double N) {
             profile_mark("head forward", 2.0 * n * c->V * c->C);
             linear_forward(t->logits, t->yf, wh, n, c->V, c->C);
             profile_mark("cross entropy", 0);
-            if (t->dump && training) dump_logits(t->dump, t, ((int64_t)round * t->n_micro + i) * t->R + row, n);
-            cross_entropy(t->logits, t->loss_sum, t->targets + (size_t)i * (size_t)t->R + row, seed, training, n, c->V);
+            if (t->dump && training)
+                dump_logits(t->dump, t, ((int64_t)round * t->n_micro + i) * t->R + row, n);
+            cross_entropy(t->logits, t->loss_sum, t->targets + (size_t)i * (size_t)t->R + row, seed,
+                          training, n, c->V);
             if (!training) continue;
             floatX *dx = t->dx + ((size_t)i * (size_t)t->R + (size_t)row) * (size_t)c->C;
             profile_mark("head backward", 4.0 * n * c->V * c->C);
-            linear_backward_weight(dh, t->logits, t->yf, accumulates(t, matrix_block, pass, round), n, c->V, c->C);
+            linear_backward_weight(dh, t->logits, t->yf, accumulates(t, matrix_block, pass, round),
+                                   n, c->V, c->C);
             linear_backward_input(t->dyf, t->logits, wh, n, c->V, c->C);
             profile_mark("norms backward", 0);
-            rmsnorm_backward(dx, dn, 0, t->dyf, x, wn, t->head_rstd, accumulates(t, m->head_block, pass, round), n, c->C);
+            rmsnorm_backward(dx, dn, 0, t->dyf, x, wn, t->head_rstd,
+                             accumulates(t, m->head_block, pass, round), n, c->C);
         }
     }
     fsdp_release(t->fsdp, m->head_block);
     if (c->tied) fsdp_release(t->fsdp, m->embed_block);
 }
 
-// ---- update ---------------------------------------------------------------------------------------------------------------------------
-// Squares of a block's final gradient into block_sum; the dump sees it, and utilisation scaling is applied, before.
+// ---- update ---------------------------------------------------------------------------------
+// Squares of a block's final gradient into block_sum; the dump sees it, and utilisation scaling is
+// applied, before.
 static const gradX *finish_gradient(Trainer *t, int block) {
     const Block *b = &t->m->block[block];
     gradX *grad = fsdp_grad_shard(t->fsdp, block);
     if (t->o.expert_grad_scale && b->local) {
         const Config *c = &t->m->c;
-        float *factor = (float *)xmalloc((size_t)b->n_segments * sizeof(float) + 1, "utilisation factors");
+        float *factor =
+            (float *)xmalloc((size_t)b->n_segments * sizeof(float) + 1, "utilisation factors");
         const int64_t *count = t->host_count + (size_t)moe_index(c, b->layer) * (size_t)c->E;
         double mean = 0;
         for (int e = 0; e < c->E; e++) mean += (double)count[e] / c->E;
@@ -234,21 +274,29 @@ static const gradX *finish_gradient(Trainer *t, int block) {
     return grad;
 }
 
-// --update layer: steps the blocks of a layer (-1 embedding, L head) inside backward. Clipped by the previous update's norm; a non-finite gradient leaves it untouched.
+// --update layer: steps the blocks of a layer (-1 embedding, L head) inside backward. Clipped by
+// the previous update's norm; a non-finite gradient leaves it untouched.
 static void update_layer(Trainer *t, int layer, int64_t update, double lr) {
     const Model *m = t->m;
-    double clip = t->o.clip, previous = t->previous_norm, scale = clip > 0 && previous >= 0 && previous + 1e-6 > clip ? clip / (previous + 1e-6) : 1;
-    int first = layer < 0 ? m->embed_block : layer == m->c.L ? m->head_block : m->dense_block[layer], n = 1;
+    double clip = t->o.clip, previous = t->previous_norm,
+           scale =
+               clip > 0 && previous >= 0 && previous + 1e-6 > clip ? clip / (previous + 1e-6) : 1;
+    int first = layer < 0         ? m->embed_block
+                : layer == m->c.L ? m->head_block
+                                  : m->dense_block[layer],
+        n = 1;
     if (layer >= 0 && layer < m->c.L && m->local_block[layer] >= 0) n = 2;
     const gradX *grad[2];
     profile_mark("gradient norm", 0);
     for (int i = 0; i < n; i++) grad[i] = finish_gradient(t, first + i);
     comm_where(-1, layer, "finite check");
-    comm_wait(all_reduce_start(t->g->dense_group, t->block_sum + first, (size_t)n, DTYPE_F64, STREAM_GATHER));
+    comm_wait(all_reduce_start(t->g->dense_group, t->block_sum + first, (size_t)n, DTYPE_F64,
+                               STREAM_GATHER));
     clip_scale(t->norm, t->guard, t->block_sum + first, n, 0);
     profile_mark("optimizer", 0);
     for (int i = 0; i < n; i++) {
-        optimizer_step(&t->optimizer, first + i, grad[i], lr, t->updates + 1, update, scale, t->guard);
+        optimizer_step(&t->optimizer, first + i, grad[i], lr, t->updates + 1, update, scale,
+                       t->guard);
         fsdp_grad_done(t->fsdp, first + i);
     }
 }
@@ -259,23 +307,26 @@ static void update_all(Trainer *t, int64_t update, double lr) {
     profile_mark("gradient norm", 0);
     for (int b = 0; b < n; b++) finish_gradient(t, b);
     comm_where(-1, -1, "gradient norm");
-    comm_wait(all_reduce_start(t->g->dense_group, t->block_sum, (size_t)n, DTYPE_F64, STREAM_GATHER));
+    comm_wait(
+        all_reduce_start(t->g->dense_group, t->block_sum, (size_t)n, DTYPE_F64, STREAM_GATHER));
     clip_scale(t->norm, t->scale, t->block_sum, n, t->o.clip);
     profile_mark("optimizer", 0);
     for (int b = 0; b < n; b++) {
-        optimizer_step(&t->optimizer, b, fsdp_grad_shard(t->fsdp, b), lr, t->updates + 1, update, 1, t->scale);
+        optimizer_step(&t->optimizer, b, fsdp_grad_shard(t->fsdp, b), lr, t->updates + 1, update, 1,
+                       t->scale);
         fsdp_grad_done(t->fsdp, b);
     }
 }
 
-// ---- backward -------------------------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------
 static void reduce_layer(Trainer *t, int layer, int round) {
     fsdp_reduce(t->fsdp, t->m->dense_block[layer], round > 0);
     if (t->m->local_block[layer] >= 0) fsdp_reduce(t->fsdp, t->m->local_block[layer], round > 0);
 }
 
-// With --update layer the reduction of a layer runs under the backward of the next one down, and the layer is stepped behind that; in one process, where there is nothing to wait
-// for, at once: one layer's gradient is alive.
+// With --update layer the reduction of a layer runs under the backward of the next one down, and
+// the layer is stepped behind that; in one process, where there is nothing to wait for, at once:
+// one layer's gradient is alive.
 static void step_backward(Trainer *t, int round, int64_t update, double lr) {
     const Config *c = &t->m->c;
     Model *m = t->m;
@@ -288,7 +339,8 @@ static void step_backward(Trainer *t, int round, int64_t update, double lr) {
         gather_layer(t, l - 1);
         LayerWeights w = get_layer(t, l);
         int local = m->local_block[l] >= 0 ? m->local_block[l] : m->dense_block[l];
-        LayerGrads d = layer_grads(m, l, fsdp_grad(t->fsdp, m->dense_block[l]), m->local_block[l] >= 0 ? fsdp_grad(t->fsdp, local) : 0);
+        LayerGrads d = layer_grads(m, l, fsdp_grad(t->fsdp, m->dense_block[l]),
+                                   m->local_block[l] >= 0 ? fsdp_grad(t->fsdp, local) : 0);
         RouterLoss loss = router_loss(t, l);
         Kept *kept = t->kept + (size_t)l * (size_t)n;
         comm_where(-1, l, "backward");
@@ -297,15 +349,20 @@ static void step_backward(Trainer *t, int round, int64_t update, double lr) {
             if (k < n) {
                 Slot *s = &t->slot[k % t->n_slots];
                 if (!kept[k].has_attention) kept_attention_place(&kept[k], &t->work, s, 0);
-                layer_backward_start(&t->work, s, &kept[k], l, &w, t->dx + (size_t)k * (size_t)t->R * (size_t)c->C);
+                layer_backward_start(&t->work, s, &kept[k], l, &w,
+                                     t->dx + (size_t)k * (size_t)t->R * (size_t)c->C);
             }
             if (k1 >= 0 && k1 < n)
-                layer_backward_experts(&t->work, &t->slot[k1 % t->n_slots], &kept[k1], l, &w, &d, t->dx + (size_t)k1 * (size_t)t->R * (size_t)c->C,
-                                       accumulates(t, c->is_moe[l] ? local : m->dense_block[l], k1, round));
+                layer_backward_experts(
+                    &t->work, &t->slot[k1 % t->n_slots], &kept[k1], l, &w, &d,
+                    t->dx + (size_t)k1 * (size_t)t->R * (size_t)c->C,
+                    accumulates(t, c->is_moe[l] ? local : m->dense_block[l], k1, round));
             if (k2 >= 0 && k2 < n) {
                 floatX *dx = t->dx + (size_t)k2 * (size_t)t->R * (size_t)c->C;
-                layer_backward_finish(&t->work, &t->slot[k2 % t->n_slots], &kept[k2], l, &w, &d, &loss, dx, accumulates(t, m->dense_block[l], k2, round),
-                                      accumulates(t, m->cut.split_heads ? local : m->dense_block[l], k2, round));
+                layer_backward_finish(
+                    &t->work, &t->slot[k2 % t->n_slots], &kept[k2], l, &w, &d, &loss, dx,
+                    accumulates(t, m->dense_block[l], k2, round),
+                    accumulates(t, m->cut.split_heads ? local : m->dense_block[l], k2, round));
                 if (t->trace) trace_backward(t, l, k2);
             }
         }
@@ -317,8 +374,9 @@ static void step_backward(Trainer *t, int round, int64_t update, double lr) {
     profile_mark("embedding backward", 0);
     gradX *de = fsdp_grad(t->fsdp, m->embed_block);
     for (int k = 0; k < n; k++)
-        embed_backward(de, t->dx + (size_t)k * (size_t)t->R * (size_t)c->C, t->ids + (size_t)k * (size_t)t->R,
-                       c->tied || accumulates(t, m->embed_block, k, round), c->pad, t->R, c->V, c->C);
+        embed_backward(
+            de, t->dx + (size_t)k * (size_t)t->R * (size_t)c->C, t->ids + (size_t)k * (size_t)t->R,
+            c->tied || accumulates(t, m->embed_block, k, round), c->pad, t->R, c->V, c->C);
     profile_mark("reduce gradients", 0);
     fsdp_reduce(t->fsdp, m->embed_block, round > 0);
     if (!t->o.update_layer) return;
@@ -326,27 +384,33 @@ static void step_backward(Trainer *t, int round, int64_t update, double lr) {
     update_layer(t, -1, update, lr);
 }
 
-// ---- report -----------------------------------------------------------------------------------------------------------------------------
+// ---- report ---------------------------------------------------------------------------------
 // Adds a round's statistics to the update's; the value of aux is the mean over rounds.
 static double collect_statistics(Trainer *t) {
     const Config *c = &t->m->c;
     size_t E = (size_t)c->n_moe * (size_t)c->E;
     if (!E) return 0;
     int64_t *count = t->host_count + E;
-    double *prob = t->host_prob + E, *z = t->host_z + 2 * c->n_moe, positions = round_positions(t), aux = 0;
+    double *prob = t->host_prob + E, *z = t->host_z + 2 * c->n_moe, positions = round_positions(t),
+           aux = 0;
     device_download(count, t->count, E * sizeof(int64_t));
     device_download(prob, t->prob, E * sizeof(double));
     device_download(z, t->zstat, 2 * (size_t)c->n_moe * sizeof(double));
     for (int e = 0; e < c->E; e++) {
         double f = 0, p = 0;
         for (int l = 0; l < c->n_moe; l++) {
-            double fl = (double)count[(size_t)l * c->E + e] / positions, pl = prob[(size_t)l * c->E + e] / positions;
+            double fl = (double)count[(size_t)l * c->E + e] / positions,
+                   pl = prob[(size_t)l * c->E + e] / positions;
             if (t->o.aux_per_layer) aux += c->E * fl * pl / c->n_moe;
-            f += fl / c->n_moe; p += pl / c->n_moe;
+            f += fl / c->n_moe;
+            p += pl / c->n_moe;
         }
         if (!t->o.aux_per_layer) aux += c->E * f * p;
     }
-    for (size_t i = 0; i < E; i++) { t->host_count[i] += count[i]; t->host_prob[i] += prob[i]; }
+    for (size_t i = 0; i < E; i++) {
+        t->host_count[i] += count[i];
+        t->host_prob[i] += prob[i];
+    }
     for (int i = 0; i < 2 * c->n_moe; i++) t->host_z[i] += z[i];
     return aux;
 }
@@ -363,7 +427,8 @@ static void clear_statistics(Trainer *t, int host) {
     memset(t->host_z, 0, 2 * (size_t)c->n_moe * sizeof(double));
 }
 
-// --balance bias: an expert with less than its share becomes easier to select (never heavier in the sum), the same integers and so the same bits on all ranks.
+// --balance bias: an expert with less than its share becomes easier to select (never heavier in the
+// sum), the same integers and so the same bits on all ranks.
 static void update_bias(Trainer *t) {
     const Config *c = &t->m->c;
     size_t E = (size_t)c->n_moe * (size_t)c->E;
@@ -373,7 +438,8 @@ static void update_bias(Trainer *t) {
         for (int e = 0; e < c->E; e++) total += count[e];
         for (int e = 0; e < c->E; e++) {
             int64_t below = total - count[e] * c->E;
-            t->host_bias[(size_t)l * c->E + e] += (float)(t->o.balance_rate * ((below > 0) - (below < 0)));
+            t->host_bias[(size_t)l * c->E + e] +=
+                (float)(t->o.balance_rate * ((below > 0) - (below < 0)));
         }
     }
     trainer_set_bias(t, t->host_bias, E);
@@ -381,24 +447,34 @@ static void update_bias(Trainer *t) {
 
 void trainer_set_bias(Trainer *t, const float *bias, size_t n) {
     real *value = (real *)xmalloc(n * sizeof(real), "router bias");
-    for (size_t i = 0; i < n; i++) { t->host_bias[i] = bias[i]; value[i] = (real)bias[i]; }
+    for (size_t i = 0; i < n; i++) {
+        t->host_bias[i] = bias[i];
+        value[i] = (real)bias[i];
+    }
     device_upload(t->bias, value, n * sizeof(real));
     free(value);
 }
 
-// Names the first block of backward whose gradient is not finite: what lies below it got its gradient from there.
+// Names the first block of backward whose gradient is not finite: what lies below it got its
+// gradient from there.
 void trainer_die_nonfinite(Trainer *t, int64_t update) {
     const Model *m = t->m;
     char part[64] = "the embedding";
     for (int b = m->n_blocks - 1; b >= 0; b--) {
         if (isfinite(t->host_block_sum[b])) continue;
         int layer = m->block[b].layer;
-        if (layer == m->c.L) strcpy(part, "the head");
-        else if (layer >= 0) snprintf(part, sizeof part, "layer %d (%s)", layer, m->block[b].local ? "experts" : "attention, norms and router");
-        die("update %lld: the gradient of %s is not finite; %s|lower --lr, check data and checkpoint, or use --skip-nonfinite on", (long long)update, part,
-            t->o.update_layer ? "this layer and those below it are unchanged" : "no weight was changed by this update");
+        if (layer == m->c.L)
+            strcpy(part, "the head");
+        else if (layer >= 0)
+            snprintf(part, sizeof part, "layer %d (%s)", layer,
+                     m->block[b].local ? "experts" : "attention, norms and router");
+        die("update %lld: the gradient of %s is not finite; %s|lower --lr, check data and checkpoint, or use --skip-nonfinite on",
+            (long long)update, part,
+            t->o.update_layer ? "this layer and those below it are unchanged"
+                              : "no weight was changed by this update");
     }
-    die("update %lld: the gradient norm is not finite, though every part of it is|lower --lr, or use --skip-nonfinite on", (long long)update);
+    die("update %lld: the gradient norm is not finite, though every part of it is|lower --lr, or use --skip-nonfinite on",
+        (long long)update);
 }
 
 static StepResult report(Trainer *t, int64_t update, double lr, double N, double aux) {
@@ -433,10 +509,12 @@ static StepResult report(Trainer *t, int64_t update, double lr, double N, double
         if (load > r.expert_load_max) r.expert_load_max = load;
         r.z += t->host_z[2 * l] / (positions * c->n_moe);
     }
-    int64_t bits = 0;                            // the norm decides what every rank does next: it must be the same number everywhere
+    int64_t bits =
+        0; // the norm decides what every rank does next: it must be the same number everywhere
     memcpy(&bits, &norm, sizeof norm);
     if (comm_max(t->g->all, bits) != bits || comm_max(t->g->all, -bits) != -bits)
-        die("update %lld: ranks hold different gradient norms (this one %.9g)|a collective is broken: run with --check-comm on", (long long)update, (double)norm);
+        die("update %lld: ranks hold different gradient norms (this one %.9g)|a collective is broken: run with --check-comm on",
+            (long long)update, (double)norm);
     if (!isfinite(r.grad_norm)) {
         r.nonfinite = 1;
         return r;
@@ -462,7 +540,9 @@ StepResult trainer_step(Trainer *t, Loader *data, int64_t update, double lr) {
         step_forward(t, t->n_micro, 1);
         balance(t);
         step_head(t, 1, round, N);
-        if (t->o.expert_grad_scale) aux += collect_statistics(t);      // its factors need the counts on the host; everybody else reads them at the end
+        if (t->o.expert_grad_scale)
+            aux += collect_statistics(
+                t); // its factors need the counts on the host; everybody else reads them at the end
         step_backward(t, round, update, lr);
         if (!t->o.expert_grad_scale) aux += collect_statistics(t);
     }

@@ -1,5 +1,5 @@
-// Odd and bad inputs, second half of test_checkpoint.c (which includes it): every bad one must end the program with exit status 1 and one
-// line that names the file, the tensor or key, and a hint.
+// Odd and bad inputs, second half of test_checkpoint.c (which includes it): every bad one must end
+// the program with exit status 1 and one line that names the file, the tensor or key, and a hint.
 
 // A safetensors file from a header and a number of zero bytes.
 static void raw_file(const char *path, const char *header, size_t data) {
@@ -22,34 +22,49 @@ static void edit(const char *path, const char *from, const char *to) {
     memcpy(out + head, to, strlen(to));
     memcpy(out + head + strlen(to), at + strlen(from), tail);
     spill(path, out, head + strlen(to) + tail);
-    free(out); free(text);
+    free(out);
+    free(text);
 }
 
 static void test_large_offsets(void) {
     char *path = in("sparse.safetensors");
-    const int64_t n = 3000000000;                                          // elements: beyond 2^31; bytes beyond 2^32
-    char *header = xasprintf("{\"a\":{\"dtype\":\"BF16\",\"shape\":[3,1000000000],\"data_offsets\":[0,%" PRId64 "]},\"b\":{\"dtype\":\"F32\",\"shape\":[],\"data_offsets\":[%" PRId64 ",%" PRId64 "]}}", 2 * n, 2 * n, 2 * n + 4);
+    const int64_t n = 3000000000; // elements: beyond 2^31; bytes beyond 2^32
+    char *header = xasprintf(
+        "{\"a\":{\"dtype\":\"BF16\",\"shape\":[3,1000000000],\"data_offsets\":[0,%" PRId64
+        "]},\"b\":{\"dtype\":\"F32\",\"shape\":[],\"data_offsets\":[%" PRId64 ",%" PRId64 "]}}",
+        2 * n, 2 * n, 2 * n + 4);
     raw_file(path, header, 0);
     int64_t start = 8 + (int64_t)strlen(header);
-    int fd = open(path, O_RDWR), ok = fd >= 0 && !ftruncate(fd, start + 2 * n + 4) && !file_write_at(fd, start + 2 * n - 2, "\x34\x12\x78\x56", 4);
-    if (!ok) printf("    (no sparse files here: large offsets not exercised)\n");
+    int fd = open(path, O_RDWR), ok = fd >= 0 && !ftruncate(fd, start + 2 * n + 4) &&
+                                      !file_write_at(fd, start + 2 * n - 2, "\x34\x12\x78\x56", 4);
+    if (!ok)
+        printf("    (no sparse files here: large offsets not exercised)\n");
     else {
         SafeTensors s = safetensors_open(path);
         uint16_t last = 0, scalar = 0;
         safetensors_read(&s, safetensors_find(&s, "a"), 2 * n - 2, &last, 2);
         safetensors_read(&s, safetensors_find(&s, "b"), 0, &scalar, 2);
-        check(last == 0x1234 && scalar == 0x5678 && safetensors_elements(safetensors_find(&s, "a")) == n, "a sparse file of 6 GB: element 2,999,999,999 and what lies behind it");
+        check(last == 0x1234 && scalar == 0x5678 &&
+                  safetensors_elements(safetensors_find(&s, "a")) == n,
+              "a sparse file of 6 GB: element 2,999,999,999 and what lies behind it");
         safetensors_close(&s);
     }
     if (fd >= 0) close(fd);
     unlink(path);
-    free(path); free(header);
+    free(path);
+    free(header);
 }
 
-typedef struct { const char *config; char *dir; unsigned state; } Bad;    // dir: a copy of a good model folder, to be spoilt
+typedef struct {
+    const char *config;
+    char *dir;
+    unsigned state;
+} Bad; // dir: a copy of a good model folder, to be spoilt
 
-static void leave(void) { _exit(1); }    // a dying child cleans nothing up: leak checkers look at the parent
-static char *owned[64];                  // folder names, freed at the end
+static void leave(void) {
+    _exit(1);
+} // a dying child cleans nothing up: leak checkers look at the parent
+static char *owned[64]; // folder names, freed at the end
 static int n_owned;
 static char *own(char *text) { return owned[n_owned++] = text; }
 
@@ -61,14 +76,16 @@ static void run_child(void (*f)(const Bad *), const Bad *b, int *status, char *s
     pid_t child = fork();
     if (!child) {
         dup2(p[1], 2);
-        close(p[0]); close(p[1]);
+        close(p[0]);
+        close(p[1]);
         die_set(0, leave);
         f(b);
         _exit(0);
     }
     close(p[1]);
     size_t n = 0;
-    for (ssize_t got; n < room - 1 && (got = read(p[0], said + n, room - 1 - n)) > 0;) n += (size_t)got;
+    for (ssize_t got; n < room - 1 && (got = read(p[0], said + n, room - 1 - n)) > 0;)
+        n += (size_t)got;
     said[n] = 0;
     close(p[0]);
     waitpid(child, &code, 0);
@@ -79,8 +96,10 @@ static void expect(const char *name, void (*f)(const Bad *), const Bad *b, const
     char said[4096];
     int status;
     run_child(f, b, &status, said, sizeof said);
-    const char *error = strstr(said, "error: "), *hint = error ? strstr(error, "  hint: ") : 0, *newline = error ? strchr(error, '\n') : 0;
-    int ok = status == 1 && error && hint && hint < newline && newline[1] == 0 && strstr(error, fragment) && strstr(error, fragment) < hint;
+    const char *error = strstr(said, "error: "), *hint = error ? strstr(error, "  hint: ") : 0,
+               *newline = error ? strchr(error, '\n') : 0;
+    int ok = status == 1 && error && hint && hint < newline && newline[1] == 0 &&
+             strstr(error, fragment) && strstr(error, fragment) < hint;
     check(ok, "%s: %s", name, fragment);
     if (!ok) printf("    status %d, said: %s\n", status, said);
 }
@@ -91,7 +110,10 @@ static void do_config(const Bad *b) { config_read(b->dir); }
 static void do_load(const Bad *b) { load_grid(b->dir, 1, 1, 0, b->state, DTYPE_FLOATX, 0); }
 static void do_resume(const Bad *b) { load_grid(b->dir, 1, 1, 0, b->state, DTYPE_FLOATX, 1); }
 static void do_resume_split(const Bad *b) { load_grid(b->dir, 2, 1, 1, b->state, DTYPE_FLOATX, 1); }
-static void do_save(const Bad *b) { save_grid(b->config, 1, 1, 0, b->state, DTYPE_FLOATX, b->dir, 7, options(SAVE_PRECISION, 0, 0), 0); }
+static void do_save(const Bad *b) {
+    save_grid(b->config, 1, 1, 0, b->state, DTYPE_FLOATX, b->dir, 7, options(SAVE_PRECISION, 0, 0),
+              0);
+}
 static void do_trainer(const Bad *b) { trainer_number(checkpoint_trainer(b->dir), "seed"); }
 static void do_save_dtype(const Bad *b) { (void)save_dtype_parse(b->dir); }
 static void do_save_limited(const Bad *b) {
@@ -101,36 +123,67 @@ static void do_save_limited(const Bad *b) {
 }
 
 static void bad_headers(void) {
-#define T2(shape, begin, end) "{\"dtype\":\"F32\",\"shape\":" shape ",\"data_offsets\":[" begin "," end "]}"
-    static const struct { const char *name, *header; size_t data; const char *fragment; } cases[] = {
+#define T2(shape, begin, end) \
+    "{\"dtype\":\"F32\",\"shape\":" shape ",\"data_offsets\":[" begin "," end "]}"
+    static const struct {
+        const char *name, *header;
+        size_t data;
+        const char *fragment;
+    } cases[] = {
         { "header is no JSON", "{\"a\": {", 8, "header is not valid JSON" },
         { "garbage behind the JSON", "{} x", 0, "header is not valid JSON" },
         { "header is a list", "[1, 2]", 0, "header is not valid JSON" },
-        { "offsets beyond the file", "{\"a\":" T2("[4]", "0", "16") "}", 12, "tensor a: offsets [0, 16) out of range" },
-        { "offsets that run backwards", "{\"a\":" T2("[2]", "8", "0") "}", 8, "tensor a: offsets [8, 0) out of range" },
-        { "negative offsets", "{\"a\":" T2("[2]", "-8", "0") "}", 8, "tensor a: data_offsets is not a list of whole numbers" },
-        { "offsets near 2^64", "{\"a\":" T2("[2]", "18446744073709551608", "18446744073709551616") "}", 8, "tensor a: data_offsets is not" },
-        { "overlapping tensors", "{\"a\":" T2("[2]", "0", "8") ",\"b\":" T2("[2]", "4", "12") "}", 12, "tensors a and b overlap" },
-        { "one tensor inside another", "{\"a\":" T2("[4]", "0", "16") ",\"b\":" T2("[1]", "4", "8") "}", 16, "tensors a and b overlap" },
-        { "size is not the shape's", "{\"a\":" T2("[3]", "0", "8") "}", 8, "tensor a: 8 bytes do not hold shape [3] of F32" },
-        { "negative shape", "{\"a\":" T2("[-2]", "0", "8") "}", 8, "tensor a: shape is not a list of whole numbers" },
-        { "fractional shape", "{\"a\":" T2("[1.5]", "0", "8") "}", 8, "tensor a: shape is not a list of whole numbers" },
-        { "shape that overflows 64 bits", "{\"a\":" T2("[4294967296, 4294967296, 4294967296]", "0", "0") "}", 0, "tensor a: shape of 1.84e+19 elements" },
-        { "nine dimensions", "{\"a\":" T2("[1,1,1,1,1,1,1,1,1]", "0", "4") "}", 4, "tensor a has more than 8 dimensions" },
-        { "unknown dtype", "{\"a\":{\"dtype\":\"F8_E4M3\",\"shape\":[8],\"data_offsets\":[0,8]}}", 8, "tensor a: dtype F8_E4M3 is not supported" },
-        { "dtype missing", "{\"a\":{\"shape\":[2],\"data_offsets\":[0,8]}}", 8, "tensor a: dtype, shape or data_offsets is missing" },
-        { "a name twice", "{\"a\":" T2("[1]", "0", "4") ",\"a\":" T2("[1]", "4", "8") "}", 8, "tensor a appears twice" } };
+        { "offsets beyond the file", "{\"a\":" T2("[4]", "0", "16") "}", 12,
+          "tensor a: offsets [0, 16) out of range" },
+        { "offsets that run backwards", "{\"a\":" T2("[2]", "8", "0") "}", 8,
+          "tensor a: offsets [8, 0) out of range" },
+        { "negative offsets", "{\"a\":" T2("[2]", "-8", "0") "}", 8,
+          "tensor a: data_offsets is not a list of whole numbers" },
+        { "offsets near 2^64",
+          "{\"a\":" T2("[2]", "18446744073709551608", "18446744073709551616") "}", 8,
+          "tensor a: data_offsets is not" },
+        { "overlapping tensors", "{\"a\":" T2("[2]", "0", "8") ",\"b\":" T2("[2]", "4", "12") "}",
+          12, "tensors a and b overlap" },
+        { "one tensor inside another",
+          "{\"a\":" T2("[4]", "0", "16") ",\"b\":" T2("[1]", "4", "8") "}", 16,
+          "tensors a and b overlap" },
+        { "size is not the shape's", "{\"a\":" T2("[3]", "0", "8") "}", 8,
+          "tensor a: 8 bytes do not hold shape [3] of F32" },
+        { "negative shape", "{\"a\":" T2("[-2]", "0", "8") "}", 8,
+          "tensor a: shape is not a list of whole numbers" },
+        { "fractional shape", "{\"a\":" T2("[1.5]", "0", "8") "}", 8,
+          "tensor a: shape is not a list of whole numbers" },
+        { "shape that overflows 64 bits",
+          "{\"a\":" T2("[4294967296, 4294967296, 4294967296]", "0", "0") "}", 0,
+          "tensor a: shape of 1.84e+19 elements" },
+        { "nine dimensions", "{\"a\":" T2("[1,1,1,1,1,1,1,1,1]", "0", "4") "}", 4,
+          "tensor a has more than 8 dimensions" },
+        { "unknown dtype", "{\"a\":{\"dtype\":\"F8_E4M3\",\"shape\":[8],\"data_offsets\":[0,8]}}",
+          8, "tensor a: dtype F8_E4M3 is not supported" },
+        { "dtype missing", "{\"a\":{\"shape\":[2],\"data_offsets\":[0,8]}}", 8,
+          "tensor a: dtype, shape or data_offsets is missing" },
+        { "a name twice", "{\"a\":" T2("[1]", "0", "4") ",\"a\":" T2("[1]", "4", "8") "}", 8,
+          "tensor a appears twice" }
+    };
     Bad b = { 0, own(in("bad.safetensors")), 0 };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         raw_file(b.dir, cases[i].header, cases[i].data);
         expect(cases[i].name, do_open, &b, cases[i].fragment);
     }
-    static const struct { const char *name, *bytes; size_t n; const char *fragment; } raw[] = {
-        { "empty file", "", 0, "truncated: 0 bytes" }, { "five bytes", "\1\0\0\0\0", 5, "truncated: 5 bytes" },
-        { "header longer than the file", "\100\0\0\0\0\0\0\0{}", 10, "truncated: the header has 64 bytes, the file 10" },
-        { "header length beyond 100 MB", "\0\0\0\20\0\0\0\0{}", 10, "header length 268435456 exceeds 100 MB" },
-        { "header length 2^64 - 1", "\377\377\377\377\377\377\377\377{}", 10, "header length 18446744073709551615 exceeds 100 MB" },
-        { "git-lfs pointer", "version https://git-lfs.github.com/spec/v1\n", 43, "a git-lfs pointer" } };
+    static const struct {
+        const char *name, *bytes;
+        size_t n;
+        const char *fragment;
+    } raw[] = { { "empty file", "", 0, "truncated: 0 bytes" },
+                { "five bytes", "\1\0\0\0\0", 5, "truncated: 5 bytes" },
+                { "header longer than the file", "\100\0\0\0\0\0\0\0{}", 10,
+                  "truncated: the header has 64 bytes, the file 10" },
+                { "header length beyond 100 MB", "\0\0\0\20\0\0\0\0{}", 10,
+                  "header length 268435456 exceeds 100 MB" },
+                { "header length 2^64 - 1", "\377\377\377\377\377\377\377\377{}", 10,
+                  "header length 18446744073709551615 exceeds 100 MB" },
+                { "git-lfs pointer", "version https://git-lfs.github.com/spec/v1\n", 43,
+                  "a git-lfs pointer" } };
     for (size_t i = 0; i < sizeof raw / sizeof *raw; i++) {
         spill(b.dir, raw[i].bytes, raw[i].n);
         expect(raw[i].name, do_open, &b, raw[i].fragment);
@@ -138,24 +191,43 @@ static void bad_headers(void) {
 }
 
 static void bad_configs(void) {
-    static const struct { const char *name, *from, *to, *fragment; } cases[] = {
+    static const struct {
+        const char *name, *from, *to, *fragment;
+    } cases[] = {
         { "another model", "\"qwen3_moe\"", "\"llama\"", "model_type \"llama\" is not supported" },
-        { "sliding window", "\"sliding_window\": null", "\"use_sliding_window\": true, \"sliding_window\": 64", "use_sliding_window with sliding_window = 64" },
-        { "sliding window by the class's default", "\"sliding_window\": null", "\"use_sliding_window\": true", "use_sliding_window with sliding_window = 4096" },
-        { "rope scaling, 4.x", "\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"yarn\", \"factor\": 4.0}", "rope_scaling.rope_type = \"yarn\" is not supported" },
-        { "rope scaling, 5.x", "\"rope_theta\": 10000.0", "\"rope_parameters\": {\"rope_theta\": 1e4, \"rope_type\": \"linear\"}", "rope_parameters.rope_type = \"linear\" is not supported" },
-        { "attention bias", "\"attention_bias\": false", "\"attention_bias\": true", "attention_bias = true is not supported" },
-        { "attention dropout", "\"attention_bias\": false", "\"attention_dropout\": 0.1", "attention_dropout = 0.1 is not supported" },
+        { "sliding window", "\"sliding_window\": null",
+          "\"use_sliding_window\": true, \"sliding_window\": 64",
+          "use_sliding_window with sliding_window = 64" },
+        { "sliding window by the class's default", "\"sliding_window\": null",
+          "\"use_sliding_window\": true", "use_sliding_window with sliding_window = 4096" },
+        { "rope scaling, 4.x", "\"rope_scaling\": null",
+          "\"rope_scaling\": {\"type\": \"yarn\", \"factor\": 4.0}",
+          "rope_scaling.rope_type = \"yarn\" is not supported" },
+        { "rope scaling, 5.x", "\"rope_theta\": 10000.0",
+          "\"rope_parameters\": {\"rope_theta\": 1e4, \"rope_type\": \"linear\"}",
+          "rope_parameters.rope_type = \"linear\" is not supported" },
+        { "attention bias", "\"attention_bias\": false", "\"attention_bias\": true",
+          "attention_bias = true is not supported" },
+        { "attention dropout", "\"attention_bias\": false", "\"attention_dropout\": 0.1",
+          "attention_dropout = 0.1 is not supported" },
         { "another activation", "\"silu\"", "\"gelu\"", "hidden_act = \"gelu\" is not supported" },
-        { "quantized weights", "\"attention_bias\": false", "\"quantization_config\": {}", "quantization_config" },
-        { "K > E", "\"num_experts_per_tok\": 2", "\"num_experts_per_tok\": 9", "num_experts_per_tok 9 exceeds num_experts 8" },
-        { "heads over key/value heads", "\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3", "num_attention_heads 4 is not a multiple of num_key_value_heads 3" },
+        { "quantized weights", "\"attention_bias\": false", "\"quantization_config\": {}",
+          "quantization_config" },
+        { "K > E", "\"num_experts_per_tok\": 2", "\"num_experts_per_tok\": 9",
+          "num_experts_per_tok 9 exceeds num_experts 8" },
+        { "heads over key/value heads", "\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3",
+          "num_attention_heads 4 is not a multiple of num_key_value_heads 3" },
         { "odd head size", "\"head_dim\": 16", "\"head_dim\": 15", "head_dim 15 is odd" },
-        { "no experts", "\"num_experts\": 8", "\"num_experts\": 0", "num_experts = 0 must be an integer of at least 1" },
-        { "fractional size", "\"vocab_size\": 300", "\"vocab_size\": 300.5", "vocab_size = 300.5 must be an integer" },
-        { "a number as text", "\"hidden_size\": 64", "\"hidden_size\": \"64\"", "hidden_size is not a number" },
-        { "padding token outside the vocabulary", "\"attention_bias\": false", "\"pad_token_id\": 300", "pad_token_id lies outside the vocabulary of 300" },
-        { "not JSON", "\"hidden_size\": 64,", "\"hidden_size\": 64,,", "not valid JSON near" } };
+        { "no experts", "\"num_experts\": 8", "\"num_experts\": 0",
+          "num_experts = 0 must be an integer of at least 1" },
+        { "fractional size", "\"vocab_size\": 300", "\"vocab_size\": 300.5",
+          "vocab_size = 300.5 must be an integer" },
+        { "a number as text", "\"hidden_size\": 64", "\"hidden_size\": \"64\"",
+          "hidden_size is not a number" },
+        { "padding token outside the vocabulary", "\"attention_bias\": false",
+          "\"pad_token_id\": 300", "pad_token_id lies outside the vocabulary of 300" },
+        { "not JSON", "\"hidden_size\": 64,", "\"hidden_size\": 64,,", "not valid JSON near" }
+    };
     Bad b = { 0, own(in("bad.json")), 0 };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         spill(b.dir, SMALL, strlen(SMALL));
@@ -169,13 +241,16 @@ static void bad_configs(void) {
 }
 
 // A copy of the good checkpoint in `from` with one file of it edited (or removed: to = 0).
-static Bad spoil(const char *from, const char *file, const char *what, const char *to, unsigned state) {
+static Bad spoil(const char *from, const char *file, const char *what, const char *to,
+                 unsigned state) {
     static int n;
     Bad b = { 0, own(xasprintf("%s/spoilt%d", work, n++)), state };
     copy_folder(from, b.dir);
     char *path = xasprintf("%s/%s", b.dir, file);
-    if (!to) unlink(path);
-    else edit(path, what, to);
+    if (!to)
+        unlink(path);
+    else
+        edit(path, what, to);
     free(path);
     return b;
 }
@@ -185,33 +260,45 @@ static void poke(const char *dir, const char *tensor, const void *bytes, size_t 
     SafeTensors s = safetensors_open_folder(dir);
     const SafeTensor *t = safetensors_find(&s, tensor);
     int fd = open(s.path[t->file], O_WRONLY);
-    if (fd < 0 || file_write_at(fd, t->at + 3 * (int64_t)dtype_size(t->type), bytes, (int64_t)n)) die("%s: the test cannot write|give it a disk", dir);
+    if (fd < 0 || file_write_at(fd, t->at + 3 * (int64_t)dtype_size(t->type), bytes, (int64_t)n))
+        die("%s: the test cannot write|give it a disk", dir);
     close(fd);
     safetensors_close(&s);
 }
 
 static void bad_folders(const char *config) {
-    char *out = in("good"), *one = checkpoint_folder(out, 1), *many = checkpoint_folder(out, 2), *quant = checkpoint_folder(out, 3);
+    char *out = in("good"), *one = checkpoint_folder(out, 1), *many = checkpoint_folder(out, 2),
+         *quant = checkpoint_folder(out, 3);
     save_grid(config, 1, 1, 0, STATE_M, DTYPE_FLOATX, out, 1, options(SAVE_BF16, 0, 0), 0);
     save_grid(config, 1, 1, 0, 0, DTYPE_FLOATX, out, 2, options(SAVE_F32, 1, 20000), 0);
     save_grid(config, 1, 1, 0, STATE_8BIT, DTYPE_FLOATX, out, 3, options(SAVE_F32, 0, 0), 0);
     Bad b;
-    b = spoil(one, "model.safetensors", "layers.2.mlp.experts.5.up_proj.weight", "layers.2.mlp.experts.5.up_prox.weight", 0);
-    expect("a missing tensor", do_load, &b, "tensor model.layers.2.mlp.experts.5.up_proj.weight is missing (1 of 80 are)");
-    b = spoil(one, "config.json", "\"moe_intermediate_size\":\t32", "\"moe_intermediate_size\":\t16", 0);
+    b = spoil(one, "model.safetensors", "layers.2.mlp.experts.5.up_proj.weight",
+              "layers.2.mlp.experts.5.up_prox.weight", 0);
+    expect("a missing tensor", do_load, &b,
+           "tensor model.layers.2.mlp.experts.5.up_proj.weight is missing (1 of 80 are)");
+    b = spoil(one, "config.json", "\"moe_intermediate_size\":\t32",
+              "\"moe_intermediate_size\":\t16", 0);
     expect("a wrong shape", do_load, &b, "has shape [32, 64], config.json means [16, 64]");
-    b = spoil(many, "config.json", "\"moe_intermediate_size\":\t32", "\"moe_intermediate_size\":\t16", 0);
-    expect("a wrong fused shape", do_load, &b, "mlp.experts.gate_up_proj has shape [8, 64, 64], config.json means [8, 32, 64]");
+    b = spoil(many, "config.json", "\"moe_intermediate_size\":\t32",
+              "\"moe_intermediate_size\":\t16", 0);
+    expect("a wrong fused shape", do_load, &b,
+           "mlp.experts.gate_up_proj has shape [8, 64, 64], config.json means [8, 32, 64]");
     b = spoil(one, "model.safetensors", "{", "{", 0);
     poke(b.dir, "model.layers.1.mlp.down_proj.weight", "\xc0\x7f", 2);
-    expect("NaN in bf16", do_load, &b, "tensor model.layers.1.mlp.down_proj.weight: element 3 is NaN or infinite");
+    expect("NaN in bf16", do_load, &b,
+           "tensor model.layers.1.mlp.down_proj.weight: element 3 is NaN or infinite");
     b = spoil(many, "config.json", "{", "{", 0);
     poke(b.dir, "model.norm.weight", "\0\0\x80\xff", 4);
-    expect("infinity in F32", do_load, &b, "tensor model.norm.weight: element 3 is NaN or infinite");
-    b = spoil(many, "model.safetensors.index.json", "\"model.norm.weight\"", "\"model.norm.wwight\"", 0);
-    expect("the index names a tensor that is nowhere", do_folder, &b, "tensor model.norm.wwight is not in model-000");
+    expect("infinity in F32", do_load, &b,
+           "tensor model.norm.weight: element 3 is NaN or infinite");
+    b = spoil(many, "model.safetensors.index.json", "\"model.norm.weight\"",
+              "\"model.norm.wwight\"", 0);
+    expect("the index names a tensor that is nowhere", do_folder, &b,
+           "tensor model.norm.wwight is not in model-000");
     b = spoil(many, "model.safetensors.index.json", "model-00001-of", "../x-00001-of", 0);
-    expect("the index leads out of the folder", do_folder, &b, "is not the name of a file beside it");
+    expect("the index leads out of the folder", do_folder, &b,
+           "is not the name of a file beside it");
     b = spoil(many, "model.safetensors.index.json", "weight_map", "weight_mop", 0);
     expect("an index without weight_map", do_folder, &b, "no weight_map in it");
     b = spoil(one, "model.safetensors", "", 0, 0);
@@ -219,40 +306,53 @@ static void bad_folders(const char *config) {
     b = spoil(one, "model.safetensors", "", 0, 0);
     char *index = xasprintf("%s/model.safetensors.index.json", b.dir);
     unlink(index);
-    expect("a folder without weights", do_folder, &b, "neither model.safetensors nor model.safetensors.index.json");
+    expect("a folder without weights", do_folder, &b,
+           "neither model.safetensors nor model.safetensors.index.json");
     b.dir = own(in("not_there"));
     expect("no folder", do_folder, &b, "no such model folder");
     b = spoil(one, "config.json", "{", "{", STATE_M | STATE_V);
     expect("resume with AdamW from SGD", do_resume, &b, "model.embed_tokens.weight.v is missing");
-    b = spoil(one, "optimizer.safetensors", "model.norm.weight.m\"", "model.norm.weight.x\"", STATE_M);
+    b = spoil(one, "optimizer.safetensors", "model.norm.weight.m\"", "model.norm.weight.x\"",
+              STATE_M);
     expect("a moment is missing", do_resume, &b, "model.norm.weight.m is missing");
     b = spoil(one, "optimizer.safetensors", "", 0, STATE_M);
-    expect("no optimizer file", do_resume, &b, "optimizer.safetensors: model.embed_tokens.weight.m is missing");
+    expect("no optimizer file", do_resume, &b,
+           "optimizer.safetensors: model.embed_tokens.weight.m is missing");
     b = spoil(quant, "config.json", "{", "{", STATE_8BIT);
-    expect("8-bit state in a layout that cuts its blocks", do_resume_split, &b, "this layout cuts blocks of 256 elements");
+    expect("8-bit state in a layout that cuts its blocks", do_resume_split, &b,
+           "this layout cuts blocks of 256 elements");
     b = spoil(one, "trainer.json", "{", "", STATE_M);
     expect("trainer.json damaged", do_trainer, &b, "trainer.json: not valid JSON");
     b = spoil(one, "trainer.json", "seed", "sied", STATE_M);
     expect("trainer.json without a value", do_trainer, &b, "no number seed");
     b.dir = own(xasprintf("fp7"));
     expect("--save-dtype", do_save_dtype, &b, "--save-dtype fp7");
-    free(out); free(one); free(many); free(quant); free(index);
+    free(out);
+    free(one);
+    free(many);
+    free(quant);
+    free(index);
 }
 
 static void bad_disks(const char *config) {
     Bad b = { config, own(in("small.json/out")), STATE_M };
-    expect("--out under a file", do_save, &b, "small.json: cannot create the folder: a file of this name is in the way");
+    expect("--out under a file", do_save, &b,
+           "small.json: cannot create the folder: a file of this name is in the way");
     b.dir = own(xasprintf("/proc/moe_out"));
     expect("--out where nobody may write", do_save, &b, "/proc/moe_out: cannot create the folder");
     b.dir = own(in("limited"));
     save_grid(config, 1, 1, 0, STATE_M, DTYPE_FLOATX, b.dir, 6, options(SAVE_PRECISION, 0, 0), 0);
     expect("a file-size limit while saving", do_save_limited, &b, "cannot write: File too large");
     char *six = checkpoint_folder(b.dir, 6), *dir = xasprintf("%s/checkpoints", b.dir);
-    check(!exists(dir, "incomplete_step_7") && checkpoint_find(0, b.dir) == 6 && !load_grid(six, 1, 1, 0, STATE_M, DTYPE_FLOATX, 1), "after it: the incomplete folder is gone, step 6 intact");
+    check(!exists(dir, "incomplete_step_7") && checkpoint_find(0, b.dir) == 6 &&
+              !load_grid(six, 1, 1, 0, STATE_M, DTYPE_FLOATX, 1),
+          "after it: the incomplete folder is gone, step 6 intact");
     char *mount_at = in("disk");
     folder_make(mount_at);
     b.dir = mount_at;
-    if (mount("tmpfs", mount_at, "tmpfs", 0, "size=900k")) printf("    (cannot mount a small disk here: %s; full disk not exercised)\n", strerror(errno));
+    if (mount("tmpfs", mount_at, "tmpfs", 0, "size=900k"))
+        printf("    (cannot mount a small disk here: %s; full disk not exercised)\n",
+               strerror(errno));
     else {
         expect("a disk with too little room", do_save, &b, "a checkpoint needs 0.00");
         char *dir2 = xasprintf("%s/checkpoints", mount_at);
@@ -260,7 +360,9 @@ static void bad_disks(const char *config) {
         free(dir2);
         if (umount(mount_at)) printf("    (%s stays mounted)\n", mount_at);
     }
-    free(six); free(dir); free(mount_at);
+    free(six);
+    free(dir);
+    free(mount_at);
 }
 
 static void test_bad_inputs(const char *config) {

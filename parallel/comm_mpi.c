@@ -1,6 +1,8 @@
-// comm.h over MPI: joining, groups, starting and waiting. How a call moves is in comm_mpi_call.c, the picture of both in comm_mpi.h.
+// comm.h over MPI: joining, groups, starting and waiting. How a call moves is in comm_mpi_call.c,
+// the picture of both in comm_mpi.h.
 //
-// The transport works on host memory. Where the device has its own, or `check` wants destinations poisoned, a call works on private copies that comm_wait writes back.
+// The transport works on host memory. Where the device has its own, or `check` wants destinations
+// poisoned, a call works on private copies that comm_wait writes back.
 #define _GNU_SOURCE
 #include "comm_mpi.h"
 #include "../kernels/fail.h"
@@ -12,16 +14,20 @@
 
 int mpi_world_rank, mpi_oversubscribed;
 static int world_size, local_rank, local_size, thread_level, on_device;
-static Comm **groups;                            // (n_groups) in the order of their building
+static Comm **groups; // (n_groups) in the order of their building
 static int n_groups;
 static MPI_Win board_window = MPI_WIN_NULL;
-static volatile int *board;                      // (local_size + 1) 1: that rank waits; last: 1 + the rank that speaks for all when the run ends. 0 where there is no shared memory
-static int *board_place;                         // (world_size) place on the board, MPI_UNDEFINED = another machine
+static volatile int *board; // (local_size + 1) 1: that rank waits; last: 1 + the rank that speaks
+                            // for all when the run ends. 0 where there is no shared memory
+static int *board_place;    // (world_size) place on the board, MPI_UNDEFINED = another machine
 
-// ---- joining and leaving ---------------------------------------------------------------------------------------------------------------------------------
+// ---- joining and leaving --------------------------------------------------------------------
 void comm_abort(int status) {
-    if (world_size == 1) _exit(status ? status : 1);     // nobody else to end, and MPI_Abort would print ten lines behind the one that matters
-    // MPI_Abort may itself be stuck when the network is: the signal then ends this process, and the launcher the others.
+    if (world_size == 1)
+        _exit(status ? status : 1); // nobody else to end, and MPI_Abort would print ten lines
+                                    // behind the one that matters
+    // MPI_Abort may itself be stuck when the network is: the signal then ends this process, and the
+    // launcher the others.
     signal(SIGALRM, SIG_DFL);
     alarm(5);
     MPI_Abort(MPI_COMM_WORLD, status);
@@ -35,11 +41,14 @@ static void build_board(MPI_Comm here) {
     MPI_Aint bytes;
     MPI_Comm_set_errhandler(here, MPI_ERRORS_RETURN);
     int last = local_rank + 1 == local_size;
-    if (MPI_Win_allocate_shared((MPI_Aint)sizeof *mine * (1 + last), sizeof *mine, MPI_INFO_NULL, here, &mine, &board_window) != MPI_SUCCESS) return;   // reports then say less
+    if (MPI_Win_allocate_shared((MPI_Aint)sizeof *mine * (1 + last), sizeof *mine, MPI_INFO_NULL,
+                                here, &mine, &board_window) != MPI_SUCCESS)
+        return; // reports then say less
     mine[0] = mine[last] = 0;
     MPI_Barrier(here);
     int *first;
-    MPI_Win_shared_query(board_window, 0, &bytes, &unit, &first);     // the ranks' pieces lie behind one another
+    MPI_Win_shared_query(board_window, 0, &bytes, &unit,
+                         &first); // the ranks' pieces lie behind one another
     board = first;
     int *ranks = (int *)xmalloc((size_t)world_size * sizeof *ranks, "ranks of this machine");
     board_place = (int *)xmalloc((size_t)world_size * sizeof *board_place, "ranks of this machine");
@@ -54,26 +63,36 @@ static void build_board(MPI_Comm here) {
 }
 
 static int claim_last_words(void) {
-    return !board || __sync_bool_compare_and_swap(&board[local_size], 0, 1 + mpi_world_rank) || board[local_size] == 1 + mpi_world_rank;
+    return !board || __sync_bool_compare_and_swap(&board[local_size], 0, 1 + mpi_world_rank) ||
+           board[local_size] == 1 + mpi_world_rank;
 }
 
-void mpi_set_waiting(int waiting) { if (board) board[local_rank] = waiting; }
-int mpi_is_waiting(int world_rank) { return board && board_place[world_rank] != MPI_UNDEFINED ? board[board_place[world_rank]] : -1; }
+void mpi_set_waiting(int waiting) {
+    if (board) board[local_rank] = waiting;
+}
+int mpi_is_waiting(int world_rank) {
+    return board && board_place[world_rank] != MPI_UNDEFINED ? board[board_place[world_rank]] : -1;
+}
 
 void comm_init(int *argc, char ***argv) {
-    // More ranks than cores: MPI's own blocking calls must give the core away. Before MPI_Init only the launcher's variable tells.
+    // More ranks than cores: MPI's own blocking calls must give the core away. Before MPI_Init only
+    // the launcher's variable tells.
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     const char *ranks_here = getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
     if (ranks_here && atol(ranks_here) > cores) setenv("OMPI_MCA_mpi_yield_when_idle", "1", 0);
-    // Started without a launcher: Open MPI would first start a daemon of its own, for ranks that are never spawned.
-    if (!ranks_here && !getenv("PMIX_RANK") && !getenv("PMI_RANK") && !getenv("SLURM_PROCID")) setenv("OMPI_MCA_ess_singleton_isolated", "1", 0);
+    // Started without a launcher: Open MPI would first start a daemon of its own, for ranks that
+    // are never spawned.
+    if (!ranks_here && !getenv("PMIX_RANK") && !getenv("PMI_RANK") && !getenv("SLURM_PROCID"))
+        setenv("OMPI_MCA_ess_singleton_isolated", "1", 0);
     mpi_check(MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &thread_level), "MPI_Init");
     MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
     MPI_Comm_rank(MPI_COMM_WORLD, &mpi_world_rank);
     MPI_Comm_size(MPI_COMM_WORLD, &world_size);
     die_set(mpi_world_rank, abort_all);
     MPI_Comm here;
-    mpi_check(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, mpi_world_rank, MPI_INFO_NULL, &here), "ranks of this machine");
+    mpi_check(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, mpi_world_rank,
+                                  MPI_INFO_NULL, &here),
+              "ranks of this machine");
     MPI_Comm_rank(here, &local_rank);
     MPI_Comm_size(here, &local_size);
     build_board(here);
@@ -84,12 +103,16 @@ void comm_init(int *argc, char ***argv) {
 
 void comm_start(CommOptions options) {
     comm_options = options;
-    if (comm_world_size() == 1) check_alone("use the mpirun of the MPI it was built with; under Slurm: srun --mpi=list shows what fits");
+    if (comm_world_size() == 1)
+        check_alone(
+            "use the mpirun of the MPI it was built with; under Slurm: srun --mpi=list shows what fits");
     on_device = strcmp(device_backend(), "cpu") != 0;
     watch_start(mpi_world_rank, thread_level >= MPI_THREAD_MULTIPLE, comm_abort);
 }
 
-static void report_text(const void *context, char *text, size_t size) { snprintf(text, size, "%s", (const char *)context); }
+static void report_text(const void *context, char *text, size_t size) {
+    snprintf(text, size, "%s", (const char *)context);
+}
 
 void comm_finish(void) {
     watch_enter(report_text, "end of the run, MPI_Finalize");
@@ -98,7 +121,9 @@ void comm_finish(void) {
         Comm *g = groups[i];
         MPI_Comm_free(&g->mpi);
         if (g->stage_malloced) free(g->stage);
-        free(g->world); free(g->part); free(g->numbers);
+        free(g->world);
+        free(g->part);
+        free(g->numbers);
         free(g);
     }
     free(groups);
@@ -126,13 +151,15 @@ const char *comm_describe(void) {
     return text;
 }
 
-// ---- groups -----------------------------------------------------------------------------------------------------------------------------------------------
+// ---- groups ---------------------------------------------------------------------------------
 Comm *comm_group(const char *name, const int *world_ranks, int n) {
     MPI_Comm mpi;
     char text[96];
     snprintf(text, sizeof text, "building group %s, MPI_Comm_split", name);
     watch_enter(report_text, text);
-    mpi_check(MPI_Comm_split(MPI_COMM_WORLD, n ? world_ranks[0] : MPI_UNDEFINED, mpi_world_rank, &mpi), text);
+    mpi_check(
+        MPI_Comm_split(MPI_COMM_WORLD, n ? world_ranks[0] : MPI_UNDEFINED, mpi_world_rank, &mpi),
+        text);
     watch_leave();
     if (n == 0) return 0;
     groups = (Comm **)realloc(groups, (size_t)(n_groups + 1) * sizeof *groups);
@@ -151,7 +178,8 @@ Comm *comm_group(const char *name, const int *world_ranks, int n) {
     MPI_Comm_size(mpi, &size);
     MPI_Comm_rank(mpi, &g->rank);
     if (size != n || world_ranks[g->rank] != mpi_world_rank)
-        die("group %s: rank %d names %d members, MPI found %d|a bug of the caller: groups of one call must not overlap, ranks ascend", name, mpi_world_rank, n, size);
+        die("group %s: rank %d names %d members, MPI found %d|a bug of the caller: groups of one call must not overlap, ranks ascend",
+            name, mpi_world_rank, n, size);
     MPI_Comm_set_errhandler(mpi, MPI_ERRORS_RETURN);
     return groups[n_groups++] = g;
 }
@@ -179,20 +207,25 @@ CommTraffic comm_traffic(Comm *g, int kind, int reset) {
     return t;
 }
 
-// ---- start and wait -------------------------------------------------------------------------------------------------------------------------------------------
+// ---- start and wait -------------------------------------------------------------------------
 // A sum over the bytes of a buffer in flight: `check` compares it at start and wait.
 static uint64_t buffer_sum(const char *p, size_t bytes) {
     uint64_t sum = bytes, word;
     size_t i = 0;
-    for (; i + 8 <= bytes; i += 8) { memcpy(&word, p + i, 8); sum = (sum ^ word) * 0x9e3779b97f4a7c15u; }
+    for (; i + 8 <= bytes; i += 8) {
+        memcpy(&word, p + i, 8);
+        sum = (sum ^ word) * 0x9e3779b97f4a7c15u;
+    }
     for (; i < bytes; i++) sum = (sum ^ (unsigned char)p[i]) * 0x9e3779b97f4a7c15u;
     return sum;
 }
 
 static int is_staged(void) { return on_device || comm_options.check; }
 
-// Gives the call its buffers: the program's, or private copies of them. keep: dst holds something that the call reads (in place, accumulate).
-static void take_buffers(Call *c, void *dst, size_t dst_bytes, const void *src, size_t src_bytes, int keep, Stream stream) {
+// Gives the call its buffers: the program's, or private copies of them. keep: dst holds something
+// that the call reads (in place, accumulate).
+static void take_buffers(Call *c, void *dst, size_t dst_bytes, const void *src, size_t src_bytes,
+                         int keep, Stream stream) {
     c->dst = c->user_dst = (char *)dst;
     c->src = c->user_src = (const char *)src;
     c->dst_bytes = dst_bytes;
@@ -200,7 +233,7 @@ static void take_buffers(Call *c, void *dst, size_t dst_bytes, const void *src, 
     if (!is_staged()) return;
     c->dst = room(&c->copy_dst, dst_bytes);
     if (on_device) {
-        stream_order(stream, STREAM_COMPUTE);        // device_download waits for COMPUTE
+        stream_order(stream, STREAM_COMPUTE); // device_download waits for COMPUTE
         if (src_bytes) device_download(room(&c->copy_src, src_bytes), src, src_bytes);
         c->src = c->copy_src.p;
         if (keep && dst_bytes) device_download(c->dst, dst, dst_bytes);
@@ -208,7 +241,7 @@ static void take_buffers(Call *c, void *dst, size_t dst_bytes, const void *src, 
         return;
     }
     if (keep && dst_bytes) memcpy(c->dst, dst, dst_bytes);
-    if (dst_bytes) memset(dst, 0xff, dst_bytes);     // NaN in every floating type
+    if (dst_bytes) memset(dst, 0xff, dst_bytes); // NaN in every floating type
     c->dst_sum = buffer_sum(c->user_dst, dst_bytes);
     c->src_sum = buffer_sum(c->user_src, src_bytes);
 }
@@ -224,7 +257,9 @@ static void count_traffic(Call *c, size_t bytes) {
     c->g->traffic[c->record.kind].bytes += (int64_t)bytes;
 }
 
-static int overlaps(const void *a, const void *b, size_t b_bytes) { return (const char *)a >= (const char *)b && (const char *)a < (const char *)b + b_bytes; }
+static int overlaps(const void *a, const void *b, size_t b_bytes) {
+    return (const char *)a >= (const char *)b && (const char *)a < (const char *)b + b_bytes;
+}
 
 static Request nothing(Comm *g, int kind) {
     g->traffic[kind].calls++;
@@ -232,8 +267,13 @@ static Request nothing(Comm *g, int kind) {
     return r;
 }
 
-Request all_gather_start(Comm *g, void *recv, const void *send, size_t count, Dtype type, Stream stream) {
-    if (g->local) { stream_order(stream, STREAM_COMPUTE); local_all_gather(recv, send, count, type); return nothing(g, COMM_ALL_GATHER); }
+Request all_gather_start(Comm *g, void *recv, const void *send, size_t count, Dtype type,
+                         Stream stream) {
+    if (g->local) {
+        stream_order(stream, STREAM_COMPUTE);
+        local_all_gather(recv, send, count, type);
+        return nothing(g, COMM_ALL_GATHER);
+    }
     double since = now_seconds();
     Call *c = call_new(g, COMM_ALL_GATHER, type, count);
     size_t bytes = count * c->width, all = (size_t)g->n * bytes;
@@ -246,8 +286,13 @@ Request all_gather_start(Comm *g, void *recv, const void *send, size_t count, Dt
     return launch(c, since);
 }
 
-Request reduce_scatter_start(Comm *g, void *recv, const void *send, size_t count, Dtype type, int accumulate, Stream stream) {
-    if (g->local) { stream_order(stream, STREAM_COMPUTE); local_reduce_scatter(recv, send, count, type, accumulate); return nothing(g, COMM_REDUCE_SCATTER); }
+Request reduce_scatter_start(Comm *g, void *recv, const void *send, size_t count, Dtype type,
+                             int accumulate, Stream stream) {
+    if (g->local) {
+        stream_order(stream, STREAM_COMPUTE);
+        local_reduce_scatter(recv, send, count, type, accumulate);
+        return nothing(g, COMM_REDUCE_SCATTER);
+    }
     double since = now_seconds();
     Call *c = call_new(g, COMM_REDUCE_SCATTER, type, count);
     size_t bytes = count * c->width, all = (size_t)g->n * bytes;
@@ -260,7 +305,10 @@ Request reduce_scatter_start(Comm *g, void *recv, const void *send, size_t count
 }
 
 Request all_reduce_start(Comm *g, void *buffer, size_t count, Dtype type, Stream stream) {
-    if (g->local) { stream_order(stream, STREAM_COMPUTE); return nothing(g, COMM_ALL_REDUCE); }
+    if (g->local) {
+        stream_order(stream, STREAM_COMPUTE);
+        return nothing(g, COMM_ALL_REDUCE);
+    }
     double since = now_seconds();
     Call *c = call_new(g, COMM_ALL_REDUCE, type, count);
     c->count = (count + (size_t)g->n - 1) / (size_t)g->n;
@@ -273,7 +321,8 @@ Request all_reduce_start(Comm *g, void *buffer, size_t count, Dtype type, Stream
     return launch(c, since);
 }
 
-Request all_to_all_start(Comm *g, void *recv, const int64_t *recv_rows, const void *send, const int64_t *send_rows, size_t row_bytes, Stream stream) {
+Request all_to_all_start(Comm *g, void *recv, const int64_t *recv_rows, const void *send,
+                         const int64_t *send_rows, size_t row_bytes, Stream stream) {
     if (g->local) {
         stream_order(stream, STREAM_COMPUTE);
         local_all_to_all(g->name, recv, recv_rows[0], send, send_rows[0], row_bytes);
@@ -284,15 +333,20 @@ Request all_to_all_start(Comm *g, void *recv, const int64_t *recv_rows, const vo
     size_t from = 0, to = 0, n = (size_t)g->n, me = (size_t)g->rank, my_from = 0, my_to = 0;
     c->rows = (size_t *)(void *)room(&c->rows_room, 2 * n * sizeof *c->rows);
     for (size_t j = 0; j < n; j++) {
-        if (send_rows[j] < 0 || recv_rows[j] < 0) die("all_to_all in group %s: negative number of rows|a bug of the caller", g->name);
+        if (send_rows[j] < 0 || recv_rows[j] < 0)
+            die("all_to_all in group %s: negative number of rows|a bug of the caller", g->name);
         c->rows[j] = (size_t)send_rows[j] * row_bytes;
         c->rows[n + j] = (size_t)recv_rows[j] * row_bytes;
-        if (j < me) { my_to += c->rows[j]; my_from += c->rows[n + j]; }
+        if (j < me) {
+            my_to += c->rows[j];
+            my_from += c->rows[n + j];
+        }
         to += c->rows[j];
         from += c->rows[n + j];
     }
     if (c->rows[me] != c->rows[n + me])
-        die("all_to_all in group %s: rank %d sends itself %zu bytes and expects %zu|a bug of the caller", g->name, mpi_world_rank, c->rows[me], c->rows[n + me]);
+        die("all_to_all in group %s: rank %d sends itself %zu bytes and expects %zu|a bug of the caller",
+            g->name, mpi_world_rank, c->rows[me], c->rows[n + me]);
     take_buffers(c, recv, from, send, to, 0, stream);
     if (n > 1 && c->rows[me]) memcpy(c->dst + my_from, c->src + my_to, c->rows[me]);
     count_traffic(c, to - c->rows[me]);
@@ -301,12 +355,17 @@ Request all_to_all_start(Comm *g, void *recv, const int64_t *recv_rows, const vo
 
 static void write_back(Call *c) {
     if (!is_staged() || c->record.kind >= COMM_KINDS) return;
-    if (on_device) { if (c->dst_bytes) device_upload(c->user_dst, c->dst, c->dst_bytes); return; }
+    if (on_device) {
+        if (c->dst_bytes) device_upload(c->user_dst, c->dst, c->dst_bytes);
+        return;
+    }
     char text[256];
-    int dst_changed = buffer_sum(c->user_dst, c->dst_bytes) != c->dst_sum, src_changed = buffer_sum(c->user_src, c->src_bytes) != c->src_sum;
+    int dst_changed = buffer_sum(c->user_dst, c->dst_bytes) != c->dst_sum,
+        src_changed = buffer_sum(c->user_src, c->src_bytes) != c->src_sum;
     if (dst_changed || src_changed) {
         call_text(&c->record, c->g->name, text, sizeof text);
-        die("%s: its %s changed between start and wait|the call owns its buffers until comm_wait", text, dst_changed ? "destination" : "source");
+        die("%s: its %s changed between start and wait|the call owns its buffers until comm_wait",
+            text, dst_changed ? "destination" : "source");
     }
     if (c->dst_bytes) memcpy(c->user_dst, c->dst, c->dst_bytes);
 }
@@ -321,7 +380,7 @@ void comm_wait(Request r) {
     if (c->record.kind < COMM_KINDS) c->g->traffic[c->record.kind].seconds += now_seconds() - since;
 }
 
-// ---- blocking calls on host memory -------------------------------------------------------------------------------------------------------------------------------
+// ---- blocking calls on host memory ----------------------------------------------------------
 void comm_broadcast(Comm *g, void *host, size_t bytes, int root) {
     if (g->n == 1) return;
     Call *c = call_new(g, COMM_BROADCAST, DTYPE_U8, bytes);
@@ -352,7 +411,8 @@ void comm_barrier(Comm *g) {
 
 int64_t comm_max(Comm *g, int64_t value) {
     comm_all_gather_host(g, g->numbers, &value, sizeof value);
-    for (int j = 0; j < g->n; j++) if (g->numbers[j] > value) value = g->numbers[j];
+    for (int j = 0; j < g->n; j++)
+        if (g->numbers[j] > value) value = g->numbers[j];
     return value;
 }
 
@@ -366,5 +426,6 @@ double comm_sum(Comm *g, double value) {
 
 void comm_step_end(void) {
     if (!comm_options.check) return;
-    for (int i = 0; i < n_groups; i++) if (groups[i]->n > 1) host_call(groups[i], COMM_STEP_END, 0, 0, 0);
+    for (int i = 0; i < n_groups; i++)
+        if (groups[i]->n > 1) host_call(groups[i], COMM_STEP_END, 0, 0, 0);
 }

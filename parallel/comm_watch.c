@@ -1,4 +1,5 @@
-// The watchdog of a transport: see comm_common.h. One thread a rank; it sleeps until the running wait is older than the time limit, reports, and ends the run.
+// The watchdog of a transport: see comm_common.h. One thread a rank; it sleeps until the running
+// wait is older than the time limit, reports, and ends the run.
 #define _POSIX_C_SOURCE 200809L
 #include "comm_common.h"
 #include "../kernels/fail.h"
@@ -14,7 +15,8 @@ static struct {
     pthread_cond_t changed;
     int running, stop, rank, may_abort;
     void (*abort_all)(int status);
-    void (*report)(const void *context, char *text, size_t size);   // of the wait in progress, 0 = none
+    void (*report)(const void *context, char *text,
+                   size_t size); // of the wait in progress, 0 = none
     const void *context;
     double since;
     int (*poll)(char *text, size_t size);
@@ -28,10 +30,13 @@ static void end_run(double waited) {
     watch.report(watch.context, text, sizeof text);
     die_claim();
     fflush(stdout);
-    fprintf(stderr, "error: rank %d waited %.1f s (--timeout %g): %s  hint: see whether the ranks named still run; a slow one needs a larger --timeout\n", watch.rank, waited,
-            comm_options.timeout, text);
+    fprintf(
+        stderr,
+        "error: rank %d waited %.1f s (--timeout %g): %s  hint: see whether the ranks named still run; a slow one needs a larger --timeout\n",
+        watch.rank, waited, comm_options.timeout, text);
     fflush(stderr);
-    alarm(5);                                             // should the transport be stuck too, the signal ends this process and the launcher the others
+    alarm(5); // should the transport be stuck too, the signal ends this process and the launcher
+              // the others
     if (watch.may_abort) watch.abort_all(1);
     _exit(1);
 }
@@ -58,15 +63,20 @@ static void sleep_locked(double seconds) {
 
 static void *watch_loop(void *unused) {
     (void)unused;
-    // Ranks that wait for the same one run out of time together: each gives the lower ones a moment, so that usually one report appears.
+    // Ranks that wait for the same one run out of time together: each gives the lower ones a
+    // moment, so that usually one report appears.
     double patience = 0.15 * (watch.rank < 10 ? watch.rank : 10);
     pthread_mutex_lock(&watch.lock);
     while (!watch.stop) {
-        double limit = comm_options.timeout, waited = watch.report ? now_seconds() - watch.since : 0;
+        double limit = comm_options.timeout,
+               waited = watch.report ? now_seconds() - watch.since : 0;
         if (watch.report && waited > limit + patience) end_run(waited);
-        double left = watch.report ? limit + patience - waited : limit;   // a wait that begins now cannot be over before `limit`
+        double left = watch.report ? limit + patience - waited
+                                   : limit; // a wait that begins now cannot be over before `limit`
         char text[1024];
-        if (watch.poll) alarm((unsigned)(limit < 1e6 ? limit : 1e6) + 60);      // should the driver hold this thread too, the signal ends the process
+        if (watch.poll)
+            alarm((unsigned)(limit < 1e6 ? limit : 1e6) +
+                  60); // should the driver hold this thread too, the signal ends the process
         if (watch.poll && watch.poll(text, sizeof text)) end_polled(text);
         if (watch.poll) alarm(0);
         if (watch.poll && left > 0.5) left = 0.5;
@@ -85,7 +95,8 @@ void watch_start(int rank, int threads_multiple, void (*abort_all)(int status)) 
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    if (pthread_create(&watch.thread, 0, watch_loop, 0)) die("cannot start the watchdog's thread|raise the limit on processes (ulimit -u)");
+    if (pthread_create(&watch.thread, 0, watch_loop, 0))
+        die("cannot start the watchdog's thread|raise the limit on processes (ulimit -u)");
     pthread_sigmask(SIG_SETMASK, &before, 0);
     watch.running = 1;
 }
@@ -108,7 +119,8 @@ void watch_poll(int (*poll)(char *text, size_t size)) {
     pthread_mutex_unlock(&watch.lock);
 }
 
-void watch_enter(void (*report)(const void *context, char *text, size_t size), const void *context) {
+void watch_enter(void (*report)(const void *context, char *text, size_t size),
+                 const void *context) {
     double now = now_seconds();
     pthread_mutex_lock(&watch.lock);
     watch.since = now;

@@ -1,16 +1,22 @@
-// Blocks in motion: see fsdp.h. Dense blocks live on the group fsdp x ep, local ones (experts, split heads) on the group fsdp; shards are summed over dp.
+// Blocks in motion: see fsdp.h. Dense blocks live on the group fsdp x ep, local ones (experts,
+// split heads) on the group fsdp; shards are summed over dp.
 //
-// Each KIND of block has its own slots, because one block of each kind is in use at a time: dense, local (two slots each: one in use, one in flight) and the ends. An untied
-// model needs the embedding and the head at different times, so they share one slot; a tied one uses the embedding at both ends, so each has its own.
+// Each KIND of block has its own slots, because one block of each kind is in use at a time: dense,
+// local (two slots each: one in use, one in flight) and the ends. An untied model needs the
+// embedding and the head at different times, so they share one slot; a tied one uses the embedding
+// at both ends, so each has its own.
 //
 // Invariants of the slots
 //   S1  A block is in at most one weight slot and one full-gradient slot, both of its own kind.
-//   S2  A weight slot is free, or gathering (its all-gather not waited for), or present. Only fsdp_release frees it, and it forgets the content: the update changes the shard,
+//   S2  A weight slot is free, or gathering (its all-gather not waited for), or present. Only
+//   fsdp_release frees it, and it forgets the content: the update changes the shard,
 //       so a gathered copy never outlives its use.
-//   S3  A full-gradient slot is free, or written (between fsdp_grad and fsdp_reduce), or scattering; a scattering slot is freed by waiting for its reduce-scatter.
-//   S4  A kind has at most one reduce-scatter and one all-reduce in flight; a new one first waits for the old. The order of waits thus follows from the order of calls (I2).
-//   S5  A shard gradient is all-reduced over dp once, after the reduce-scatter of its last round, and handed out only after that.
-//   S6  In a group of one there are no slots: get and grad return the shard's own buffers.
+//   S3  A full-gradient slot is free, or written (between fsdp_grad and fsdp_reduce), or
+//   scattering; a scattering slot is freed by waiting for its reduce-scatter. S4  A kind has at
+//   most one reduce-scatter and one all-reduce in flight; a new one first waits for the old. The
+//   order of waits thus follows from the order of calls (I2). S5  A shard gradient is all-reduced
+//   over dp once, after the reduce-scatter of its last round, and handed out only after that. S6 In
+//   a group of one there are no slots: get and grad return the shard's own buffers.
 // A call that would break one of them is a bug of the caller and dies naming the block.
 #include "fsdp.h"
 #include "../kernels/fail.h"
@@ -18,44 +24,63 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { KIND_DENSE, KIND_LOCAL, KIND_ENDS, KIND_HEAD, SLOT_KINDS };   // KIND_HEAD: the last block of a tied model
+enum {
+    KIND_DENSE,
+    KIND_LOCAL,
+    KIND_ENDS,
+    KIND_HEAD,
+    SLOT_KINDS
+}; // KIND_HEAD: the last block of a tied model
 enum { MAX_SLOTS = 2, NONE = -1 };
 
 typedef struct {
-    floatX *data;            // (largest block of the kind)
-    int block, gathering;    // NONE: free
+    floatX *data;         // (largest block of the kind)
+    int block, gathering; // NONE: free
     Request gather;
 } WeightSlot;
 typedef struct {
-    gradX *data;             // (largest block of the kind)
+    gradX *data; // (largest block of the kind)
     int block, scattering;
 } GradSlot;
-typedef struct {             // a shard-gradient buffer of --update layer
-    gradX *data;             // (largest shard of the kind)
+typedef struct { // a shard-gradient buffer of --update layer
+    gradX *data; // (largest shard of the kind)
     int block;
 } ShardSlot;
 typedef struct {
     int n_slots, n_shards;
-    int64_t size, shard;     // largest block and shard of the kind
+    int64_t size, shard; // largest block and shard of the kind
     WeightSlot weight[MAX_SLOTS];
     GradSlot grad[MAX_SLOTS];
     ShardSlot own[MAX_SLOTS];
-    int scattering, reducing;             // block whose reduce-scatter, whose all-reduce over dp is in flight (S4)
+    int scattering,
+        reducing; // block whose reduce-scatter, whose all-reduce over dp is in flight (S4)
     Request scatter_request, reduce_request;
 } SlotKind;
 
 // The life of a block's gradient within an update.
-typedef enum { IDLE, WRITTEN, SCATTERING, SUMMED, REDUCING, WHOLE } GradState;   // SUMMED: over its group, in an earlier round than the last
-static const char *const state_name[] = { "idle", "being written", "being reduced", "reduced, more rounds to come", "being reduced over dp", "whole" };
+typedef enum {
+    IDLE,
+    WRITTEN,
+    SCATTERING,
+    SUMMED,
+    REDUCING,
+    WHOLE
+} GradState; // SUMMED: over its group, in an earlier round than the last
+static const char *const state_name[] = { "idle",
+                                          "being written",
+                                          "being reduced",
+                                          "reduced, more rounds to come",
+                                          "being reduced over dp",
+                                          "whole" };
 
 typedef struct {
-    int kind, moves;         // moves: its group gathers and scatters
+    int kind, moves; // moves: its group gathers and scatters
     Comm *group;
-    floatX *weight;          // (shard)
-    gradX *grad;             // (shard) its own (keep_grads) or one of the kind's while in use, else 0
-    int keeps;               // has its own gradient shard
+    floatX *weight; // (shard)
+    gradX *grad;    // (shard) its own (keep_grads) or one of the kind's while in use, else 0
+    int keeps;      // has its own gradient shard
     GradState state;
-    int rounds;              // reductions of this update so far
+    int rounds; // reductions of this update so far
 } BlockState;
 
 struct Fsdp {
@@ -63,28 +88,37 @@ struct Fsdp {
     Comm *dp_group;
     int dp_moves, rounds;
     SlotKind kind[SLOT_KINDS];
-    BlockState *block;       // (m->n_blocks)
+    BlockState *block; // (m->n_blocks)
 };
 
 static const char *block_text(const Fsdp *f, int block) {
-    static char text[2][48];                              // two names fit one message
+    static char text[2][48]; // two names fit one message
     static int turn;
     char *s = text[turn ^= 1];
     const Model *m = f->m;
-    if (block < 0 || block >= m->n_blocks) snprintf(s, 48, "block %d", block);
-    else if (block == m->embed_block) snprintf(s, 48, "embedding block");
-    else if (block == m->head_block) snprintf(s, 48, "head block");
-    else snprintf(s, 48, "%s block of layer %d", m->block[block].local ? "local" : "dense", m->block[block].layer);
+    if (block < 0 || block >= m->n_blocks)
+        snprintf(s, 48, "block %d", block);
+    else if (block == m->embed_block)
+        snprintf(s, 48, "embedding block");
+    else if (block == m->head_block)
+        snprintf(s, 48, "head block");
+    else
+        snprintf(s, 48, "%s block of layer %d", m->block[block].local ? "local" : "dense",
+                 m->block[block].layer);
     return s;
 }
 
 static BlockState *state_of(Fsdp *f, int block, const char *call) {
-    if (block < 0 || block >= f->m->n_blocks) die("%s of block %d, but the model has %d|a bug of the caller", call, block, f->m->n_blocks);
+    if (block < 0 || block >= f->m->n_blocks)
+        die("%s of block %d, but the model has %d|a bug of the caller", call, block,
+            f->m->n_blocks);
     return &f->block[block];
 }
 
-// ---- creation ------------------------------------------------------------------------------------------------------------------------------------------------
-static int group_moves(const Comm *g, int n) { return g ? !comm_is_local(g) : n > 1; }   // no group: a plan for a grid that does not run
+// ---- creation -------------------------------------------------------------------------------
+static int group_moves(const Comm *g, int n) {
+    return g ? !comm_is_local(g) : n > 1;
+} // no group: a plan for a grid that does not run
 
 static int kind_of(const Model *m, int b) {
     if (b == m->head_block) return m->c.tied ? KIND_HEAD : KIND_ENDS;
@@ -99,8 +133,9 @@ Fsdp *fsdp_create(const Model *m, const Grid *g, int keep_grads, Arena *arena) {
     f->dp_group = g->dp_group;
     f->dp_moves = group_moves(g->dp_group, g->dp);
     f->block = (BlockState *)xcalloc((size_t)m->n_blocks, sizeof *f->block, "blocks");
-    int dense_moves = group_moves(g->dense_group, g->fsdp * g->ep), local_moves = group_moves(g->fsdp_group, g->fsdp), blocks[SLOT_KINDS] = { 0 };
-    int64_t largest[2] = { 0, 0 }, largest_shard = 0;     // [local]
+    int dense_moves = group_moves(g->dense_group, g->fsdp * g->ep),
+        local_moves = group_moves(g->fsdp_group, g->fsdp), blocks[SLOT_KINDS] = { 0 };
+    int64_t largest[2] = { 0, 0 }, largest_shard = 0; // [local]
     for (int b = 0; b < m->n_blocks; b++) {
         BlockState *s = &f->block[b];
         const Block *block = &m->block[b];
@@ -114,17 +149,22 @@ Fsdp *fsdp_create(const Model *m, const Grid *g, int keep_grads, Arena *arena) {
         if (block->size > largest[block->local]) largest[block->local] = block->size;
         if (block->shard > largest_shard) largest_shard = block->shard;
         blocks[s->kind]++;
-        s->weight = ARENA_TAKE(arena, floatX, block->shard, s->moves ? "weights (shards)" : "weights");
-        if (s->keeps) s->grad = ARENA_TAKE(arena, gradX, block->shard, s->moves ? "gradients (shards)" : "gradients");
+        s->weight =
+            ARENA_TAKE(arena, floatX, block->shard, s->moves ? "weights (shards)" : "weights");
+        if (s->keeps)
+            s->grad = ARENA_TAKE(arena, gradX, block->shard,
+                                 s->moves ? "gradients (shards)" : "gradients");
     }
     for (int i = 0; i < SLOT_KINDS; i++) {
         SlotKind *k = &f->kind[i];
         int moves = i == KIND_LOCAL ? local_moves : dense_moves;
         int two = i == KIND_DENSE || i == KIND_LOCAL;
         k->n_slots = !moves ? 0 : two && blocks[i] > 1 ? 2 : blocks[i] > 0;
-        // The embedding of a tied model keeps its gradient: then no block is left in KIND_ENDS that would need a buffer of the kind.
+        // The embedding of a tied model keeps its gradient: then no block is left in KIND_ENDS that
+        // would need a buffer of the kind.
         int keep_all = keep_grads || (m->c.tied && i == KIND_ENDS);
-        int takes_time = dense_moves || local_moves || f->dp_moves;      // then the next gradient is written while this one is summed
+        int takes_time = dense_moves || local_moves ||
+                         f->dp_moves; // then the next gradient is written while this one is summed
         k->n_shards = keep_all ? 0 : blocks[i] > 1 && takes_time ? 2 : blocks[i] > 0;
         for (int s = 0; s < k->n_slots; s++) {
             k->weight[s].data = ARENA_TAKE(arena, floatX, k->size, "weights (gathered, slots)");
@@ -132,13 +172,15 @@ Fsdp *fsdp_create(const Model *m, const Grid *g, int keep_grads, Arena *arena) {
             k->weight[s].block = k->grad[s].block = NONE;
         }
         for (int s = 0; s < k->n_shards; s++) {
-            k->own[s].data = ARENA_TAKE(arena, gradX, k->shard, moves ? "gradients (shards)" : "gradients");
+            k->own[s].data =
+                ARENA_TAKE(arena, gradX, k->shard, moves ? "gradients (shards)" : "gradients");
             k->own[s].block = NONE;
         }
         k->scattering = k->reducing = NONE;
     }
     if (dense_moves) comm_reserve(g->dense_group, (size_t)largest[0] * sizeof(gradX), arena);
-    if (local_moves && largest[1]) comm_reserve(g->fsdp_group, (size_t)largest[1] * sizeof(gradX), arena);
+    if (local_moves && largest[1])
+        comm_reserve(g->fsdp_group, (size_t)largest[1] * sizeof(gradX), arena);
     if (f->dp_moves) comm_reserve(g->dp_group, (size_t)largest_shard * sizeof(gradX), arena);
     return f;
 }
@@ -160,10 +202,11 @@ int fsdp_reduces(const Fsdp *f) {
     return moves;
 }
 
-// ---- weights ---------------------------------------------------------------------------------------------------------------------------------------------------
-static WeightSlot *weight_slot(Fsdp *f, int block) {      // the slot that holds the block, or 0
+// ---- weights --------------------------------------------------------------------------------
+static WeightSlot *weight_slot(Fsdp *f, int block) { // the slot that holds the block, or 0
     SlotKind *k = &f->kind[f->block[block].kind];
-    for (int s = 0; s < k->n_slots; s++) if (k->weight[s].block == block) return &k->weight[s];
+    for (int s = 0; s < k->n_slots; s++)
+        if (k->weight[s].block == block) return &k->weight[s];
     return 0;
 }
 
@@ -173,14 +216,17 @@ void fsdp_gather(Fsdp *f, int block) {
     if (!b->moves || weight_slot(f, block)) return;
     SlotKind *k = &f->kind[b->kind];
     WeightSlot *slot = 0;
-    for (int s = 0; s < k->n_slots && !slot; s++) if (k->weight[s].block == NONE) slot = &k->weight[s];
+    for (int s = 0; s < k->n_slots && !slot; s++)
+        if (k->weight[s].block == NONE) slot = &k->weight[s];
     if (!slot)
-        die("weights of %s wanted while all slots of its kind are in use (%s%s)|a bug of the caller: fsdp_release comes first", block_text(f, block),
-            block_text(f, k->weight[0].block), k->n_slots > 1 ? " and another" : "");
+        die("weights of %s wanted while all slots of its kind are in use (%s%s)|a bug of the caller: fsdp_release comes first",
+            block_text(f, block), block_text(f, k->weight[0].block),
+            k->n_slots > 1 ? " and another" : "");
     slot->block = block;
     slot->gathering = 1;
     // The call follows what COMPUTE was given so far: the shard's update, the slot's last reader.
-    slot->gather = all_gather_start(b->group, slot->data, b->weight, (size_t)f->m->block[block].shard, DTYPE_FLOATX, STREAM_GATHER);
+    slot->gather = all_gather_start(b->group, slot->data, b->weight,
+                                    (size_t)f->m->block[block].shard, DTYPE_FLOATX, STREAM_GATHER);
 }
 
 static void weight_wait(WeightSlot *slot) {
@@ -201,13 +247,15 @@ void fsdp_release(Fsdp *f, int block) {
     BlockState *b = state_of(f, block, "fsdp_release");
     if (!b->moves) return;
     WeightSlot *slot = weight_slot(f, block);
-    if (!slot) die("fsdp_release of %s, which is not gathered|a bug of the caller: one fsdp_get, one fsdp_release", block_text(f, block));
-    weight_wait(slot);                                    // gathered and never used
+    if (!slot)
+        die("fsdp_release of %s, which is not gathered|a bug of the caller: one fsdp_get, one fsdp_release",
+            block_text(f, block));
+    weight_wait(slot); // gathered and never used
     slot->block = NONE;
 }
 
-// ---- gradients ---------------------------------------------------------------------------------------------------------------------------------------------------
-static void reduce_wait(Fsdp *f, SlotKind *k) {           // the all-reduce over dp in flight
+// ---- gradients ------------------------------------------------------------------------------
+static void reduce_wait(Fsdp *f, SlotKind *k) { // the all-reduce over dp in flight
     if (k->reducing == NONE) return;
     comm_wait(k->reduce_request);
     f->block[k->reducing].state = WHOLE;
@@ -218,24 +266,36 @@ static void reduce_wait(Fsdp *f, SlotKind *k) {           // the all-reduce over
 static void group_summed(Fsdp *f, int block) {
     BlockState *b = &f->block[block];
     SlotKind *k = &f->kind[b->kind];
-    if (b->rounds < f->rounds) { b->state = SUMMED; return; }
-    if (!f->dp_moves) { b->state = WHOLE; return; }
+    if (b->rounds < f->rounds) {
+        b->state = SUMMED;
+        return;
+    }
+    if (!f->dp_moves) {
+        b->state = WHOLE;
+        return;
+    }
     reduce_wait(f, k);
-    k->reduce_request = all_reduce_start(f->dp_group, b->grad, (size_t)f->m->block[block].shard, DTYPE_REAL, STREAM_GATHER);
+    k->reduce_request = all_reduce_start(f->dp_group, b->grad, (size_t)f->m->block[block].shard,
+                                         DTYPE_REAL, STREAM_GATHER);
     k->reducing = block;
     b->state = REDUCING;
 }
 
-static void scatter_wait(Fsdp *f, SlotKind *k) {          // the reduce-scatter in flight; frees its full-gradient slot (S3)
+static void scatter_wait(
+    Fsdp *f, SlotKind *k) { // the reduce-scatter in flight; frees its full-gradient slot (S3)
     if (k->scattering == NONE) return;
     int block = k->scattering;
     comm_wait(k->scatter_request);
     k->scattering = NONE;
-    for (int s = 0; s < k->n_slots; s++) if (k->grad[s].block == block && k->grad[s].scattering) { k->grad[s].block = NONE; k->grad[s].scattering = 0; }
+    for (int s = 0; s < k->n_slots; s++)
+        if (k->grad[s].block == block && k->grad[s].scattering) {
+            k->grad[s].block = NONE;
+            k->grad[s].scattering = 0;
+        }
     group_summed(f, block);
 }
 
-static void take_shard_gradient(Fsdp *f, int block) {     // --update layer: one of the kind's buffers
+static void take_shard_gradient(Fsdp *f, int block) { // --update layer: one of the kind's buffers
     BlockState *b = &f->block[block];
     SlotKind *k = &f->kind[b->kind];
     if (b->keeps || b->rounds > 0) return;
@@ -245,54 +305,70 @@ static void take_shard_gradient(Fsdp *f, int block) {     // --update layer: one
             b->grad = k->own[s].data;
             return;
         }
-    die("gradient of %s wanted while those of %s%s are not used up|a bug of the caller: fsdp_grad_done comes first", block_text(f, block),
-        block_text(f, k->own[0].block), k->n_shards > 1 ? " and another" : "");
+    die("gradient of %s wanted while those of %s%s are not used up|a bug of the caller: fsdp_grad_done comes first",
+        block_text(f, block), block_text(f, k->own[0].block),
+        k->n_shards > 1 ? " and another" : "");
 }
 
 gradX *fsdp_grad(Fsdp *f, int block) {
     BlockState *b = state_of(f, block, "fsdp_grad");
     SlotKind *k = &f->kind[b->kind];
-    if (b->state == SCATTERING) scatter_wait(f, k);       // an earlier round of this block
+    if (b->state == SCATTERING) scatter_wait(f, k); // an earlier round of this block
     if (b->state == REDUCING) reduce_wait(f, k);
-    if (b->state == WHOLE && b->keeps) fsdp_grad_done(f, block);          // a new update begins
-    if (b->state == WHOLE) die("fsdp_grad of %s, whose last gradient was not used up|a bug of the caller: fsdp_grad_done comes first", block_text(f, block));
+    if (b->state == WHOLE && b->keeps) fsdp_grad_done(f, block); // a new update begins
+    if (b->state == WHOLE)
+        die("fsdp_grad of %s, whose last gradient was not used up|a bug of the caller: fsdp_grad_done comes first",
+            block_text(f, block));
     if (!b->moves) {
         if (b->state == IDLE) take_shard_gradient(f, block);
         b->state = WRITTEN;
         return b->grad;
     }
     GradSlot *slot = 0;
-    for (int s = 0; s < k->n_slots; s++) if (k->grad[s].block == block) return k->grad[s].data;
+    for (int s = 0; s < k->n_slots; s++)
+        if (k->grad[s].block == block) return k->grad[s].data;
     for (int pass = 0; pass < 2 && !slot; pass++) {
-        if (pass) scatter_wait(f, k);                     // no slot is free: the one in flight becomes free
-        for (int s = 0; s < k->n_slots && !slot; s++) if (k->grad[s].block == NONE) slot = &k->grad[s];
+        if (pass) scatter_wait(f, k); // no slot is free: the one in flight becomes free
+        for (int s = 0; s < k->n_slots && !slot; s++)
+            if (k->grad[s].block == NONE) slot = &k->grad[s];
     }
-    if (!slot) die("gradient of %s wanted while %s is being written|a bug of the caller: fsdp_reduce comes first", block_text(f, block), block_text(f, k->grad[0].block));
+    if (!slot)
+        die("gradient of %s wanted while %s is being written|a bug of the caller: fsdp_reduce comes first",
+            block_text(f, block), block_text(f, k->grad[0].block));
     slot->block = block;
     slot->scattering = 0;
     b->state = WRITTEN;
-    // A reduce-scatter on GATHER may have read this slot last; its comm_wait ordered that before what COMPUTE writes now.
+    // A reduce-scatter on GATHER may have read this slot last; its comm_wait ordered that before
+    // what COMPUTE writes now.
     return slot->data;
 }
 
 void fsdp_reduce(Fsdp *f, int block, int accumulate) {
     BlockState *b = state_of(f, block, "fsdp_reduce");
     SlotKind *k = &f->kind[b->kind];
-    if (b->state != WRITTEN) die("fsdp_reduce of %s, whose gradient is %s|a bug of the caller: fsdp_grad comes first", block_text(f, block), state_name[b->state]);
-    if (b->rounds >= f->rounds) die("fsdp_reduce of %s: round %d of %d|a bug of the caller: fsdp_rounds", block_text(f, block), b->rounds + 1, f->rounds);
+    if (b->state != WRITTEN)
+        die("fsdp_reduce of %s, whose gradient is %s|a bug of the caller: fsdp_grad comes first",
+            block_text(f, block), state_name[b->state]);
+    if (b->rounds >= f->rounds)
+        die("fsdp_reduce of %s: round %d of %d|a bug of the caller: fsdp_rounds",
+            block_text(f, block), b->rounds + 1, f->rounds);
     if ((accumulate != 0) != (b->rounds > 0))
-        die("fsdp_reduce of %s in round %d with accumulate %d|a bug of the caller: rounds after the first accumulate", block_text(f, block), b->rounds + 1, accumulate);
+        die("fsdp_reduce of %s in round %d with accumulate %d|a bug of the caller: rounds after the first accumulate",
+            block_text(f, block), b->rounds + 1, accumulate);
     if (!b->moves) {
         b->rounds++;
         group_summed(f, block);
         return;
     }
-    scatter_wait(f, k);                                   // S4
+    scatter_wait(f, k); // S4
     take_shard_gradient(f, block);
     GradSlot *slot = 0;
-    for (int s = 0; s < k->n_slots; s++) if (k->grad[s].block == block) slot = &k->grad[s];
+    for (int s = 0; s < k->n_slots; s++)
+        if (k->grad[s].block == block) slot = &k->grad[s];
     slot->scattering = 1;
-    k->scatter_request = reduce_scatter_start(b->group, b->grad, slot->data, (size_t)f->m->block[block].shard, DTYPE_REAL, accumulate, STREAM_GATHER);
+    k->scatter_request =
+        reduce_scatter_start(b->group, b->grad, slot->data, (size_t)f->m->block[block].shard,
+                             DTYPE_REAL, accumulate, STREAM_GATHER);
     k->scattering = block;
     b->state = SCATTERING;
     b->rounds++;
@@ -303,15 +379,20 @@ gradX *fsdp_grad_shard(Fsdp *f, int block) {
     SlotKind *k = &f->kind[b->kind];
     if (b->state == SCATTERING) scatter_wait(f, k);
     if (b->state == REDUCING) reduce_wait(f, k);
-    if (b->state != WHOLE) die("fsdp_grad_shard of %s, whose gradient is %s|a bug of the caller: fsdp_reduce comes first", block_text(f, block), state_name[b->state]);
+    if (b->state != WHOLE)
+        die("fsdp_grad_shard of %s, whose gradient is %s|a bug of the caller: fsdp_reduce comes first",
+            block_text(f, block), state_name[b->state]);
     return b->grad;
 }
 
 void fsdp_grad_done(Fsdp *f, int block) {
     BlockState *b = state_of(f, block, "fsdp_grad_done");
     SlotKind *k = &f->kind[b->kind];
-    if (b->state != WHOLE) die("fsdp_grad_done of %s, whose gradient is %s|a bug of the caller: fsdp_grad_shard comes first", block_text(f, block), state_name[b->state]);
-    for (int s = 0; s < k->n_shards; s++) if (k->own[s].block == block) k->own[s].block = NONE;
+    if (b->state != WHOLE)
+        die("fsdp_grad_done of %s, whose gradient is %s|a bug of the caller: fsdp_grad_shard comes first",
+            block_text(f, block), state_name[b->state]);
+    for (int s = 0; s < k->n_shards; s++)
+        if (k->own[s].block == block) k->own[s].block = NONE;
     if (!b->keeps) b->grad = 0;
     b->state = IDLE;
     b->rounds = 0;

@@ -11,50 +11,64 @@
 
 static const char *const dispatch_name[] = { "alltoall", "allgather", "allreduce" };
 
-// The values of ep that would fit: divisors of the world and of `must` (experts or KV heads) and of `also`. For hints.
+// The values of ep that would fit: divisors of the world and of `must` (experts or KV heads) and of
+// `also`. For hints.
 static void divisors(char *text, size_t size, int world, int must, int also) {
     size_t n = 0;
     text[0] = 0;
     for (int e = 1; e <= world && n + 16 < size; e++)
-        if (world % e == 0 && must % e == 0 && also % e == 0) n += (size_t)snprintf(text + n, size - n, "%s%d", n ? ", " : "", e);
+        if (world % e == 0 && must % e == 0 && also % e == 0)
+            n += (size_t)snprintf(text + n, size - n, "%s%d", n ? ", " : "", e);
 }
 
 static void check_layout(const Config *c, int world, int dp, int *fsdp, int ep, int split_heads) {
     char fits[256];
-    if (dp < 1 || ep < 1 || *fsdp < 0) die("--dp %d --fsdp %d --ep %d: sizes of groups are at least 1|leave --fsdp out to use the ranks that dp and ep leave", dp, *fsdp, ep);
+    if (dp < 1 || ep < 1 || *fsdp < 0)
+        die("--dp %d --fsdp %d --ep %d: sizes of groups are at least 1|leave --fsdp out to use the ranks that dp and ep leave",
+            dp, *fsdp, ep);
     int64_t rest = (int64_t)dp * ep;
     if (dp > world || ep > world || *fsdp > world || rest > world)
-        die("--dp %d --fsdp %d --ep %d needs %lld ranks and there are %d|start more ranks (mpirun -np %lld) or make the groups smaller", dp, *fsdp, ep,
-            (long long)(rest * (*fsdp ? *fsdp : 1)), world, (long long)(rest * (*fsdp ? *fsdp : 1)));
+        die("--dp %d --fsdp %d --ep %d needs %lld ranks and there are %d|start more ranks (mpirun -np %lld) or make the groups smaller",
+            dp, *fsdp, ep, (long long)(rest * (*fsdp ? *fsdp : 1)), world,
+            (long long)(rest * (*fsdp ? *fsdp : 1)));
     if (*fsdp == 0) {
-        if (world % rest) die("--dp %d x --ep %d does not divide the %d ranks|choose dp and ep whose product divides %d", dp, ep, world, world);
+        if (world % rest)
+            die("--dp %d x --ep %d does not divide the %d ranks|choose dp and ep whose product divides %d",
+                dp, ep, world, world);
         *fsdp = (int)(world / rest);
     }
     if (rest * *fsdp != world) {
         if (world % rest == 0)
-            die("--dp %d x --fsdp %d x --ep %d = %lld, but there are %d ranks|with this dp and ep --fsdp %d fits (or leave --fsdp out)", dp, *fsdp, ep,
-                (long long)(rest * *fsdp), world, (int)(world / rest));
-        die("--dp %d x --fsdp %d x --ep %d = %lld, but there are %d ranks|choose sizes whose product is %d", dp, *fsdp, ep, (long long)(rest * *fsdp), world, world);
+            die("--dp %d x --fsdp %d x --ep %d = %lld, but there are %d ranks|with this dp and ep --fsdp %d fits (or leave --fsdp out)",
+                dp, *fsdp, ep, (long long)(rest * *fsdp), world, (int)(world / rest));
+        die("--dp %d x --fsdp %d x --ep %d = %lld, but there are %d ranks|choose sizes whose product is %d",
+            dp, *fsdp, ep, (long long)(rest * *fsdp), world, world);
     }
     if (c->n_moe && c->E % ep) {
         divisors(fits, sizeof fits, world / dp, c->E, split_heads ? c->KV : 0);
-        die("--ep %d does not divide the model's %d experts|--ep that fits here: %s", ep, c->E, fits);
+        die("--ep %d does not divide the model's %d experts|--ep that fits here: %s", ep, c->E,
+            fits);
     }
     if (split_heads && c->KV % ep) {
         divisors(fits, sizeof fits, world / dp, c->KV, c->n_moe ? c->E : 0);
-        die("--attention heads with --ep %d does not divide the model's %d KV heads|--ep that fits here: %s; or --attention data", ep, c->KV, fits);
+        die("--attention heads with --ep %d does not divide the model's %d KV heads|--ep that fits here: %s; or --attention data",
+            ep, c->KV, fits);
     }
 }
 
-Grid grid_plan(const Config *c, int world, int dp, int fsdp, int ep, Dispatch dispatch, int split_heads) {
+Grid grid_plan(const Config *c, int world, int dp, int fsdp, int ep, Dispatch dispatch,
+               int split_heads) {
     Grid g;
     memset(&g, 0, sizeof g);
     check_layout(c, world, dp, &fsdp, ep, split_heads);
     g.world = world;
-    g.dp = dp; g.fsdp = fsdp; g.ep = ep;
+    g.dp = dp;
+    g.fsdp = fsdp;
+    g.ep = ep;
     g.dispatch = dispatch;
     g.split_heads = split_heads;
-    // allreduce replicates tokens over ep: the ranks of an ep group read the same data and count as one.
+    // allreduce replicates tokens over ep: the ranks of an ep group read the same data and count as
+    // one.
     g.data_ranks = world / (dispatch == DISPATCH_ALLREDUCE ? ep : 1);
     return g;
 }
@@ -66,14 +80,19 @@ Grid grid_build(const Config *c, int dp, int fsdp, int ep, Dispatch dispatch, in
     g.fsdp_rank = g.rank / g.ep % g.fsdp;
     g.dp_rank = g.rank / (g.ep * g.fsdp);
     g.data_rank = g.rank / (g.world / g.data_ranks);
-    // Four families of groups are arithmetic progressions of world ranks: (first member, stride, size).
+    // Four families of groups are arithmetic progressions of world ranks: (first member, stride,
+    // size).
     int *ranks = (int *)xmalloc((size_t)g.world * sizeof *ranks, "ranks of a group");
-    struct { const char *name; int first, stride, n; Comm **group; } family[] = {
-        { "all",   0,                               1,             g.world,       &g.all },
-        { "ep",    g.rank - g.ep_rank,              1,             g.ep,          &g.ep_group },
-        { "fsdp",  g.rank - g.fsdp_rank * g.ep,     g.ep,          g.fsdp,        &g.fsdp_group },
-        { "dense", g.dp_rank * g.fsdp * g.ep,       1,             g.fsdp * g.ep, &g.dense_group },
-        { "dp",    g.fsdp_rank * g.ep + g.ep_rank,  g.fsdp * g.ep, g.dp,          &g.dp_group },
+    struct {
+        const char *name;
+        int first, stride, n;
+        Comm **group;
+    } family[] = {
+        { "all", 0, 1, g.world, &g.all },
+        { "ep", g.rank - g.ep_rank, 1, g.ep, &g.ep_group },
+        { "fsdp", g.rank - g.fsdp_rank * g.ep, g.ep, g.fsdp, &g.fsdp_group },
+        { "dense", g.dp_rank * g.fsdp * g.ep, 1, g.fsdp * g.ep, &g.dense_group },
+        { "dp", g.fsdp_rank * g.ep + g.ep_rank, g.fsdp * g.ep, g.dp, &g.dp_group },
     };
     for (size_t f = 0; f < sizeof family / sizeof *family; f++) {
         for (int i = 0; i < family[f].n; i++) ranks[i] = family[f].first + i * family[f].stride;
@@ -95,8 +114,11 @@ Cut grid_cut(const Grid *g) {
     return cut;
 }
 
-// ---- the table -----------------------------------------------------------------------------------------------------------------------------------------------
-typedef struct { char *p; size_t used, size; } Text;
+// ---- the table ------------------------------------------------------------------------------
+typedef struct {
+    char *p;
+    size_t used, size;
+} Text;
 
 static void put(Text *t, const char *format, ...) MOE_PRINTF(2, 3);
 static void put(Text *t, const char *format, ...) {
@@ -111,8 +133,13 @@ static void put(Text *t, const char *format, ...) {
 static void put_members(Text *t, int width, int first, int stride, int n) {
     char s[96];
     int len = 0;
-    if (n <= 8) for (int i = 0; i < n; i++) len += snprintf(s + len, sizeof s - (size_t)len, "%s%d", i ? " " : "", first + i * stride);
-    else snprintf(s, sizeof s, "%d %d %d .. %d", first, first + stride, first + 2 * stride, first + (n - 1) * stride);
+    if (n <= 8)
+        for (int i = 0; i < n; i++)
+            len +=
+                snprintf(s + len, sizeof s - (size_t)len, "%s%d", i ? " " : "", first + i * stride);
+    else
+        snprintf(s, sizeof s, "%d %d %d .. %d", first, first + stride, first + 2 * stride,
+                 first + (n - 1) * stride);
     put(t, "  %-*s", width, s);
 }
 
@@ -121,14 +148,19 @@ enum { TABLE_ROWS = 32, TABLE_LINE = 256 };
 char *grid_table(const Grid *g) {
     Text t = { 0, 0, (TABLE_ROWS + 4) * TABLE_LINE };
     t.p = (char *)xmalloc(t.size, "grid table");
-    put(&t, "grid: %d rank%s = dp %d x fsdp %d x ep %d, dispatch %s, attention %s, %d read%s distinct data\n", g->world, g->world == 1 ? "" : "s", g->dp, g->fsdp, g->ep,
-        dispatch_name[g->dispatch], g->split_heads ? "heads" : "data", g->data_ranks, g->data_ranks == 1 ? "s" : "");
+    put(&t,
+        "grid: %d rank%s = dp %d x fsdp %d x ep %d, dispatch %s, attention %s, %d read%s distinct data\n",
+        g->world, g->world == 1 ? "" : "s", g->dp, g->fsdp, g->ep, dispatch_name[g->dispatch],
+        g->split_heads ? "heads" : "data", g->data_ranks, g->data_ranks == 1 ? "s" : "");
     if (g->world == 1) return t.p;
-    put(&t, "  rank  dp fsdp  ep  data  %-22s  %-22s  %-22s  %s\n", "tokens travel (ep)", "expert shards (fsdp)", "dense shards (dense)", "copies (dp)");
+    put(&t, "  rank  dp fsdp  ep  data  %-22s  %-22s  %-22s  %s\n", "tokens travel (ep)",
+        "expert shards (fsdp)", "dense shards (dense)", "copies (dp)");
     int rows = g->world < TABLE_ROWS ? g->world : TABLE_ROWS;
     for (int r = 0; r < rows; r++) {
-        int e = r % g->ep, f = r / g->ep % g->fsdp, d = r / (g->ep * g->fsdp), inner = g->fsdp * g->ep;
-        put(&t, "  %4d %3d %4d %3d %5d", r, d, f, e, g->dispatch == DISPATCH_ALLREDUCE ? r / g->ep : r);
+        int e = r % g->ep, f = r / g->ep % g->fsdp, d = r / (g->ep * g->fsdp),
+            inner = g->fsdp * g->ep;
+        put(&t, "  %4d %3d %4d %3d %5d", r, d, f, e,
+            g->dispatch == DISPATCH_ALLREDUCE ? r / g->ep : r);
         put_members(&t, 22, r - e, 1, g->ep);
         put_members(&t, 22, r - f * g->ep, g->ep, g->fsdp);
         put_members(&t, 22, d * inner, 1, inner);
@@ -140,8 +172,14 @@ char *grid_table(const Grid *g) {
 }
 
 char *grid_traffic(const Grid *g, int reset) {
-    const struct { const char *name; Comm *group; } family[] = {
-        { "ep: tokens, routing, heads", g->ep_group }, { "fsdp: experts", g->fsdp_group }, { "dense: all other weights", g->dense_group }, { "dp: sums of shards", g->dp_group },
+    const struct {
+        const char *name;
+        Comm *group;
+    } family[] = {
+        { "ep: tokens, routing, heads", g->ep_group },
+        { "fsdp: experts", g->fsdp_group },
+        { "dense: all other weights", g->dense_group },
+        { "dp: sums of shards", g->dp_group },
         { "all: statistics", g->all },
     };
     enum { FAMILIES = (int)(sizeof family / sizeof *family) };
@@ -153,11 +191,18 @@ char *grid_traffic(const Grid *g, int reset) {
         for (int k = 0; k < COMM_KINDS; k++) {
             CommTraffic c = comm_traffic(family[f].group, k, reset);
             if (!c.calls || comm_is_local(family[f].group)) continue;
-            if (!total.calls) put(&t, "communication of rank %d\n  %-28s %-16s %8s %14s %10s\n", g->rank, "group", "call", "calls", "bytes sent", "ms");
-            put(&t, "  %-28s %-16s %8lld %14lld %10.2f\n", family[f].name, comm_kind_name(k), (long long)c.calls, (long long)c.bytes, 1e3 * c.seconds);
-            total.calls += c.calls; total.bytes += c.bytes; total.seconds += c.seconds;
+            if (!total.calls)
+                put(&t, "communication of rank %d\n  %-28s %-16s %8s %14s %10s\n", g->rank, "group",
+                    "call", "calls", "bytes sent", "ms");
+            put(&t, "  %-28s %-16s %8lld %14lld %10.2f\n", family[f].name, comm_kind_name(k),
+                (long long)c.calls, (long long)c.bytes, 1e3 * c.seconds);
+            total.calls += c.calls;
+            total.bytes += c.bytes;
+            total.seconds += c.seconds;
         }
-    if (total.calls) put(&t, "  %-28s %-16s %8lld %14lld %10.2f\n", "together", "", (long long)total.calls, (long long)total.bytes, 1e3 * total.seconds);
+    if (total.calls)
+        put(&t, "  %-28s %-16s %8lld %14lld %10.2f\n", "together", "", (long long)total.calls,
+            (long long)total.bytes, 1e3 * total.seconds);
     return t.p;
 }
 
@@ -166,8 +211,11 @@ int grid_threads(int option) {
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     int ranks = comm_local_size();
     int threads = cores > ranks ? (int)(cores / ranks) : 1;
-    // A launcher may have bound the rank to fewer cores: more threads than those would only wait for each other.
+    // A launcher may have bound the rank to fewer cores: more threads than those would only wait
+    // for each other.
     cpu_set_t bound;
-    if (!sched_getaffinity(0, sizeof bound, &bound) && CPU_COUNT(&bound) > 0 && CPU_COUNT(&bound) < threads) threads = CPU_COUNT(&bound);
+    if (!sched_getaffinity(0, sizeof bound, &bound) && CPU_COUNT(&bound) > 0 &&
+        CPU_COUNT(&bound) < threads)
+        threads = CPU_COUNT(&bound);
     return threads;
 }

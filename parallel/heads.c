@@ -1,9 +1,13 @@
-// Two linear maps over an ep group and their adjoints, all plain collectives. For the stacked tokens x = (x_0 .. x_{n-1}) of the n ranks:
-//   gather:  all_i = x on every rank i.             adjoint:  dx_j = sum over i of d_all_i[j]        = reduce-scatter
-//   reduce:  out_j = sum over i of partial_i[j].    adjoint:  d_partial_i = (d_out_0 .. d_out_{n-1}) = all-gather
-// Replicated tokens (allreduce): gather is the identity, and its adjoint too: dx stays one term of the sum over ranks (I1). reduce is an all-reduce: out_j = sum over i of partial_i
-// for every replica j, so d_partial_i = sum over j of d_out_j, an all-reduce again.
-// Backward needs `all`, d_partial and the gradient of `all`; the last is first written when attention's backward is done, and d_partial was last read before it: they share a buffer.
+// Two linear maps over an ep group and their adjoints, all plain collectives. For the stacked
+// tokens x = (x_0 .. x_{n-1}) of the n ranks:
+//   gather:  all_i = x on every rank i.             adjoint:  dx_j = sum over i of d_all_i[j] =
+//   reduce-scatter reduce:  out_j = sum over i of partial_i[j].    adjoint:  d_partial_i = (d_out_0
+//   .. d_out_{n-1}) = all-gather
+// Replicated tokens (allreduce): gather is the identity, and its adjoint too: dx stays one term of
+// the sum over ranks (I1). reduce is an all-reduce: out_j = sum over i of partial_i for every
+// replica j, so d_partial_i = sum over j of d_out_j, an all-reduce again. Backward needs `all`,
+// d_partial and the gradient of `all`; the last is first written when attention's backward is done,
+// and d_partial was last read before it: they share a buffer.
 #include "heads.h"
 #include "../kernels/fail.h"
 #include <stdlib.h>
@@ -11,19 +15,24 @@
 struct Heads {
     Comm *group;
     int replicated;
-    size_t count;            // R * C elements of one rank's tokens
-    floatX *all, *sums;      // (heads_rows, C) each; all is 0 where tokens are replicated
+    size_t count;       // R * C elements of one rank's tokens
+    floatX *all, *sums; // (heads_rows, C) each; all is 0 where tokens are replicated
 };
 
-static int splits(const Grid *g) { return g->split_heads && (g->ep_group ? !comm_is_local(g->ep_group) : g->ep > 1); }
+static int splits(const Grid *g) {
+    return g->split_heads && (g->ep_group ? !comm_is_local(g->ep_group) : g->ep > 1);
+}
 
-int heads_rows(const Grid *g, int R) { return splits(g) && g->dispatch != DISPATCH_ALLREDUCE ? g->ep * R : R; }
+int heads_rows(const Grid *g, int R) {
+    return splits(g) && g->dispatch != DISPATCH_ALLREDUCE ? g->ep * R : R;
+}
 
 Heads *heads_create(const Grid *g, const Config *c, int R, Arena *arena) {
     if (!splits(g)) return 0;
     Heads *h = (Heads *)xcalloc(1, sizeof(Heads), "the head split");
     const size_t count = (size_t)heads_rows(g, R) * c->C;
-    h->group = g->ep_group, h->replicated = g->dispatch == DISPATCH_ALLREDUCE, h->count = (size_t)R * c->C;
+    h->group = g->ep_group, h->replicated = g->dispatch == DISPATCH_ALLREDUCE,
+    h->count = (size_t)R * c->C;
     if (!h->replicated) h->all = ARENA_TAKE(arena, floatX, count, "attention by heads");
     h->sums = ARENA_TAKE(arena, floatX, count, "attention by heads");
     comm_reserve(h->group, count * sizeof(floatX), arena);
@@ -42,21 +51,29 @@ floatX *heads_target(Heads *h, floatX *out) { return h && !h->replicated ? h->su
 
 void heads_reduce(Heads *h, floatX *out) {
     if (!h) return;
-    if (h->replicated) comm_wait(all_reduce_start(h->group, out, h->count, DTYPE_FLOATX, STREAM_EXCHANGE));
-    else comm_wait(reduce_scatter_start(h->group, out, h->sums, h->count, DTYPE_FLOATX, 0, STREAM_EXCHANGE));
+    if (h->replicated)
+        comm_wait(all_reduce_start(h->group, out, h->count, DTYPE_FLOATX, STREAM_EXCHANGE));
+    else
+        comm_wait(reduce_scatter_start(h->group, out, h->sums, h->count, DTYPE_FLOATX, 0,
+                                       STREAM_EXCHANGE));
 }
 
 const floatX *heads_reduce_adjoint(Heads *h, const floatX *d_out) {
     if (!h) return d_out;
     if (h->replicated) {
-        device_copy(h->sums, d_out, h->count * sizeof(floatX));      // d_out itself goes on along the residual path
+        device_copy(h->sums, d_out,
+                    h->count * sizeof(floatX)); // d_out itself goes on along the residual path
         comm_wait(all_reduce_start(h->group, h->sums, h->count, DTYPE_FLOATX, STREAM_EXCHANGE));
-    } else comm_wait(all_gather_start(h->group, h->sums, d_out, h->count, DTYPE_FLOATX, STREAM_EXCHANGE));
+    } else
+        comm_wait(
+            all_gather_start(h->group, h->sums, d_out, h->count, DTYPE_FLOATX, STREAM_EXCHANGE));
     return h->sums;
 }
 
 floatX *heads_gather_target(Heads *h, floatX *dx) { return h && !h->replicated ? h->sums : dx; }
 
 void heads_gather_adjoint(Heads *h, floatX *dx) {
-    if (h && !h->replicated) comm_wait(reduce_scatter_start(h->group, dx, h->sums, h->count, DTYPE_FLOATX, 0, STREAM_EXCHANGE));
+    if (h && !h->replicated)
+        comm_wait(reduce_scatter_start(h->group, dx, h->sums, h->count, DTYPE_FLOATX, 0,
+                                       STREAM_EXCHANGE));
 }

@@ -1,33 +1,47 @@
-// The self-test: see selftest.h. Numbers are small integers that fp32 adds exactly, so a result is right or wrong; the order of sums is test_comm.c's business.
+// The self-test: see selftest.h. Numbers are small integers that fp32 adds exactly, so a result is
+// right or wrong; the order of sums is test_comm.c's business.
 #include "selftest.h"
 #include "../kernels/fail.h"
 #include <stdlib.h>
 #include <string.h>
 
-enum { SMALL = 256, LARGE = 1 << 20, REPEAT = 5 };       // elements of the whole message: latency, bandwidth; the fastest of REPEAT counts
+enum {
+    SMALL = 256,
+    LARGE = 1 << 20,
+    REPEAT = 5
+}; // elements of the whole message: latency, bandwidth; the fastest of REPEAT counts
 
 typedef struct {
     Comm *g;
-    float *host, *a, *b;     // (2 LARGE) host memory; (LARGE) and (2 LARGE) of the device
-    int64_t *to, *from;      // (n) rows
+    float *host, *a, *b; // (2 LARGE) host memory; (LARGE) and (2 LARGE) of the device
+    int64_t *to, *from;  // (n) rows
 } Bench;
 
 static float value(int rank, size_t i) { return (float)((i * 7 + (size_t)rank * 13) % 101); }
 
 // Rows that rank i sends to rank j: uneven, some none. `part` elements is the mean.
-static int64_t rows(int i, int j, size_t part) { return (int64_t)((size_t)((i + 2 * j) % 3) * part / 2); }
+static int64_t rows(int i, int j, size_t part) {
+    return (int64_t)((size_t)((i + 2 * j) % 3) * part / 2);
+}
 
-// One call of `kind` on a message of `count` elements in all (a multiple of the ranks); returns seconds.
+// One call of `kind` on a message of `count` elements in all (a multiple of the ranks); returns
+// seconds.
 static double run(Bench *t, int kind, size_t count) {
     int n = comm_size(t->g), me = comm_rank(t->g);
     size_t part = count / (size_t)n;
-    for (int j = 0; j < n; j++) { t->to[j] = rows(me, j, part); t->from[j] = rows(j, me, part); }
+    for (int j = 0; j < n; j++) {
+        t->to[j] = rows(me, j, part);
+        t->from[j] = rows(j, me, part);
+    }
     comm_barrier(t->g);
     double since = now_seconds();
-    Request r = kind == COMM_ALL_GATHER     ? all_gather_start(t->g, t->b, t->a, part, DTYPE_F32, STREAM_GATHER)
-              : kind == COMM_REDUCE_SCATTER ? reduce_scatter_start(t->g, t->b, t->a, part, DTYPE_F32, 0, STREAM_GATHER)
-              : kind == COMM_ALL_REDUCE     ? all_reduce_start(t->g, t->a, count, DTYPE_F32, STREAM_GATHER)
-                                            : all_to_all_start(t->g, t->b, t->from, t->a, t->to, sizeof(float), STREAM_EXCHANGE);
+    Request r =
+        kind == COMM_ALL_GATHER ? all_gather_start(t->g, t->b, t->a, part, DTYPE_F32, STREAM_GATHER)
+        : kind == COMM_REDUCE_SCATTER
+            ? reduce_scatter_start(t->g, t->b, t->a, part, DTYPE_F32, 0, STREAM_GATHER)
+        : kind == COMM_ALL_REDUCE
+            ? all_reduce_start(t->g, t->a, count, DTYPE_F32, STREAM_GATHER)
+            : all_to_all_start(t->g, t->b, t->from, t->a, t->to, sizeof(float), STREAM_EXCHANGE);
     comm_wait(r);
     device_sync();
     return now_seconds() - since;
@@ -42,37 +56,61 @@ static int wrong(Bench *t, int kind, size_t count) {
     device_upload(t->b, t->host, count * sizeof(float));
     run(t, kind, count);
     size_t got = kind == COMM_ALL_GATHER || kind == COMM_ALL_REDUCE ? count : part;
-    if (kind == COMM_ALL_TO_ALL) { got = 0; for (int j = 0; j < n; j++) got += (size_t)t->from[j]; }
+    if (kind == COMM_ALL_TO_ALL) {
+        got = 0;
+        for (int j = 0; j < n; j++) got += (size_t)t->from[j];
+    }
     device_download(t->host, kind == COMM_ALL_REDUCE ? t->a : t->b, got * sizeof(float));
-    if (kind == COMM_ALL_GATHER) for (size_t i = 0; i < count; i++) bad |= t->host[i] != value((int)(i / part), i % part);
+    if (kind == COMM_ALL_GATHER)
+        for (size_t i = 0; i < count; i++) bad |= t->host[i] != value((int)(i / part), i % part);
     else if (kind != COMM_ALL_TO_ALL)
         for (size_t i = 0; i < got; i++) {
             float sum = 0;
-            for (int j = 0; j < n; j++) sum += value(j, kind == COMM_ALL_REDUCE ? i : (size_t)me * part + i);
+            for (int j = 0; j < n; j++)
+                sum += value(j, kind == COMM_ALL_REDUCE ? i : (size_t)me * part + i);
             bad |= t->host[i] != sum;
         }
     else
         for (int j = 0; j < n; j++) {
-            size_t first = 0;                            // where rank j's rows to this rank begin in what it sends
+            size_t first = 0; // where rank j's rows to this rank begin in what it sends
             for (int k = 0; k < me; k++) first += (size_t)rows(j, k, part);
-            for (int64_t i = 0; i < t->from[j]; i++) bad |= t->host[at++] != value(j, first + (size_t)i);
+            for (int64_t i = 0; i < t->from[j]; i++)
+                bad |= t->host[at++] != value(j, first + (size_t)i);
         }
     return bad;
 }
 
 int comm_selftest(const Grid *g, FILE *out) {
-    struct { const char *name; Comm *g; } group[] = { { "all", g->all }, { "ep", g->ep_group }, { "fsdp", g->fsdp_group }, { "dense", g->dense_group }, { "dp", g->dp_group } };
+    struct {
+        const char *name;
+        Comm *g;
+    } group[] = { { "all", g->all },
+                  { "ep", g->ep_group },
+                  { "fsdp", g->fsdp_group },
+                  { "dense", g->dense_group },
+                  { "dp", g->dp_group } };
     const size_t bytes = LARGE * sizeof(float);
-    Bench t = { 0, (float *)xmalloc(2 * bytes, "self-test"), 0, 0, (int64_t *)xmalloc((size_t)g->world * 8, "self-test"), (int64_t *)xmalloc((size_t)g->world * 8, "self-test") };
+    Bench t = { 0,
+                (float *)xmalloc(2 * bytes, "self-test"),
+                0,
+                0,
+                (int64_t *)xmalloc((size_t)g->world * 8, "self-test"),
+                (int64_t *)xmalloc((size_t)g->world * 8, "self-test") };
     Arena arena = arena_counting("self-test");
     for (int pass = 0; pass < 2; pass++) {
         t.a = (float *)arena_take(&arena, bytes, "messages");
-        t.b = (float *)arena_take(&arena, 2 * bytes, "messages");        // all_to_all can bring up to twice the mean
-        for (size_t i = 0; i < sizeof group / sizeof *group; i++) comm_reserve(group[i].g, bytes, &arena);
+        t.b = (float *)arena_take(&arena, 2 * bytes,
+                                  "messages"); // all_to_all can bring up to twice the mean
+        for (size_t i = 0; i < sizeof group / sizeof *group; i++)
+            comm_reserve(group[i].g, bytes, &arena);
         if (pass == 0) arena_commit(&arena);
     }
     int failures = 0;
-    if (g->rank == 0) fprintf(out, "self-test of communication: %s\n  group  ranks  call            correct   latency us    MB/s sent per rank\n", comm_describe());
+    if (g->rank == 0)
+        fprintf(
+            out,
+            "self-test of communication: %s\n  group  ranks  call            correct   latency us    MB/s sent per rank\n",
+            comm_describe());
     for (size_t i = 0; i < sizeof group / sizeof *group; i++) {
         if (comm_is_local(group[i].g)) {
             if (g->rank == 0) fprintf(out, "  %-5s  %5d  (nothing moves)\n", group[i].name, 1);
@@ -88,16 +126,24 @@ int comm_selftest(const Grid *g, FILE *out) {
             for (int repeat = 0; repeat < REPEAT; repeat++)
                 for (int size = 0; size < 2; size++) {
                     if (size == 1) comm_traffic(t.g, kind, 1);
-                    double s = (double)comm_max(t.g, (int64_t)(1e9 * run(&t, kind, (size_t)(size ? large : small)))) * 1e-9;
+                    double s =
+                        (double)comm_max(
+                            t.g, (int64_t)(1e9 * run(&t, kind, (size_t)(size ? large : small)))) *
+                        1e-9;
                     if (s < best[size]) best[size] = s;
                 }
-            double sent = (double)comm_traffic(t.g, kind, 1).bytes;      // of the last large call
-            bad = (int)comm_max(g->all, bad);                            // somewhere, in any group of this family
+            double sent = (double)comm_traffic(t.g, kind, 1).bytes; // of the last large call
+            bad = (int)comm_max(g->all, bad); // somewhere, in any group of this family
             failures += bad;
-            if (g->rank == 0) fprintf(out, "  %-5s  %5d  %-14s  %-7s  %11.1f  %12.1f\n", group[i].name, n, comm_kind_name(kind), bad ? "WRONG" : "yes", 1e6 * best[0], sent / best[1] * 1e-6);
+            if (g->rank == 0)
+                fprintf(out, "  %-5s  %5d  %-14s  %-7s  %11.1f  %12.1f\n", group[i].name, n,
+                        comm_kind_name(kind), bad ? "WRONG" : "yes", 1e6 * best[0],
+                        sent / best[1] * 1e-6);
         }
     }
     arena_free(&arena);
-    free(t.host); free(t.to); free(t.from);
+    free(t.host);
+    free(t.to);
+    free(t.from);
     return failures;
 }

@@ -1,15 +1,19 @@
-// Tests of expert.c and heads.c under any number of ranks:   mpirun -np 4 build/test_expert        (test_expert.sh runs 1, 2, 3 and 4 and adds up)
+// Tests of expert.c and heads.c under any number of ranks:   mpirun -np 4 build/test_expert
+// (test_expert.sh runs 1, 2, 3 and 4 and adds up)
 //
-//   adjoint     <S x, Y> = <x, S' Y> for both passes, scores included. All numbers are small multiples of 1/4, whose sums are exact in every precision: the two sides must be EQUAL.
-//   layer       a whole MoE layer (without router), forward and backward, against one process on all tokens, with the same kernels: y, dx, dscore, dW1, dW2, per expert
-//   edges       nobody's experts chosen on one rank, everything to one expert, everything to one rank, only own tokens, only the neighbour's
-//   calls       50 calls on two exchanges in flight, other routing every time, memory poisoned with NaN before every one
-//   load        sizes known to the host against a naive count;  traffic: bytes on the wire against the formulas of README.md
-//   picture     the example drawn in README.md, number by number
-//   heads       both maps of heads.c: values and adjoints
+//   adjoint     <S x, Y> = <x, S' Y> for both passes, scores included. All numbers are small
+//   multiples of 1/4, whose sums are exact in every precision: the two sides must be EQUAL. layer
+//   a whole MoE layer (without router), forward and backward, against one process on all tokens,
+//   with the same kernels: y, dx, dscore, dW1, dW2, per expert edges       nobody's experts chosen
+//   on one rank, everything to one expert, everything to one rank, only own tokens, only the
+//   neighbour's calls       50 calls on two exchanges in flight, other routing every time, memory
+//   poisoned with NaN before every one load        sizes known to the host against a naive count;
+//   traffic: bytes on the wire against the formulas of README.md picture     the example drawn in
+//   README.md, number by number heads       both maps of heads.c: values and adjoints
 //
-// The problem is always the one of n R tokens; with allreduce every rank holds all of them and dy is non-zero on the own slice alone, so that the replicas' dy add up to the same
-// gradient (I1). Hence one reference for the three dispatchers, and they are compared with each other too.
+// The problem is always the one of n R tokens; with allreduce every rank holds all of them and dy
+// is non-zero on the own slice alone, so that the replicas' dy add up to the same gradient (I1).
+// Hence one reference for the three dispatchers, and they are compared with each other too.
 #include "expert.h"
 #include "heads.h"
 #include "../kernels/fail.h"
@@ -19,8 +23,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-// fp32: the sum over a token's experts is taken per rank, then over ranks: another association of at most K additions, each off by at most 2^-24 of the partial sums, so ~K 6e-8
-// norm-wise; 1e-5 leaves room for cancellation between the terms. bf16: partial outputs are rounded to 8 bits once more on the way, 2^-9 each. fp64 as fp32 with 2^-53.
+// fp32: the sum over a token's experts is taken per rank, then over ranks: another association of
+// at most K additions, each off by at most 2^-24 of the partial sums, so ~K 6e-8 norm-wise; 1e-5
+// leaves room for cancellation between the terms. bf16: partial outputs are rounded to 8 bits once
+// more on the way, 2^-9 each. fp64 as fp32 with 2^-53.
 #if defined(MOE_BF16)
 #define TOLERANCE 8e-3
 #elif defined(MOE_FP64)
@@ -32,57 +38,80 @@ static const char *dispatch_name[] = { "alltoall", "allgather", "allreduce" };
 static int passed, failed, world_rank;
 static Comm *everyone;
 
-// One check on all ranks: it passes where it does on every rank. ok may be computed from other data on each.
+// One check on all ranks: it passes where it does on every rank. ok may be computed from other data
+// on each.
 static void check(int ok, const char *format, ...) {
     va_list a;
     char text[256];
     va_start(a, format), vsnprintf(text, sizeof text, format, a), va_end(a);
     if (!ok) printf("rank %d: FAIL %s\n", world_rank, text), fflush(stdout);
-    if (comm_max(everyone, !ok)) failed++;
-    else passed++;
+    if (comm_max(everyone, !ok))
+        failed++;
+    else
+        passed++;
 }
 
-// ---- numbers ---------------------------------------------------------------------------------------------------------------------------------------------------------------------
-static uint64_t random_bits(uint64_t *s) {                  // splitmix64
+// ---- numbers --------------------------------------------------------------------------------
+static uint64_t random_bits(uint64_t *s) { // splitmix64
     uint64_t z = (*s += 0x9e3779b97f4a7c15u);
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u, z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
 }
 static int below(uint64_t *s, int n) { return (int)(random_bits(s) % (uint64_t)n); }
-static double uniform(uint64_t *s) { return (double)(random_bits(s) >> 11) * 0x1p-52 - 1; }             // [-1, 1)
-static double quarter(uint64_t *s) { return (below(s, 17) - 8) * 0.25; }                                // -2, -1.75 .. 2
+static double uniform(uint64_t *s) {
+    return (double)(random_bits(s) >> 11) * 0x1p-52 - 1;
+} // [-1, 1)
+static double quarter(uint64_t *s) { return (below(s, 17) - 8) * 0.25; } // -2, -1.75 .. 2
 
-static char *scratch;                                       // device, room for the largest tensor in double
-static void put(void *dst, Dtype type, const double *x, size_t n) { device_upload(scratch, x, n * 8), convert(dst, type, scratch, DTYPE_F64, n); }
-static void get(double *x, const void *src, Dtype type, size_t n) { convert(scratch, DTYPE_F64, src, type, n), device_download(x, scratch, n * 8); }
-static double dot(const double *a, const double *b, size_t n) { double s = 0; for (size_t i = 0; i < n; i++) s += a[i] * b[i]; return s; }
+static char *scratch; // device, room for the largest tensor in double
+static void put(void *dst, Dtype type, const double *x, size_t n) {
+    device_upload(scratch, x, n * 8), convert(dst, type, scratch, DTYPE_F64, n);
+}
+static void get(double *x, const void *src, Dtype type, size_t n) {
+    convert(scratch, DTYPE_F64, src, type, n), device_download(x, scratch, n * 8);
+}
+static double dot(const double *a, const double *b, size_t n) {
+    double s = 0;
+    for (size_t i = 0; i < n; i++) s += a[i] * b[i];
+    return s;
+}
 // |a - b| / |b| in the 2-norm; b = 0 demands a = 0; NaN fails every comparison.
 static double distance(const double *a, const double *b, size_t n) {
     double d = 0, norm = dot(b, b, n);
     for (size_t i = 0; i < n; i++) d += (a[i] - b[i]) * (a[i] - b[i]);
     return norm > 0 ? sqrt(d / norm) : d == 0 ? 0 : INFINITY;
 }
-static double *numbers(size_t n) { return (double *)xcalloc(n + 1, sizeof(double), "test numbers"); }
-static void poison(Arena *a) {                              // every byte 0xff: NaN in any float type, -1 as an id
+static double *numbers(size_t n) {
+    return (double *)xcalloc(n + 1, sizeof(double), "test numbers");
+}
+static void poison(Arena *a) { // every byte 0xff: NaN in any float type, -1 as an id
     static char ff[4096];
     memset(ff, 0xff, sizeof ff);
-    for (size_t i = 0; i < a->used; i += sizeof ff) device_upload(a->base + i, ff, a->used - i < sizeof ff ? a->used - i : sizeof ff);
+    for (size_t i = 0; i < a->used; i += sizeof ff)
+        device_upload(a->base + i, ff, a->used - i < sizeof ff ? a->used - i : sizeof ff);
 }
 
-// ---- a problem: all tokens of an ep group, known to every rank ----------------------------------------------------------------------------------------------------------------------
+// ---- a problem: all tokens of an ep group, known to every rank ------------------------------
 enum { RANDOM, SKEWED, SKIP_LAST_RANK, ONE_EXPERT, ONE_RANK, OWN, NEIGHBOUR, ROUTINGS };
-static const char *routing_name[] = { "random", "skewed", "last rank gets nothing", "all to one expert", "all to rank 0", "own tokens only", "neighbour's tokens only" };
+static const char *routing_name[] = {
+    "random",        "skewed",          "last rank gets nothing", "all to one expert",
+    "all to rank 0", "own tokens only", "neighbour's tokens only"
+};
 typedef struct {
-    int n, me, R, N, C, E, K, F;           // N = n R tokens
-    int *topk;                             // (N,K)
-    double *x, *dy, *score, *W1, *W2;      // (N,C), (N,C), (N,K), (E,2F,C), (E,C,F)
-    double *y, *dx, *dscore, *dW1, *dW2;   // one process' answer, same shapes
+    int n, me, R, N, C, E, K, F;         // N = n R tokens
+    int *topk;                           // (N,K)
+    double *x, *dy, *score, *W1, *W2;    // (N,C), (N,C), (N,K), (E,2F,C), (E,C,F)
+    double *y, *dx, *dscore, *dW1, *dW2; // one process' answer, same shapes
 } Problem;
 
 static int problem_expert(const Problem *p, int routing, int token, uint64_t *s) {
     int local = p->E / p->n, rank = token / p->R;
     switch (routing) {
-    case SKEWED: { int a = below(s, p->E), b = below(s, p->E), c = below(s, p->E); a = a < b ? a : b; return a < c ? a : c; }
+    case SKEWED: {
+        int a = below(s, p->E), b = below(s, p->E), c = below(s, p->E);
+        a = a < b ? a : b;
+        return a < c ? a : c;
+    }
     case SKIP_LAST_RANK: return below(s, p->n > 1 ? p->E - local : p->E);
     case ONE_RANK: return below(s, local);
     case OWN: return rank * local + below(s, local);
@@ -95,7 +124,8 @@ static void problem_fill(Problem *p, int routing, uint64_t seed) {
     for (int t = 0; t < p->N; t++) {
         int *id = p->topk + (size_t)t * p->K, k = 0;
         if (routing == ONE_EXPERT) id[k++] = p->E / 2;
-        while (k < p->K) {                                  // distinct ids, ascending; a routing with too few experts for K takes others
+        while (k <
+               p->K) { // distinct ids, ascending; a routing with too few experts for K takes others
             int e = problem_expert(p, k < p->E / p->n ? routing : RANDOM, t, &s), fresh = 1, j = k;
             for (int i = 0; i < k; i++) fresh &= id[i] != e;
             if (!fresh) continue;
@@ -110,39 +140,55 @@ static void problem_fill(Problem *p, int routing, uint64_t seed) {
     for (size_t i = 0; i < w; i++) p->W2[i] = 0.3 * uniform(&s);
 }
 static Problem problem_new(const Grid *g, const Config *c, int R) {
-    Problem p = { .n = g->ep, .me = g->ep_rank, .R = R, .N = g->ep * R, .C = c->C, .E = c->E, .K = c->K, .F = c->F };
+    Problem p = { .n = g->ep,
+                  .me = g->ep_rank,
+                  .R = R,
+                  .N = g->ep * R,
+                  .C = c->C,
+                  .E = c->E,
+                  .K = c->K,
+                  .F = c->F };
     size_t x = (size_t)p.N * p.C, s = (size_t)p.N * p.K, w = (size_t)p.E * p.F * p.C;
     p.topk = (int *)xcalloc(s, sizeof(int), "topk");
-    p.x = numbers(x), p.dy = numbers(x), p.score = numbers(s), p.W1 = numbers(2 * w), p.W2 = numbers(w);
-    p.y = numbers(x), p.dx = numbers(x), p.dscore = numbers(s), p.dW1 = numbers(2 * w), p.dW2 = numbers(w);
+    p.x = numbers(x), p.dy = numbers(x), p.score = numbers(s), p.W1 = numbers(2 * w),
+    p.W2 = numbers(w);
+    p.y = numbers(x), p.dx = numbers(x), p.dscore = numbers(s), p.dW1 = numbers(2 * w),
+    p.dW2 = numbers(w);
     return p;
 }
 static void problem_free(Problem *p) {
-    free(p->topk), free(p->x), free(p->dy), free(p->score), free(p->W1), free(p->W2), free(p->y), free(p->dx), free(p->dscore), free(p->dW1), free(p->dW2);
+    free(p->topk), free(p->x), free(p->dy), free(p->score), free(p->W1), free(p->W2), free(p->y),
+        free(p->dx), free(p->dscore), free(p->dW1), free(p->dW2);
 }
 
-// ---- a slot: what one micro-batch needs on this rank -----------------------------------------------------------------------------------------------------------------------------------
+// ---- a slot: what one micro-batch needs on this rank ----------------------------------------
 typedef struct {
     Arena exchange_arena, arena;
     Exchange *e;
     Plan plan;
-    int R, first_token, experts;                            // tokens here, the first of them in the problem, experts here
+    int R, first_token, experts; // tokens here, the first of them in the problem, experts here
     int *topk;
-    floatX *x, *y, *dy, *dx, *W1, *W2, *H, *A, *sA, *Y;     // Y (M,C) also holds dX
+    floatX *x, *y, *dy, *dx, *W1, *W2, *H, *A, *sA, *Y; // Y (M,C) also holds dX
     real *score, *dscore;
     gradX *dW1, *dW2;
-    const floatX *pool; const real *pool_score;
+    const floatX *pool;
+    const real *pool_score;
 } Slot;
 
 static void slot_take(Slot *s, const Grid *g, const Config *c, int R) {
     int bound = exchange_pool_bound(g, R), local = c->E / g->ep;
-    size_t M = (size_t)plan_rows(bound, c->K, local), x = (size_t)R * c->C, k = (size_t)R * c->K, w = (size_t)local * c->F * c->C;
+    size_t M = (size_t)plan_rows(bound, c->K, local), x = (size_t)R * c->C, k = (size_t)R * c->K,
+           w = (size_t)local * c->F * c->C;
     Arena *a = &s->arena;
     s->e = exchange_create(g, c, R, &s->exchange_arena);
-    s->topk = ARENA_TAKE(a, int, k, "t"), s->score = ARENA_TAKE(a, real, k, "t"), s->dscore = ARENA_TAKE(a, real, k, "t");
-    s->x = ARENA_TAKE(a, floatX, x, "t"), s->y = ARENA_TAKE(a, floatX, x, "t"), s->dy = ARENA_TAKE(a, floatX, x, "t"), s->dx = ARENA_TAKE(a, floatX, x, "t");
-    s->W1 = ARENA_TAKE(a, floatX, 2 * w, "t"), s->W2 = ARENA_TAKE(a, floatX, w, "t"), s->dW1 = ARENA_TAKE(a, gradX, 2 * w, "t"), s->dW2 = ARENA_TAKE(a, gradX, w, "t");
-    s->H = ARENA_TAKE(a, floatX, M * 2 * c->F, "t"), s->A = ARENA_TAKE(a, floatX, M * c->F, "t"), s->sA = ARENA_TAKE(a, floatX, M * c->F, "t");
+    s->topk = ARENA_TAKE(a, int, k, "t"), s->score = ARENA_TAKE(a, real, k, "t"),
+    s->dscore = ARENA_TAKE(a, real, k, "t");
+    s->x = ARENA_TAKE(a, floatX, x, "t"), s->y = ARENA_TAKE(a, floatX, x, "t"),
+    s->dy = ARENA_TAKE(a, floatX, x, "t"), s->dx = ARENA_TAKE(a, floatX, x, "t");
+    s->W1 = ARENA_TAKE(a, floatX, 2 * w, "t"), s->W2 = ARENA_TAKE(a, floatX, w, "t"),
+    s->dW1 = ARENA_TAKE(a, gradX, 2 * w, "t"), s->dW2 = ARENA_TAKE(a, gradX, w, "t");
+    s->H = ARENA_TAKE(a, floatX, M * 2 * c->F, "t"), s->A = ARENA_TAKE(a, floatX, M * c->F, "t"),
+    s->sA = ARENA_TAKE(a, floatX, M * c->F, "t");
     s->Y = ARENA_TAKE(a, floatX, M * c->C, "t");
 }
 static Slot slot_new(const Grid *g, const Config *c, int R) {
@@ -150,25 +196,34 @@ static Slot slot_new(const Grid *g, const Config *c, int R) {
     slot_take(&s, g, c, R), exchange_free(s.e);
     arena_commit(&s.exchange_arena), arena_commit(&s.arena);
     slot_take(&s, g, c, R);
-    s.R = R, s.experts = c->E / g->ep, s.first_token = g->dispatch == DISPATCH_ALLREDUCE ? 0 : g->ep_rank * R;
+    s.R = R, s.experts = c->E / g->ep,
+    s.first_token = g->dispatch == DISPATCH_ALLREDUCE ? 0 : g->ep_rank * R;
     return s;
 }
-static void slot_free(Slot *s) { exchange_free(s->e), arena_free(&s->exchange_arena), arena_free(&s->arena); }
+static void slot_free(Slot *s) {
+    exchange_free(s->e), arena_free(&s->exchange_arena), arena_free(&s->arena);
+}
 
 // Everything is poisoned, then this rank's part of the problem is put in.
 static void slot_load(Slot *s, const Problem *p) {
-    size_t t = (size_t)s->first_token, C = (size_t)p->C, w = (size_t)p->F * C, first = (size_t)p->me * s->experts;
+    size_t t = (size_t)s->first_token, C = (size_t)p->C, w = (size_t)p->F * C,
+           first = (size_t)p->me * s->experts;
     poison(&s->exchange_arena), poison(&s->arena);
     device_upload(s->topk, p->topk + t * p->K, (size_t)s->R * p->K * sizeof(int));
-    put(s->score, DTYPE_REAL, p->score + t * p->K, (size_t)s->R * p->K), put(s->x, DTYPE_FLOATX, p->x + t * C, s->R * C);
-    put(s->W1, DTYPE_FLOATX, p->W1 + first * 2 * w, s->experts * 2 * w), put(s->W2, DTYPE_FLOATX, p->W2 + first * w, s->experts * w);
+    put(s->score, DTYPE_REAL, p->score + t * p->K, (size_t)s->R * p->K),
+        put(s->x, DTYPE_FLOATX, p->x + t * C, s->R * C);
+    put(s->W1, DTYPE_FLOATX, p->W1 + first * 2 * w, s->experts * 2 * w),
+        put(s->W2, DTYPE_FLOATX, p->W2 + first * w, s->experts * w);
     double *dy = numbers(s->R * C);
     for (int r = 0; r < s->R; r++)
-        if ((s->first_token + r) / p->R == p->me) memcpy(dy + r * C, p->dy + (t + r) * C, C * sizeof(double));
+        if ((s->first_token + r) / p->R == p->me)
+            memcpy(dy + r * C, p->dy + (t + r) * C, C * sizeof(double));
     put(s->dy, DTYPE_FLOATX, dy, s->R * C), free(dy);
 }
 
-static void plan_and_spread(Slot *s) { expert_plan(&s->plan, s->e, s->topk), spread_start(s->e, FORWARD, s->x, s->score); }
+static void plan_and_spread(Slot *s) {
+    expert_plan(&s->plan, s->e, s->topk), spread_start(s->e, FORWARD, s->x, s->score);
+}
 static void forward(Slot *s, int C, int F) {
     s->pool = spread_wait(s->e, FORWARD, &s->pool_score);
     experts_up(s->H, s->A, s->pool, s->W1, &s->plan, C, F);
@@ -176,12 +231,16 @@ static void forward(Slot *s, int C, int F) {
     rows_combine(collect_target(s->e, FORWARD, s->y, 0, 0), s->Y, s->pool_score, &s->plan, C);
     collect_start(s->e, FORWARD, s->y, 0);
 }
-static void backward(Slot *s, int again, int C, int F) {    // again: the forward spread is in flight too, H is made anew
+static void backward(Slot *s, int again, int C,
+                     int F) { // again: the forward spread is in flight too, H is made anew
     const floatX *dpool = spread_wait(s->e, BACKWARD, 0);
     real *pool_dscore;
     floatX *target = collect_target(s->e, BACKWARD, s->dx, s->dscore, &pool_dscore);
-    if (again) s->pool = spread_wait(s->e, FORWARD, &s->pool_score), experts_up(s->H, 0, s->pool, s->W1, &s->plan, C, F);
-    experts_down_backward(s->H, s->sA, pool_dscore, dpool, s->H, s->W2, s->pool_score, &s->plan, C, F);
+    if (again)
+        s->pool = spread_wait(s->e, FORWARD, &s->pool_score),
+        experts_up(s->H, 0, s->pool, s->W1, &s->plan, C, F);
+    experts_down_backward(s->H, s->sA, pool_dscore, dpool, s->H, s->W2, s->pool_score, &s->plan, C,
+                          F);
     experts_up_backward(s->Y, s->H, s->W1, &s->plan, C, F);
     rows_combine(target, s->Y, 0, &s->plan, C);
     collect_start(s->e, BACKWARD, s->dx, s->dscore);
@@ -207,46 +266,60 @@ static void solve(Problem *p, const Config *c) {
     whole.n = 1, whole.me = 0, whole.R = p->N;
     slot_load(&s, &whole), run(&s, 1, 0, p->C, p->F);
     size_t x = (size_t)p->N * p->C, w = (size_t)p->E * p->F * p->C;
-    get(p->y, s.y, DTYPE_FLOATX, x), get(p->dx, s.dx, DTYPE_FLOATX, x), get(p->dscore, s.dscore, DTYPE_REAL, (size_t)p->N * p->K);
+    get(p->y, s.y, DTYPE_FLOATX, x), get(p->dx, s.dx, DTYPE_FLOATX, x),
+        get(p->dscore, s.dscore, DTYPE_REAL, (size_t)p->N * p->K);
     get(p->dW1, s.dW1, DTYPE_REAL, 2 * w), get(p->dW2, s.dW2, DTYPE_REAL, w);
     slot_free(&s);
 }
 
-// The part of a token tensor that this rank ends up with, as a whole (N, width) tensor: slices side by side, or with allreduce the sum over ranks of partial tensors (`partial`).
-static void whole(double *out, const void *part, Dtype type, const Slot *s, const Problem *p, const Grid *g, int partial, int width) {
+// The part of a token tensor that this rank ends up with, as a whole (N, width) tensor: slices side
+// by side, or with allreduce the sum over ranks of partial tensors (`partial`).
+static void whole(double *out, const void *part, Dtype type, const Slot *s, const Problem *p,
+                  const Grid *g, int partial, int width) {
     size_t n = (size_t)s->R * width;
     double *mine = numbers(n), *all = numbers(n * p->n);
     get(mine, part, type, n);
     comm_all_gather_host(g->ep_group, all, mine, n * sizeof(double));
-    if (g->dispatch != DISPATCH_ALLREDUCE) memcpy(out, all, n * p->n * sizeof(double));
-    else for (size_t i = 0; i < n; i++) {
-        out[i] = partial ? 0 : mine[i];
-        for (int j = 0; j < p->n && partial; j++) out[i] += all[(size_t)j * n + i];
-    }
+    if (g->dispatch != DISPATCH_ALLREDUCE)
+        memcpy(out, all, n * p->n * sizeof(double));
+    else
+        for (size_t i = 0; i < n; i++) {
+            out[i] = partial ? 0 : mine[i];
+            for (int j = 0; j < p->n && partial; j++) out[i] += all[(size_t)j * n + i];
+        }
     free(mine), free(all);
 }
-typedef struct { double *y, *dx, *dscore, *dW1, *dW2; } Answer;                         // as the answers of Problem, dW of the own experts
+typedef struct {
+    double *y, *dx, *dscore, *dW1, *dW2;
+} Answer; // as the answers of Problem, dW of the own experts
 static Answer answer(const Slot *s, const Problem *p, const Grid *g) {
     size_t x = (size_t)p->N * p->C, w = (size_t)s->experts * p->F * p->C;
     Answer a = { numbers(x), numbers(x), numbers((size_t)p->N * p->K), numbers(2 * w), numbers(w) };
-    whole(a.y, s->y, DTYPE_FLOATX, s, p, g, 0, p->C), whole(a.dx, s->dx, DTYPE_FLOATX, s, p, g, 1, p->C), whole(a.dscore, s->dscore, DTYPE_REAL, s, p, g, 1, p->K);
+    whole(a.y, s->y, DTYPE_FLOATX, s, p, g, 0, p->C),
+        whole(a.dx, s->dx, DTYPE_FLOATX, s, p, g, 1, p->C),
+        whole(a.dscore, s->dscore, DTYPE_REAL, s, p, g, 1, p->K);
     get(a.dW1, s->dW1, DTYPE_REAL, 2 * w), get(a.dW2, s->dW2, DTYPE_REAL, w);
     return a;
 }
-static void answer_free(Answer *a) { free(a->y), free(a->dx), free(a->dscore), free(a->dW1), free(a->dW2); }
-static double largest(double a, double b) { return a >= b ? a : b == b ? b : INFINITY; }      // NaN counts as infinite
+static void answer_free(Answer *a) {
+    free(a->y), free(a->dx), free(a->dscore), free(a->dW1), free(a->dW2);
+}
+static double largest(double a, double b) {
+    return a >= b ? a : b == b ? b : INFINITY;
+} // NaN counts as infinite
 static double error_of(const Answer *a, const Problem *p, const Slot *s) {
     size_t x = (size_t)p->N * p->C, w = (size_t)p->F * p->C, first = (size_t)p->me * s->experts;
     double e = largest(distance(a->y, p->y, x), distance(a->dx, p->dx, x));
     e = largest(e, distance(a->dscore, p->dscore, (size_t)p->N * p->K));
-    for (size_t i = 0; i < (size_t)s->experts; i++) {                                   // per expert: one without tokens must be exactly zero (I3)
+    for (size_t i = 0; i < (size_t)s->experts;
+         i++) { // per expert: one without tokens must be exactly zero (I3)
         e = largest(e, distance(a->dW1 + i * 2 * w, p->dW1 + (first + i) * 2 * w, 2 * w));
         e = largest(e, distance(a->dW2 + i * w, p->dW2 + (first + i) * w, w));
     }
     return e;
 }
 
-// ---- tests -----------------------------------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- tests ----------------------------------------------------------------------------------
 static void test_load(const Slot *s, const Problem *p, const Grid *g, const char *what) {
     ExchangeLoad want = { 0, 0, 0, 0, 0, 0 };
     int tile = device_row_tile(), n = p->n, local = p->E / n;
@@ -261,16 +334,21 @@ static void test_load(const Slot *s, const Problem *p, const Grid *g, const char
             int goes = 0;
             for (int k = 0; k < p->K; k++) goes |= p->topk[(size_t)t * p->K + k] / local == j;
             if (g->dispatch != DISPATCH_ALLTOALL) goes = 1;
-            pool += goes, sent += goes && t / p->R == p->me && j != p->me, received += goes && t / p->R != p->me && j == p->me;
+            pool += goes, sent += goes && t / p->R == p->me && j != p->me,
+                received += goes && t / p->R != p->me && j == p->me;
         }
         if (j == p->me) want.pool = pool, want.rows = rows;
         if (pool > want.pool_max) want.pool_max = pool;
         if (rows > want.rows_max) want.rows_max = rows;
-        if (g->dispatch != DISPATCH_ALLREDUCE) want.sent_rows += sent, want.received_rows += received;
+        if (g->dispatch != DISPATCH_ALLREDUCE)
+            want.sent_rows += sent, want.received_rows += received;
     }
     const ExchangeLoad *l = exchange_load(s->e);
-    check(comm_is_local(g->ep_group) || memcmp(l, &want, sizeof want) == 0, "%s: pool %d rows %d largest %d %d sent %lld received %lld, want %d %d %d %d %lld %lld", what, l->pool, l->rows,
-          l->pool_max, l->rows_max, (long long)l->sent_rows, (long long)l->received_rows, want.pool, want.rows, want.pool_max, want.rows_max, (long long)want.sent_rows, (long long)want.received_rows);
+    check(comm_is_local(g->ep_group) || memcmp(l, &want, sizeof want) == 0,
+          "%s: pool %d rows %d largest %d %d sent %lld received %lld, want %d %d %d %d %lld %lld",
+          what, l->pool, l->rows, l->pool_max, l->rows_max, (long long)l->sent_rows,
+          (long long)l->received_rows, want.pool, want.rows, want.pool_max, want.rows_max,
+          (long long)want.sent_rows, (long long)want.received_rows);
 }
 
 static void test_layers(const Config *c, const Grid grid[3], int R) {
@@ -282,22 +360,27 @@ static void test_layers(const Config *c, const Grid grid[3], int R) {
         problem_fill(&p, routing, 100 + (uint64_t)routing), solve(&p, c);
         for (int d = 0; d < 3; d++) {
             char what[160];
-            snprintf(what, sizeof what, "ep %d K %d %s, %s", p.n, c->K, dispatch_name[d], routing_name[routing]);
+            snprintf(what, sizeof what, "ep %d K %d %s, %s", p.n, c->K, dispatch_name[d],
+                     routing_name[routing]);
             slot_load(slot + d, &p), run(slot + d, 1, routing & 1, p.C, p.F);
             test_load(slot + d, &p, grid + d, what);
             a[d] = answer(slot + d, &p, grid + d);
             double e = error_of(a + d, &p, slot + d), bits = 0;
             check(e <= TOLERANCE, "%s: distance to one process %.2e", what, e);
-            // Rows of an expert stand in the order of the whole batch whichever way tokens travel, and dy and x travel unchanged: the weight gradients are the same bits.
+            // Rows of an expert stand in the order of the whole batch whichever way tokens travel,
+            // and dy and x travel unchanged: the weight gradients are the same bits.
             size_t w = (size_t)p.F * p.C * slot[d].experts, first = (size_t)p.me * w;
             for (size_t i = 0; i < 2 * w; i++) bits += a[d].dW1[i] != p.dW1[2 * first + i];
             for (size_t i = 0; i < w; i++) bits += a[d].dW2[i] != p.dW2[first + i];
-            check(bits == 0, "%s: %g elements of dW1, dW2 differ in bits from one process", what, bits);
+            check(bits == 0, "%s: %g elements of dW1, dW2 differ in bits from one process", what,
+                  bits);
         }
         for (int d = 1; d < 3; d++) {
-            double e = largest(largest(distance(a[d].y, a[0].y, (size_t)p.N * p.C), distance(a[d].dx, a[0].dx, (size_t)p.N * p.C)),
+            double e = largest(largest(distance(a[d].y, a[0].y, (size_t)p.N * p.C),
+                                       distance(a[d].dx, a[0].dx, (size_t)p.N * p.C)),
                                distance(a[d].dscore, a[0].dscore, (size_t)p.N * p.K));
-            check(e <= TOLERANCE, "ep %d %s against alltoall, %s: %.2e", p.n, dispatch_name[d], routing_name[routing], e);
+            check(e <= TOLERANCE, "ep %d %s against alltoall, %s: %.2e", p.n, dispatch_name[d],
+                  routing_name[routing], e);
         }
         for (int d = 0; d < 3; d++) answer_free(a + d);
     }
@@ -305,7 +388,8 @@ static void test_layers(const Config *c, const Grid grid[3], int R) {
     problem_free(&p);
 }
 
-// 50 calls, two micro-batches in flight, another routing each time, every second one with the forward spread repeated in backward (recompute).
+// 50 calls, two micro-batches in flight, another routing each time, every second one with the
+// forward spread repeated in backward (recompute).
 static void test_calls(const Config *c, const Grid *g, int R) {
     Problem p[2] = { problem_new(g, c, R), problem_new(g, c, R) };
     int tokens = g->dispatch == DISPATCH_ALLREDUCE ? p->N : R;
@@ -313,7 +397,9 @@ static void test_calls(const Config *c, const Grid *g, int R) {
     double worst = 0;
     int pools = 0, last = -1;
     for (int call = 0; call < 50; call++) {
-        for (int i = 0; i < 2; i++) problem_fill(p + i, (call + 3 * i) % ROUTINGS, 1000 + (uint64_t)(2 * call + i)), solve(p + i, c), slot_load(s + i, p + i);
+        for (int i = 0; i < 2; i++)
+            problem_fill(p + i, (call + 3 * i) % ROUTINGS, 1000 + (uint64_t)(2 * call + i)),
+                solve(p + i, c), slot_load(s + i, p + i);
         run(s, 2, call & 1, c->C, c->F);
         for (int i = 0; i < 2; i++) {
             Answer a = answer(s + i, p + i, g);
@@ -321,8 +407,10 @@ static void test_calls(const Config *c, const Grid *g, int R) {
         }
         pools += s->plan.P != last, last = s->plan.P;
     }
-    check(worst <= TOLERANCE, "ep %d %s, 50 calls on poisoned memory: distance %.2e", g->ep, dispatch_name[g->dispatch], worst);
-    check(g->ep == 1 || g->dispatch != DISPATCH_ALLTOALL || pools > 15, "ep %d: the pool's size changed in %d of 50 calls", g->ep, pools);
+    check(worst <= TOLERANCE, "ep %d %s, 50 calls on poisoned memory: distance %.2e", g->ep,
+          dispatch_name[g->dispatch], worst);
+    check(g->ep == 1 || g->dispatch != DISPATCH_ALLTOALL || pools > 15,
+          "ep %d: the pool's size changed in %d of 50 calls", g->ep, pools);
     for (int i = 0; i < 2; i++) slot_free(s + i), problem_free(p + i);
 }
 
@@ -330,11 +418,15 @@ static void test_adjoint(const Config *c, const Grid *g, int R) {
     Problem p = problem_new(g, c, R);
     int tokens = g->dispatch == DISPATCH_ALLREDUCE ? p.N : R;
     Slot s = slot_new(g, c, tokens);
-    size_t x = (size_t)tokens * p.C, k = (size_t)tokens * p.K, bound = (size_t)exchange_pool_bound(g, tokens);
-    double *X = numbers(x), *Y = numbers(bound * p.C), *a = numbers(bound * p.C), *b = numbers(bound * p.C), *score = numbers(k), *D = numbers(bound * p.K);
+    size_t x = (size_t)tokens * p.C, k = (size_t)tokens * p.K,
+           bound = (size_t)exchange_pool_bound(g, tokens);
+    double *X = numbers(x), *Y = numbers(bound * p.C), *a = numbers(bound * p.C),
+           *b = numbers(bound * p.C), *score = numbers(k), *D = numbers(bound * p.K);
     int *token_row = (int *)xcalloc(bound * p.K, sizeof(int), "rows");
     for (int routing = 0; routing < ROUTINGS; routing++) {
-        uint64_t seed = 31 + (uint64_t)routing * 64 + (uint64_t)world_rank;                     // other numbers on every rank, replicas too: the maps are linear in each copy
+        uint64_t seed = 31 + (uint64_t)routing * 64 +
+                        (uint64_t)world_rank; // other numbers on every rank, replicas too: the maps
+                                              // are linear in each copy
         const real *pool_score;
         real *pool_dscore;
         problem_fill(&p, routing, 7), slot_load(&s, &p);
@@ -351,16 +443,19 @@ static void test_adjoint(const Config *c, const Grid *g, int R) {
         get(a, pool, DTYPE_FLOATX, P);
         double left = dot(a, Y, P);
         get(a, pool_score, DTYPE_REAL, PK);
-        for (size_t i = 0; i < PK; i++) if (token_row[i] < 0) a[i] = 0;                         // what is not read may be anything
+        for (size_t i = 0; i < PK; i++)
+            if (token_row[i] < 0) a[i] = 0; // what is not read may be anything
         double left_score = dot(a, D, PK);
         floatX *target = collect_target(s.e, BACKWARD, s.dx, s.dscore, &pool_dscore);
         put(target, DTYPE_FLOATX, Y, P), put(pool_dscore, DTYPE_REAL, D, PK);
         collect_start(s.e, BACKWARD, s.dx, s.dscore), collect_wait(s.e, BACKWARD);
         get(a, s.dx, DTYPE_FLOATX, x), get(b, s.dscore, DTYPE_REAL, k);
         double l = comm_sum(g->ep_group, left), r = comm_sum(g->ep_group, dot(a, X, x));
-        check(l == r, "ep %d %s, %s: <Sx,Y> %.17g <x,S'Y> %.17g", p.n, dispatch_name[g->dispatch], routing_name[routing], l, r);
+        check(l == r, "ep %d %s, %s: <Sx,Y> %.17g <x,S'Y> %.17g", p.n, dispatch_name[g->dispatch],
+              routing_name[routing], l, r);
         l = comm_sum(g->ep_group, left_score), r = comm_sum(g->ep_group, dot(b, score, k));
-        check(l == r, "ep %d %s, %s: scores <Sx,Y> %.17g <x,S'Y> %.17g", p.n, dispatch_name[g->dispatch], routing_name[routing], l, r);
+        check(l == r, "ep %d %s, %s: scores <Sx,Y> %.17g <x,S'Y> %.17g", p.n,
+              dispatch_name[g->dispatch], routing_name[routing], l, r);
         // <collect_F Y, dy> = <Y, spread_B dy>
         for (size_t i = 0; i < x; i++) X[i] = quarter(&seed);
         put(collect_target(s.e, FORWARD, s.y, 0, 0), DTYPE_FLOATX, Y, P);
@@ -371,44 +466,61 @@ static void test_adjoint(const Config *c, const Grid *g, int R) {
         spread_start(s.e, BACKWARD, s.dy, 0);
         get(a, spread_wait(s.e, BACKWARD, 0), DTYPE_FLOATX, P);
         r = comm_sum(g->ep_group, dot(a, Y, P));
-        check(l == r, "ep %d %s, %s: <collect Y,dy> %.17g <Y,spread dy> %.17g", p.n, dispatch_name[g->dispatch], routing_name[routing], l, r);
+        check(l == r, "ep %d %s, %s: <collect Y,dy> %.17g <Y,spread dy> %.17g", p.n,
+              dispatch_name[g->dispatch], routing_name[routing], l, r);
         get(b, s.dy, DTYPE_FLOATX, x);
-        check(memcmp(b, X, x * sizeof(double)) == 0, "ep %d %s: dy is untouched", p.n, dispatch_name[g->dispatch]);
+        check(memcmp(b, X, x * sizeof(double)) == 0, "ep %d %s: dy is untouched", p.n,
+              dispatch_name[g->dispatch]);
     }
-    free(X), free(Y), free(a), free(b), free(score), free(D), free(token_row), slot_free(&s), problem_free(&p);
+    free(X), free(Y), free(a), free(b), free(score), free(D), free(token_row), slot_free(&s),
+        problem_free(&p);
 }
 
-// Payload to other ranks of one forward and backward: the formulas of README.md with the measured rows.
+// Payload to other ranks of one forward and backward: the formulas of README.md with the measured
+// rows.
 static void test_traffic(const Config *c, const Grid *g, int R) {
     Problem p = problem_new(g, c, R);
-    int64_t tokens = g->dispatch == DISPATCH_ALLREDUCE ? p.N : R, others = g->ep - 1, row = (int64_t)p.C * (int64_t)sizeof(floatX), ids = (int64_t)p.K * (int64_t)sizeof(real);
+    int64_t tokens = g->dispatch == DISPATCH_ALLREDUCE ? p.N : R, others = g->ep - 1,
+            row = (int64_t)p.C * (int64_t)sizeof(floatX),
+            ids = (int64_t)p.K * (int64_t)sizeof(real);
     Slot s = slot_new(g, c, (int)tokens);
     problem_fill(&p, RANDOM, 5), slot_load(&s, &p);
     for (int kind = 0; kind < COMM_KINDS; kind++) comm_traffic(g->ep_group, kind, 1);
     run(&s, 1, 0, p.C, p.F);
     int64_t sent[COMM_KINDS], want[COMM_KINDS] = { 0 };
-    for (int kind = 0; kind < COMM_KINDS; kind++) sent[kind] = comm_traffic(g->ep_group, kind, 1).bytes;
-    int64_t out = exchange_load(s.e)->sent_rows, back = exchange_load(s.e)->pool;              // collects send back what arrived from others
+    for (int kind = 0; kind < COMM_KINDS; kind++)
+        sent[kind] = comm_traffic(g->ep_group, kind, 1).bytes;
+    int64_t out = exchange_load(s.e)->sent_rows,
+            back = exchange_load(s.e)->pool; // collects send back what arrived from others
     for (int r = 0; r < p.R && g->dispatch == DISPATCH_ALLTOALL; r++) {
         int own = 0;
-        for (int k = 0; k < p.K; k++) own |= p.topk[((size_t)p.me * p.R + r) * p.K + k] / (p.E / p.n) == p.me;
+        for (int k = 0; k < p.K; k++)
+            own |= p.topk[((size_t)p.me * p.R + r) * p.K + k] / (p.E / p.n) == p.me;
         back -= own;
     }
     if (g->ep > 1 && g->dispatch == DISPATCH_ALLTOALL)
-        want[COMM_ALL_TO_ALL] = (out + back) * (2 * row + ids), want[COMM_ALL_GATHER] = others * tokens * p.K * 4;
+        want[COMM_ALL_TO_ALL] = (out + back) * (2 * row + ids),
+        want[COMM_ALL_GATHER] = others * tokens * p.K * 4;
     if (g->ep > 1 && g->dispatch == DISPATCH_ALLGATHER)
-        want[COMM_ALL_GATHER] = others * tokens * (2 * row + ids + p.K * 4), want[COMM_REDUCE_SCATTER] = others * tokens * (2 * row + ids);
+        want[COMM_ALL_GATHER] = others * tokens * (2 * row + ids + p.K * 4),
+        want[COMM_REDUCE_SCATTER] = others * tokens * (2 * row + ids);
     for (int kind = 0; kind < COMM_KINDS; kind++)
         if (kind != COMM_ALL_REDUCE)
-            check(sent[kind] == want[kind], "ep %d %s: collective %d sent %lld bytes, formula %lld", p.n, dispatch_name[g->dispatch], kind, (long long)sent[kind],
+            check(sent[kind] == want[kind], "ep %d %s: collective %d sent %lld bytes, formula %lld",
+                  p.n, dispatch_name[g->dispatch], kind, (long long)sent[kind],
                   (long long)want[kind]);
-    // An all-reduce is a reduce-scatter and an all-gather of pieces, which need not be equal: the formula holds for the group.
-    double group = comm_sum(g->ep_group, (double)sent[COMM_ALL_REDUCE]), formula = g->ep > 1 && g->dispatch == DISPATCH_ALLREDUCE ? 2.0 * 2 * others * tokens * row : 0;
-    check(group == formula, "ep %d %s: all-reduces of the group sent %.0f bytes, formula %.0f", p.n, dispatch_name[g->dispatch], group, formula);
+    // An all-reduce is a reduce-scatter and an all-gather of pieces, which need not be equal: the
+    // formula holds for the group.
+    double group = comm_sum(g->ep_group, (double)sent[COMM_ALL_REDUCE]),
+           formula =
+               g->ep > 1 && g->dispatch == DISPATCH_ALLREDUCE ? 2.0 * 2 * others * tokens * row : 0;
+    check(group == formula, "ep %d %s: all-reduces of the group sent %.0f bytes, formula %.0f", p.n,
+          dispatch_name[g->dispatch], group, formula);
     slot_free(&s), problem_free(&p);
 }
 
-// The drawing of README.md: 2 ranks, 6 tokens a to f, 4 experts, 2 a token. Every array is what the page shows.
+// The drawing of README.md: 2 ranks, 6 tokens a to f, 4 experts, 2 a token. Every array is what the
+// page shows.
 static int same(const int *device, const int *want, int n) {
     int got[16];
     device_download(got, device, (size_t)n * sizeof(int));
@@ -416,25 +528,38 @@ static int same(const int *device, const int *want, int n) {
 }
 static void test_picture(const Config *base, const Grid *g) {
     static const int topk[2][6] = { { 0, 1, 1, 3, 2, 3 }, { 0, 2, 2, 3, 0, 1 } };
-    static const int row_token[2][6] = { { 0, 2, 3, 0, 1, 3 }, { 1, 2, 3, 0, 1, 3 } }, expert_row[3] = { 0, 3, 6 };
-    static const int token_row[2][8] = { { 0, 3, 4, -1, 1, -1, 2, 5 }, { -1, 3, 0, 4, -1, 1, 2, 5 } };
-    static const double x[2][3] = { { 1, 2, 3 }, { 4, 5, 6 } }, pool[2][4] = { { 1, 2, 4, 6 }, { 2, 3, 4, 5 } }, sum[2][3] = { { 1, 4, 3 }, { 8, 5, 6 } };
+    static const int row_token[2][6] = { { 0, 2, 3, 0, 1, 3 }, { 1, 2, 3, 0, 1, 3 } },
+                     expert_row[3] = { 0, 3, 6 };
+    static const int token_row[2][8] = { { 0, 3, 4, -1, 1, -1, 2, 5 },
+                                         { -1, 3, 0, 4, -1, 1, 2, 5 } };
+    static const double x[2][3] = { { 1, 2, 3 }, { 4, 5, 6 } },
+                        pool[2][4] = { { 1, 2, 4, 6 }, { 2, 3, 4, 5 } },
+                        sum[2][3] = { { 1, 4, 3 }, { 8, 5, 6 } };
     Config c = *base;
     c.C = 1, c.E = 4, c.K = 2;
     Slot s = slot_new(g, &c, 3);
     double got[4], score[6] = { 0 };
     int me = g->ep_rank;
-    device_upload(s.topk, topk[me], sizeof topk[me]), put(s.x, DTYPE_FLOATX, x[me], 3), put(s.score, DTYPE_REAL, score, 6);
+    device_upload(s.topk, topk[me], sizeof topk[me]), put(s.x, DTYPE_FLOATX, x[me], 3),
+        put(s.score, DTYPE_REAL, score, 6);
     plan_and_spread(&s);
     const floatX *arrived = spread_wait(s.e, FORWARD, 0);
-    check(s.plan.P == 4 && exchange_load(s.e)->sent_rows == 2, "picture: %d pool tokens, %lld sent", s.plan.P, (long long)exchange_load(s.e)->sent_rows);
-    if (device_row_tile() == 1) check(same(s.plan.row_token, row_token[me], 6) && same(s.plan.token_row, token_row[me], 8) && same(s.plan.expert_row, expert_row, 3), "picture: plan");
+    check(s.plan.P == 4 && exchange_load(s.e)->sent_rows == 2, "picture: %d pool tokens, %lld sent",
+          s.plan.P, (long long)exchange_load(s.e)->sent_rows);
+    if (device_row_tile() == 1)
+        check(same(s.plan.row_token, row_token[me], 6) &&
+                  same(s.plan.token_row, token_row[me], 8) &&
+                  same(s.plan.expert_row, expert_row, 3),
+              "picture: plan");
     get(got, arrived, DTYPE_FLOATX, 4);
-    check(memcmp(got, pool[me], sizeof got) == 0, "picture: pool %g %g %g %g", got[0], got[1], got[2], got[3]);
-    put(collect_target(s.e, FORWARD, s.y, 0, 0), DTYPE_FLOATX, pool[me], 4);                  // experts that hand back what they got: y = x times the ranks visited
+    check(memcmp(got, pool[me], sizeof got) == 0, "picture: pool %g %g %g %g", got[0], got[1],
+          got[2], got[3]);
+    put(collect_target(s.e, FORWARD, s.y, 0, 0), DTYPE_FLOATX, pool[me],
+        4); // experts that hand back what they got: y = x times the ranks visited
     collect_start(s.e, FORWARD, s.y, 0), collect_wait(s.e, FORWARD);
     get(got, s.y, DTYPE_FLOATX, 3);
-    check(memcmp(got, sum[me], 3 * sizeof(double)) == 0, "picture: sums %g %g %g", got[0], got[1], got[2]);
+    check(memcmp(got, sum[me], 3 * sizeof(double)) == 0, "picture: sums %g %g %g", got[0], got[1],
+          got[2]);
     slot_free(&s);
 }
 
@@ -451,33 +576,43 @@ static void test_heads(const Config *c, const Grid *g, int R) {
     }
     check((h == 0) == comm_is_local(g->ep_group), "ep %d: heads exist where they are split", n);
     poison(&arena);
-    double *X = numbers(x), *Y = numbers(all), *a = numbers(all), *gathered = numbers(x * (size_t)n), *parts = numbers(all * (size_t)n);
+    double *X = numbers(x), *Y = numbers(all), *a = numbers(all),
+           *gathered = numbers(x * (size_t)n), *parts = numbers(all * (size_t)n);
     uint64_t seed = 99 + (uint64_t)world_rank;
     for (size_t i = 0; i < x; i++) X[i] = quarter(&seed);
     for (size_t i = 0; i < all; i++) Y[i] = quarter(&seed);
-    comm_all_gather_host(g->ep_group, gathered, X, x * sizeof(double)), comm_all_gather_host(g->ep_group, parts, Y, all * sizeof(double));
+    comm_all_gather_host(g->ep_group, gathered, X, x * sizeof(double)),
+        comm_all_gather_host(g->ep_group, parts, Y, all * sizeof(double));
     put(dx, DTYPE_FLOATX, X, x);
     get(a, heads_gather(h, dx), DTYPE_FLOATX, all);
-    check(memcmp(a, same ? X : gathered, all * sizeof(double)) == 0, "heads ep %d %s: gathered tokens", n, dispatch_name[g->dispatch]);
+    check(memcmp(a, same ? X : gathered, all * sizeof(double)) == 0,
+          "heads ep %d %s: gathered tokens", n, dispatch_name[g->dispatch]);
     double left = comm_sum(g->ep_group, dot(a, Y, all));
-    put(heads_gather_target(h, out), DTYPE_FLOATX, Y, all), heads_gather_adjoint(h, out), get(a, out, DTYPE_FLOATX, x);
+    put(heads_gather_target(h, out), DTYPE_FLOATX, Y, all), heads_gather_adjoint(h, out),
+        get(a, out, DTYPE_FLOATX, x);
     double right = comm_sum(g->ep_group, dot(a, X, x));
-    check(left == right, "heads ep %d %s: <gather x,Y> %.17g <x,adjoint Y> %.17g", n, dispatch_name[g->dispatch], left, right);
+    check(left == right, "heads ep %d %s: <gather x,Y> %.17g <x,adjoint Y> %.17g", n,
+          dispatch_name[g->dispatch], left, right);
 
-    put(heads_target(h, out), DTYPE_FLOATX, Y, all), heads_reduce(h, out), get(a, out, DTYPE_FLOATX, x);
+    put(heads_target(h, out), DTYPE_FLOATX, Y, all), heads_reduce(h, out),
+        get(a, out, DTYPE_FLOATX, x);
     int wrong = 0;
     for (size_t i = 0; i < x; i++) {
         double sum = 0;
-        for (int j = 0; j < n; j++) sum += parts[(size_t)j * all + (same ? 0 : (size_t)g->ep_rank * x) + i];
+        for (int j = 0; j < n; j++)
+            sum += parts[(size_t)j * all + (same ? 0 : (size_t)g->ep_rank * x) + i];
         wrong += sum != a[i];
     }
-    check(!wrong, "heads ep %d %s: %d sums of partial outputs are wrong", n, dispatch_name[g->dispatch], wrong);
+    check(!wrong, "heads ep %d %s: %d sums of partial outputs are wrong", n,
+          dispatch_name[g->dispatch], wrong);
     left = comm_sum(g->ep_group, dot(a, X, x));
     get(a, heads_reduce_adjoint(h, dx), DTYPE_FLOATX, all);
     right = comm_sum(g->ep_group, dot(a, Y, all));
-    check(left == right, "heads ep %d %s: <reduce Y,dy> %.17g <Y,adjoint dy> %.17g", n, dispatch_name[g->dispatch], left, right);
+    check(left == right, "heads ep %d %s: <reduce Y,dy> %.17g <Y,adjoint dy> %.17g", n,
+          dispatch_name[g->dispatch], left, right);
     get(a, dx, DTYPE_FLOATX, x);
-    check(memcmp(a, X, x * sizeof(double)) == 0, "heads ep %d %s: the incoming gradient is untouched", n, dispatch_name[g->dispatch]);
+    check(memcmp(a, X, x * sizeof(double)) == 0,
+          "heads ep %d %s: the incoming gradient is untouched", n, dispatch_name[g->dispatch]);
     free(X), free(Y), free(a), free(gathered), free(parts), heads_free(h), arena_free(&arena);
 }
 
@@ -486,7 +621,8 @@ int main(int argc, char **argv) {
     int world = comm_world_size();
     world_rank = comm_world_rank();
     device_init(comm_local_rank(), 1);
-    int force = argc > 1 && strcmp(argv[1], "--force-comm") == 0;                              // one rank: the exchange with itself instead of nothing
+    int force = argc > 1 && strcmp(argv[1], "--force-comm") ==
+                                0; // one rank: the exchange with itself instead of nothing
     comm_start((CommOptions){ .timeout = 60, .force = force, .check = 1 });
     unsigned char is_moe[1] = { 1 };
     Arena memory = arena_counting("scratch"), staging[12];
@@ -495,16 +631,30 @@ int main(int argc, char **argv) {
         scratch = (char *)arena_take(&memory, 1 << 20, "conversion");
         if (!commit) arena_commit(&memory);
     }
-    // Heads and experts divide by the ranks (12: 1, 2, 3, 4, 6); sizes are not multiples of anything a kernel likes. K = 1: one destination per token.
+    // Heads and experts divide by the ranks (12: 1, 2, 3, 4, 6); sizes are not multiples of
+    // anything a kernel likes. K = 1: one destination per token.
     int many = 12 % world ? 3 * world : 12;
-    Config config[2] = { { .C = 20, .L = 1, .H = many, .KV = many, .D = 4, .V = 32, .E = many, .K = 3, .F = 10, .I = 8, .is_moe = is_moe, .n_moe = 1 } };
+    Config config[2] = { { .C = 20,
+                           .L = 1,
+                           .H = many,
+                           .KV = many,
+                           .D = 4,
+                           .V = 32,
+                           .E = many,
+                           .K = 3,
+                           .F = 10,
+                           .I = 8,
+                           .is_moe = is_moe,
+                           .n_moe = 1 } };
     config[1] = config[0], config[1].K = 1;
-    for (int ep = world; ep > 1 || ep == world; ep = ep == 4 ? 2 : 0)                            // 4 ranks: ep 4, then two ep groups of 2
+    for (int ep = world; ep > 1 || ep == world;
+         ep = ep == 4 ? 2 : 0) // 4 ranks: ep 4, then two ep groups of 2
         for (int k = 0; k < 2; k++) {
             Grid grid[3];
-            for (int d = 0; d < 3; d++) grid[d] = grid_build(config + k, world / ep, 1, ep, (Dispatch)d, 1);
+            for (int d = 0; d < 3; d++)
+                grid[d] = grid_build(config + k, world / ep, 1, ep, (Dispatch)d, 1);
             everyone = grid[0].all;
-            for (int d = 0; d < 3; d++) {                                                       // staging of sums that outlives the arenas of the tests
+            for (int d = 0; d < 3; d++) { // staging of sums that outlives the arenas of the tests
                 Arena *a = staging + n_staging++;
                 for (int commit = 0; commit < 2; commit++) {
                     if (!commit) *a = arena_counting("staging");
@@ -512,12 +662,16 @@ int main(int argc, char **argv) {
                     if (!commit) arena_commit(a);
                 }
             }
-            for (int d = 0; d < 3; d++) test_adjoint(config + k, grid + d, 13), test_traffic(config + k, grid + d, 13);
+            for (int d = 0; d < 3; d++)
+                test_adjoint(config + k, grid + d, 13), test_traffic(config + k, grid + d, 13);
             if (ep == 2 && k == 0) test_picture(config, grid + DISPATCH_ALLTOALL);
             test_layers(config + k, grid, 13);
-            for (int d = 0; d < 3; d++) test_calls(config + k, grid + d, 9), test_heads(config + k, grid + d, 7);
+            for (int d = 0; d < 3; d++)
+                test_calls(config + k, grid + d, 9), test_heads(config + k, grid + d, 7);
         }
-    if (world_rank == 0) printf("test_expert, %d rank%s%s, %s: %d passed, %d failed\n", world, world == 1 ? "" : "s", force ? ", --force-comm" : "", PRECISION_NAME, passed, failed);
+    if (world_rank == 0)
+        printf("test_expert, %d rank%s%s, %s: %d passed, %d failed\n", world, world == 1 ? "" : "s",
+               force ? ", --force-comm" : "", PRECISION_NAME, passed, failed);
     comm_finish();
     while (n_staging) arena_free(staging + --n_staging);
     arena_free(&memory), device_finish();

@@ -1,5 +1,7 @@
-// Joining without MPI: processes of this machine that meet over TCP, by torchrun's variables and by Slurm's, and what happens when one does not come or goes away.
-//   test_join [PORT]          forks its ranks; prints "N passed, M failed", exit status 1 if any failed. PORT and the 31 above must be free (default 29700)
+// Joining without MPI: processes of this machine that meet over TCP, by torchrun's variables and by
+// Slurm's, and what happens when one does not come or goes away.
+//   test_join [PORT]          forks its ranks; prints "N passed, M failed", exit status 1 if any
+//   failed. PORT and the 31 above must be free (default 29700)
 #define _GNU_SOURCE
 #include "comm_join.h"
 #include "../kernels/fail.h"
@@ -12,7 +14,10 @@
 
 static int passed, failed, port = 29700;
 static void check(int ok, const char *what) {
-    if (ok) { passed++; return; }
+    if (ok) {
+        passed++;
+        return;
+    }
     failed++;
     printf("FAIL %s\n", what);
 }
@@ -30,12 +35,14 @@ static void as_slurm(int rank, int size) {
     char host[200], list[256];
     gethostname(host, sizeof host);
     snprintf(list, sizeof list, "%s,other[01-03]", host);
-    set("SLURM_PROCID", rank), set("SLURM_STEP_NUM_TASKS", size), set("SLURM_JOB_ID", 40000 + port - 10000);     // job id mod 20000 + 10000 = port
+    set("SLURM_PROCID", rank), set("SLURM_STEP_NUM_TASKS", size),
+        set("SLURM_JOB_ID", 40000 + port - 10000); // job id mod 20000 + 10000 = port
     setenv("SLURM_STEP_NODELIST", list, 1);
-    setenv("MASTER_ADDR", "127.0.0.1", 1);                 // the machine's own name need not resolve where this test runs
+    setenv("MASTER_ADDR", "127.0.0.1",
+           1); // the machine's own name need not resolve where this test runs
 }
 
-// ---- what a rank does; the exit status says how it went ---------------------------------------------------------------------------------------------------------
+// ---- what a rank does; the exit status says how it went -------------------------------------
 static int all_meet(int rank, int size) {
     join_init(0, 0);
     const Joined *j = joined();
@@ -46,7 +53,8 @@ static int all_meet(int rank, int size) {
         char text[5000];
         for (int i = 0; i < 5000; i++) text[i] = (char)(rank == 0 ? i * 7 + round : 0);
         join_broadcast(text, sizeof text);
-        for (int i = 0; i < 5000; i++) if (text[i] != (char)(i * 7 + round)) return 4;
+        for (int i = 0; i < 5000; i++)
+            if (text[i] != (char)(i * 7 + round)) return 4;
     }
     if (join_lost() != -1) return 5;
     if (rank == size - 1) usleep(300000);
@@ -57,9 +65,10 @@ static int one_missing(int rank, int size) {
     if (rank == size - 1) return 0;
     join_init(0, 0);
     join_connect(1.5);
-    return 6;                                              // nobody may come this far
+    return 6; // nobody may come this far
 }
-static int one_goes(int rank, int size) {                  // the last one dies; rank 0 sees it and ends, then the others see that
+static int one_goes(
+    int rank, int size) { // the last one dies; rank 0 sees it and ends, then the others see that
     join_init(0, 0);
     join_connect(20);
     if (rank == size - 1) raise(SIGKILL);
@@ -77,7 +86,8 @@ static int two_alike(int rank, int size) {
 }
 
 // Runs n ranks; status[r] = what waitpid says.
-static void ranks(int n, void (*environment)(int, int), int (*work)(int, int), int quiet, int *status) {
+static void ranks(int n, void (*environment)(int, int), int (*work)(int, int), int quiet,
+                  int *status) {
     pid_t child[16];
     port++;
     fflush(stdout);
@@ -102,7 +112,10 @@ static int first_host_is(const char *list, const char *want) {
 }
 
 int main(int argc, char **argv) {
-    static const char *const launcher[] = { "OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS" };
+    static const char *const launcher[] = {
+        "OMPI_COMM_WORLD_SIZE", "PMIX_RANK",      "PMI_RANK", "PMI_SIZE",
+        "MV2_COMM_WORLD_SIZE",  "MPI_LOCALNRANKS"
+    };
     for (size_t i = 0; i < sizeof launcher / sizeof *launcher; i++) unsetenv(launcher[i]);
     if (argc > 1) port = atoi(argv[1]);
     int status[16];
@@ -121,7 +134,9 @@ int main(int argc, char **argv) {
     ranks(3, as_torchrun, two_alike, 1, status);
     check(all_are(status, 3, 1), "two processes of one rank");
     check(first_host_is("node7", "node7") && first_host_is("a1,b2", "a1"), "plain node lists");
-    check(first_host_is("gpu[03-07,9],login", "gpu03") && first_host_is("n[12,15]", "n12") && first_host_is("r1-c[2-3]-x[04],z", "r1-c2-x04"), "node lists with ranges");
+    check(first_host_is("gpu[03-07,9],login", "gpu03") && first_host_is("n[12,15]", "n12") &&
+              first_host_is("r1-c[2-3]-x[04],z", "r1-c2-x04"),
+          "node lists with ranges");
     printf("test_join: %d passed, %d failed\n", passed, failed);
     return failed > 0;
 }

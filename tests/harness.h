@@ -1,5 +1,6 @@
-// What the checks of the whole model share: fixtures, one run of the trainer in any layout, and what comes out of it in a form that any two runs can be compared in.
-// Uses only what every backend has: device_upload and device_download bring numbers in and out.
+// What the checks of the whole model share: fixtures, one run of the trainer in any layout, and
+// what comes out of it in a form that any two runs can be compared in. Uses only what every backend
+// has: device_upload and device_download bring numbers in and out.
 #ifndef MOE_HARNESS_H
 #define MOE_HARNESS_H
 #include "naive.h"
@@ -14,10 +15,10 @@
 #include <stdio.h>
 #include <unistd.h>
 
-// ---- checks: printed by rank 0, decided by what every rank knows -----------------------------------------------------------------------
+// ---- checks: printed by rank 0, decided by what every rank knows ----------------------------
 static int passed, failed;
-static int quick;                                // few updates each: --quick of test_moe
-static char temporary[256];                      // folder of this run, the same on all ranks
+static int quick;           // few updates each: --quick of test_moe
+static char temporary[256]; // folder of this run, the same on all ranks
 
 MOE_PRINTF(2, 3) static void check(int ok, const char *format, ...) {
     if (comm_world_rank() == 0) {
@@ -29,11 +30,16 @@ MOE_PRINTF(2, 3) static void check(int ok, const char *format, ...) {
         printf("%4d %s  %s\n", passed + failed + 1, ok ? "ok  " : "FAIL", text);
         fflush(stdout);
     }
-    if (ok) passed++; else failed++;
+    if (ok)
+        passed++;
+    else
+        failed++;
 }
 
-// ---- fixtures: see dev/hf/README.md ---------------------------------------------------------------------------------------------------------
-typedef struct { double lr, momentum, beta1, beta2, eps, weight_decay, grad_clip; } RunOptions;
+// ---- fixtures: see dev/hf/README.md ---------------------------------------------------------
+typedef struct {
+    double lr, momentum, beta1, beta2, eps, weight_decay, grad_clip;
+} RunOptions;
 typedef struct {
     const char *name;
     char *dir, *tokens;
@@ -57,8 +63,10 @@ static char *read_text(const char *path) {
     return text;
 }
 static RunOptions run_options(const cJSON *o) {
-    RunOptions r = { json_number(o, "lr"), json_number(o, "momentum"), json_number(o, "beta1"), json_number(o, "beta2"), json_number(o, "eps"),
-                     json_number(o, "weight_decay"), json_number(o, "grad_clip") };
+    RunOptions r = { json_number(o, "lr"),       json_number(o, "momentum"),
+                     json_number(o, "beta1"),    json_number(o, "beta2"),
+                     json_number(o, "eps"),      json_number(o, "weight_decay"),
+                     json_number(o, "grad_clip") };
     return r;
 }
 static Fixture fixture_open(const char *root, const char *name) {
@@ -68,27 +76,36 @@ static Fixture fixture_open(const char *root, const char *name) {
     f.tokens = xasprintf("%s/tokens.bin", f.dir);
     char *path = xasprintf("%s/meta.json", f.dir), *text = read_text(path);
     cJSON *meta = text ? cJSON_Parse(text) : 0;
-    if (!meta) die("%s: cannot read|run from the root of the repository, or give --fixtures DIR", path);
-    f.B = (int)json_number(meta, "B"); f.T = (int)json_number(meta, "T");
+    if (!meta)
+        die("%s: cannot read|run from the root of the repository, or give --fixtures DIR", path);
+    f.B = (int)json_number(meta, "B");
+    f.T = (int)json_number(meta, "T");
     f.ignore = (int)json_number(meta, "ignore_target");
     const cJSON *pool = cJSON_GetObjectItemCaseSensitive(meta, "aux_pool");
     f.aux_per_layer = cJSON_IsString(pool) && !strcmp(pool->valuestring, "layer");
-    f.aux_coef = json_number(meta, "aux_coef"); f.z_coef = json_number(meta, "z_coef");
+    f.aux_coef = json_number(meta, "aux_coef");
+    f.z_coef = json_number(meta, "z_coef");
     f.sgd = run_options(cJSON_GetObjectItemCaseSensitive(meta, "sgd"));
     f.adamw = run_options(cJSON_GetObjectItemCaseSensitive(meta, "adamw"));
     cJSON_Delete(meta);
-    free(text); free(path);
+    free(text);
+    free(path);
     path = xasprintf("%s/expected.safetensors", f.dir);
     f.expected = safetensors_open(path);
     free(path);
     return f;
 }
-static void fixture_close(Fixture *f) { safetensors_close(&f->expected); free(f->dir); free(f->tokens); }
+static void fixture_close(Fixture *f) {
+    safetensors_close(&f->expected);
+    free(f->dir);
+    free(f->tokens);
+}
 
 // A tensor of fp32 or int32 numbers as doubles (caller frees); *n elements.
 static double *read_tensor(const SafeTensors *s, const char *name, int64_t *n) {
     const SafeTensor *t = safetensors_find(s, name);
-    if (!t || dtype_size(t->type) != 4) die("%s: no 4-byte tensor %s|write the fixtures again", s->path[0], name);
+    if (!t || dtype_size(t->type) != 4)
+        die("%s: no 4-byte tensor %s|write the fixtures again", s->path[0], name);
     *n = safetensors_elements(t);
     float *raw = (float *)xmalloc((size_t)*n * 4, "a test tensor");
     double *d = (double *)xmalloc((size_t)*n * sizeof(double), "a test tensor");
@@ -102,27 +119,51 @@ static double *read_tensor(const SafeTensors *s, const char *name, int64_t *n) {
     return d;
 }
 
-// ---- runs -----------------------------------------------------------------------------------------------------------------------------------
-typedef struct { int dp, fsdp, ep; Dispatch dispatch; int heads; } Layout;      // dp 0: this rank by itself, whatever the world
+// ---- runs -----------------------------------------------------------------------------------
+typedef struct {
+    int dp, fsdp, ep;
+    Dispatch dispatch;
+    int heads;
+} Layout; // dp 0: this rank by itself, whatever the world
 typedef struct {
     StepOptions step;
     OptimizerOptions opt;
     const char *tokens;
-    const float *bias;                           // (n_moe, E) selection bias of the whole run, 0 = none
+    const float *bias; // (n_moe, E) selection bias of the whole run, 0 = none
 } Setup;
-typedef struct { Model m; Grid g; Trainer *t; Checkpoint *k; Arena staging; Loader *data; double lr; } Run;
+typedef struct {
+    Model m;
+    Grid g;
+    Trainer *t;
+    Checkpoint *k;
+    Arena staging;
+    Loader *data;
+    double lr;
+} Run;
 
 // The options that a fixture's expected numbers were made with.
 static Setup fixture_setup(const Fixture *f, OptimizerKind kind) {
     Setup s;
     memset(&s, 0, sizeof s);
     const RunOptions *o = kind == OPT_SGD ? &f->sgd : &f->adamw;
-    s.step.T = f->T; s.step.batch = f->B; s.step.rounds = 1;
-    s.step.clip = o->grad_clip; s.step.aux_coef = f->aux_coef; s.step.z_coef = f->z_coef; s.step.aux_per_layer = f->aux_per_layer;
+    s.step.T = f->T;
+    s.step.batch = f->B;
+    s.step.rounds = 1;
+    s.step.clip = o->grad_clip;
+    s.step.aux_coef = f->aux_coef;
+    s.step.z_coef = f->z_coef;
+    s.step.aux_per_layer = f->aux_per_layer;
     s.step.ignore_target = f->ignore < 0 ? -2 : f->ignore;
     s.step.seed = 1;
-    s.opt.kind = kind; s.opt.lr = o->lr; s.opt.momentum = o->momentum; s.opt.beta1 = o->beta1; s.opt.beta2 = o->beta2; s.opt.eps = o->eps;
-    s.opt.weight_decay = o->weight_decay; s.opt.master = 1; s.opt.seed = 1;
+    s.opt.kind = kind;
+    s.opt.lr = o->lr;
+    s.opt.momentum = o->momentum;
+    s.opt.beta1 = o->beta1;
+    s.opt.beta2 = o->beta2;
+    s.opt.eps = o->eps;
+    s.opt.weight_decay = o->weight_decay;
+    s.opt.master = 1;
+    s.opt.seed = 1;
     s.tokens = f->tokens;
     return s;
 }
@@ -143,7 +184,8 @@ static Run *run_open(const Fixture *f, const Layout *l, const Setup *s) {
     char *path = xasprintf("%s/config.json", f->dir);
     Config config = config_read(path);
     free(path);
-    r->g = l && l->dp ? grid_build(&config, l->dp, l->fsdp, l->ep, l->dispatch, l->heads) : solo_grid();
+    r->g = l && l->dp ? grid_build(&config, l->dp, l->fsdp, l->ep, l->dispatch, l->heads)
+                      : solo_grid();
     r->m = model_build(config, grid_cut(&r->g));
     r->data = loader_open(&s->tokens, 1, s->step.T, 1, 0, config.V);
     r->t = trainer_create(&r->m, &r->g, s->step, s->opt, 0, 0);
@@ -179,7 +221,10 @@ static double x_double(floatX x) {
 static floatX double_x(double v) {
     floatX x;
 #if defined(MOE_BF16)
-    union { float f; uint32_t u; } y;
+    union {
+        float f;
+        uint32_t u;
+    } y;
     y.f = (float)v;
     x.bits = (uint16_t)((y.u + 0x7fff + (y.u >> 16 & 1)) >> 16);
 #else
@@ -188,7 +233,8 @@ static floatX double_x(double v) {
     return x;
 }
 
-// This rank's shards into the tensors they belong to: parameters (state 0), or the first moment (state 1), into w or g. Other elements stay.
+// This rank's shards into the tensors they belong to: parameters (state 0), or the first moment
+// (state 1), into w or g. Other elements stay.
 static void read_shards(const Run *r, Weights *all, int state, int into_g) {
     char name[160];
     int at = 0;
@@ -196,53 +242,74 @@ static void read_shards(const Run *r, Weights *all, int state, int into_g) {
         for (int i = 0; i < r->m.block[b].n_segments; i++) {
             const Segment *s = &r->m.block[b].segment[i];
             const OptimizerState *o = &r->t->optimizer.state[b];
-            param_hf_name(&r->m.param[r->m.block[b].segment_param[i]], r->m.block[b].segment_slice[i], name);
+            param_hf_name(&r->m.param[r->m.block[b].segment_param[i]],
+                          r->m.block[b].segment_slice[i], name);
             if (strcmp(all->weight[at].name, name)) at = weights_find(all, name);
             double *to = (into_g ? all->weight[at].g : all->weight[at].w) + s->first;
             size_t n = (size_t)s->count, width = state ? sizeof(real) : sizeof(floatX);
             char *raw = (char *)xmalloc(n * width, "a shard");
-            device_download(raw, state ? (const char *)(o->m + s->offset) : (const char *)(o->param + s->offset), n * width);
-            for (size_t k = 0; k < n; k++) to[k] = state ? (double)((real *)raw)[k] : x_double(((floatX *)raw)[k]);
+            device_download(raw,
+                            state ? (const char *)(o->m + s->offset)
+                                  : (const char *)(o->param + s->offset),
+                            n * width);
+            for (size_t k = 0; k < n; k++)
+                to[k] = state ? (double)((real *)raw)[k] : x_double(((floatX *)raw)[k]);
             free(raw);
         }
 }
 
-// The whole model on every rank. *equal: whether data-parallel copies of a shard hold the same bits.
+// The whole model on every rank. *equal: whether data-parallel copies of a shard hold the same
+// bits.
 static void read_all(const Run *r, Weights *all, int state, int into_g, int *equal) {
     size_t n = 0, at;
     *equal = 1;
     read_shards(r, all, state, into_g);
     if (r->g.world == 1) return;
     for (int i = 0; i < all->n; i++) n += (size_t)all->weight[i].n;
-    double *mine = (double *)xcalloc(n, sizeof(double), "a model"), *every = (double *)xcalloc(n * (size_t)r->g.world, sizeof(double), "a model");
-    for (int i = 0; i < all->n; i++) for (int64_t k = 0; k < all->weight[i].n; k++) (into_g ? all->weight[i].g : all->weight[i].w)[k] = NAN;
-    read_shards(r, all, state, into_g);                     // what is not here is NaN
+    double *mine = (double *)xcalloc(n, sizeof(double), "a model"),
+           *every = (double *)xcalloc(n * (size_t)r->g.world, sizeof(double), "a model");
+    for (int i = 0; i < all->n; i++)
+        for (int64_t k = 0; k < all->weight[i].n; k++)
+            (into_g ? all->weight[i].g : all->weight[i].w)[k] = NAN;
+    read_shards(r, all, state, into_g); // what is not here is NaN
     at = 0;
-    for (int i = 0; i < all->n; i++) { memcpy(mine + at, into_g ? all->weight[i].g : all->weight[i].w, (size_t)all->weight[i].n * sizeof(double)); at += (size_t)all->weight[i].n; }
+    for (int i = 0; i < all->n; i++) {
+        memcpy(mine + at, into_g ? all->weight[i].g : all->weight[i].w,
+               (size_t)all->weight[i].n * sizeof(double));
+        at += (size_t)all->weight[i].n;
+    }
     comm_all_gather_host(r->g.all, every, mine, n * sizeof(double));
     for (at = 0; at < n; at++) {
         double value = NAN;
         for (int k = 0; k < r->g.world; k++) {
             double v = every[(size_t)k * n + at];
             if (isnan(v)) continue;
-            if (isnan(value)) value = v;
-            else if (v != value) *equal = 0;
+            if (isnan(value))
+                value = v;
+            else if (v != value)
+                *equal = 0;
         }
         mine[at] = value;
     }
     at = 0;
-    for (int i = 0; i < all->n; i++) { memcpy(into_g ? all->weight[i].g : all->weight[i].w, mine + at, (size_t)all->weight[i].n * sizeof(double)); at += (size_t)all->weight[i].n; }
-    free(mine); free(every);
+    for (int i = 0; i < all->n; i++) {
+        memcpy(into_g ? all->weight[i].g : all->weight[i].w, mine + at,
+               (size_t)all->weight[i].n * sizeof(double));
+        at += (size_t)all->weight[i].n;
+    }
+    free(mine);
+    free(every);
 }
 
-// ---- outcomes: what a run of some updates gives, whatever its layout ----------------------------------------------------------------------------------------
+// ---- outcomes: what a run of some updates gives, whatever its layout ------------------------
 enum { MAX_STEPS = 32 };
 typedef struct {
-    int steps, equal;                            // equal: copies of a shard have the same bits
+    int steps, equal; // equal: copies of a shard have the same bits
     StepResult r[MAX_STEPS];
     int64_t n_logits;
-    double *logits;                              // (B, T, V) of the first update, data order
-    Weights all;                                 // w: parameters after the last update; g: gradient of the first, unclipped (from the dump, so in fp32)
+    double *logits; // (B, T, V) of the first update, data order
+    Weights all; // w: parameters after the last update; g: gradient of the first, unclipped (from
+                 // the dump, so in fp32)
     int kept_all, kept_attention, kept_none;
 } Outcome;
 
@@ -254,7 +321,9 @@ static void read_dump(const char *path, Outcome *o) {
         int64_t n;
         snprintf(name, sizeof name, "grad.%s", o->all.weight[i].name);
         double *g = read_tensor(&s, name, &n);
-        if (n != o->all.weight[i].n) die("%s: %s has %lld elements, the model %lld|the dump is wrong", path, name, (long long)n, (long long)o->all.weight[i].n);
+        if (n != o->all.weight[i].n)
+            die("%s: %s has %lld elements, the model %lld|the dump is wrong", path, name,
+                (long long)n, (long long)o->all.weight[i].n);
         memcpy(o->all.weight[i].g, g, (size_t)n * sizeof(double));
         free(g);
     }
@@ -265,51 +334,77 @@ static Outcome outcome_of(const Fixture *f, const Layout *l, const Setup *s, int
     Outcome o;
     memset(&o, 0, sizeof o);
     Run *r = run_open(f, l, s);
-    char *path = l && l->dp ? xasprintf("%s/dump.safetensors", temporary) : xasprintf("%s/dump%d.safetensors", temporary, comm_world_rank());
+    char *path = l && l->dp ? xasprintf("%s/dump.safetensors", temporary)
+                            : xasprintf("%s/dump%d.safetensors", temporary, comm_world_rank());
     o.all = weights_new(&r->m.c);
     o.steps = steps;
     for (int i = 0; i < steps; i++) {
         o.r[i] = run_step(r, i + 1, r->lr, i ? 0 : path);
-        if (i == 0) { o.kept_all = r->t->kept_all; o.kept_attention = r->t->kept_attention; o.kept_none = r->t->kept_none; }
+        if (i == 0) {
+            o.kept_all = r->t->kept_all;
+            o.kept_attention = r->t->kept_attention;
+            o.kept_none = r->t->kept_none;
+        }
     }
     read_dump(path, &o);
     read_all(r, &o.all, 0, 0, &o.equal);
-    comm_barrier(r->g.all);                      // nobody reads any more
+    comm_barrier(r->g.all); // nobody reads any more
     if (!(l && l->dp) || r->g.rank == 0) unlink(path);
     free(path);
     run_close(r);
     return o;
 }
-static void outcome_free(Outcome *o) { free(o->logits); weights_free(&o->all); }
+static void outcome_free(Outcome *o) {
+    free(o->logits);
+    weights_free(&o->all);
+}
 
-// ---- comparison ---------------------------------------------------------------------------------------------------------------------------------------
-// |a - b| / |b| in the 2-norm. A tensor that must be zero (an expert without tokens, I3) must be exactly zero. NaN is infinitely far away.
+// ---- comparison -----------------------------------------------------------------------------
+// |a - b| / |b| in the 2-norm. A tensor that must be zero (an expert without tokens, I3) must be
+// exactly zero. NaN is infinitely far away.
 static double distance(const double *a, const double *b, int64_t n) {
     double difference = 0, size = 0;
-    for (int64_t i = 0; i < n; i++) { difference += (a[i] - b[i]) * (a[i] - b[i]); size += b[i] * b[i]; }
+    for (int64_t i = 0; i < n; i++) {
+        difference += (a[i] - b[i]) * (a[i] - b[i]);
+        size += b[i] * b[i];
+    }
     double e = size > 0 ? sqrt(difference / size) : difference == 0 ? 0 : INFINITY;
     return isnan(e) ? INFINITY : e;
 }
-static double relative(double a, double b) { double e = b != 0 ? fabs(a - b) / fabs(b) : fabs(a - b); return isnan(e) ? INFINITY : e; }
+static double relative(double a, double b) {
+    double e = b != 0 ? fabs(a - b) / fabs(b) : fabs(a - b);
+    return isnan(e) ? INFINITY : e;
+}
 
-// The largest distance over all tensors, of gradients or of parameters, and whose it is. bf16 gradients: over all of them together.
+// The largest distance over all tensors, of gradients or of parameters, and whose it is. bf16
+// gradients: over all of them together.
 static double worst_of(const Weights *a, const Weights *b, int gradients, const char **name) {
     double worst = -1;
-    if (gradients && sizeof(floatX) == 2) {      // bf16: see layouts.h
+    if (gradients && sizeof(floatX) == 2) { // bf16: see layouts.h
         double difference = 0, size = 0;
         for (int i = 0; i < a->n; i++)
-            for (int64_t k = 0; k < a->weight[i].n; k++) { difference += pow(a->weight[i].g[k] - b->weight[i].g[k], 2); size += pow(b->weight[i].g[k], 2); }
+            for (int64_t k = 0; k < a->weight[i].n; k++) {
+                difference += pow(a->weight[i].g[k] - b->weight[i].g[k], 2);
+                size += pow(b->weight[i].g[k], 2);
+            }
         *name = "all";
         worst = sqrt(difference / size);
         return isnan(worst) ? INFINITY : worst;
     }
     for (int i = 0; i < a->n; i++) {
-        double e = gradients ? distance(a->weight[i].g, b->weight[i].g, a->weight[i].n) : distance(a->weight[i].w, b->weight[i].w, a->weight[i].n);
-        if (e > worst) { worst = e; *name = a->weight[i].name; }
+        double e = gradients ? distance(a->weight[i].g, b->weight[i].g, a->weight[i].n)
+                             : distance(a->weight[i].w, b->weight[i].w, a->weight[i].n);
+        if (e > worst) {
+            worst = e;
+            *name = a->weight[i].name;
+        }
     }
     return worst;
 }
-typedef struct { double logits, gradient, parameter, loss, aux, z, norm; const char *gradient_name, *parameter_name; } Difference;
+typedef struct {
+    double logits, gradient, parameter, loss, aux, z, norm;
+    const char *gradient_name, *parameter_name;
+} Difference;
 static Difference difference_of(const Outcome *a, const Outcome *b) {
     Difference d;
     memset(&d, 0, sizeof d);
@@ -324,11 +419,17 @@ static Difference difference_of(const Outcome *a, const Outcome *b) {
     }
     return d;
 }
-static double difference_worst(const Difference *d) { return fmax(fmax(fmax(d->logits, d->gradient), fmax(d->parameter, d->loss)), fmax(fmax(d->aux, d->z), d->norm)); }
-static char *difference_text(const Difference *d) {      // valid until the next call
+static double difference_worst(const Difference *d) {
+    return fmax(fmax(fmax(d->logits, d->gradient), fmax(d->parameter, d->loss)),
+                fmax(fmax(d->aux, d->z), d->norm));
+}
+static char *difference_text(const Difference *d) { // valid until the next call
     static char text[600];
-    snprintf(text, sizeof text, "logits %.1e, gradients %.1e (%s), parameters %.1e (%s), loss %.1e, aux %.1e, z %.1e, norm %.1e", d->logits, d->gradient, d->gradient_name,
-             d->parameter, d->parameter_name, d->loss, d->aux, d->z, d->norm);
+    snprintf(
+        text, sizeof text,
+        "logits %.1e, gradients %.1e (%s), parameters %.1e (%s), loss %.1e, aux %.1e, z %.1e, norm %.1e",
+        d->logits, d->gradient, d->gradient_name, d->parameter, d->parameter_name, d->loss, d->aux,
+        d->z, d->norm);
     return text;
 }
 #endif

@@ -1,4 +1,5 @@
-// Bad inputs, second part of test_cli.c (which includes it): each ends the program with exit status 1 and one line on stderr that says what, where and, behind "hint:", what to do.
+// Bad inputs, second part of test_cli.c (which includes it): each ends the program with exit status
+// 1 and one line on stderr that says what, where and, behind "hint:", what to do.
 
 static void bad(const char *what, const char *fragment, const char *command) {
     char *line = xasprintf("eval exec $B %s", command);
@@ -6,13 +7,16 @@ static void bad(const char *what, const char *fragment, const char *command) {
     int status = end(child), lines = 0;
     char *text = slurp(at("stderr"), 0);
     for (const char *p = text; *p; p++) lines += *p == '\n';
-    int ok = status == 1 && lines == 1 && !strncmp(text, "error: ", 7) && strstr(text, "hint: ") && strstr(text, fragment);
+    int ok = status == 1 && lines == 1 && !strncmp(text, "error: ", 7) && strstr(text, "hint: ") &&
+             strstr(text, fragment);
     check(ok, "%s: \"%s\"%s%.400s", what, fragment, ok ? "" : " EXPECTED, GOT ", ok ? "" : text);
     if (!ok) printf("          status %d, %d lines\n", status, lines);
-    free(text); free(line);
+    free(text);
+    free(line);
 }
 
-// A safetensors file from a header, the length it states (0: the true one) and a number of zero bytes.
+// A safetensors file from a header, the length it states (0: the true one) and a number of zero
+// bytes.
 static void write_safetensors(const char *name, const char *header, uint64_t stated, size_t data) {
     size_t n = strlen(header);
     if (!stated) stated = n;
@@ -22,25 +26,34 @@ static void write_safetensors(const char *name, const char *header, uint64_t sta
     write_file(name, file, 8 + n + data);
     free(file);
 }
-// A copy of the gqa fixture under $T/name in which the first `from` of the weights' header reads `to` (of the same length; 0: nothing changed).
+// A copy of the gqa fixture under $T/name in which the first `from` of the weights' header reads
+// `to` (of the same length; 0: nothing changed).
 static void copy_model(const char *name, const char *from, const char *to) {
     char *path = xasprintf("%s/%s/model.safetensors", folder, name);
     size_t n;
     good("cp -r $F/gqa $T/%s && exec chmod -R u+w $T/%s", name, name);
     if (from) {
-        char *text = slurp(path, &n), *p = (char *)memmem(text, n, from, strlen(from)), *file = xasprintf("%s/model.safetensors", name);
-        if (!p || strlen(from) != strlen(to)) die("%s: the test does not find %s|adapt the test", path, from);
+        char *text = slurp(path, &n), *p = (char *)memmem(text, n, from, strlen(from)),
+             *file = xasprintf("%s/model.safetensors", name);
+        if (!p || strlen(from) != strlen(to))
+            die("%s: the test does not find %s|adapt the test", path, from);
         memcpy(p, to, strlen(to));
         write_file(file, text, n);
-        free(text); free(file);
+        free(text);
+        free(file);
     }
     free(path);
 }
-static void write_shard(const char *name, uint32_t magic, uint32_t version, uint32_t says, const uint16_t *tokens, int n) {
+static void write_shard(const char *name, uint32_t magic, uint32_t version, uint32_t says,
+                        const uint16_t *tokens, int n) {
     unsigned char *data = (unsigned char *)xcalloc(1024 + 2 * (size_t)n, 1, "a shard");
     const uint32_t head[3] = { magic, version, says };
-    for (int i = 0; i < 3; i++) for (int k = 0; k < 4; k++) data[4 * i + k] = (unsigned char)(head[i] >> 8 * k);
-    for (int i = 0; i < n; i++) { data[1024 + 2 * i] = (unsigned char)tokens[i]; data[1025 + 2 * i] = (unsigned char)(tokens[i] >> 8); }
+    for (int i = 0; i < 3; i++)
+        for (int k = 0; k < 4; k++) data[4 * i + k] = (unsigned char)(head[i] >> 8 * k);
+    for (int i = 0; i < n; i++) {
+        data[1024 + 2 * i] = (unsigned char)tokens[i];
+        data[1025 + 2 * i] = (unsigned char)(tokens[i] >> 8);
+    }
     write_file(name, data, 1024 + 2 * (size_t)n);
     free(data);
 }
@@ -50,7 +63,8 @@ static void change_config(const char *name, const char *from, const char *to) {
     if (!p) die("the test's config has no %s|adapt the test", from);
     char *changed = xasprintf("%.*s%s%s", (int)(p - text), text, to, p + strlen(from));
     write_file(name, changed, strlen(changed));
-    free(text); free(changed);
+    free(text);
+    free(changed);
 }
 
 static void bad_options(void) {
@@ -82,25 +96,34 @@ static void bad_options(void) {
     bad("resume of nothing", "--resume needs the folder", "$S --resume");
     bad("unknown dtype", "--save-dtype f64", "$S --save-dtype f64");
     bad("ratio above one", "--warmup 1.5", "$S --steps 100 --warmup 1.5 --out $T/none2");
-    bad("sequences longer than the model's positions", "max_position_embeddings 128", "$S --seq-len 129");
+    bad("sequences longer than the model's positions", "max_position_embeddings 128",
+        "$S --seq-len 129");
     bad("batch not divisible by rounds", "not divisible by --rounds 3", "$S --rounds 3");
     bad("micro-batch that does not divide", "--micro-batch 3", "$S --micro-batch 3");
     bad("rounds with --update layer", "use --update end", "$S --rounds 2 --update layer");
-    bad("skipping with --update layer", "--skip-nonfinite cannot undo", "$S --skip-nonfinite --update layer");
+    bad("skipping with --update layer", "--skip-nonfinite cannot undo",
+        "$S --skip-nonfinite --update layer");
     bad("more ranks than there are", "--dp 2", "$S --dp 2");
     bad("ep that does not fit", "--ep 3", "$S --ep 3");
     setenv("MV2_COMM_WORLD_SIZE", "2", 1);
-    bad("started as one of two by a launcher that it does not know", "a launcher started 2 processes", "$S --steps 1");
+    bad("started as one of two by a launcher that it does not know",
+        "a launcher started 2 processes", "$S --steps 1");
     unsetenv("MV2_COMM_WORLD_SIZE");
-    bad("token that is not there", "an update has tokens 0 to 127", "$S --steps 1 --trace-token 128");
+    bad("token that is not there", "an update has tokens 0 to 127",
+        "$S --steps 1 --trace-token 128");
     bad("unknown attention kernel", "no attention kernel \"fast\"", "$S --attention-kernel fast");
-    bad("gradients that are not finite", "not finite", "$S --steps 20 --optimizer sgd --lr 1e30 --grad-clip 0 --out $T/infinite");
+    bad("gradients that are not finite", "not finite",
+        "$S --steps 20 --optimizer sgd --lr 1e30 --grad-clip 0 --out $T/infinite");
     char *log = slurp(at("infinite/log.jsonl"), 0);
-    check(strstr(log, "\"loss\":null") != 0, "the update that ended the run is in the log, its loss null");
+    check(strstr(log, "\"loss\":null") != 0,
+          "the update that ended the run is in the log, its loss null");
     free(log);
-    bad("a layout that cuts blocks of 8-bit moments", "of 4 ranks these fit: --dp 4 --fsdp 1 --ep 1, ", "--plan --model $F/tied --optimizer adamw8bit --seq-len 8 --batch 12 --world 4");
+    bad("a layout that cuts blocks of 8-bit moments",
+        "of 4 ranks these fit: --dp 4 --fsdp 1 --ep 1, ",
+        "--plan --model $F/tied --optimizer adamw8bit --seq-len 8 --batch 12 --world 4");
     good("exec $B --init $T/config.json --steps 0 --seed 1 --out $T/seeded");
-    bad("another seed than that of the weights that were made", "--seed 1, now it is 2", "$S --seed 2 --resume --out $T/seeded");
+    bad("another seed than that of the weights that were made", "--seed 1, now it is 2",
+        "$S --seed 2 --resume --out $T/seeded");
 }
 
 static void bad_models(void) {
@@ -108,12 +131,16 @@ static void bad_models(void) {
     write_file("broken.json", "{\"model_type\": ", 15);
     bad("broken config", "not valid JSON", "--init $T/broken.json --train $T/text.txt");
     change_config("k.json", "\"num_experts_per_tok\":2", "\"num_experts_per_tok\":9");
-    bad("more experts chosen than there are", "num_experts_per_tok 9 exceeds num_experts 8", "--init $T/k.json --train $T/text.txt");
+    bad("more experts chosen than there are", "num_experts_per_tok 9 exceeds num_experts 8",
+        "--init $T/k.json --train $T/text.txt");
     change_config("type.json", "qwen3_moe", "mixtral");
-    bad("another kind of model", "model_type \"mixtral\" is not supported", "--init $T/type.json --train $T/text.txt");
+    bad("another kind of model", "model_type \"mixtral\" is not supported",
+        "--init $T/type.json --train $T/text.txt");
     change_config("heads.json", "\"num_key_value_heads\":2", "\"num_key_value_heads\":3");
-    bad("heads that do not divide", "num_attention_heads 4 is not a multiple", "--init $T/heads.json --train $T/text.txt");
-    change_config("scaled.json", "\"rope_theta\":10000", "\"rope_theta\":10000,\"rope_scaling\":{\"rope_type\":\"yarn\",\"factor\":4}");
+    bad("heads that do not divide", "num_attention_heads 4 is not a multiple",
+        "--init $T/heads.json --train $T/text.txt");
+    change_config("scaled.json", "\"rope_theta\":10000",
+                  "\"rope_theta\":10000,\"rope_scaling\":{\"rope_type\":\"yarn\",\"factor\":4}");
     bad("scaled positions", "yarn", "--init $T/scaled.json --train $T/text.txt");
 
     const char *use = "--train $F/gqa/tokens.bin --seq-len 16 --batch 4 --steps 1 --threads 1";
@@ -128,10 +155,12 @@ static void bad_models(void) {
     const SafeTensor *t = safetensors_find(&s, "model.layers.1.mlp.experts.5.up_proj.weight");
     int fd = open(at("m_nan/model.safetensors"), O_WRONLY);
     float nan = NAN;
-    if (!t || fd < 0 || pwrite(fd, &nan, 4, t->at + 4 * 17) != 4) die("%s: cannot write a NaN|adapt the test", at("m_nan"));
+    if (!t || fd < 0 || pwrite(fd, &nan, 4, t->at + 4 * 17) != 4)
+        die("%s: cannot write a NaN|adapt the test", at("m_nan"));
     close(fd);
     safetensors_close(&s);
-    bad("weights that are not numbers", "experts.5.up_proj.weight: element 17 is NaN", "--model $T/m_nan $U");
+    bad("weights that are not numbers", "experts.5.up_proj.weight: element 17 is NaN",
+        "--model $T/m_nan $U");
     copy_model("m_cut", 0, 0);
     good("truncate -s 20 $T/m_cut/model.safetensors");
     bad("header cut short", "truncated", "--model $T/m_cut $U");
@@ -141,14 +170,21 @@ static void bad_models(void) {
     copy_model("m_craft", 0, 0);
     write_safetensors("m_craft/model.safetensors", "{}", (uint64_t)1 << 40, 64);
     bad("oversized header", "exceeds 100 MB", "--model $T/m_craft $U");
-    write_safetensors("m_craft/model.safetensors", "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\"b\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[4,12]}}", 0, 12);
+    write_safetensors(
+        "m_craft/model.safetensors",
+        "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\"b\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[4,12]}}",
+        0, 12);
     bad("overlapping tensors", "overlap", "--model $T/m_craft $U");
-    write_safetensors("m_craft/model.safetensors", "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[8,16]}}", 0, 8);
+    write_safetensors("m_craft/model.safetensors",
+                      "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[8,16]}}", 0, 8);
     bad("offsets out of range", "out of range", "--model $T/m_craft $U");
-    write_safetensors("m_craft/model.safetensors", "{\"a\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[0,8]}}", 0, 8);
+    write_safetensors("m_craft/model.safetensors",
+                      "{\"a\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[0,8]}}", 0, 8);
     bad("size that is not shape x dtype", "do not hold shape", "--model $T/m_craft $U");
-    good("cp -r $F/parallel $T/m_part && chmod -R u+w $T/m_part && exec rm $T/m_part/model-00003-of-00007.safetensors");
-    bad("one of several files missing", "model-00003-of-00007.safetensors", "--model $T/m_part --train $F/parallel/tokens.bin --seq-len 16 --batch 4 --steps 1");
+    good(
+        "cp -r $F/parallel $T/m_part && chmod -R u+w $T/m_part && exec rm $T/m_part/model-00003-of-00007.safetensors");
+    bad("one of several files missing", "model-00003-of-00007.safetensors",
+        "--model $T/m_part --train $F/parallel/tokens.bin --seq-len 16 --batch 4 --steps 1");
 }
 
 static void bad_data(void) {
@@ -168,34 +204,53 @@ static void bad_data(void) {
     bad("no such file", "no file matches", "$U --train $T/absent*.bin");
     bad("text shorter than a sequence", "needs 65", "$U --train $T/short.txt --seq-len 64");
     bad("validation data as bad", "empty shard", "$U --train $T/text.txt --val $T/empty.bin");
-    bad("no decode table", "cannot open the decode table", "$U --train $T/text.txt --tokens $T/none.vocab");
+    bad("no decode table", "cannot open the decode table",
+        "$U --train $T/text.txt --tokens $T/none.vocab");
 }
 
 static void bad_places(void) {
     good("eval exec $B $S --steps 2 --out $T/taken");
     bad("folder in use", "is not empty", "$S --out $T/taken");
-    bad("resumed with another seed", "--seed 1337", "$S --steps 4 --resume --out $T/taken --seed 5");
-    bad("resumed with another batch", "--batch 4", "$S --steps 4 --resume --out $T/taken --batch 8");
-    bad("resumed with another length", "--seq-len 32", "$S --steps 4 --resume --out $T/taken --seq-len 16");
-    bad("resumed in another order", "--shuffle on", "$S --steps 4 --resume --out $T/taken --shuffle off");
-    bad("resumed with another optimizer", "--optimizer adamw, now it is sgd", "$S --steps 4 --resume --out $T/taken --optimizer sgd");
-    good("cp -r $T/taken $T/tampered; exec sed -i 's/\"batch\"/\"BATCH\"/' $T/tampered/checkpoints/step_2/trainer.json");
-    bad("resumed from a damaged trainer.json", "trainer.json", "$S --steps 4 --resume --out $T/tampered");
-    bad("a file where the folder should be", "cannot read the folder", "$S --steps 1 --out $T/text.txt/run");
+    bad("resumed with another seed", "--seed 1337",
+        "$S --steps 4 --resume --out $T/taken --seed 5");
+    bad("resumed with another batch", "--batch 4",
+        "$S --steps 4 --resume --out $T/taken --batch 8");
+    bad("resumed with another length", "--seq-len 32",
+        "$S --steps 4 --resume --out $T/taken --seq-len 16");
+    bad("resumed in another order", "--shuffle on",
+        "$S --steps 4 --resume --out $T/taken --shuffle off");
+    bad("resumed with another optimizer", "--optimizer adamw, now it is sgd",
+        "$S --steps 4 --resume --out $T/taken --optimizer sgd");
+    good(
+        "cp -r $T/taken $T/tampered; exec sed -i 's/\"batch\"/\"BATCH\"/' $T/tampered/checkpoints/step_2/trainer.json");
+    bad("resumed from a damaged trainer.json", "trainer.json",
+        "$S --steps 4 --resume --out $T/tampered");
+    bad("a file where the folder should be", "cannot read the folder",
+        "$S --steps 1 --out $T/text.txt/run");
     good("exec ln -s loop $T/loop");
     bad("a folder that cannot be read", "cannot read the folder", "$S --steps 1 --out $T/loop");
-    bad("a folder that cannot be made", "cannot create the folder", "$S --steps 1 --out /proc/nowhere/run");
-    bad("a dump that cannot be made", "cannot create the dump", "$S --steps 1 --dump $T/nowhere/dump.safetensors");
-    bad("a dump onto a full device", "cannot make room for the dump", "$S --steps 1 --dump /dev/full");
-    // a disk that fills up while a checkpoint is written: a limit on the size of files says so in the same place. 24 MB, which the weights (15 MB) keep and the optimizer's state breaks;
-    // a launcher's own files stay below it.
+    bad("a folder that cannot be made", "cannot create the folder",
+        "$S --steps 1 --out /proc/nowhere/run");
+    bad("a dump that cannot be made", "cannot create the dump",
+        "$S --steps 1 --dump $T/nowhere/dump.safetensors");
+    bad("a dump onto a full device", "cannot make room for the dump",
+        "$S --steps 1 --dump /dev/full");
+    // a disk that fills up while a checkpoint is written: a limit on the size of files says so in
+    // the same place. 24 MB, which the weights (15 MB) keep and the optimizer's state breaks; a
+    // launcher's own files stay below it.
     change_config("large.json", "\"vocab_size\":257", "\"vocab_size\":60000");
-    int status = run("trap '' XFSZ; ulimit -f 48000; eval exec $B --init $T/large.json --train $T/text.txt --seq-len 8 --batch 1 --steps 1 --out $T/full");
-    check(status == 1 && said("stderr", "cannot write") && said("stderr", "hint: ") && !exists(at("full/checkpoints/step_1")), "a disk that fills up during a save: status 1, a hint, no half checkpoint");
+    int status = run(
+        "trap '' XFSZ; ulimit -f 48000; eval exec $B --init $T/large.json --train $T/text.txt --seq-len 8 --batch 1 --steps 1 --out $T/full");
+    check(status == 1 && said("stderr", "cannot write") && said("stderr", "hint: ") &&
+              !exists(at("full/checkpoints/step_1")),
+          "a disk that fills up during a save: status 1, a hint, no half checkpoint");
     run("rm -rf $T/full");
-    if (run("mkdir $T/disk && mount -t tmpfs -o size=400k none $T/disk") == 0) {       // only where mounting is allowed
+    if (run("mkdir $T/disk && mount -t tmpfs -o size=400k none $T/disk") ==
+        0) { // only where mounting is allowed
         status = run("eval exec $B $S --steps 2 --out $T/disk/run");
-        check(status == 1 && said("stderr", "free") && said("stderr", "hint: ") && !exists(at("disk/run/checkpoints/step_2")), "a disk without room for a checkpoint: refused before anything is written");
+        check(status == 1 && said("stderr", "free") && said("stderr", "hint: ") &&
+                  !exists(at("disk/run/checkpoints/step_2")),
+              "a disk without room for a checkpoint: refused before anything is written");
         run("umount $T/disk");
     }
 }

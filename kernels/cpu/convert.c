@@ -1,13 +1,16 @@
-// Element types of buffers, messages and files: conversion between the floating-point ones (each value rounded once, to nearest even) and a
-// search for values that are not finite.
+// Element types of buffers, messages and files: conversion between the floating-point ones (each
+// value rounded once, to nearest even) and a search for values that are not finite.
 #include "../fail.h"
 #include "math.h"
 
-enum { BLOCK = 1024 };   // elements converted at a time: two buffers that stay in the first cache level
+enum {
+    BLOCK = 1024
+}; // elements converted at a time: two buffers that stay in the first cache level
 
-// ---- fp16 -------------------------------------------------------------------------------------------------------------------------
-// sign 1, exponent 5 (bias 15), fraction 10. The 15 bits after the sign, moved to fp32's place, read as 2^-112 times the value, subnormals
-// included; the product with 2^112 is exact. All ones in the exponent stay all ones.
+// ---- fp16 -----------------------------------------------------------------------------------
+// sign 1, exponent 5 (bias 15), fraction 10. The 15 bits after the sign, moved to fp32's place,
+// read as 2^-112 times the value, subnormals included; the product with 2^112 is exact. All ones in
+// the exponent stay all ones.
 static inline float half_to_float(uint16_t h) {
     uint32_t bits = (uint32_t)(h & 0x7fffu) << 13, sign = (uint32_t)(h & 0x8000u) << 16;
     float f;
@@ -19,8 +22,8 @@ static inline float half_to_float(uint16_t h) {
     memcpy(&f, &bits, 4);
     return f;
 }
-// Normal results: round the 13 bits that go. Below 2^-14: adding 1/2 (whose last bit is 2^-24, fp16's smallest step) lets the addition round.
-// From 65520 on: infinity.
+// Normal results: round the 13 bits that go. Below 2^-14: adding 1/2 (whose last bit is 2^-24,
+// fp16's smallest step) lets the addition round. From 65520 on: infinity.
 static inline uint16_t float_to_half(float f) {
     uint32_t bits, small_bits;
     memcpy(&bits, &f, 4);
@@ -34,27 +37,30 @@ static inline uint16_t float_to_half(float f) {
     if (magnitude >= 0x477ff000u) half = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
     return (uint16_t)(sign | half);
 }
-// double to float "to odd": cut, and where anything was lost set the last bit. A second rounding to half as many bits or fewer then gives
-// what one rounding would have (float has 24 >= 11 + 2 bits).
+// double to float "to odd": cut, and where anything was lost set the last bit. A second rounding to
+// half as many bits or fewer then gives what one rounding would have (float has 24 >= 11 + 2 bits).
 static inline float double_to_odd(double d) {
     float f = (float)d;
     double back = f;
     uint32_t bits;
     memcpy(&bits, &f, 4);
     if (back != d && d == d) {
-        if ((back > d) == (d > 0)) bits--;   // rounded away from zero (or to infinity): one step back
+        if ((back > d) == (d > 0)) bits--; // rounded away from zero (or to infinity): one step back
         bits |= 1u;
     }
     memcpy(&f, &bits, 4);
     return f;
 }
 
-// ---- conversion ---------------------------------------------------------------------------------------------------------------------
-static int floating(Dtype d) { return d == DTYPE_F32 || d == DTYPE_BF16 || d == DTYPE_F16 || d == DTYPE_F64; }
+// ---- conversion -----------------------------------------------------------------------------
+static int floating(Dtype d) {
+    return d == DTYPE_F32 || d == DTYPE_BF16 || d == DTYPE_F16 || d == DTYPE_F64;
+}
 static void read_floats(float *out, const void *src, Dtype from, size_t at, size_t n, int narrow) {
     const uint16_t *u = (const uint16_t *)src + at;
     const double *d = (const double *)src + at;
-    if (from == DTYPE_F32) memcpy(out, (const float *)src + at, n * 4);
+    if (from == DTYPE_F32)
+        memcpy(out, (const float *)src + at, n * 4);
     else if (from == DTYPE_BF16)
         for (size_t i = 0; i < n; i++) out[i] = bf16_to_float(u[i]);
     else if (from == DTYPE_F16)
@@ -66,7 +72,8 @@ static void read_floats(float *out, const void *src, Dtype from, size_t at, size
 }
 static void write_floats(void *dst, Dtype to, const float *in, size_t at, size_t n) {
     uint16_t *u = (uint16_t *)dst + at;
-    if (to == DTYPE_F32) memcpy((float *)dst + at, in, n * 4);
+    if (to == DTYPE_F32)
+        memcpy((float *)dst + at, in, n * 4);
     else if (to == DTYPE_BF16)
         for (size_t i = 0; i < n; i++) u[i] = float_to_bf16(in[i]);
     else if (to == DTYPE_F16)
@@ -75,13 +82,16 @@ static void write_floats(void *dst, Dtype to, const float *in, size_t at, size_t
         for (size_t i = 0; i < n; i++) ((double *)dst)[at + i] = in[i];
 }
 void convert(void *dst, Dtype to, const void *src, Dtype from, size_t n) {
-    if (to != from && (!floating(to) || !floating(from))) die("conversion between element types %d and %d|only floating-point types convert", from, to);
+    if (to != from && (!floating(to) || !floating(from)))
+        die("conversion between element types %d and %d|only floating-point types convert", from,
+            to);
     size_t size = dtype_size(to);
     PARALLEL_FOR
     for (size_t at = 0; at < n; at += BLOCK) {
         size_t count = n - at < BLOCK ? n - at : BLOCK;
         float buffer[BLOCK];
-        if (to == from) memcpy((char *)dst + at * size, (const char *)src + at * size, count * size);
+        if (to == from)
+            memcpy((char *)dst + at * size, (const char *)src + at * size, count * size);
         else {
             read_floats(buffer, src, from, at, count, size == 2);
             write_floats(dst, to, buffer, at, count);
@@ -89,7 +99,7 @@ void convert(void *dst, Dtype to, const void *src, Dtype from, size_t n) {
     }
 }
 
-// ---- finite? ----------------------------------------------------------------------------------------------------------------------------
+// ---- finite? --------------------------------------------------------------------------------
 // Not finite = all exponent bits set.
 static int any_not_finite(const void *x, Dtype type, size_t at, size_t n) {
     unsigned bad = 0;
@@ -113,6 +123,7 @@ void check_finite(int *flag, const void *x, Dtype type, size_t n) {
     if (!floating(type)) return;
     int bad = 0;
     OMP(parallel for schedule(static) reduction(| : bad))
-    for (size_t at = 0; at < n; at += BLOCK) bad |= any_not_finite(x, type, at, n - at < BLOCK ? n - at : BLOCK);
+    for (size_t at = 0; at < n; at += BLOCK)
+        bad |= any_not_finite(x, type, at, n - at < BLOCK ? n - at : BLOCK);
     flag[0] |= bad;
 }

@@ -1,4 +1,5 @@
-// The CPU as a device: its memory is the host's, its streams are program order, its copies are memcpy.
+// The CPU as a device: its memory is the host's, its streams are program order, its copies are
+// memcpy.
 #define _GNU_SOURCE
 #include "../device.h"
 #include "../fail.h"
@@ -8,8 +9,11 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-// ---- scratch ------------------------------------------------------------------------------------------------------------------
-typedef struct { void *memory; size_t bytes; } Scratch;
+// ---- scratch --------------------------------------------------------------------------------
+typedef struct {
+    void *memory;
+    size_t bytes;
+} Scratch;
 static _Thread_local Scratch scratch_slots[SCRATCH_SLOTS];
 
 void *scratch(int slot, size_t bytes) {
@@ -18,19 +22,22 @@ void *scratch(int slot, size_t bytes) {
         free(s->memory);
         s->bytes = (bytes + 4096) / 4096 * 4096;
         s->memory = aligned_alloc(4096, s->bytes);
-        if (!s->memory) die("cannot get %zu bytes of scratch memory for a CPU kernel|free memory, or use a smaller --micro-batch", s->bytes);
+        if (!s->memory)
+            die("cannot get %zu bytes of scratch memory for a CPU kernel|free memory, or use a smaller --micro-batch",
+                s->bytes);
     }
     return s->memory;
 }
 
-// ---- the device ---------------------------------------------------------------------------------------------------------------
+// ---- the device -----------------------------------------------------------------------------
 static char description[512];
 
 void device_init(int local_rank, int threads) {
     (void)local_rank;
 #ifdef _OPENMP
     if (threads > 0) omp_set_num_threads(threads);
-    omp_set_max_active_levels(1);   // kernels are parallel on one level: nested loops stay on their thread
+    omp_set_max_active_levels(
+        1); // kernels are parallel on one level: nested loops stay on their thread
 #else
     (void)threads;
 #endif
@@ -41,24 +48,27 @@ void device_finish(void) {
     OMP(parallel)
     for (int slot = 0; slot < SCRATCH_SLOTS; slot++) {
         free(scratch_slots[slot].memory);
-        scratch_slots[slot] = (Scratch){0, 0};
+        scratch_slots[slot] = (Scratch){ 0, 0 };
     }
 }
 const char *device_backend(void) { return "cpu"; }
 int device_row_tile(void) { return 1; }
 
-// Each thread multiplies its own square matrices, as the kernels do; the best of a few rounds, since other programs can only slow it down.
-static double last_peak;                 // what the report shows is what MFU was computed with
+// Each thread multiplies its own square matrices, as the kernels do; the best of a few rounds,
+// since other programs can only slow it down.
+static double last_peak; // what the report shows is what MFU was computed with
 static int last_threads;
 double device_peak_flops(void) {
     enum { SIDE = 512 };
     const double LIMIT_SECONDS = 0.2;
     const size_t size = (size_t)SIDE * SIDE;
     int threads = thread_count();
-    real *all = (real *)xmalloc(3 * size * (size_t)threads * sizeof(real), "matrices of the speed measurement");
+    real *all = (real *)xmalloc(3 * size * (size_t)threads * sizeof(real),
+                                "matrices of the speed measurement");
     PARALLEL_FOR
     for (int t = 0; t < threads; t++)
-        for (size_t i = 0; i < 3 * size; i++) all[3 * size * (size_t)t + i] = (real)(i % 7) * (real)0.125;
+        for (size_t i = 0; i < 3 * size; i++)
+            all[3 * size * (size_t)t + i] = (real)(i % 7) * (real)0.125;
     double start = now_seconds(), best = 0, before, now = start;
     do {
         before = now;
@@ -79,11 +89,14 @@ const char *device_describe(void) {
     const char *core = getenv("OPENBLAS_CORETYPE"), *threads = getenv("OPENBLAS_NUM_THREADS");
     char inherited[192] = "";
     if (core || threads)
-        snprintf(inherited, sizeof inherited, "; inherited from the environment: %s%.40s%s%s%.40s, which may halve the speed", core ? "OPENBLAS_CORETYPE=" : "",
-                 core ? core : "", core && threads ? " " : "", threads ? "OPENBLAS_NUM_THREADS=" : "", threads ? threads : "");
+        snprintf(inherited, sizeof inherited,
+                 "; inherited from the environment: %s%.40s%s%s%.40s, which may halve the speed",
+                 core ? "OPENBLAS_CORETYPE=" : "", core ? core : "", core && threads ? " " : "",
+                 threads ? "OPENBLAS_NUM_THREADS=" : "", threads ? threads : "");
     int n = thread_count();
-    snprintf(description, sizeof description, "cpu, %s, %d thread%s, %s product %.0f GFLOP/s%s", gemm_library(), n, n == 1 ? "" : "s",
-             sizeof(real) == 8 ? "fp64" : "fp32", (last_threads == n ? last_peak : device_peak_flops()) * 1e-9, inherited);
+    snprintf(description, sizeof description, "cpu, %s, %d thread%s, %s product %.0f GFLOP/s%s",
+             gemm_library(), n, n == 1 ? "" : "s", sizeof(real) == 8 ? "fp64" : "fp32",
+             (last_threads == n ? last_peak : device_peak_flops()) * 1e-9, inherited);
     return description;
 }
 size_t device_memory(void) {
@@ -94,13 +107,15 @@ size_t device_memory(void) {
         if (sscanf(line, "MemAvailable: %zu kB", &kib) == 1) break;
     if (f) fclose(f);
     if (kib) return kib * 1024;
-    long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);   // no Linux: all physical memory is the best known bound
+    long pages = sysconf(_SC_PHYS_PAGES),
+         page = sysconf(_SC_PAGESIZE); // no Linux: all physical memory is the best known bound
     return pages > 0 && page > 0 ? (size_t)pages * (size_t)page : 0;
 }
 
-// ---- memory -------------------------------------------------------------------------------------------------------------------
-// Fresh pages are zero by mmap. Writing one word of each from all threads spreads them over memory controllers (first touch) and
-// makes a machine that promised too much fail here, at the start, not in the middle of a step.
+// ---- memory ---------------------------------------------------------------------------------
+// Fresh pages are zero by mmap. Writing one word of each from all threads spreads them over memory
+// controllers (first touch) and makes a machine that promised too much fail here, at the start, not
+// in the middle of a step.
 void *device_take(size_t bytes) {
     size_t available = device_memory();
     if (available && bytes > available) return 0;
@@ -114,25 +129,31 @@ void *device_take(size_t bytes) {
 }
 void device_give(void *memory, size_t bytes) { munmap(memory, bytes); }
 
-// ---- streams and copies -----------------------------------------------------------------------------------------------------------
+// ---- streams and copies ---------------------------------------------------------------------
 void stream_order(Stream first, Stream then) { (void)first, (void)then; }
 void device_share(int on) { (void)on; }
 void device_sync(void) {}
-void device_upload(void *device, const void *host, size_t bytes) { device_copy(device, host, bytes); }
-void device_download(void *host, const void *device, size_t bytes) { device_copy(host, device, bytes); }
+void device_upload(void *device, const void *host, size_t bytes) {
+    device_copy(device, host, bytes);
+}
+void device_download(void *host, const void *device, size_t bytes) {
+    device_copy(host, device, bytes);
+}
 // Large blocks in pieces on all threads: one core does not saturate the memory.
 enum { COPY_PIECE = 1 << 20 };
 void device_zero(void *dst, size_t bytes) {
     int64_t pieces = div_up((int64_t)bytes, COPY_PIECE);
     PARALLEL_FOR
     for (int64_t i = 0; i < pieces; i++)
-        memset((char *)dst + i * COPY_PIECE, 0, (size_t)lesser(COPY_PIECE, (int64_t)bytes - i * COPY_PIECE));
+        memset((char *)dst + i * COPY_PIECE, 0,
+               (size_t)lesser(COPY_PIECE, (int64_t)bytes - i * COPY_PIECE));
 }
 void device_copy(void *dst, const void *src, size_t bytes) {
     int64_t pieces = div_up((int64_t)bytes, COPY_PIECE);
     PARALLEL_FOR
     for (int64_t i = 0; i < pieces; i++)
-        memcpy((char *)dst + i * COPY_PIECE, (const char *)src + i * COPY_PIECE, (size_t)lesser(COPY_PIECE, (int64_t)bytes - i * COPY_PIECE));
+        memcpy((char *)dst + i * COPY_PIECE, (const char *)src + i * COPY_PIECE,
+               (size_t)lesser(COPY_PIECE, (int64_t)bytes - i * COPY_PIECE));
 }
 void device_poison(void *dst, size_t bytes) {
 #ifdef MOE_DEBUG

@@ -1,14 +1,18 @@
-// Both ends of the model: embedding look-up with its scatter-add, and cross entropy with its gradient in one pass.
+// Both ends of the model: embedding look-up with its scatter-add, and cross entropy with its
+// gradient in one pass.
 #include "math.h"
 
 void embed_forward(floatX *out, const int *ids, const floatX *W, int R, int C) {
     PARALLEL_FOR
-    for (int r = 0; r < R; r++) memcpy(out + (int64_t)r * C, W + (int64_t)ids[r] * C, (size_t)C * sizeof(floatX));
+    for (int r = 0; r < R; r++)
+        memcpy(out + (int64_t)r * C, W + (int64_t)ids[r] * C, (size_t)C * sizeof(floatX));
 }
-// out_r = W[id_r]  =>  dW_v = sum over r with id_r = v of dx_r. Threads share the columns, not the rows: every element sums its
-// positions in ascending order (I8) and no two threads write the same row's element.
-void embed_backward(gradX *dW, const floatX *dx, const int *ids, int accumulate, int pad, int R, int V, int C) {
-    enum { STRIP = 64 };   // columns of an item: one or more cache lines of every row
+// out_r = W[id_r]  =>  dW_v = sum over r with id_r = v of dx_r. Threads share the columns, not the
+// rows: every element sums its positions in ascending order (I8) and no two threads write the same
+// row's element.
+void embed_backward(gradX *dW, const floatX *dx, const int *ids, int accumulate, int pad, int R,
+                    int V, int C) {
+    enum { STRIP = 64 }; // columns of an item: one or more cache lines of every row
     if (!accumulate) device_zero(dW, (size_t)V * (size_t)C * sizeof *dW);
     PARALLEL_FOR
     for (int c0 = 0; c0 < C; c0 += STRIP) {
@@ -22,8 +26,9 @@ void embed_backward(gradX *dW, const floatX *dx, const int *ids, int accumulate,
     }
 }
 
-// With m = max_j x_j and s = sum_j e^(x_j - m):  -log p_t = log s + m - x_t,  d/dx_j of it = e^(x_j - m) / s - [j = t].
-// e^(x - m) goes to a row of scratch, so that bf16 logits are read once and rounded once.
+// With m = max_j x_j and s = sum_j e^(x_j - m):  -log p_t = log s + m - x_t,  d/dx_j of it = e^(x_j
+// - m) / s - [j = t]. e^(x - m) goes to a row of scratch, so that bf16 logits are read once and
+// rounded once.
 static double cross_entropy_row(floatX *x, int target, real seed, int backward, int V) {
     if (target < 0) {
         if (backward) memset(x, 0, (size_t)V * sizeof *x);
@@ -33,7 +38,8 @@ static double cross_entropy_row(floatX *x, int target, real seed, int backward, 
     const real *logits = view_row(x, e, V);
     real most = row_max(logits, V), at_target = logits[target];
     for (int64_t i = 0; i < V; i++) e[i] = exp_real(logits[i] - most);
-    double total = 0;   // pieces in double: beside the 1 of a sure target, 1e5 terms of 1e-9 would not move a float
+    double total = 0; // pieces in double: beside the 1 of a sure target, 1e5 terms of 1e-9 would
+                      // not move a float
     for (int64_t i = 0; i < V; i += 1024) total += (double)row_sum(e + i, lesser(1024, V - i));
     real sum = (real)total, scale = seed / sum;
     if (backward) {
@@ -42,10 +48,12 @@ static double cross_entropy_row(floatX *x, int target, real seed, int backward, 
     }
     return log(total) + ((double)most - (double)at_target);
 }
-void cross_entropy(floatX *logits, double *loss_sum, const int *targets, real seed, int backward, int N, int V) {
+void cross_entropy(floatX *logits, double *loss_sum, const int *targets, real seed, int backward,
+                   int N, int V) {
     double *loss = SCRATCH(SCRATCH_SHARED, double, N), sum = 0;
     PARALLEL_FOR
-    for (int r = 0; r < N; r++) loss[r] = cross_entropy_row(logits + (int64_t)r * V, targets[r], seed, backward, V);
+    for (int r = 0; r < N; r++)
+        loss[r] = cross_entropy_row(logits + (int64_t)r * V, targets[r], seed, backward, V);
     for (int r = 0; r < N; r++) sum += loss[r];
     loss_sum[0] += sum;
 }

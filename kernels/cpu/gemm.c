@@ -1,4 +1,5 @@
-// Matrix products: OpenBLAS or an own packed kernel on one thread, bf16 panels around it, tiles of the output spread over threads.
+// Matrix products: OpenBLAS or an own packed kernel on one thread, bf16 panels around it, tiles of
+// the output spread over threads.
 #include "gemm.h"
 #include "../fail.h"
 #include <stdio.h>
@@ -9,7 +10,7 @@ static void clear(real *C, int64_t ldc, int m, int n) {
 }
 
 #if defined(MOE_BLAS)
-// ---- BLAS -------------------------------------------------------------------------------------------------------------------
+// ---- BLAS -----------------------------------------------------------------------------------
 #include <cblas.h>
 // OpenBLAS's own calls, absent in other libraries that offer cblas_?gemm.
 extern void openblas_set_num_threads(int) __attribute__((weak));
@@ -22,32 +23,41 @@ void gemm_init(void) {
 const char *gemm_library(void) {
     static char text[96];
     if (!openblas_get_config || !openblas_get_corename) return "cblas";
-    char name[48] = "OpenBLAS";   // "OpenBLAS 0.3.21 NO_LAPACKE DYNAMIC_ARCH ...": two words are wanted
+    char name[48] =
+        "OpenBLAS"; // "OpenBLAS 0.3.21 NO_LAPACKE DYNAMIC_ARCH ...": two words are wanted
     const char *config = openblas_get_config(), *end = strchr(config, ' ');
     if (end) end = strchr(end + 1, ' ');
-    if (end && end - config < (int)sizeof name) snprintf(name, sizeof name, "%.*s", (int)(end - config), config);
+    if (end && end - config < (int)sizeof name)
+        snprintf(name, sizeof name, "%.*s", (int)(end - config), config);
     snprintf(text, sizeof text, "%s, core %s", name, openblas_get_corename());
     return text;
 }
-void gemm(int ta, int tb, int m, int n, int k, const real *A, int64_t lda, const real *B, int64_t ldb, real beta, real *C, int64_t ldc) {
+void gemm(int ta, int tb, int m, int n, int k, const real *A, int64_t lda, const real *B,
+          int64_t ldb, real beta, real *C, int64_t ldc) {
     if (m == 0 || n == 0) return;
     if (k == 0) {
         if (beta == 0) clear(C, ldc, m, n);
         return;
     }
-    // A reference BLAS multiplies C by beta even where beta is 0; OpenBLAS and the standard do not read C then.
-    CBLAS_TRANSPOSE transpose_a = ta ? CblasTrans : CblasNoTrans, transpose_b = tb ? CblasTrans : CblasNoTrans;
+    // A reference BLAS multiplies C by beta even where beta is 0; OpenBLAS and the standard do not
+    // read C then.
+    CBLAS_TRANSPOSE transpose_a = ta ? CblasTrans : CblasNoTrans,
+                    transpose_b = tb ? CblasTrans : CblasNoTrans;
 #if defined(MOE_FP64)
-    cblas_dgemm(CblasRowMajor, transpose_a, transpose_b, m, n, k, 1, A, (int)lda, B, (int)ldb, beta, C, (int)ldc);
+    cblas_dgemm(CblasRowMajor, transpose_a, transpose_b, m, n, k, 1, A, (int)lda, B, (int)ldb, beta,
+                C, (int)ldc);
 #else
-    cblas_sgemm(CblasRowMajor, transpose_a, transpose_b, m, n, k, 1, A, (int)lda, B, (int)ldb, beta, C, (int)ldc);
+    cblas_sgemm(CblasRowMajor, transpose_a, transpose_b, m, n, k, 1, A, (int)lda, B, (int)ldb, beta,
+                C, (int)ldc);
 #endif
 }
 #else
-// ---- own kernel ---------------------------------------------------------------------------------------------------------------
-// The five loops of Goto and van de Geijn: B is packed into strips of NR columns (KC x NC of it stays in the last cache level), A into
-// strips of MR rows (MC x KC stays in the second level); the micro-kernel keeps MR x NR of C in registers and streams both strips.
-// Vectors are the compiler's (GCC and clang vector extension), as wide as the target has them; edges are padded with zeros in the packs.
+// ---- own kernel -----------------------------------------------------------------------------
+// The five loops of Goto and van de Geijn: B is packed into strips of NR columns (KC x NC of it
+// stays in the last cache level), A into strips of MR rows (MC x KC stays in the second level); the
+// micro-kernel keeps MR x NR of C in registers and streams both strips. Vectors are the compiler's
+// (GCC and clang vector extension), as wide as the target has them; edges are padded with zeros in
+// the packs.
 #if defined(__AVX512F__)
 enum { VECTOR_BYTES = 64, MR = 12 };
 #elif defined(__AVX__)
@@ -58,7 +68,13 @@ enum { VECTOR_BYTES = 16, MR = 12 };
 enum { VECTOR_BYTES = 16, MR = 6 };
 #endif
 typedef real Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real))));
-enum { LANES = VECTOR_BYTES / sizeof(real), NR = 2 * LANES, MC = 16 * MR, KC = 256, NC = 2048 / NR * NR };
+enum {
+    LANES = VECTOR_BYTES / sizeof(real),
+    NR = 2 * LANES,
+    MC = 16 * MR,
+    KC = 256,
+    NC = 2048 / NR * NR
+};
 
 void gemm_init(void) {}
 const char *gemm_library(void) { return "own matrix product, no BLAS"; }
@@ -66,8 +82,10 @@ const char *gemm_library(void) { return "own matrix product, no BLAS"; }
 static const real *at(const real *A, int64_t lda, int transposed, int row, int column) {
     return A + (transposed ? column * lda + row : row * lda + column);
 }
-// Strips of `width` rows of op(A) (or columns of op(B), handed over transposed): out[strip][p][width].
-static void pack(real *out, const real *A, int64_t lda, int transposed, int rows, int k, int width) {
+// Strips of `width` rows of op(A) (or columns of op(B), handed over transposed):
+// out[strip][p][width].
+static void pack(real *out, const real *A, int64_t lda, int transposed, int rows, int k,
+                 int width) {
     for (int i0 = 0; i0 < rows; i0 += width) {
         int w = smaller(width, rows - i0);
         if (w < width) memset(out, 0, (size_t)width * k * sizeof(real));
@@ -80,10 +98,11 @@ static void pack(real *out, const real *A, int64_t lda, int transposed, int rows
         out += (int64_t)width * k;
     }
 }
-// c (MR,NR) = a b over k, both packed; the two vectors of each row of c are separate variables of the loop so that they live in registers.
+// c (MR,NR) = a b over k, both packed; the two vectors of each row of c are separate variables of
+// the loop so that they live in registers.
 static void micro_kernel(real *c, const real *a, const real *b, int k) {
     Vector c0[MR], c1[MR];
-    for (int i = 0; i < MR; i++) c0[i] = c1[i] = (Vector){0};
+    for (int i = 0; i < MR; i++) c0[i] = c1[i] = (Vector){ 0 };
     for (int p = 0; p < k; p++, a += MR, b += NR) {
         Vector b0 = *(const Vector *)b, b1 = *(const Vector *)(b + LANES);
 #pragma GCC unroll 12
@@ -97,11 +116,13 @@ static void micro_kernel(real *c, const real *a, const real *b, int k) {
         *(Vector *)(c + i * NR + LANES) = c1[i];
     }
 }
-void gemm(int ta, int tb, int m, int n, int k, const real *A, int64_t lda, const real *B, int64_t ldb, real beta, real *C, int64_t ldc) {
+void gemm(int ta, int tb, int m, int n, int k, const real *A, int64_t lda, const real *B,
+          int64_t ldb, real beta, real *C, int64_t ldc) {
     if (m == 0 || n == 0) return;
     if (beta == 0) clear(C, ldc, m, n);
     int kc = smaller(KC, k), nc = (int)div_up(smaller(NC, n), NR) * NR;
-    real *packed_b = SCRATCH(SCRATCH_PACK, real, (size_t)kc * (nc + MC)), *packed_a = packed_b + (size_t)kc * nc;
+    real *packed_b = SCRATCH(SCRATCH_PACK, real, (size_t)kc * (nc + MC)),
+         *packed_a = packed_b + (size_t)kc * nc;
     for (int j0 = 0; j0 < n; j0 += NC)
         for (int p0 = 0; p0 < k; p0 += KC) {
             int nj = smaller(NC, n - j0), kp = smaller(KC, k - p0);
@@ -123,72 +144,91 @@ void gemm(int ta, int tb, int m, int n, int k, const real *A, int64_t lda, const
 }
 #endif
 
-// ---- floatX operands ------------------------------------------------------------------------------------------------------------
+// ---- floatX operands ------------------------------------------------------------------------
 #if defined(MOE_BF16)
 enum { BLOCK_M = 256, BLOCK_N = 512, BLOCK_K = 512 };
 
-static void widen(real *out, const floatX *A, int64_t lda, int transposed, int row, int column, int rows, int columns) {
+static void widen(real *out, const floatX *A, int64_t lda, int transposed, int row, int column,
+                  int rows, int columns) {
     const floatX *from = A + (transposed ? column * lda + row : row * lda + column);
     int lines = transposed ? columns : rows, length = transposed ? rows : columns;
     for (int i = 0; i < lines; i++) load_row(out + (int64_t)i * length, from + i * lda, length);
 }
 // real result in C, or floatX result in X
-static void gemm_blocks(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B, int64_t ldb, real beta, real *C, floatX *X,
-                        int64_t ldc) {
-    size_t a_size = (size_t)BLOCK_M * BLOCK_K, b_size = (size_t)BLOCK_K * BLOCK_N, c_size = X ? (size_t)BLOCK_M * BLOCK_N : 0;
-    real *a = SCRATCH(SCRATCH_PANEL, real, a_size + b_size + c_size), *b = a + a_size, *c = b + b_size;
+static void gemm_blocks(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda,
+                        const floatX *B, int64_t ldb, real beta, real *C, floatX *X, int64_t ldc) {
+    size_t a_size = (size_t)BLOCK_M * BLOCK_K, b_size = (size_t)BLOCK_K * BLOCK_N,
+           c_size = X ? (size_t)BLOCK_M * BLOCK_N : 0;
+    real *a = SCRATCH(SCRATCH_PANEL, real, a_size + b_size + c_size), *b = a + a_size,
+         *c = b + b_size;
     for (int j = 0; j < n; j += BLOCK_N)
         for (int i = 0; i < m; i += BLOCK_M) {
             int mi = smaller(BLOCK_M, m - i), nj = smaller(BLOCK_N, n - j);
             real *out = X ? c : C + i * ldc + j;
             int64_t ldo = X ? nj : ldc;
             if (X && beta != 0)
-                for (int r = 0; r < mi; r++) load_row(c + (int64_t)r * nj, X + (i + r) * ldc + j, nj);
+                for (int r = 0; r < mi; r++)
+                    load_row(c + (int64_t)r * nj, X + (i + r) * ldc + j, nj);
             if (k == 0 && beta == 0) clear(out, ldo, mi, nj);
             for (int p = 0; p < k; p += BLOCK_K) {
                 int kp = smaller(BLOCK_K, k - p);
                 widen(a, A, lda, ta, i, p, mi, kp);
-                if (i == 0 || k > BLOCK_K) widen(b, B, ldb, tb, p, j, kp, nj);   // one k block: b stays for all i
-                gemm(ta, tb, mi, nj, kp, a, ta ? mi : kp, b, tb ? kp : nj, p == 0 ? beta : 1, out, ldo);
+                if (i == 0 || k > BLOCK_K)
+                    widen(b, B, ldb, tb, p, j, kp, nj); // one k block: b stays for all i
+                gemm(ta, tb, mi, nj, kp, a, ta ? mi : kp, b, tb ? kp : nj, p == 0 ? beta : 1, out,
+                     ldo);
             }
             if (X)
-                for (int r = 0; r < mi; r++) store_row(X + (i + r) * ldc + j, c + (int64_t)r * nj, nj);
+                for (int r = 0; r < mi; r++)
+                    store_row(X + (i + r) * ldc + j, c + (int64_t)r * nj, nj);
         }
 }
-void gemm_x(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B, int64_t ldb, real beta, real *C, int64_t ldc) {
+void gemm_x(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B,
+            int64_t ldb, real beta, real *C, int64_t ldc) {
     gemm_blocks(ta, tb, m, n, k, A, lda, B, ldb, beta, C, 0, ldc);
 }
-void gemm_xx(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B, int64_t ldb, real beta, floatX *C, int64_t ldc) {
+void gemm_xx(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B,
+             int64_t ldb, real beta, floatX *C, int64_t ldc) {
     gemm_blocks(ta, tb, m, n, k, A, lda, B, ldb, beta, 0, C, ldc);
 }
 #else
-void gemm_x(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B, int64_t ldb, real beta, real *C, int64_t ldc) {
+void gemm_x(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B,
+            int64_t ldb, real beta, real *C, int64_t ldc) {
     gemm(ta, tb, m, n, k, &A->v, lda, &B->v, ldb, beta, C, ldc);
 }
-void gemm_xx(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B, int64_t ldb, real beta, floatX *C, int64_t ldc) {
+void gemm_xx(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B,
+             int64_t ldb, real beta, floatX *C, int64_t ldc) {
     gemm(ta, tb, m, n, k, &A->v, lda, &B->v, ldb, beta, &C->v, ldc);
 }
 #endif
 
-// ---- all threads ------------------------------------------------------------------------------------------------------------------
-// Large tiles amortise packing, small ones feed many threads. Sides below 256 cost a tenth of the speed or more (both kernels, AVX2), so 512 x 512
-// is halved, the longer side first, down to 256 while there are fewer than 16 tiles, and down to 128 only where there are fewer than 4.
+// ---- all threads ----------------------------------------------------------------------------
+// Large tiles amortise packing, small ones feed many threads. Sides below 256 cost a tenth of the
+// speed or more (both kernels, AVX2), so 512 x 512 is halved, the longer side first, down to 256
+// while there are fewer than 16 tiles, and down to 128 only where there are fewer than 4.
 enum { TILE_LARGE = 512, TILE_MEDIUM = 256, TILE_SMALL = 128, TILES_WANTED = 16, TILES_NEEDED = 4 };
-static const double TILE_MIN_FLOP = 2e6;   // some 20 microseconds: less is not worth handing out
+static const double TILE_MIN_FLOP = 2e6; // some 20 microseconds: less is not worth handing out
 
-static int halved(int side) { return (int)div_up(div_up(side, 2), 16) * 16; }   // multiples of 16 keep the micro-kernels' edges rare
+static int halved(int side) {
+    return (int)div_up(div_up(side, 2), 16) * 16;
+} // multiples of 16 keep the micro-kernels' edges rare
 static void gemm_tile(int m, int n, int k, int *tile_m, int *tile_n) {
     int tm = smaller(TILE_LARGE, m > 0 ? m : 1), tn = smaller(TILE_LARGE, n > 0 ? n : 1);
     for (;;) {
         int64_t tiles = div_up(m, tm) * div_up(n, tn);
-        int side = tm >= tn ? tm : tn, least = tiles < TILES_NEEDED ? TILE_SMALL : tiles < TILES_WANTED ? TILE_MEDIUM : TILE_LARGE;
+        int side = tm >= tn ? tm : tn, least = tiles < TILES_NEEDED   ? TILE_SMALL
+                                               : tiles < TILES_WANTED ? TILE_MEDIUM
+                                                                      : TILE_LARGE;
         if (side <= least || 1.0 * tm * tn * k < TILE_MIN_FLOP) break;
-        if (tm >= tn) tm = halved(tm);
-        else tn = halved(tn);
+        if (tm >= tn)
+            tm = halved(tm);
+        else
+            tn = halved(tn);
     }
     *tile_m = tm, *tile_n = tn;
 }
-static void gemm_parallel(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B, int64_t ldb, real beta, real *C, floatX *X,
+static void gemm_parallel(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda,
+                          const floatX *B, int64_t ldb, real beta, real *C, floatX *X,
                           int64_t ldc) {
     int tm, tn;
     gemm_tile(m, n, k, &tm, &tn);
@@ -197,13 +237,17 @@ static void gemm_parallel(int ta, int tb, int m, int n, int k, const floatX *A, 
     for (int t = 0; t < rows * columns; t++) {
         int i = t % rows * tm, j = t / rows * tn, mi = smaller(tm, m - i), nj = smaller(tn, n - j);
         const floatX *a = A + (ta ? i : i * lda), *b = B + (tb ? j * ldb : j);
-        if (X) gemm_xx(ta, tb, mi, nj, k, a, lda, b, ldb, beta, X + i * ldc + j, ldc);
-        else gemm_x(ta, tb, mi, nj, k, a, lda, b, ldb, beta, C + i * ldc + j, ldc);
+        if (X)
+            gemm_xx(ta, tb, mi, nj, k, a, lda, b, ldb, beta, X + i * ldc + j, ldc);
+        else
+            gemm_x(ta, tb, mi, nj, k, a, lda, b, ldb, beta, C + i * ldc + j, ldc);
     }
 }
-void gemm_parallel_x(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B, int64_t ldb, real beta, real *C, int64_t ldc) {
+void gemm_parallel_x(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda,
+                     const floatX *B, int64_t ldb, real beta, real *C, int64_t ldc) {
     gemm_parallel(ta, tb, m, n, k, A, lda, B, ldb, beta, C, 0, ldc);
 }
-void gemm_parallel_xx(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B, int64_t ldb, real beta, floatX *C, int64_t ldc) {
+void gemm_parallel_xx(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda,
+                      const floatX *B, int64_t ldb, real beta, floatX *C, int64_t ldc) {
     gemm_parallel(ta, tb, m, n, k, A, lda, B, ldb, beta, 0, C, ldc);
 }

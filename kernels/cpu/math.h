@@ -1,8 +1,10 @@
-// What every CPU kernel shares: reading and writing floatX, an exponential that compilers can vectorise, parallel loops, scratch.
+// What every CPU kernel shares: reading and writing floatX, an exponential that compilers can
+// vectorise, parallel loops, scratch.
 //
 //   load, store          one floatX <-> real; store rounds bf16 to nearest even, NaN stays NaN
-//   load_row, store_row  the same for n elements;  view_row: without a copy where floatX already is real
-//   exp_real             e^x: fp32 builds a branch-free polynomial (within 2 units in the last place, whole range
+//   load_row, store_row  the same for n elements;  view_row: without a copy where floatX already is
+//   real exp_real             e^x: fp32 builds a branch-free polynomial (within 2 units in the last
+//   place, whole range
 //                        including denormals, 0, +inf and NaN), fp64 builds libm's
 //   row_sum, row_dot, row_max   reductions over n reals in 16 fixed lanes: vector speed, one order
 //   OMP(...)             an OpenMP pragma, or nothing in builds without OpenMP
@@ -17,9 +19,10 @@
 #endif
 MOE_BEGIN_C
 
-// ---- threads ----------------------------------------------------------------------------------------------------------------
-// Determinism (I8): a parallel loop runs over items whose number follows from shapes alone; an item is computed by one thread,
-// in one order. Sums over items are added afterwards in item order. Then the schedule does not touch a single bit.
+// ---- threads --------------------------------------------------------------------------------
+// Determinism (I8): a parallel loop runs over items whose number follows from shapes alone; an item
+// is computed by one thread, in one order. Sums over items are added afterwards in item order. Then
+// the schedule does not touch a single bit.
 #ifdef _OPENMP
 #define MOE_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #define OMP(...) MOE_PRAGMA(omp __VA_ARGS__)
@@ -35,13 +38,14 @@ static inline int thread_count(void) {
     return 1;
 #endif
 }
-// `bytes` of memory that belong to the calling thread until it asks for the same slot again; 64-byte aligned, contents undefined,
-// grown on demand and never shrunk (I10: nothing is allocated once every shape was seen). Slots keep nested users apart.
+// `bytes` of memory that belong to the calling thread until it asks for the same slot again;
+// 64-byte aligned, contents undefined, grown on demand and never shrunk (I10: nothing is allocated
+// once every shape was seen). Slots keep nested users apart.
 enum { SCRATCH_PACK, SCRATCH_PANEL, SCRATCH_LOCAL, SCRATCH_LOCAL2, SCRATCH_SHARED, SCRATCH_SLOTS };
 void *scratch(int slot, size_t bytes);
 #define SCRATCH(slot, type, count) ((type *)scratch((slot), (size_t)(count) * sizeof(type)))
 
-// ---- floatX <-> real ----------------------------------------------------------------------------------------------------------
+// ---- floatX <-> real ------------------------------------------------------------------------
 #if defined(MOE_BF16)
 static inline real load(const floatX *x) { return bf16_to_float(x->bits); }
 static inline void store(floatX *x, real v) { x->bits = float_to_bf16(v); }
@@ -71,19 +75,23 @@ static inline const real *view_row(const floatX *x, real *buffer, int64_t n) {
     return &x->v;
 #endif
 }
-static inline real square_root(real x) { return (real)sqrt((double)x); }   // correctly rounded in fp32 too: 53 >= 2*24 + 2 bits
+static inline real square_root(real x) {
+    return (real)sqrt((double)x);
+} // correctly rounded in fp32 too: 53 >= 2*24 + 2 bits
 static inline real larger(real a, real b) { return a > b ? a : b; }
 static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// ---- exponential ----------------------------------------------------------------------------------------------------------------
+// ---- exponential ----------------------------------------------------------------------------
 #if defined(MOE_FP64)
 static inline real exp_real(real x) { return exp(x); }
 #else
-// x = n ln2 + r, |r| <= ln2/2: e^x = 2^n e^r. n by adding 1.5 * 2^23 (rounds to an integer in the low mantissa bits); ln2 in two
-// parts, the first with 9 trailing zeros so that n * LN2_HIGH is exact; e^r by a minimax polynomial (Cephes expf, 2e-8 relative). 2^n in two factors,
-// so that results from denormal to just below overflow are right. Beyond +-105 (results 0 and +inf) x is clamped, on its bits: NaN passes, and a
-// compiler that must keep floating-point traps can still vectorise it, which it cannot with a comparison of floats.
+// x = n ln2 + r, |r| <= ln2/2: e^x = 2^n e^r. n by adding 1.5 * 2^23 (rounds to an integer in the
+// low mantissa bits); ln2 in two parts, the first with 9 trailing zeros so that n * LN2_HIGH is
+// exact; e^r by a minimax polynomial (Cephes expf, 2e-8 relative). 2^n in two factors, so that
+// results from denormal to just below overflow are right. Beyond +-105 (results 0 and +inf) x is
+// clamped, on its bits: NaN passes, and a compiler that must keep floating-point traps can still
+// vectorise it, which it cannot with a comparison of floats.
 static inline float exp_polynomial(float r) {
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -94,12 +102,15 @@ static inline float exp_polynomial(float r) {
     return p * (r * r) + r + 1.0f;
 }
 static inline real exp_real(real x) {
-    const float MAGIC = 12582912.0f, LOG2E = 1.44269504088896341f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
-    const int32_t LIMIT = 0x42d20000, INFINITE = 0x7f800000;   // the bits of 105 and of infinity
+    const float MAGIC = 12582912.0f, LOG2E = 1.44269504088896341f, LN2_HIGH = 0.693359375f,
+                LN2_LOW = -2.12194440e-4f;
+    const int32_t LIMIT = 0x42d20000, INFINITE = 0x7f800000; // the bits of 105 and of infinity
     int32_t bits, magnitude;
     memcpy(&bits, &x, 4);
     magnitude = bits & 0x7fffffff;
-    bits ^= ((magnitude > LIMIT) & (magnitude <= INFINITE)) ? magnitude ^ LIMIT : 0;   // LIMIT instead of magnitude, the sign stays
+    bits ^= ((magnitude > LIMIT) & (magnitude <= INFINITE))
+                ? magnitude ^ LIMIT
+                : 0; // LIMIT instead of magnitude, the sign stays
     float c;
     memcpy(&c, &bits, 4);
     float shifted = c * LOG2E + MAGIC, n = shifted - MAGIC, r = (c - n * LN2_HIGH) - n * LN2_LOW;
@@ -115,9 +126,9 @@ static inline real exp_real(real x) {
 static inline real sigmoid(real x) { return 1 / (1 + exp_real(-x)); }
 static inline real silu(real x) { return x / (1 + exp_real(-x)); }
 
-// ---- reductions over a row --------------------------------------------------------------------------------------------------------
-// LANES partial results, element i going to lane i mod LANES, added pairwise at the end: a compiler may keep them in vectors without
-// reordering anything, and the error of a sum grows with n/LANES.
+// ---- reductions over a row ------------------------------------------------------------------
+// LANES partial results, element i going to lane i mod LANES, added pairwise at the end: a compiler
+// may keep them in vectors without reordering anything, and the error of a sum grows with n/LANES.
 enum { REDUCE_LANES = 16 };
 static inline real lanes_sum(real *part) {
     for (int w = REDUCE_LANES / 2; w > 0; w /= 2)
@@ -125,7 +136,7 @@ static inline real lanes_sum(real *part) {
     return part[0];
 }
 static inline real row_sum(const real *x, int64_t n) {
-    real part[REDUCE_LANES] = {0};
+    real part[REDUCE_LANES] = { 0 };
     int64_t i = 0;
     for (; i + REDUCE_LANES <= n; i += REDUCE_LANES)
         for (int l = 0; l < REDUCE_LANES; l++) part[l] += x[i + l];
@@ -133,7 +144,7 @@ static inline real row_sum(const real *x, int64_t n) {
     return lanes_sum(part);
 }
 static inline real row_dot(const real *x, const real *y, int64_t n) {
-    real part[REDUCE_LANES] = {0};
+    real part[REDUCE_LANES] = { 0 };
     int64_t i = 0;
     for (; i + REDUCE_LANES <= n; i += REDUCE_LANES)
         for (int l = 0; l < REDUCE_LANES; l++) part[l] += x[i + l] * y[i + l];
@@ -142,7 +153,7 @@ static inline real row_dot(const real *x, const real *y, int64_t n) {
 }
 // -inf for n = 0; a NaN may or may not be seen.
 static inline real row_max(const real *x, int64_t n) {
-    enum { LANES = 2 * REDUCE_LANES };   // wide enough for gcc 12 to keep them in vectors
+    enum { LANES = 2 * REDUCE_LANES }; // wide enough for gcc 12 to keep them in vectors
     real part[LANES], most = -(real)INFINITY;
     int64_t i = 0;
     for (int l = 0; l < LANES; l++) part[l] = most;

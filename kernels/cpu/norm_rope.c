@@ -1,13 +1,19 @@
-// RMSNorm over rows and over heads, rotary position embedding, residual add. All of it is bound by memory: one visit per row.
+// RMSNorm over rows and over heads, rotary position embedding, residual add. All of it is bound by
+// memory: one visit per row.
 //
-// y_j = n_j w_j with n = x r, r = (mean(x^2) + eps)^-1/2. With t_j = dL/dn_j = dy_j w_j and dr/dx_j = -r^3 x_j / C:
-//   dx_j = t_j r + (sum_i t_i x_i) dr/dx_j = r (t_j - n_j mean_i(t_i n_i)),   dw_j = sum over rows of dy_j n_j.
+// y_j = n_j w_j with n = x r, r = (mean(x^2) + eps)^-1/2. With t_j = dL/dn_j = dy_j w_j and dr/dx_j
+// = -r^3 x_j / C:
+//   dx_j = t_j r + (sum_i t_i x_i) dr/dx_j = r (t_j - n_j mean_i(t_i n_i)),   dw_j = sum over rows
+//   of dy_j n_j.
 #include "math.h"
 
-static real inverse_rms(const real *x, real eps, int n) { return 1 / square_root(row_dot(x, x, n) / (real)n + eps); }
+static real inverse_rms(const real *x, real eps, int n) {
+    return 1 / square_root(row_dot(x, x, n) / (real)n + eps);
+}
 
-// ---- RMSNorm of rows ------------------------------------------------------------------------------------------------------------
-void rmsnorm_forward(floatX *y, real *rstd, const floatX *x, const floatX *w, real eps, int R, int C) {
+// ---- RMSNorm of rows ------------------------------------------------------------------------
+void rmsnorm_forward(floatX *y, real *rstd, const floatX *x, const floatX *w, real eps, int R,
+                     int C) {
     PARALLEL_FOR
     for (int row = 0; row < R; row++) {
         const real *xr = view_row(x + (int64_t)row * C, SCRATCH(SCRATCH_LOCAL, real, C), C);
@@ -17,16 +23,18 @@ void rmsnorm_forward(floatX *y, real *rstd, const floatX *x, const floatX *w, re
         if (rstd) rstd[row] = r;
     }
 }
-void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const floatX *dy, const floatX *x, const floatX *w, const real *rstd, int accumulate,
-                      int R, int C) {
-    // dw: threads share the columns and walk down all rows. Sums of 64 rows are added to the total: two short sums err less than a long one.
+void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const floatX *dy,
+                      const floatX *x, const floatX *w, const real *rstd, int accumulate, int R,
+                      int C) {
+    // dw: threads share the columns and walk down all rows. Sums of 64 rows are added to the total:
+    // two short sums err less than a long one.
     enum { STRIP = 64, ROWS = 64 };
     PARALLEL_FOR
     for (int c0 = 0; c0 < C; c0 += STRIP) {
         int n = (int)lesser(STRIP, C - c0);
-        real total[STRIP] = {0};
+        real total[STRIP] = { 0 };
         for (int r0 = 0; r0 < R; r0 += ROWS) {
-            real part[STRIP] = {0};
+            real part[STRIP] = { 0 };
             for (int row = r0; row < lesser(R, r0 + ROWS); row++) {
                 const floatX *d = dy + (int64_t)row * C + c0, *v = x + (int64_t)row * C + c0;
                 for (int j = 0; j < n; j++) part[j] += load(d + j) * (load(v + j) * rstd[row]);
@@ -43,7 +51,8 @@ void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const float
         for (int64_t j = 0; j < C; j++) t[j] = load(dy + at + j) * load(w + j);
         real mean = row_dot(t, xr, C) * r / (real)C;
         if (residual)
-            for (int64_t j = 0; j < C; j++) store(dx + at + j, load(residual + at + j) + r * (t[j] - xr[j] * r * mean));
+            for (int64_t j = 0; j < C; j++)
+                store(dx + at + j, load(residual + at + j) + r * (t[j] - xr[j] * r * mean));
         else
             for (int64_t j = 0; j < C; j++) store(dx + at + j, r * (t[j] - xr[j] * r * mean));
     }
@@ -58,19 +67,22 @@ void add(floatX *out, const floatX *a, const floatX *b, size_t n) {
     }
 }
 
-// ---- heads: RMSNorm, then rotation -------------------------------------------------------------------------------------------------
+// ---- heads: RMSNorm, then rotation ----------------------------------------------------------
 void rope_table(real *cos_table, real *sin_table, double theta, int T, int D) {
     int half = D / 2;
     PARALLEL_FOR
     for (int t = 0; t < T; t++)
         for (int j = 0; j < half; j++) {
-            real frequency = (real)pow(theta, -2.0 * j / D), angle = (real)t * frequency;   // both rounded to fp32 where real is, as HF's are
+            real frequency = (real)pow(theta, -2.0 * j / D),
+                 angle = (real)t * frequency; // both rounded to fp32 where real is, as HF's are
             cos_table[(int64_t)t * half + j] = (real)cos((double)angle);
             sin_table[(int64_t)t * half + j] = (real)sin((double)angle);
         }
 }
-// Pair (j, j + D/2) turns by angle a_j: y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin. The backward turns by -a_j.
-static void head_forward(floatX *y, const floatX *x, const real *w, const real *c, const real *s, real eps, int D, real *buffer) {
+// Pair (j, j + D/2) turns by angle a_j: y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin. The backward
+// turns by -a_j.
+static void head_forward(floatX *y, const floatX *x, const real *w, const real *c, const real *s,
+                         real eps, int D, real *buffer) {
     int half = D / 2;
     const real *v = view_row(x, buffer, D);
     real r = inverse_rms(v, eps, D);
@@ -81,8 +93,8 @@ static void head_forward(floatX *y, const floatX *x, const real *w, const real *
     }
 }
 // dx may be dy: dy is consumed before dx is written. dw (D) is added to. buffer (3D).
-static void head_backward(floatX *dx, real *dw, const floatX *dy, const floatX *x, const real *w, const real *c, const real *s, real eps, int D,
-                          real *buffer) {
+static void head_backward(floatX *dx, real *dw, const floatX *dy, const floatX *x, const real *w,
+                          const real *c, const real *s, real eps, int D, real *buffer) {
     int half = D / 2;
     real *n = buffer + D, *t = buffer + 2 * (int64_t)D;
     const real *v = view_row(x, buffer, D);
@@ -100,13 +112,16 @@ static void head_backward(floatX *dx, real *dw, const floatX *dy, const floatX *
     real mean = row_dot(t, n, D) / (real)D;
     for (int j = 0; j < D; j++) store(dx + j, r * (t[j] - n[j] * mean));
 }
-void qk_norm_rope_forward(floatX *qn, floatX *kn, const floatX *q, const floatX *k, const floatX *wq, const floatX *wk, const real *cos_table,
+void qk_norm_rope_forward(floatX *qn, floatX *kn, const floatX *q, const floatX *k,
+                          const floatX *wq, const floatX *wk, const real *cos_table,
                           const real *sin_table, real eps, int R, int T, int H, int KV, int D) {
     PARALLEL_FOR
     for (int row = 0; row < R; row++) {
         real *buffer = SCRATCH(SCRATCH_LOCAL, real, 3 * (size_t)D);
-        const real *c = cos_table + (int64_t)(row % T) * (D / 2), *s = sin_table + (int64_t)(row % T) * (D / 2);
-        const real *weight_q = view_row(wq, buffer + D, D), *weight_k = view_row(wk, buffer + 2 * (int64_t)D, D);
+        const real *c = cos_table + (int64_t)(row % T) * (D / 2),
+                   *s = sin_table + (int64_t)(row % T) * (D / 2);
+        const real *weight_q = view_row(wq, buffer + D, D),
+                   *weight_k = view_row(wk, buffer + 2 * (int64_t)D, D);
         for (int h = 0; h < H; h++) {
             int64_t at = ((int64_t)row * H + h) * D;
             head_forward(qn + at, q + at, weight_q, c, s, eps, D, buffer);
@@ -117,20 +132,25 @@ void qk_norm_rope_forward(floatX *qn, floatX *kn, const floatX *q, const floatX 
         }
     }
 }
-void qk_norm_rope_backward(floatX *dq, floatX *dk, gradX *dwq, gradX *dwk, const floatX *dqn, const floatX *dkn, const floatX *q, const floatX *k,
-                           const floatX *wq, const floatX *wk, const real *cos_table, const real *sin_table, real eps, int accumulate, int R, int T, int H,
-                           int KV, int D) {
-    // Weight gradients: rows are cut into SLICES (I8: always), each with its own sums, added in order at the end.
+void qk_norm_rope_backward(floatX *dq, floatX *dk, gradX *dwq, gradX *dwk, const floatX *dqn,
+                           const floatX *dkn, const floatX *q, const floatX *k, const floatX *wq,
+                           const floatX *wk, const real *cos_table, const real *sin_table, real eps,
+                           int accumulate, int R, int T, int H, int KV, int D) {
+    // Weight gradients: rows are cut into SLICES (I8: always), each with its own sums, added in
+    // order at the end.
     enum { SLICES = 64 };
     real *sums = SCRATCH(SCRATCH_SHARED, real, 2 * (size_t)SLICES * D);
     PARALLEL_FOR
     for (int slice = 0; slice < SLICES; slice++) {
-        real *buffer = SCRATCH(SCRATCH_LOCAL, real, 5 * (size_t)D), *sum_q = sums + 2 * (int64_t)slice * D, *sum_k = sum_q + D;
-        const real *weight_q = view_row(wq, buffer + 3 * (int64_t)D, D), *weight_k = view_row(wk, buffer + 4 * (int64_t)D, D);
+        real *buffer = SCRATCH(SCRATCH_LOCAL, real, 5 * (size_t)D),
+             *sum_q = sums + 2 * (int64_t)slice * D, *sum_k = sum_q + D;
+        const real *weight_q = view_row(wq, buffer + 3 * (int64_t)D, D),
+                   *weight_k = view_row(wk, buffer + 4 * (int64_t)D, D);
         memset(sum_q, 0, 2 * (size_t)D * sizeof(real));
         int last = (int)((int64_t)R * (slice + 1) / SLICES);
         for (int row = (int)((int64_t)R * slice / SLICES); row < last; row++) {
-            const real *c = cos_table + (int64_t)(row % T) * (D / 2), *s = sin_table + (int64_t)(row % T) * (D / 2);
+            const real *c = cos_table + (int64_t)(row % T) * (D / 2),
+                       *s = sin_table + (int64_t)(row % T) * (D / 2);
             for (int h = 0; h < H; h++) {
                 int64_t at = ((int64_t)row * H + h) * D;
                 head_backward(dq + at, sum_q, dqn + at, q + at, weight_q, c, s, eps, D, buffer);

@@ -1,21 +1,30 @@
-// SGD, AdamW and AdamW with 8-bit moments on segments of flat shards, the gradient norm, and initial weights.
+// SGD, AdamW and AdamW with 8-bit moments on segments of flat shards, the gradient norm, and
+// initial weights.
 //
-// Everything goes in blocks of 256 elements of the Hugging Face tensor: one block is one call of a loop with a constant trip count (a shorter last
-// block is padded), so an element meets the same instructions wherever a shard was cut (I4), and compilers vectorise it without a tail.
-// Formulas are torch.optim's, in its order of operations, in real:
+// Everything goes in blocks of 256 elements of the Hugging Face tensor: one block is one call of a
+// loop with a constant trip count (a shorter last block is padded), so an element meets the same
+// instructions wherever a shard was cut (I4), and compilers vectorise it without a tail. Formulas
+// are torch.optim's, in its order of operations, in real:
 //   SGD    g += wd p;  buf = t == 1 ? g : mu buf + g;  p -= lr buf
-//   AdamW  p *= 1 - lr wd;  m += (1-b1)(g - m);  v = b2 v + (1-b2) g^2;  p -= (lr / bc1) m / (sqrt(v) / sqrt(bc2) + eps),  bc = 1 - b^t
+//   AdamW  p *= 1 - lr wd;  m += (1-b1)(g - m);  v = b2 v + (1-b2) g^2;  p -= (lr / bc1) m /
+//   (sqrt(v) / sqrt(bc2) + eps),  bc = 1 - b^t
 #include "../fail.h"
 #include "../quant8.h"
 #include "math.h"
 
-enum { BLOCK = QUANT8_BLOCK, PIECE = 256 };   // elements of a block; blocks of a task
+enum { BLOCK = QUANT8_BLOCK, PIECE = 256 }; // elements of a block; blocks of a task
 
-// ---- segments to tasks ------------------------------------------------------------------------------------------------------------
-// Cuts lie at multiples of 256 * PIECE elements of the TENSOR, so sums and noise do not depend on where a segment begins.
-typedef struct { int segment; int64_t first, count; } Piece;   // elements [first, first + count) of the segment
+// ---- segments to tasks ----------------------------------------------------------------------
+// Cuts lie at multiples of 256 * PIECE elements of the TENSOR, so sums and noise do not depend on
+// where a segment begins.
+typedef struct {
+    int segment;
+    int64_t first, count;
+} Piece; // elements [first, first + count) of the segment
 
-static int64_t until(const Segment *segment, int64_t at, int64_t end, int64_t step) {   // elements from `at` to the tensor's next multiple of step, at most to end
+static int64_t until(
+    const Segment *segment, int64_t at, int64_t end,
+    int64_t step) { // elements from `at` to the tensor's next multiple of step, at most to end
     return lesser(end - at, step - (segment->first + at) % step);
 }
 static Piece *cut_pieces(const Segment *segments, int n_segments, int64_t *count) {
@@ -26,48 +35,60 @@ static Piece *cut_pieces(const Segment *segments, int n_segments, int64_t *count
     for (int s = 0; s < n_segments; s++)
         for (int64_t i = 0, length; i < segments[s].count; i += length) {
             length = until(&segments[s], i, segments[s].count, size);
-            piece[n++] = (Piece){s, i, length};
+            piece[n++] = (Piece){ s, i, length };
         }
     *count = n;
     return piece;
 }
 
-// ---- the update of one block --------------------------------------------------------------------------------------------------------
-typedef struct { real scale, lr, momentum, keep, lerp, beta2, square, root, eps, step; int first; } Coefficients;
+// ---- the update of one block ----------------------------------------------------------------
+typedef struct {
+    real scale, lr, momentum, keep, lerp, beta2, square, root, eps, step;
+    int first;
+} Coefficients;
 
 static Coefficients coefficients(const OptimizerStep *o, real scale, double decay) {
-    double correction1 = 1 - pow(o->beta1, (double)o->t), correction2 = 1 - pow(o->beta2, (double)o->t);
+    double correction1 = 1 - pow(o->beta1, (double)o->t),
+           correction2 = 1 - pow(o->beta2, (double)o->t);
     Coefficients c;
     c.scale = scale, c.lr = (real)o->lr, c.momentum = (real)o->momentum, c.first = o->t == 1;
-    c.keep = (real)(o->kind == OPT_SGD ? o->weight_decay * decay : 1 - o->lr * o->weight_decay * decay);
-    c.lerp = (real)(1 - o->beta1), c.beta2 = (real)o->beta2, c.square = (real)(1 - o->beta2), c.eps = (real)o->eps;
+    c.keep =
+        (real)(o->kind == OPT_SGD ? o->weight_decay * decay : 1 - o->lr * o->weight_decay * decay);
+    c.lerp = (real)(1 - o->beta1), c.beta2 = (real)o->beta2, c.square = (real)(1 - o->beta2),
+    c.eps = (real)o->eps;
     c.root = (real)sqrt(correction2), c.step = (real)(o->lr / correction1);
     return c;
 }
-static void adamw_block(real *restrict p, const real *restrict g, real *restrict m, real *restrict v, const Coefficients *c) {
+static void adamw_block(real *restrict p, const real *restrict g, real *restrict m,
+                        real *restrict v, const Coefficients *c) {
     Coefficients k = *c;
     for (int i = 0; i < BLOCK; i++) {
-        real d = g[i] * k.scale, m1 = m[i] + k.lerp * (d - m[i]), v1 = k.beta2 * v[i] + k.square * d * d;
+        real d = g[i] * k.scale, m1 = m[i] + k.lerp * (d - m[i]),
+             v1 = k.beta2 * v[i] + k.square * d * d;
         real root = square_root(v1);
         m[i] = m1, v[i] = v1;
         p[i] = k.keep * p[i] - k.step * m1 / (root / k.root + k.eps);
     }
 }
-static void sgd_block(real *restrict p, const real *restrict g, real *restrict buf, const Coefficients *c) {
+static void sgd_block(real *restrict p, const real *restrict g, real *restrict buf,
+                      const Coefficients *c) {
     Coefficients k = *c;
     for (int i = 0; i < BLOCK; i++) {
         real d = g[i] * k.scale + k.keep * p[i];
-        buf[i] = k.first ? d : k.momentum * buf[i] + d;   // not 0 * buf: the first step does not read it
+        buf[i] =
+            k.first ? d : k.momentum * buf[i] + d; // not 0 * buf: the first step does not read it
         p[i] -= k.lr * buf[i];
     }
 }
-static void decode_block(real *m, real *v, const uint8_t *m8, const uint8_t *v8, float m_scale, float v_scale, int n) {
+static void decode_block(real *m, real *v, const uint8_t *m8, const uint8_t *v8, float m_scale,
+                         float v_scale, int n) {
     for (int i = 0; i < n; i++) {
         v[i] = v8_decode(v8[i], v_scale);
         m[i] = m8_decode(m8[i], m_scale) * square_root(v[i]);
     }
 }
-// The largest of BLOCK floats >= 0: their bits are ordered as integers are, and an integer maximum is one vector instruction.
+// The largest of BLOCK floats >= 0: their bits are ordered as integers are, and an integer maximum
+// is one vector instruction.
 static float largest(const float *x) {
     int32_t top = 0, bits;
     for (int i = 0; i < BLOCK; i++) {
@@ -78,8 +99,10 @@ static float largest(const float *x) {
     memcpy(&value, &top, 4);
     return value;
 }
-// The order of steps is quant8.h's. Codes are computed as ints, one simple loop each: that is what compilers turn into vectors.
-static void encode_block(uint8_t *m8, uint8_t *v8, float *m_scale, float *v_scale, const real *m, const real *v, float bound, Noise noise, int n) {
+// The order of steps is quant8.h's. Codes are computed as ints, one simple loop each: that is what
+// compilers turn into vectors.
+static void encode_block(uint8_t *m8, uint8_t *v8, float *m_scale, float *v_scale, const real *m,
+                         const real *v, float bound, Noise noise, int n) {
     float w[BLOCK], u[BLOCK], size[BLOCK];
     uint32_t bits[BLOCK];
     uint8_t code[BLOCK];
@@ -89,7 +112,8 @@ static void encode_block(uint8_t *m8, uint8_t *v8, float *m_scale, float *v_scal
     for (int i = 0; i < BLOCK; i++) code[i] = v8_encode(w[i] / top, w[i] > 0, bits[i]);
     for (int i = 0; i < BLOCK; i++) w[i] = v8_decode(code[i], top);
     for (int i = 0; i < BLOCK; i++) {
-        float s = (float)square_root(w[i]), x = (float)m[i] / (w[i] > 0 ? s : INFINITY);   // v8 = 0: u = 0
+        float s = (float)square_root(w[i]),
+              x = (float)m[i] / (w[i] > 0 ? s : INFINITY); // v8 = 0: u = 0
         x = x < bound ? x : bound;
         u[i] = x > -bound ? x : -bound;
         size[i] = fabsf(u[i]);
@@ -101,12 +125,15 @@ static void encode_block(uint8_t *m8, uint8_t *v8, float *m_scale, float *v_scal
     for (int i = 0; i < BLOCK; i++) code[i] = m8_encode(u[i] * inverse, bits[i]);
     memcpy(m8, code, (size_t)n);
 }
-// p as floatX: exact where floatX is real; bf16 to nearest where a master keeps what is lost, else stochastically.
+// p as floatX: exact where floatX is real; bf16 to nearest where a master keeps what is lost, else
+// stochastically.
 static void store_param(floatX *param, const real *p, int nearest, Noise noise, int lane, int n) {
 #if defined(MOE_BF16)
-    if (nearest) store_row(param, p, n);
+    if (nearest)
+        store_row(param, p, n);
     else
-        for (int i = 0; i < n; i++) param[i].bits = bf16_stochastic(p[i], noise_bits(noise, 2, (uint32_t)(lane + i)) >> 16);
+        for (int i = 0; i < n; i++)
+            param[i].bits = bf16_stochastic(p[i], noise_bits(noise, 2, (uint32_t)(lane + i)) >> 16);
 #else
     (void)nearest, (void)noise, (void)lane;
     if (&param->v != p) store_row(param, p, n);
@@ -118,14 +145,17 @@ static real *whole(real *x, real *copy, int n) {
     memset(copy, 0, BLOCK * sizeof(real)), memcpy(copy, x, (size_t)n * sizeof(real));
     return copy;
 }
-static void update_block(const OptimizerState *s, const OptimizerStep *o, const Coefficients *c, const Segment *segment, int64_t at, int n, float bound) {
+static void update_block(const OptimizerState *s, const OptimizerStep *o, const Coefficients *c,
+                         const Segment *segment, int64_t at, int n, float bound) {
     int64_t i = segment->offset + at, q = segment->qblock + at / BLOCK;
-    real p_copy[BLOCK], g_copy[BLOCK], m_copy[BLOCK] = {0}, v_copy[BLOCK] = {0};
-    Noise noise = {{0, 0, 0, 0}};
+    real p_copy[BLOCK], g_copy[BLOCK], m_copy[BLOCK] = { 0 }, v_copy[BLOCK] = { 0 };
+    Noise noise = { { 0, 0, 0, 0 } };
     if (o->kind == OPT_ADAMW8 || (sizeof(floatX) < sizeof(real) && !s->master))
-        noise = noise_block(o->seed, segment->tensor, (uint64_t)((segment->first + at) / BLOCK), (uint64_t)o->step);
+        noise = noise_block(o->seed, segment->tensor, (uint64_t)((segment->first + at) / BLOCK),
+                            (uint64_t)o->step);
     const real *g = &s->grad[i].v;
-    if (n < BLOCK) memset(g_copy, 0, sizeof g_copy), memcpy(g_copy, g, (size_t)n * sizeof(real)), g = g_copy;
+    if (n < BLOCK)
+        memset(g_copy, 0, sizeof g_copy), memcpy(g_copy, g, (size_t)n * sizeof(real)), g = g_copy;
 #if defined(MOE_BF16)
     real *p = s->master ? whole(s->master + i, p_copy, n) : p_copy;
     if (!s->master) memset(p_copy, 0, sizeof p_copy), load_row(p_copy, s->param + i, n);
@@ -136,18 +166,23 @@ static void update_block(const OptimizerState *s, const OptimizerStep *o, const 
     int exact = o->kind == OPT_ADAMW || (o->kind == OPT_SGD && s->m && o->momentum != 0);
     if (exact) m = whole(s->m + i, m_copy, n);
     if (o->kind == OPT_ADAMW) v = whole(s->v + i, v_copy, n);
-    if (o->kind == OPT_ADAMW8) decode_block(m, v, s->m8 + i, s->v8 + i, s->m_scale[q], s->v_scale[q], n);
+    if (o->kind == OPT_ADAMW8)
+        decode_block(m, v, s->m8 + i, s->v8 + i, s->m_scale[q], s->v_scale[q], n);
 
-    if (o->kind == OPT_SGD) sgd_block(p, g, m, c);
-    else adamw_block(p, g, m, v, c);
+    if (o->kind == OPT_SGD)
+        sgd_block(p, g, m, c);
+    else
+        adamw_block(p, g, m, v, c);
 
-    if (o->kind == OPT_ADAMW8) encode_block(s->m8 + i, s->v8 + i, s->m_scale + q, s->v_scale + q, m, v, bound, noise, n);
+    if (o->kind == OPT_ADAMW8)
+        encode_block(s->m8 + i, s->v8 + i, s->m_scale + q, s->v_scale + q, m, v, bound, noise, n);
     if (exact && m == m_copy) memcpy(s->m + i, m, (size_t)n * sizeof(real));
     if (o->kind == OPT_ADAMW && v == v_copy) memcpy(s->v + i, v, (size_t)n * sizeof(real));
     if (s->master && p == p_copy) memcpy(s->master + i, p, (size_t)n * sizeof(real));
     store_param(s->param + i, p, s->master != 0, noise, (int)((segment->first + at) % BLOCK), n);
 }
-void optimizer_update(const OptimizerState *s, const Segment *segments, int n_segments, const OptimizerStep *o, const real *scale) {
+void optimizer_update(const OptimizerState *s, const Segment *segments, int n_segments,
+                      const OptimizerStep *o, const real *scale) {
     real factor = (real)(scale[0] * o->grad_scale);
     if (!isfinite(factor)) return;
     Coefficients with_decay = coefficients(o, factor, 1), without = coefficients(o, factor, 0);
@@ -155,7 +190,8 @@ void optimizer_update(const OptimizerState *s, const Segment *segments, int n_se
     for (int i = 0; o->kind == OPT_ADAMW8 && i < n_segments; i++)
         if (segments[i].first % BLOCK)
             die("a shard starts at element %lld of a tensor, inside a block of 8-bit state|8-bit AdamW needs cuts at multiples of %d elements: choose "
-                "another --fsdp, or --optimizer adamw", (long long)segments[i].first, BLOCK);
+                "another --fsdp, or --optimizer adamw",
+                (long long)segments[i].first, BLOCK);
     int64_t pieces;
     Piece *piece = cut_pieces(segments, n_segments, &pieces);
     PARALLEL_TILES
@@ -169,12 +205,12 @@ void optimizer_update(const OptimizerState *s, const Segment *segments, int n_se
     }
 }
 
-// ---- norms and scales -----------------------------------------------------------------------------------------------------------------
+// ---- norms and scales -----------------------------------------------------------------------
 // Block sums in 16 lanes of doubles, blocks in order, pieces in order.
 static double squares(const gradX *g, const Segment *segment, int64_t first, int64_t count) {
     double total = 0;
     for (int64_t b = first, n = first + count, end; b < n; b = end) {
-        double lane[16] = {0};
+        double lane[16] = { 0 };
         int64_t i = b;
         end = b + until(segment, b, n, BLOCK);
         for (; i + 16 <= end; i += 16)
@@ -191,7 +227,9 @@ void gradient_squares(double *sums, const gradX *grad, const Segment *segments, 
     Piece *piece = cut_pieces(segments, n_segments, &pieces);
     double *partial = SCRATCH(SCRATCH_LOCAL, double, pieces + 1);
     PARALLEL_TILES
-    for (int64_t j = 0; j < pieces; j++) partial[j] = squares(grad + segments[piece[j].segment].offset, &segments[piece[j].segment], piece[j].first, piece[j].count);
+    for (int64_t j = 0; j < pieces; j++)
+        partial[j] = squares(grad + segments[piece[j].segment].offset, &segments[piece[j].segment],
+                             piece[j].first, piece[j].count);
     for (int i = 0; i < n_segments; i++) sums[i] = 0;
     for (int64_t j = 0; j < pieces; j++) sums[piece[j].segment] += partial[j];
 }
@@ -218,17 +256,22 @@ void clip_scale(real *norm, real *scale, const double *sums, int n, double clip)
     scale[0] = isfinite(norm[0]) ? (real)(s < 1 ? s : 1) : (real)NAN;
 }
 
-// ---- initial weights --------------------------------------------------------------------------------------------------------------------
-void init_segments(floatX *param, real *master, const Segment *segments, int n_segments, uint64_t seed, double std) {
+// ---- initial weights ------------------------------------------------------------------------
+void init_segments(floatX *param, real *master, const Segment *segments, int n_segments,
+                   uint64_t seed, double std) {
     int64_t pieces;
     Piece *piece = cut_pieces(segments, n_segments, &pieces);
     PARALLEL_TILES
     for (int64_t j = 0; j < pieces; j++) {
         const Segment *segment = segments + piece[j].segment;
-        for (int64_t i = piece[j].first, end = i + piece[j].count; i < end; ) {   // one Philox gives two neighbours
-            Random128 bits = random_normal_block(seed, segment->tensor, (uint64_t)(segment->first + i));
+        for (int64_t i = piece[j].first, end = i + piece[j].count;
+             i < end;) { // one Philox gives two neighbours
+            Random128 bits =
+                random_normal_block(seed, segment->tensor, (uint64_t)(segment->first + i));
             for (int half = (int)((segment->first + i) % 2); half < 2 && i < end; half++, i++) {
-                real value = (real)(std < 0 ? 1 : std * inverse_normal(random_uniform(random_half(bits, half))));
+                real value =
+                    (real)(std < 0 ? 1
+                                   : std * inverse_normal(random_uniform(random_half(bits, half))));
                 store(param + segment->offset + i, value);
                 if (master) master[segment->offset + i] = value;
             }

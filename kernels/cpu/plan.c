@@ -1,29 +1,39 @@
-// The row index between pool tokens and expert rows, and the two exact linear maps that use it: gather (tokens to rows) and its adjoint,
-// the sum of a token's rows. Sums read through the inverse index in a fixed order: nothing is scattered, nothing is atomic (I8).
+// The row index between pool tokens and expert rows, and the two exact linear maps that use it:
+// gather (tokens to rows) and its adjoint, the sum of a token's rows. Sums read through the inverse
+// index in a fixed order: nothing is scattered, nothing is atomic (I8).
 #include "../device.h"
 #include "../fail.h"
 #include "math.h"
 #include <limits.h>
 
-// N = P min(K,E) choices at most, no expert more than P of them. The padded total is tile * (number of tiles), and tiles are cheapest
-// where they are nearly empty: a first tile costs an expert one row, every further one costs it `tile` rows more. So give one row
-// to each of E' = min(E,N) experts, then spend what is left in pieces of `tile`, at most floor((P-1)/tile) an expert. With tile 1 this is N.
+// N = P min(K,E) choices at most, no expert more than P of them. The padded total is tile * (number
+// of tiles), and tiles are cheapest where they are nearly empty: a first tile costs an expert one
+// row, every further one costs it `tile` rows more. So give one row to each of E' = min(E,N)
+// experts, then spend what is left in pieces of `tile`, at most floor((P-1)/tile) an expert. With
+// tile 1 this is N.
 int plan_rows(int P, int K, int E_local) {
-    int64_t tile = device_row_tile(), choices = (int64_t)P * lesser(K, E_local), experts = lesser(E_local, choices);
+    int64_t tile = device_row_tile(), choices = (int64_t)P * lesser(K, E_local),
+            experts = lesser(E_local, choices);
     if (choices <= 0) return 0;
-    int64_t further = lesser((choices - experts) / tile, experts * ((P - 1) / tile)), rows = (experts + further) * tile;
-    if (rows > INT_MAX) die("%lld expert rows for a pool of %d tokens|use a smaller --micro-batch", (long long)rows, P);
+    int64_t further = lesser((choices - experts) / tile, experts * ((P - 1) / tile)),
+            rows = (experts + further) * tile;
+    if (rows > INT_MAX)
+        die("%lld expert rows for a pool of %d tokens|use a smaller --micro-batch", (long long)rows,
+            P);
     return (int)rows;
 }
-// A stable counting sort by expert: count, cumulate (each expert padded to the tile), then hand out rows in pool order.
+// A stable counting sort by expert: count, cumulate (each expert padded to the tile), then hand out
+// rows in pool order.
 void plan_build(Plan *plan, const int *choice, const int *n_pool, int first_expert) {
-    int P = plan->P, E = plan->E, K = plan->K, M = plan->M, tile = device_row_tile(), *start = plan->expert_row;
+    int P = plan->P, E = plan->E, K = plan->K, M = plan->M, tile = device_row_tile(),
+        *start = plan->expert_row;
     int tokens = n_pool && *n_pool < P ? *n_pool : P;
     int64_t n = (int64_t)tokens * K;
     int *next = SCRATCH(SCRATCH_SHARED, int, E + 1);
     memset(next, 0, sizeof(int) * (size_t)(E + 1));
     for (int64_t i = 0; i < n; i++) {
-        unsigned e = (unsigned)choice[i] - (unsigned)first_expert;   // -1 and experts of other ranks wrap around past E
+        unsigned e = (unsigned)choice[i] -
+                     (unsigned)first_expert; // -1 and experts of other ranks wrap around past E
         if (choice[i] >= 0 && e < (unsigned)E) next[e]++;
     }
     int64_t row = 0;
@@ -31,7 +41,9 @@ void plan_build(Plan *plan, const int *choice, const int *n_pool, int first_expe
         int64_t count = next[e];
         start[e] = next[e] = (int)row;
         row += div_up(count, tile) * tile;
-        if (row > M) die("%lld or more expert rows where the plan has room for %d|a plan needs plan_rows(P, K, E) rows", (long long)row, M);
+        if (row > M)
+            die("%lld or more expert rows where the plan has room for %d|a plan needs plan_rows(P, K, E) rows",
+                (long long)row, M);
     }
     start[E] = (int)row;
     for (int m = 0; m < M; m++) plan->row_token[m] = -1;
@@ -46,28 +58,32 @@ void plan_build(Plan *plan, const int *choice, const int *n_pool, int first_expe
 void plan_dense(Plan *plan, int R) {
     int rows = (int)div_up(R, device_row_tile()) * device_row_tile();
     if (R > plan->P || rows > plan->M || plan->K != 1 || plan->E != 1)
-        die("a dense plan of %d tokens where P = %d, M = %d, K = %d, E = %d|it needs P >= R, M >= plan_rows(R, 1, 1), K = E = 1", R, plan->P, plan->M,
-            plan->K, plan->E);
+        die("a dense plan of %d tokens where P = %d, M = %d, K = %d, E = %d|it needs P >= R, M >= plan_rows(R, 1, 1), K = E = 1",
+            R, plan->P, plan->M, plan->K, plan->E);
     plan->expert_row[0] = 0, plan->expert_row[1] = rows;
     for (int m = 0; m < plan->M; m++) plan->row_token[m] = m < R ? m : -1;
     for (int p = 0; p < plan->P; p++) plan->token_row[p] = p < R ? p : -1;
 }
 
-// ---- gather and its adjoint -----------------------------------------------------------------------------------------------------
+// ---- gather and its adjoint -----------------------------------------------------------------
 void rows_gather(void *out, const void *in, const int *index, int n, size_t row_bytes) {
     PARALLEL_FOR
     for (int i = 0; i < n; i++) {
         char *to = (char *)out + (size_t)i * row_bytes;
-        if (index[i] < 0) memset(to, 0, row_bytes);
-        else memcpy(to, (const char *)in + (size_t)index[i] * row_bytes, row_bytes);
+        if (index[i] < 0)
+            memset(to, 0, row_bytes);
+        else
+            memcpy(to, (const char *)in + (size_t)index[i] * row_bytes, row_bytes);
     }
 }
-// out_r = sum over j of weight_rj in[index_rj], in the order of j, in stripes that stay in registers and the first cache level.
+// out_r = sum over j of weight_rj in[index_rj], in the order of j, in stripes that stay in
+// registers and the first cache level.
 enum { STRIPE = 256 };
-static void sum_row(floatX *out, const floatX *in, const int *index, const real *weight, int J, int C) {
+static void sum_row(floatX *out, const floatX *in, const int *index, const real *weight, int J,
+                    int C) {
     for (int c = 0; c < C; c += STRIPE) {
         int width = (int)lesser(STRIPE, C - c);
-        real sum[STRIPE] = {0};
+        real sum[STRIPE] = { 0 };
         for (int j = 0; j < J; j++) {
             if (index[j] < 0) continue;
             const floatX *x = in + (int64_t)index[j] * C + c;
@@ -81,7 +97,8 @@ void rows_combine(floatX *out, const floatX *Y, const real *score, const Plan *p
     int K = plan->K;
     PARALLEL_FOR
     for (int p = 0; p < plan->P; p++)
-        sum_row(out + (int64_t)p * C, Y, plan->token_row + (int64_t)p * K, score ? score + (int64_t)p * K : 0, K, C);
+        sum_row(out + (int64_t)p * C, Y, plan->token_row + (int64_t)p * K,
+                score ? score + (int64_t)p * K : 0, K, C);
 }
 void rows_sum(floatX *out, const floatX *in, const int *index, int R, int J, int C) {
     PARALLEL_FOR

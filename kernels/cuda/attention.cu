@@ -1,4 +1,5 @@
-// Which attention kernel computes: cuDNN's where this build and this GPU have it, else flash (attention.cuh).
+// Which attention kernel computes: cuDNN's where this build and this GPU have it, else flash
+// (attention.cuh).
 #include "attention.cuh"
 #if defined(MOE_CUDNN) && defined(MOE_BF16)
 #include "attention_cudnn.h"
@@ -12,17 +13,25 @@ void attention_select(const char *name) {
 #ifdef CUDNN_OR_FLASH
     const char *hint = "auto (cudnn), cudnn or flash";
     use_cudnn = automatic || !strcmp(name, "cudnn");
-    if (use_cudnn && compute_stream() && !cudnn_attention_start()) {      // no stream: a plan without a GPU
-        if (!automatic) die("cuDNN does not start on this GPU|--attention-kernel flash, or a newer driver");
-        fprintf(stderr, "attention: cuDNN does not start on this GPU; the kernel \"flash\" computes it\n");
+    if (use_cudnn && compute_stream() &&
+        !cudnn_attention_start()) { // no stream: a plan without a GPU
+        if (!automatic)
+            die("cuDNN does not start on this GPU|--attention-kernel flash, or a newer driver");
+        fprintf(stderr,
+                "attention: cuDNN does not start on this GPU; the kernel \"flash\" computes it\n");
         use_cudnn = 0;
     }
 #else
-    const char *hint = strcmp(name, "cudnn") ? "auto (flash) or flash" : "auto or flash; cudnn needs PRECISION=bf16 and a cuDNN that make found (make detect)";
+    const char *hint =
+        strcmp(name, "cudnn")
+            ? "auto (flash) or flash"
+            : "auto or flash; cudnn needs PRECISION=bf16 and a cuDNN that make found (make detect)";
 #endif
-    if (!use_cudnn && !automatic && strcmp(name, "flash")) die("the CUDA backend of this build has no attention kernel \"%s\"|choose --attention-kernel %s", name, hint);
+    if (!use_cudnn && !automatic && strcmp(name, "flash"))
+        die("the CUDA backend of this build has no attention kernel \"%s\"|choose --attention-kernel %s",
+            name, hint);
 }
-size_t attention_workspace(int B, int T, int H, int KV, int D) {      // delta (B,H,T)
+size_t attention_workspace(int B, int T, int H, int KV, int D) { // delta (B,H,T)
     size_t bytes = (size_t)B * (size_t)T * (size_t)H * sizeof(float);
     (void)KV, (void)D;
 #ifdef CUDNN_OR_FLASH
@@ -31,19 +40,25 @@ size_t attention_workspace(int B, int T, int H, int KV, int D) {      // delta (
 #endif
     return bytes;
 }
-void attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, const floatX *v, void *workspace, int B, int T, int H, int KV, int D) {
+void attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, const floatX *v,
+                       void *workspace, int B, int T, int H, int KV, int D) {
     (void)workspace;
     if (!B || !T) return;
 #ifdef CUDNN_OR_FLASH
-    if (use_cudnn && cudnn_attention_forward(o, lse, q, k, v, workspace, B, T, H, KV, D, compute_stream())) return;
+    if (use_cudnn &&
+        cudnn_attention_forward(o, lse, q, k, v, workspace, B, T, H, KV, D, compute_stream()))
+        return;
 #endif
     flash_attention_forward(o, lse, q, k, v, B, T, H, KV, D);
 }
-void attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o, const floatX *o, const real *lse, const floatX *q, const floatX *k,
-                        const floatX *v, void *workspace, int B, int T, int H, int KV, int D) {
+void attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o, const floatX *o,
+                        const real *lse, const floatX *q, const floatX *k, const floatX *v,
+                        void *workspace, int B, int T, int H, int KV, int D) {
     if (!B || !T) return;
 #ifdef CUDNN_OR_FLASH
-    if (use_cudnn && cudnn_attention_backward(dq, dk, dv, d_o, o, lse, q, k, v, workspace, B, T, H, KV, D, compute_stream())) return;
+    if (use_cudnn && cudnn_attention_backward(dq, dk, dv, d_o, o, lse, q, k, v, workspace, B, T, H,
+                                              KV, D, compute_stream()))
+        return;
 #endif
     flash_attention_backward(dq, dk, dv, d_o, o, lse, q, k, v, (float *)workspace, B, T, H, KV, D);
 }

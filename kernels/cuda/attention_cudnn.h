@@ -1,22 +1,34 @@
-// Attention by cuDNN, in builds where make found it (MOE_CUDNN). attention.cu asks here first, and flash where cuDNN has no plan.
+// Attention by cuDNN, in builds where make found it (MOE_CUDNN). attention.cu asks here first, and
+// flash where cuDNN has no plan.
 #ifndef MOE_ATTENTION_CUDNN_H
 #define MOE_ATTENTION_CUDNN_H
 #include "../kernels.h"
 #include <cuda_runtime_api.h>
 MOE_BEGIN_C
-// attention_forward and attention_backward of kernels.h on `stream`, B and T above 0; workspace: cudnn_attention_workspace() bytes. 0: cuDNN has no deterministic (I8) plan for
-// the shape on this GPU; the outputs are to be computed otherwise, and one line on stderr has said so. A plan that exists and fails ends the run.
-int cudnn_attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, const floatX *v, void *workspace, int B, int T, int H, int KV, int D, cudaStream_t stream);
-int cudnn_attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o, const floatX *o, const real *lse, const floatX *q, const floatX *k, const floatX *v,
-                             void *workspace, int B, int T, int H, int KV, int D, cudaStream_t stream);
-// A bound that depends on the shape alone, so that --plan needs no GPU; an engine that wants more is not taken.
+// attention_forward and attention_backward of kernels.h on `stream`, B and T above 0; workspace:
+// cudnn_attention_workspace() bytes. 0: cuDNN has no deterministic (I8) plan for the shape on this
+// GPU; the outputs are to be computed otherwise, and one line on stderr has said so. A plan that
+// exists and fails ends the run.
+int cudnn_attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, const floatX *v,
+                            void *workspace, int B, int T, int H, int KV, int D,
+                            cudaStream_t stream);
+int cudnn_attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o, const floatX *o,
+                             const real *lse, const floatX *q, const floatX *k, const floatX *v,
+                             void *workspace, int B, int T, int H, int KV, int D,
+                             cudaStream_t stream);
+// A bound that depends on the shape alone, so that --plan needs no GPU; an engine that wants more
+// is not taken.
 size_t cudnn_attention_workspace(int B, int T, int H, int KV, int D);
-// Loads cuDNN onto the GPU: before the arenas look at what is free. 0 where it does not start. The functions above do it where nobody has.
+// Loads cuDNN onto the GPU: before the arenas look at what is free. 0 where it does not start. The
+// functions above do it where nobody has.
 int cudnn_attention_start(void);
 void cudnn_attention_finish(void);
-extern int64_t cudnn_attention_chunk;      // backward runs in calls that need about so many bytes beside the tensors (576 MiB); tests make it small
-// Without a GPU: how many engine configurations cuDNN has for the graph on the GPU that `device` describes (JSON: kernels/test_cudnn.c), 0 where none would be taken; *why then names
-// what refused it. *workspace: bytes of the one that would be taken.
-int cudnn_attention_check(const char *device, int backward, int B, int T, int H, int KV, int D, int64_t *workspace, const char **why);
+extern int64_t cudnn_attention_chunk; // backward runs in calls that need about so many bytes beside
+                                      // the tensors (576 MiB); tests make it small
+// Without a GPU: how many engine configurations cuDNN has for the graph on the GPU that `device`
+// describes (JSON: kernels/test_cudnn.c), 0 where none would be taken; *why then names what refused
+// it. *workspace: bytes of the one that would be taken.
+int cudnn_attention_check(const char *device, int backward, int B, int T, int H, int KV, int D,
+                          int64_t *workspace, const char **why);
 MOE_END_C
 #endif

@@ -1,9 +1,13 @@
-// What every CUDA kernel shares: error checks, streams, scratch, 16-byte packets of floatX, reductions of a warp and a block.
+// What every CUDA kernel shares: error checks, streams, scratch, 16-byte packets of floatX,
+// reductions of a warp and a block.
 //
 // Rules of this folder
-//   - Kernels run on STREAM_COMPUTE, never wait on the host (I11) and never allocate once every shape was seen (I10).
-//   - Sums have a fixed order: partial sums go to scratch and a second kernel adds them in index order. Atomics are integer ones only (I8).
-//   - Offsets are 64-bit (I9). Widths (C, F, D) are multiples of PACK, so that rows can be moved 16 bytes at a time.
+//   - Kernels run on STREAM_COMPUTE, never wait on the host (I11) and never allocate once every
+//   shape was seen (I10).
+//   - Sums have a fixed order: partial sums go to scratch and a second kernel adds them in index
+//   order. Atomics are integer ones only (I8).
+//   - Offsets are 64-bit (I9). Widths (C, F, D) are multiples of PACK, so that rows can be moved 16
+//   bytes at a time.
 //   - Instructions beyond CUDA C++ come from ptx.h, so that the same source runs in dev/cuemu.
 #ifndef MOE_CUDA_COMMON_CUH
 #define MOE_CUDA_COMMON_CUH
@@ -16,32 +20,41 @@
 #error "the CUDA backend has bf16 and fp32 kernels only: PRECISION=bf16 or fp32"
 #endif
 
-#define CUDA_CHECK(call) do { cudaError_t error_ = (call); if (error_ != cudaSuccess) cuda_failed(error_, #call, __FILE__, __LINE__); } while (0)
-#define LAUNCHED() CUDA_CHECK(cudaGetLastError())      // after every launch: what the launch itself rejects
+#define CUDA_CHECK(call)                                                           \
+    do {                                                                           \
+        cudaError_t error_ = (call);                                               \
+        if (error_ != cudaSuccess) cuda_failed(error_, #call, __FILE__, __LINE__); \
+    } while (0)
+#define LAUNCHED() \
+    CUDA_CHECK(cudaGetLastError()) // after every launch: what the launch itself rejects
 MOE_NORETURN void cuda_failed(cudaError_t error, const char *call, const char *file, int line);
 cudaStream_t device_stream(Stream stream);
 static inline cudaStream_t compute_stream(void) { return device_stream(STREAM_COMPUTE); }
-// Multiprocessors that one group's NCCL operations take at most, and that persistent kernels leave free while such operations run beside them.
+// Multiprocessors that one group's NCCL operations take at most, and that persistent kernels leave
+// free while such operations run beside them.
 enum { COMMUNICATION_CTAS = 16 };
-// Device memory of one kind of kernel, grown on demand (only while shapes are new) and reused by the next kernel of that kind; its users
-// are ordered by STREAM_COMPUTE.
+// Device memory of one kind of kernel, grown on demand (only while shapes are new) and reused by
+// the next kernel of that kind; its users are ordered by STREAM_COMPUTE.
 enum { SCRATCH_PARTIAL, SCRATCH_SORT, SCRATCH_ROUTER, SCRATCH_SLOTS };
 void *device_scratch(int slot, size_t bytes);
-void attention_finish(void);      // of device_finish
+void attention_finish(void); // of device_finish
 // Dies unless width is a multiple of PACK.
 void require_packs(const char *what, int width);
 
 static inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-// Grid of `items` threads in blocks of `threads`; grid-stride loops take it with a limit. CUDA refuses empty grids: callers return before.
+// Grid of `items` threads in blocks of `threads`; grid-stride loops take it with a limit. CUDA
+// refuses empty grids: callers return before.
 static inline unsigned grid_for(int64_t items, int threads, int64_t limit = 0x7fffffff) {
     int64_t blocks = div_up(items, threads);
     return (unsigned)(blocks < limit ? blocks : limit);
 }
 
-// ---- floatX in registers -----------------------------------------------------------------------------------------------------
-enum { PACK = 16 / sizeof(floatX) };      // elements of a 16-byte access: 8 (bf16) or 4 (fp32)
+// ---- floatX in registers --------------------------------------------------------------------
+enum { PACK = 16 / sizeof(floatX) }; // elements of a 16-byte access: 8 (bf16) or 4 (fp32)
 #if defined(MOE_BF16)
-static __device__ __forceinline__ float load(const floatX *p) { return __uint_as_float((unsigned)p->bits << 16); }
+static __device__ __forceinline__ float load(const floatX *p) {
+    return __uint_as_float((unsigned)p->bits << 16);
+}
 static __device__ __forceinline__ floatX to_x(float v) {
     __nv_bfloat16 b = __float2bfloat16(v);
     floatX x;
@@ -57,11 +70,12 @@ static __device__ __forceinline__ floatX to_x(float v) {
 }
 #endif
 static __device__ __forceinline__ void store(floatX *p, float v) { *p = to_x(v); }
-static __device__ __forceinline__ float round_x(float v) {    // v as floatX would keep it
+static __device__ __forceinline__ float round_x(float v) { // v as floatX would keep it
     floatX x = to_x(v);
     return load(&x);
 }
-// W elements at p: one 16-byte access where W = PACK (p then aligned to 16 bytes), else W single ones.
+// W elements at p: one 16-byte access where W = PACK (p then aligned to 16 bytes), else W single
+// ones.
 template <int W> static __device__ __forceinline__ void load_n(float (&v)[W], const floatX *p) {
     if (W == PACK) {
         int4 bits = *(const int4 *)p;
@@ -86,8 +100,9 @@ template <int W> static __device__ __forceinline__ void store_n(floatX *p, const
         for (int i = 0; i < W; i++) store(p + i, v[i]);
 }
 
-// ---- reductions ------------------------------------------------------------------------------------------------------------------
-// Butterfly over groups of `width` lanes (a power of two): every lane gets the result, the order is fixed. All 32 lanes take part.
+// ---- reductions -----------------------------------------------------------------------------
+// Butterfly over groups of `width` lanes (a power of two): every lane gets the result, the order is
+// fixed. All 32 lanes take part.
 template <class T> static __device__ __forceinline__ T group_sum(T v, int width = 32) {
     for (int d = width / 2; d > 0; d /= 2) v += __shfl_xor_sync(0xffffffffu, v, d);
     return v;
@@ -96,8 +111,9 @@ static __device__ __forceinline__ float warp_max(float v) {
     for (int d = 16; d > 0; d /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, d));
     return v;
 }
-// Sum of a block of at most 1024 threads (a multiple of 32), to every thread. `shared` holds 32 values; a caller that reuses it at once
-// alternates between two of them: then one barrier a sum is enough.
+// Sum of a block of at most 1024 threads (a multiple of 32), to every thread. `shared` holds 32
+// values; a caller that reuses it at once alternates between two of them: then one barrier a sum is
+// enough.
 template <class T> static __device__ __forceinline__ T block_sum(T v, T *shared) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     v = group_sum(v);
@@ -106,6 +122,7 @@ template <class T> static __device__ __forceinline__ T block_sum(T v, T *shared)
     v = lane < warps ? shared[lane] : 0;
     return group_sum(v);
 }
-// Adds `rows` partial sums of n columns in row order: out_j (+)= sum over r of partial[r][j]. norm_rope.cu.
+// Adds `rows` partial sums of n columns in row order: out_j (+)= sum over r of partial[r][j].
+// norm_rope.cu.
 void column_sums(gradX *out, const float *partial, int rows, int n, int accumulate);
 #endif

@@ -1,4 +1,5 @@
-// One NVIDIA GPU as a device: arenas by cudaMalloc, three streams, copies through pinned staging memory.
+// One NVIDIA GPU as a device: arenas by cudaMalloc, three streams, copies through pinned staging
+// memory.
 #include "experts.cuh"
 #include "gemm.cuh"
 #include <stdio.h>
@@ -6,16 +7,21 @@
 
 void cuda_failed(cudaError_t error, const char *call, const char *file, int line) {
     const char *name = strrchr(file, '/');
-    die("CUDA: %s (%s) in %s at %s:%d|%s", cudaGetErrorString(error), cudaGetErrorName(error), call, name ? name + 1 : file, line,
-        error == cudaErrorMemoryAllocation ? "smaller --micro-batch, --recompute layer, or more ranks"
-                                           : "an error of an earlier kernel can show here: run once with CUDA_LAUNCH_BLOCKING=1, or under compute-sanitizer");
+    die("CUDA: %s (%s) in %s at %s:%d|%s", cudaGetErrorString(error), cudaGetErrorName(error), call,
+        name ? name + 1 : file, line,
+        error == cudaErrorMemoryAllocation
+            ? "smaller --micro-batch, --recompute layer, or more ranks"
+            : "an error of an earlier kernel can show here: run once with CUDA_LAUNCH_BLOCKING=1, or under compute-sanitizer");
 }
 void require_packs(const char *what, int width) {
-    if (width % PACK) die("the CUDA kernels move rows 16 bytes at a time: %s is %d, not a multiple of %d|change the config, or BACKEND=cpu", what, width, PACK);
+    if (width % PACK)
+        die("the CUDA kernels move rows 16 bytes at a time: %s is %d, not a multiple of %d|change the config, or BACKEND=cpu",
+            what, width, PACK);
 }
 
-// ---- the device ---------------------------------------------------------------------------------------------------------------
-// Uploads go through STAGES pinned buffers in turn, so that the host may reuse its memory at once and waits only for a copy STAGES back.
+// ---- the device -----------------------------------------------------------------------------
+// Uploads go through STAGES pinned buffers in turn, so that the host may reuse its memory at once
+// and waits only for a copy STAGES back.
 static const size_t STAGE_BYTES = 4 << 20;
 enum { STAGES = 4 };
 static cudaStream_t streams[STREAM_COUNT];
@@ -23,36 +29,46 @@ static cudaEvent_t stream_events[STREAM_COUNT], stage_events[STAGES];
 static char *stage_memory;
 static int stage_next, device_ready;
 static cudaDeviceProp properties;
-static struct { void *memory; size_t bytes; } scratch_slots[SCRATCH_SLOTS];
+static struct {
+    void *memory;
+    size_t bytes;
+} scratch_slots[SCRATCH_SLOTS];
 
-static __global__ void probe() {}         // exists for the card's architecture or not at all
+static __global__ void probe() {} // exists for the card's architecture or not at all
 
 cudaStream_t device_stream(Stream stream) { return streams[stream]; }
 
 void device_init(int local_rank, int threads) {
     (void)threads;
     int count = 0, device;
-    cudaError_t error = cudaGetDeviceCount(&count);       // without a driver the count is left as it was: any error means none
+    cudaError_t error = cudaGetDeviceCount(
+        &count); // without a driver the count is left as it was: any error means none
     if (error != cudaSuccess || count < 1) {
-        const char *why = error == cudaErrorInsufficientDriver ? "there is no driver, or one older than this program's CUDA"
-                        : error != cudaSuccess ? cudaGetErrorString(error) : "the driver sees no device";
-        die("no CUDA GPU: %s|check the driver with nvidia-smi and CUDA_VISIBLE_DEVICES, or build for the CPU: make BACKEND=cpu", why);
+        const char *why = error == cudaErrorInsufficientDriver
+                              ? "there is no driver, or one older than this program's CUDA"
+                          : error != cudaSuccess ? cudaGetErrorString(error)
+                                                 : "the driver sees no device";
+        die("no CUDA GPU: %s|check the driver with nvidia-smi and CUDA_VISIBLE_DEVICES, or build for the CPU: make BACKEND=cpu",
+            why);
     }
     device = local_rank % count;
     CUDA_CHECK(cudaSetDevice(device));
     CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
     cudaFuncAttributes attributes;
     if (cudaFuncGetAttributes(&attributes, probe) != cudaSuccess)
-        die("this program holds no kernels for %s (compute capability %d.%d)|rebuild on this machine, or with ARCH=%d%d", properties.name, properties.major,
-            properties.minor, properties.major, properties.minor);
-    int least, greatest;      // what others wait for goes first: gathers and the exchange before compute
+        die("this program holds no kernels for %s (compute capability %d.%d)|rebuild on this machine, or with ARCH=%d%d",
+            properties.name, properties.major, properties.minor, properties.major,
+            properties.minor);
+    int least, greatest; // what others wait for goes first: gathers and the exchange before compute
     CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
     for (int s = 0; s < STREAM_COUNT; s++) {
-        CUDA_CHECK(cudaStreamCreateWithPriority(&streams[s], cudaStreamNonBlocking, s == STREAM_COMPUTE ? least : greatest));
+        CUDA_CHECK(cudaStreamCreateWithPriority(&streams[s], cudaStreamNonBlocking,
+                                                s == STREAM_COMPUTE ? least : greatest));
         CUDA_CHECK(cudaEventCreateWithFlags(&stream_events[s], cudaEventDisableTiming));
     }
     CUDA_CHECK(cudaMallocHost((void **)&stage_memory, (size_t)STAGES * STAGE_BYTES));
-    for (int s = 0; s < STAGES; s++) CUDA_CHECK(cudaEventCreateWithFlags(&stage_events[s], cudaEventDisableTiming));
+    for (int s = 0; s < STAGES; s++)
+        CUDA_CHECK(cudaEventCreateWithFlags(&stage_events[s], cudaEventDisableTiming));
     gemm_init();
     device_ready = 1;
 }
@@ -76,46 +92,65 @@ void device_finish(void) {
 const char *device_backend(void) { return "cuda"; }
 const char *device_describe(void) {
     static char text[512];
-    snprintf(text, sizeof text, "cuda, %s (sm_%d%d, %d multiprocessors, %.1f GiB), %s, experts by %s, %s", properties.name, properties.major, properties.minor,
-             properties.multiProcessorCount, (double)properties.totalGlobalMem / (1 << 30), gemm_library(), experts_kernel(), PRECISION_NAME);
+    snprintf(text, sizeof text,
+             "cuda, %s (sm_%d%d, %d multiprocessors, %.1f GiB), %s, experts by %s, %s",
+             properties.name, properties.major, properties.minor, properties.multiProcessorCount,
+             (double)properties.totalGlobalMem / (1 << 30), gemm_library(), experts_kernel(),
+             PRECISION_NAME);
     return text;
 }
-// What is allocated after the arenas are laid out must find room: the kernels' scratch (largest users: sorted ids and split router gradients, below 900 bytes a token at
-// 128 experts with what device_scratch adds: 256 MB serve micro-batches of 280 thousand tokens), and the code of library kernels, which CUDA loads at their first call.
+// What is allocated after the arenas are laid out must find room: the kernels' scratch (largest
+// users: sorted ids and split router gradients, below 900 bytes a token at 128 experts with what
+// device_scratch adds: 256 MB serve micro-batches of 280 thousand tokens), and the code of library
+// kernels, which CUDA loads at their first call.
 size_t device_memory(void) {
     const size_t RESERVE = (size_t)512 << 20;
     size_t available, total;
     CUDA_CHECK(cudaMemGetInfo(&available, &total));
     return available > RESERVE ? available - RESERVE : 0;
 }
-// Dense tensor-core peak for bf16 (vendor data sheets, without sparsity), vector peak for fp32; TFLOP/s at the largest power limit.
+// Dense tensor-core peak for bf16 (vendor data sheets, without sparsity), vector peak for fp32;
+// TFLOP/s at the largest power limit.
 double device_peak_flops(void) {
-    static const struct { const char *name; double bf16, fp32; } table[] = {
-        {"GB300", 2500, 80}, {"GB200", 2500, 80}, {"B300", 2250, 75}, {"B200", 2250, 75}, {"GH200", 989, 67}, {"H200", 989, 67}, {"H100 PCIe", 756, 51},
-        {"H100 NVL", 835, 60}, {"H100", 989, 67}, {"H800", 989, 67}, {"H20", 148, 44}, {"A100", 312, 19.5}, {"A800", 312, 19.5}, {"L40S", 362, 91.6}, {"L40", 181, 90.5},
-        {"RTX 6000 Ada", 182, 91.1}, {"A40", 150, 37.4}, {"RTX 5090", 209.5, 104.8}, {"RTX 4090", 165.2, 82.6}, {"RTX 3090", 71, 35.6}};
+    static const struct {
+        const char *name;
+        double bf16, fp32;
+    } table[] = {
+        { "GB300", 2500, 80 },         { "GB200", 2500, 80 },   { "B300", 2250, 75 },
+        { "B200", 2250, 75 },          { "GH200", 989, 67 },    { "H200", 989, 67 },
+        { "H100 PCIe", 756, 51 },      { "H100 NVL", 835, 60 }, { "H100", 989, 67 },
+        { "H800", 989, 67 },           { "H20", 148, 44 },      { "A100", 312, 19.5 },
+        { "A800", 312, 19.5 },         { "L40S", 362, 91.6 },   { "L40", 181, 90.5 },
+        { "RTX 6000 Ada", 182, 91.1 }, { "A40", 150, 37.4 },    { "RTX 5090", 209.5, 104.8 },
+        { "RTX 4090", 165.2, 82.6 },   { "RTX 3090", 71, 35.6 }
+    };
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
-        if (strstr(properties.name, table[i].name)) return (sizeof(floatX) == 2 ? table[i].bf16 : table[i].fp32) * 1e12;
+        if (strstr(properties.name, table[i].name))
+            return (sizeof(floatX) == 2 ? table[i].bf16 : table[i].fp32) * 1e12;
     return 0;
 }
-int device_row_tile(void) { return 128; }      // the M tile of the expert products: no tile has rows of two experts
+int device_row_tile(void) {
+    return 128;
+} // the M tile of the expert products: no tile has rows of two experts
 
 void *device_scratch(int slot, size_t bytes) {
     if (bytes > scratch_slots[slot].bytes) {
-        CUDA_CHECK(cudaStreamSynchronize(streams[STREAM_COMPUTE]));      // only while shapes are new
+        CUDA_CHECK(cudaStreamSynchronize(streams[STREAM_COMPUTE])); // only while shapes are new
         CUDA_CHECK(cudaFree(scratch_slots[slot].memory));
-        scratch_slots[slot].bytes = (bytes + bytes / 2 + 0xffff) & ~(size_t)0xffff;      // half as much again: with ep > 1 rows differ from call to call (I10)
+        scratch_slots[slot].bytes =
+            (bytes + bytes / 2 + 0xffff) &
+            ~(size_t)0xffff; // half as much again: with ep > 1 rows differ from call to call (I10)
         CUDA_CHECK(cudaMalloc(&scratch_slots[slot].memory, scratch_slots[slot].bytes));
     }
     return scratch_slots[slot].memory;
 }
 
-// ---- memory -------------------------------------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------
 void *device_take(size_t bytes) {
     void *memory = 0;
     if (bytes > device_memory()) return 0;
     if (cudaMalloc(&memory, bytes) != cudaSuccess) {
-        cudaGetLastError();                   // the caller says it better: not left for the next call to find
+        cudaGetLastError(); // the caller says it better: not left for the next call to find
         return 0;
     }
     device_zero(memory, bytes);
@@ -127,8 +162,9 @@ void device_give(void *memory, size_t bytes) {
     CUDA_CHECK(cudaFree(memory));
 }
 
-// ---- streams and copies -----------------------------------------------------------------------------------------------------------
-// cudaStreamWaitEvent looks at the event when it is called: one event a stream can be recorded again at once.
+// ---- streams and copies ---------------------------------------------------------------------
+// cudaStreamWaitEvent looks at the event when it is called: one event a stream can be recorded
+// again at once.
 void stream_order(Stream first, Stream then) {
     if (first == then) return;
     CUDA_CHECK(cudaEventRecord(stream_events[first], streams[first]));
@@ -145,21 +181,27 @@ void device_zero(void *dst, size_t bytes) {
     if (bytes) CUDA_CHECK(cudaMemsetAsync(dst, 0, bytes, streams[STREAM_COMPUTE]));
 }
 void device_copy(void *dst, const void *src, size_t bytes) {
-    if (bytes) CUDA_CHECK(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, streams[STREAM_COMPUTE]));
+    if (bytes)
+        CUDA_CHECK(
+            cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, streams[STREAM_COMPUTE]));
 }
 void device_upload(void *device, const void *host, size_t bytes) {
     for (size_t at = 0; at < bytes; at += STAGE_BYTES) {
         size_t n = bytes - at < STAGE_BYTES ? bytes - at : STAGE_BYTES;
         char *stage = stage_memory + (size_t)stage_next * STAGE_BYTES;
-        CUDA_CHECK(cudaEventSynchronize(stage_events[stage_next]));       // the copy that used this stage last
+        CUDA_CHECK(
+            cudaEventSynchronize(stage_events[stage_next])); // the copy that used this stage last
         memcpy(stage, (const char *)host + at, n);
-        CUDA_CHECK(cudaMemcpyAsync((char *)device + at, stage, n, cudaMemcpyHostToDevice, streams[STREAM_COMPUTE]));
+        CUDA_CHECK(cudaMemcpyAsync((char *)device + at, stage, n, cudaMemcpyHostToDevice,
+                                   streams[STREAM_COMPUTE]));
         CUDA_CHECK(cudaEventRecord(stage_events[stage_next], streams[STREAM_COMPUTE]));
         stage_next = (stage_next + 1) % STAGES;
     }
 }
 void device_download(void *host, const void *device, size_t bytes) {
-    if (bytes) CUDA_CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, streams[STREAM_COMPUTE]));
+    if (bytes)
+        CUDA_CHECK(
+            cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, streams[STREAM_COMPUTE]));
     CUDA_CHECK(cudaStreamSynchronize(streams[STREAM_COMPUTE]));
 }
 void device_poison(void *dst, size_t bytes) {

@@ -1,48 +1,64 @@
-// The experts' products: the functions of kernels.h, and the portable version (mma.sync: sm_80 and newer). A row m of expert e belongs to pool token p = row_token[m]:
+// The experts' products: the functions of kernels.h, and the portable version (mma.sync: sm_80 and
+// newer). A row m of expert e belongs to pool token p = row_token[m]:
 //   H = pool[p] W1^T = [gate | up],  A = silu(gate) up,  Y = A W2^T
-// Backward, with g = dpool[p] W2 (F wide): dY = score dpool[p], so dA = dY W2 = score g, and because Y = A W2^T,
-//   dscore = <dpool[p], Y> = <dpool[p], A W2^T> = <g, A>:  neither Y nor dY is ever needed, and the score joins A: dW2 = dpool[p]^T (score A).
+// Backward, with g = dpool[p] W2 (F wide): dY = score dpool[p], so dA = dY W2 = score g, and
+// because Y = A W2^T,
+//   dscore = <dpool[p], Y> = <dpool[p], A W2^T> = <g, A>:  neither Y nor dY is ever needed, and the
+//   score joins A: dW2 = dpool[p]^T (score A).
 //
-// Five products, all by the 128 x 128 tiles of tile.cuh. Rows of an expert are padded to 128, so a row tile belongs to one expert; the grid covers the
-// host's bound M and tiles behind the last row leave at once: no size goes to the host (I11). Column tiles of the same rows are neighbours in
+// Five products, all by the 128 x 128 tiles of tile.cuh. Rows of an expert are padded to 128, so a
+// row tile belongs to one expert; the grid covers the host's bound M and tiles behind the last row
+// leave at once: no size goes to the host (I11). Column tiles of the same rows are neighbours in
 // the grid: the gathered rows stay in the L2 cache.
-//                         FLOPs (per routed row)   bytes a routed row at C = 2048, F = 768, bf16 (weights come on top: 9.4 MB an expert)
+//                         FLOPs (per routed row)   bytes a routed row at C = 2048, F = 768, bf16
+//                         (weights come on top: 9.4 MB an expert)
 //   experts_up            4 C F                    C in, 2F and F out                    8.7 KB
 //   experts_down          2 C F                    F in, C out                           5.6 KB
 //   experts_down_backward 2 C F                    C and 2F in, 2F and F out            11.8 KB
 //   experts_up_backward   4 C F                    2F in, C out                          7.2 KB
-//   experts_wgrad         6 C F                    2 (C + 2F + C + F) / 2 in            10.2 KB, and 18.9 MB of gradients an expert
+//   experts_wgrad         6 C F                    2 (C + 2F + C + F) / 2 in            10.2 KB,
+//   and 18.9 MB of gradients an expert
 // At 2,048 rows an expert all are bound by the tensor cores.
 #include <stdlib.h>
 #include "experts.cuh"
 #include "tile.cuh"
 
-// The expert of row tile `tile`, or -1 behind the last row. expert_row is ascending: the last e with expert_row[e] <= row.
+// The expert of row tile `tile`, or -1 behind the last row. expert_row is ascending: the last e
+// with expert_row[e] <= row.
 static __device__ __forceinline__ int expert_of_tile(const Plan &plan, int tile) {
     int row = tile * TILE, low = 0, high = plan.E;
     if (row >= plan.expert_row[plan.E]) return -1;
     while (high - low > 1) {
         int middle = (low + high) / 2;
-        if (plan.expert_row[middle] <= row) low = middle;
-        else high = middle;
+        if (plan.expert_row[middle] <= row)
+            low = middle;
+        else
+            high = middle;
     }
     return low;
 }
-static __device__ __forceinline__ void put_pair(floatX *tile, int row, int column, float left, float right) {
+static __device__ __forceinline__ void put_pair(floatX *tile, int row, int column, float left,
+                                                float right) {
     floatX *p = tile + row * LD_OUT + column;
     store(p, left), store(p + 1, right);
 }
 
-// H and A: a column tile holds 64 gate columns and the 64 up columns of the same elements (FOLD), so that SwiGLU stays within a thread and W1 keeps its
-// Hugging Face order. A is computed from the rounded H: recomputing it from H gives the same bits.
-static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS) up_kernel(floatX *H, floatX *A, const floatX *pool, const floatX *W1, Plan plan, int C, int F) {
+// H and A: a column tile holds 64 gate columns and the 64 up columns of the same elements (FOLD),
+// so that SwiGLU stays within a thread and W1 keeps its Hugging Face order. A is computed from the
+// rounded H: recomputing it from H gives the same bits.
+static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
+    up_kernel(floatX *H, floatX *A, const floatX *pool, const floatX *W1, Plan plan, int C, int F) {
     extern __shared__ __align__(16) floatX shared[];
-    int column_tiles = (F + 63) / 64, tile = blockIdx.x / column_tiles, f0 = blockIdx.x % column_tiles * 64, m0 = tile * TILE, e = expert_of_tile(plan, tile);
+    int column_tiles = (F + 63) / 64, tile = blockIdx.x / column_tiles,
+        f0 = blockIdx.x % column_tiles * 64, m0 = tile * TILE, e = expert_of_tile(plan, tile);
     if (e < 0) return;
-    Operand a = {pool, plan.row_token, C, plan.M, C, 0}, b = {W1 + (int64_t)e * 2 * F * C, 0, C, F, C, F};
+    Operand a = { pool, plan.row_token, C, plan.M, C, 0 },
+            b = { W1 + (int64_t)e * 2 * F * C, 0, C, F, C, F };
     Accumulator acc;
     tile_product<false, false, true>(acc, shared, a, b, m0, f0, 0, C);
-    for_pairs<true>([&](int i, int j, int l, int row, int column) { put_pair(shared, row, column, acc[i][j][l], acc[i][j][l + 1]); });
+    for_pairs<true>([&](int i, int j, int l, int row, int column) {
+        put_pair(shared, row, column, acc[i][j][l], acc[i][j][l + 1]);
+    });
     __syncthreads();
     floatX *h = H + (int64_t)m0 * 2 * F + f0;
     store_tile(h, 2 * F, F - f0, shared, 0, 64);
@@ -50,52 +66,67 @@ static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS) up_kernel(fl
     if (!A) return;
     __syncthreads();
     for_pairs<true>([&](int i, int j, int l, int row, int column) {
-        if (j >= 2) return;                       // columns of gate; those of up are two further on in the same thread
+        if (j >= 2) return; // columns of gate; those of up are two further on in the same thread
         float gate[2], up[2];
-        for (int n = 0; n < 2; n++) gate[n] = round_x(acc[i][j][l + n]), up[n] = round_x(acc[i][j + 2][l + n]);
-        put_pair(shared, row, column, gate[0] * sigmoid(gate[0]) * up[0], gate[1] * sigmoid(gate[1]) * up[1]);
+        for (int n = 0; n < 2; n++)
+            gate[n] = round_x(acc[i][j][l + n]), up[n] = round_x(acc[i][j + 2][l + n]);
+        put_pair(shared, row, column, gate[0] * sigmoid(gate[0]) * up[0],
+                 gate[1] * sigmoid(gate[1]) * up[1]);
     });
     __syncthreads();
     store_tile(A + (int64_t)m0 * F + f0, F, F - f0, shared, 0, 64);
 }
 // out (M,N) = in (M,K) W[e]^T, W (E,N,K); TRANSPOSED: out = in W[e], W (E,K,N).
-template <bool TRANSPOSED> static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
-rows_kernel(floatX *out, const floatX *in, const floatX *W, Plan plan, int N, int K) {
+template <bool TRANSPOSED>
+static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
+    rows_kernel(floatX *out, const floatX *in, const floatX *W, Plan plan, int N, int K) {
     extern __shared__ __align__(16) floatX shared[];
-    int column_tiles = (N + TILE - 1) / TILE, tile = blockIdx.x / column_tiles, n0 = blockIdx.x % column_tiles * TILE, m0 = tile * TILE;
+    int column_tiles = (N + TILE - 1) / TILE, tile = blockIdx.x / column_tiles,
+        n0 = blockIdx.x % column_tiles * TILE, m0 = tile * TILE;
     int e = expert_of_tile(plan, tile);
     if (e < 0) return;
-    Operand a = {in, 0, K, plan.M, K, 0}, b = {W + (int64_t)e * N * K, 0, TRANSPOSED ? N : K, TRANSPOSED ? K : N, TRANSPOSED ? N : K, 0};
+    Operand a = { in, 0, K, plan.M, K, 0 },
+            b = { W + (int64_t)e * N * K, 0, TRANSPOSED ? N : K, TRANSPOSED ? K : N,
+                  TRANSPOSED ? N : K,     0 };
     Accumulator acc;
     tile_product<false, TRANSPOSED, false>(acc, shared, a, b, m0, n0, 0, K);
-    for_pairs<false>([&](int i, int j, int l, int row, int column) { put_pair(shared, row, column, acc[i][j][l], acc[i][j][l + 1]); });
+    for_pairs<false>([&](int i, int j, int l, int row, int column) {
+        put_pair(shared, row, column, acc[i][j][l], acc[i][j][l + 1]);
+    });
     __syncthreads();
     store_tile(out + (int64_t)m0 * N + n0, N, N - n0, shared, 0, TILE);
 }
-// partial (M, column tiles) or 0: this tile's share of <g, a>. g leaves the accumulators through shared memory as fp32, so that the elementwise part
-// runs along rows: TILE / PACK lanes a row, 16 bytes each. dH may be H: a lane reads its elements before it writes them.
+// partial (M, column tiles) or 0: this tile's share of <g, a>. g leaves the accumulators through
+// shared memory as fp32, so that the elementwise part runs along rows: TILE / PACK lanes a row, 16
+// bytes each. dH may be H: a lane reads its elements before it writes them.
 static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
-down_backward_kernel(floatX *dH, floatX *sA, float *partial, const floatX *dpool, const floatX *H, const floatX *W2, const float *row_score, Plan plan, int C, int F) {
+    down_backward_kernel(floatX *dH, floatX *sA, float *partial, const floatX *dpool,
+                         const floatX *H, const floatX *W2, const float *row_score, Plan plan,
+                         int C, int F) {
     extern __shared__ __align__(16) floatX shared[];
     const int LD_G = TILE + 4, LANES = TILE / PACK;
     float *tile_g = (float *)shared;
-    int column_tiles = (F + TILE - 1) / TILE, tile = blockIdx.x / column_tiles, f0 = blockIdx.x % column_tiles * TILE, m0 = tile * TILE;
+    int column_tiles = (F + TILE - 1) / TILE, tile = blockIdx.x / column_tiles,
+        f0 = blockIdx.x % column_tiles * TILE, m0 = tile * TILE;
     int e = expert_of_tile(plan, tile);
     if (e < 0) return;
-    Operand a = {dpool, plan.row_token, C, plan.M, C, 0}, b = {W2 + (int64_t)e * C * F, 0, F, C, F, 0};
+    Operand a = { dpool, plan.row_token, C, plan.M, C, 0 },
+            b = { W2 + (int64_t)e * C * F, 0, F, C, F, 0 };
     Accumulator acc;
     tile_product<false, true, false>(acc, shared, a, b, m0, f0, 0, C);
     for_pairs<false>([&](int i, int j, int l, int row, int column) {
-        tile_g[row * LD_G + column] = acc[i][j][l], tile_g[row * LD_G + column + 1] = acc[i][j][l + 1];
+        tile_g[row * LD_G + column] = acc[i][j][l],
+                            tile_g[row * LD_G + column + 1] = acc[i][j][l + 1];
     });
     __syncthreads();
     int column = threadIdx.x % LANES * PACK;
-    bool inside = f0 + column < F;                // all lanes take part in the sum of a row
+    bool inside = f0 + column < F; // all lanes take part in the sum of a row
     for (int row = threadIdx.x / LANES; row < TILE; row += TILE_THREADS / LANES) {
         int64_t m = m0 + row, at = m * 2 * F + f0 + column;
         float s = row_score[m], dot = 0, gate[PACK] = {}, up[PACK] = {}, act[PACK];
         if (inside && plan.row_token[m] >= 0) load_n(gate, H + at), load_n(up, H + at + F);
-        for (int n = 0; n < PACK; n++) swiglu_backward(gate[n], up[n], act[n], dot, tile_g[row * LD_G + column + n], s);
+        for (int n = 0; n < PACK; n++)
+            swiglu_backward(gate[n], up[n], act[n], dot, tile_g[row * LD_G + column + n], s);
         dot = group_sum(dot, LANES);
         if (partial && column == 0) partial[m * column_tiles + f0 / TILE] = dot;
         if (!inside) continue;
@@ -117,7 +148,8 @@ static __global__ void row_score_kernel(float *row_score, const real *score, Pla
     row_score[m] = s;
 }
 // dscore[p,k] = the column tiles' shares in order; 0 where the slot has no row.
-static __global__ void dscore_kernel(real *dscore, const float *partial, const int *token_row, int64_t n, int column_tiles) {
+static __global__ void dscore_kernel(real *dscore, const float *partial, const int *token_row,
+                                     int64_t n, int column_tiles) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     int64_t row = token_row[i];
@@ -125,40 +157,50 @@ static __global__ void dscore_kernel(real *dscore, const float *partial, const i
     for (int t = 0; row >= 0 && t < column_tiles; t++) sum += partial[row * column_tiles + t];
     dscore[i] = sum;
 }
-// dW[e] (N,O) (+)= sum over the expert's rows m of left[m]^T right[m]; left (.,N), right (.,O), one of them through row_token. Block: (tile of O, tile of N, e).
+// dW[e] (N,O) (+)= sum over the expert's rows m of left[m]^T right[m]; left (.,N), right (.,O), one
+// of them through row_token. Block: (tile of O, tile of N, e).
 static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
-wgrad_kernel(gradX *dW, const floatX *left, const int *left_index, const floatX *right, const int *right_index, Plan plan, int accumulate, int N, int O) {
+    wgrad_kernel(gradX *dW, const floatX *left, const int *left_index, const floatX *right,
+                 const int *right_index, Plan plan, int accumulate, int N, int O) {
     extern __shared__ __align__(16) floatX shared[];
-    int o0 = blockIdx.x * TILE, n0 = blockIdx.y * TILE, e = blockIdx.z, first = plan.expert_row[e], last = plan.expert_row[e + 1];
+    int o0 = blockIdx.x * TILE, n0 = blockIdx.y * TILE, e = blockIdx.z, first = plan.expert_row[e],
+        last = plan.expert_row[e + 1];
     if (first == last && accumulate) return;
-    Operand a = {left, left_index, N, last, N, 0}, b = {right, right_index, O, last, O, 0};
+    Operand a = { left, left_index, N, last, N, 0 }, b = { right, right_index, O, last, O, 0 };
     Accumulator acc;
     tile_product<true, true, false>(acc, shared, a, b, n0, o0, first, last);
     gradX *out = dW + ((int64_t)e * N + n0) * O + o0;
     for_pairs<false>([&](int i, int j, int l, int row, int column) {
         if (n0 + row >= N || o0 + column >= O) return;
-        float2 *to = (float2 *)(out + (int64_t)row * O + column), old = accumulate ? *to : make_float2(0, 0);
+        float2 *to = (float2 *)(out + (int64_t)row * O + column),
+               old = accumulate ? *to : make_float2(0, 0);
         *to = make_float2(old.x + acc[i][j][l], old.y + acc[i][j][l + 1]);
     });
 }
 
-// ---- which kernels ----------------------------------------------------------------------------------------------------------------
-static int chosen = -1;                           // 1: those of experts_hopper.cu; -1: not asked yet
+// ---- which kernels --------------------------------------------------------------------------
+static int chosen = -1; // 1: those of experts_hopper.cu; -1: not asked yet
 bool experts_select(const char *name) {
     bool wgmma = false;
     if constexpr (sizeof(floatX) == 2) wgmma = hopper_available();
-    if (!strcmp(name, "auto")) chosen = wgmma;
-    else if (!strcmp(name, "mma")) chosen = 0;
-    else if (strcmp(name, "wgmma")) die("there is no expert kernel '%s'|auto, mma, wgmma", name);
-    else if (!wgmma) return false;
-    else chosen = 1;
+    if (!strcmp(name, "auto"))
+        chosen = wgmma;
+    else if (!strcmp(name, "mma"))
+        chosen = 0;
+    else if (strcmp(name, "wgmma"))
+        die("there is no expert kernel '%s'|auto, mma, wgmma", name);
+    else if (!wgmma)
+        return false;
+    else
+        chosen = 1;
     return true;
 }
 static bool use_wgmma() {
     if (chosen < 0) {
         const char *name = getenv("MOE_EXPERT_KERNEL");
         if (!experts_select(name && *name ? name : "auto"))
-            die("MOE_EXPERT_KERNEL=%s: needs a GPU of compute capability 9.0, PRECISION=bf16 and a build for sm_90a|leave it out, or mma", name);
+            die("MOE_EXPERT_KERNEL=%s: needs a GPU of compute capability 9.0, PRECISION=bf16 and a build for sm_90a|leave it out, or mma",
+                name);
     }
     return chosen;
 }
@@ -167,21 +209,29 @@ void experts_leave(int multiprocessors) {
     if constexpr (sizeof(floatX) == 2) hopper_leave(multiprocessors);
 }
 // In a public function: the Hopper version instead, where it is chosen. fp32 builds do not have it.
-#define WGMMA_INSTEAD(call) do { if constexpr (sizeof(floatX) == 2) if (use_wgmma()) return call; } while (0)
+#define WGMMA_INSTEAD(call)                \
+    do {                                   \
+        if constexpr (sizeof(floatX) == 2) \
+            if (use_wgmma()) return call;  \
+    } while (0)
 
-// ---- launches -------------------------------------------------------------------------------------------------------------------
+// ---- launches -------------------------------------------------------------------------------
 // Opts a kernel into TILE_SHARED bytes of shared memory, once.
-#define TILE_KERNEL(kernel) do { \
-        static int opted; \
-        if (!opted) CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)TILE_SHARED)); \
-        opted = 1; \
+#define TILE_KERNEL(kernel)                                                                      \
+    do {                                                                                         \
+        static int opted;                                                                        \
+        if (!opted)                                                                              \
+            CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, \
+                                            (int)TILE_SHARED));                                  \
+        opted = 1;                                                                               \
     } while (0)
 static unsigned tiles(const Plan *plan, int columns, int width, int C, int F) {
     require_packs("hidden_size", C);
     require_packs("the expert width", F);
     return (unsigned)((int64_t)(plan->M / TILE) * div_up(columns, width));
 }
-void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const Plan *plan, int C, int F) {
+void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const Plan *plan, int C,
+                int F) {
     unsigned blocks = tiles(plan, F, 64, C, F);
     if (!blocks) return;
     WGMMA_INSTEAD(hopper_up(H, A, pool, W1, plan, C, F));
@@ -194,50 +244,65 @@ void experts_down(floatX *Y, const floatX *A, const floatX *W2, const Plan *plan
     if (!blocks) return;
     WGMMA_INSTEAD(hopper_down(Y, A, W2, plan, C, F));
     TILE_KERNEL(rows_kernel<false>);
-    rows_kernel<false><<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(Y, A, W2, *plan, C, F);
+    rows_kernel<false>
+        <<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(Y, A, W2, *plan, C, F);
     LAUNCHED();
 }
-static void down_backward(floatX *dH, floatX *sA, float *partial, const floatX *dpool, const floatX *H, const floatX *W2, const float *row_score,
+static void down_backward(floatX *dH, floatX *sA, float *partial, const floatX *dpool,
+                          const floatX *H, const floatX *W2, const float *row_score,
                           const Plan *plan, unsigned blocks, int C, int F) {
     WGMMA_INSTEAD(hopper_down_backward(dH, sA, partial, dpool, H, W2, row_score, plan, C, F));
     TILE_KERNEL(down_backward_kernel);
-    down_backward_kernel<<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(dH, sA, partial, dpool, H, W2, row_score, *plan, C, F);
+    down_backward_kernel<<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(
+        dH, sA, partial, dpool, H, W2, row_score, *plan, C, F);
     LAUNCHED();
 }
-void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *dpool, const floatX *H, const floatX *W2, const real *score,
-                           const Plan *plan, int C, int F) {
+void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *dpool,
+                           const floatX *H, const floatX *W2, const real *score, const Plan *plan,
+                           int C, int F) {
     unsigned blocks = tiles(plan, F, TILE, C, F);
     int column_tiles = (int)div_up(F, TILE);
     int64_t n = (int64_t)plan->P * plan->K;
-    float *row_score = (float *)device_scratch(SCRATCH_PARTIAL, (size_t)plan->M * (size_t)(1 + (dscore ? column_tiles : 0)) * sizeof(float));
+    float *row_score = (float *)device_scratch(
+        SCRATCH_PARTIAL,
+        (size_t)plan->M * (size_t)(1 + (dscore ? column_tiles : 0)) * sizeof(float));
     float *partial = dscore ? row_score + plan->M : 0;
     if (blocks) {
-        row_score_kernel<<<grid_for(plan->M, 256), 256, 0, compute_stream()>>>(row_score, score, *plan);
+        row_score_kernel<<<grid_for(plan->M, 256), 256, 0, compute_stream()>>>(row_score, score,
+                                                                               *plan);
         LAUNCHED();
         down_backward(dH, sA, partial, dpool, H, W2, row_score, plan, blocks, C, F);
     }
     if (!dscore || n == 0) return;
-    dscore_kernel<<<grid_for(n, 256), 256, 0, compute_stream()>>>(dscore, partial, plan->token_row, n, column_tiles);
+    dscore_kernel<<<grid_for(n, 256), 256, 0, compute_stream()>>>(dscore, partial, plan->token_row,
+                                                                  n, column_tiles);
     LAUNCHED();
 }
-void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const Plan *plan, int C, int F) {
+void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const Plan *plan, int C,
+                         int F) {
     unsigned blocks = tiles(plan, C, TILE, C, F);
     if (!blocks) return;
     WGMMA_INSTEAD(hopper_up_backward(dX, dH, W1, plan, C, F));
     TILE_KERNEL(rows_kernel<true>);
-    rows_kernel<true><<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(dX, dH, W1, *plan, C, 2 * F);
+    rows_kernel<true>
+        <<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(dX, dH, W1, *plan, C, 2 * F);
     LAUNCHED();
 }
-void experts_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool, const floatX *dH, const floatX *sA, const Plan *plan, int accumulate,
-                   int C, int F) {
+void experts_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool,
+                   const floatX *dH, const floatX *sA, const Plan *plan, int accumulate, int C,
+                   int F) {
     require_packs("hidden_size", C);
     require_packs("the expert width", F);
     if (plan->E == 0) return;
-    if (plan->M > 0) WGMMA_INSTEAD(hopper_wgrad(dW1, dW2, pool, dpool, dH, sA, plan, accumulate, C, F));
+    if (plan->M > 0)
+        WGMMA_INSTEAD(hopper_wgrad(dW1, dW2, pool, dpool, dH, sA, plan, accumulate, C, F));
     TILE_KERNEL(wgrad_kernel);
-    dim3 grid1((unsigned)div_up(C, TILE), (unsigned)div_up(2 * F, TILE), (unsigned)plan->E), grid2((unsigned)div_up(F, TILE), (unsigned)div_up(C, TILE), (unsigned)plan->E);
-    wgrad_kernel<<<grid1, TILE_THREADS, TILE_SHARED, compute_stream()>>>(dW1, dH, nullptr, pool, plan->row_token, *plan, accumulate, 2 * F, C);
+    dim3 grid1((unsigned)div_up(C, TILE), (unsigned)div_up(2 * F, TILE), (unsigned)plan->E),
+        grid2((unsigned)div_up(F, TILE), (unsigned)div_up(C, TILE), (unsigned)plan->E);
+    wgrad_kernel<<<grid1, TILE_THREADS, TILE_SHARED, compute_stream()>>>(
+        dW1, dH, nullptr, pool, plan->row_token, *plan, accumulate, 2 * F, C);
     LAUNCHED();
-    wgrad_kernel<<<grid2, TILE_THREADS, TILE_SHARED, compute_stream()>>>(dW2, dpool, plan->row_token, sA, nullptr, *plan, accumulate, C, F);
+    wgrad_kernel<<<grid2, TILE_THREADS, TILE_SHARED, compute_stream()>>>(
+        dW2, dpool, plan->row_token, sA, nullptr, *plan, accumulate, C, F);
     LAUNCHED();
 }

@@ -1,35 +1,48 @@
-// The experts' products exist twice: experts.cu (mma.sync: every card since sm_80, both precisions) and experts_hopper.cu (TMA and wgmma: sm_90a, bf16).
-// The functions of kernels.h are in experts.cu and choose; the results differ by the order of sums within a product only, and each is the same for any
-// number of multiprocessors.
+// The experts' products exist twice: experts.cu (mma.sync: every card since sm_80, both precisions)
+// and experts_hopper.cu (TMA and wgmma: sm_90a, bf16). The functions of kernels.h are in experts.cu
+// and choose; the results differ by the order of sums within a product only, and each is the same
+// for any number of multiprocessors.
 #ifndef MOE_CUDA_EXPERTS_CUH
 #define MOE_CUDA_EXPERTS_CUH
 #include "common.cuh"
 
-// name: "mma", "wgmma", or "auto" (wgmma where the card and this build have it; the start value, or what the environment's MOE_EXPERT_KERNEL says).
-// Returns false, and changes nothing, where they do not have it; dies on any other name.
+// name: "mma", "wgmma", or "auto" (wgmma where the card and this build have it; the start value, or
+// what the environment's MOE_EXPERT_KERNEL says). Returns false, and changes nothing, where they do
+// not have it; dies on any other name.
 bool experts_select(const char *name);
-const char *experts_kernel(void);     // "mma" or "wgmma": what computes
-// Persistent kernels leave this many multiprocessors (0 at the start) to communication that runs beside them, and use at least one. device_share calls it; the environment's
-// MOE_EXPERT_LEAVE takes the place of its number.
+const char *experts_kernel(void); // "mma" or "wgmma": what computes
+// Persistent kernels leave this many multiprocessors (0 at the start) to communication that runs
+// beside them, and use at least one. device_share calls it; the environment's MOE_EXPERT_LEAVE
+// takes the place of its number.
 void experts_leave(int multiprocessors);
 
-// ---- experts_hopper.cu, in bf16 builds: M and E are not 0, widths are multiples of PACK ----------------------------------------------
-bool hopper_available();               // compute capability 9.x, and this file was compiled for sm_90a
+// ---- experts_hopper.cu, in bf16 builds: M and E are not 0, widths are multiples of PACK -----
+bool hopper_available(); // compute capability 9.x, and this file was compiled for sm_90a
 void hopper_leave(int multiprocessors);
-void hopper_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const Plan *plan, int C, int F);
+void hopper_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const Plan *plan, int C,
+               int F);
 void hopper_down(floatX *Y, const floatX *A, const floatX *W2, const Plan *plan, int C, int F);
 // partial (M, div_up(F, 128)) or 0: shares of <g, A>; row_score (M): the score of each row's slot.
-void hopper_down_backward(floatX *dH, floatX *sA, float *partial, const floatX *dpool, const floatX *H, const floatX *W2, const float *row_score, const Plan *plan,
-                          int C, int F);
-void hopper_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const Plan *plan, int C, int F);
-void hopper_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool, const floatX *dH, const floatX *sA, const Plan *plan, int accumulate, int C, int F);
+void hopper_down_backward(floatX *dH, floatX *sA, float *partial, const floatX *dpool,
+                          const floatX *H, const floatX *W2, const float *row_score,
+                          const Plan *plan, int C, int F);
+void hopper_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const Plan *plan, int C,
+                        int F);
+void hopper_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool, const floatX *dH,
+                  const floatX *sA, const Plan *plan, int accumulate, int C, int F);
 
-// 1 / (1 + e^-x); in bf16 builds by the multifunction unit alone: its error, some 1e-6 of the value, is a thousandth of the rounding that follows.
-static __device__ __forceinline__ float sigmoid(float x) { return sizeof(floatX) == 2 ? __fdividef(1, 1 + __expf(-x)) : 1 / (1 + expf(-x)); }
-// silu(x) = x s, s = 1/(1 + e^-x), s' = s (1 - s), so d silu/dx = s + x s (1 - s) = s (1 + x (1 - s)). With a = silu(gate) up and dA = score g:
+// 1 / (1 + e^-x); in bf16 builds by the multifunction unit alone: its error, some 1e-6 of the
+// value, is a thousandth of the rounding that follows.
+static __device__ __forceinline__ float sigmoid(float x) {
+    return sizeof(floatX) == 2 ? __fdividef(1, 1 + __expf(-x)) : 1 / (1 + expf(-x));
+}
+// silu(x) = x s, s = 1/(1 + e^-x), s' = s (1 - s), so d silu/dx = s + x s (1 - s) = s (1 + x (1 -
+// s)). With a = silu(gate) up and dA = score g:
 //   dgate = dA up s (1 + gate (1 - s)),  dup = dA gate s.
-// One element: gate and up become dgate and dup, a becomes score a, and dot takes its share of <g, a> with the a that forward rounded and stored.
-static __device__ __forceinline__ void swiglu_backward(float &gate, float &up, float &a, float &dot, float g, float score) {
+// One element: gate and up become dgate and dup, a becomes score a, and dot takes its share of <g,
+// a> with the a that forward rounded and stored.
+static __device__ __forceinline__ void swiglu_backward(float &gate, float &up, float &a, float &dot,
+                                                       float g, float score) {
     float s = sigmoid(gate), dA = score * g, x = gate, act = round_x(x * s * up);
     dot += g * act;
     a = score * act;

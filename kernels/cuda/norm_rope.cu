@@ -1,13 +1,18 @@
-// RMSNorm over rows and over heads, rotary position embedding, residual add. All of it is bound by memory: one visit per row, 16 bytes a thread.
+// RMSNorm over rows and over heads, rotary position embedding, residual add. All of it is bound by
+// memory: one visit per row, 16 bytes a thread.
 //
-// y_j = n_j w_j with n = x r, r = (mean(x^2) + eps)^-1/2. With t_j = dL/dn_j = dy_j w_j and dr/dx_j = -r^3 x_j / C:
-//   dx_j = t_j r + (sum_i t_i x_i) dr/dx_j = r (t_j - n_j mean_i(t_i n_i)),   dw_j = sum over rows of dy_j n_j.
-// Bytes a row (bf16, C = 2048): forward 8 KB (x, y); backward 16 KB (x, dy, residual, dx). Weights stay in the caches.
+// y_j = n_j w_j with n = x r, r = (mean(x^2) + eps)^-1/2. With t_j = dL/dn_j = dy_j w_j and dr/dx_j
+// = -r^3 x_j / C:
+//   dx_j = t_j r + (sum_i t_i x_i) dr/dx_j = r (t_j - n_j mean_i(t_i n_i)),   dw_j = sum over rows
+//   of dy_j n_j.
+// Bytes a row (bf16, C = 2048): forward 8 KB (x, y); backward 16 KB (x, dy, residual, dx). Weights
+// stay in the caches.
 #include "common.cuh"
 
-// ---- RMSNorm of rows ------------------------------------------------------------------------------------------------------------
+// ---- RMSNorm of rows ------------------------------------------------------------------------
 // One warp a row. The second visit of x hits the L1 cache (a row is 4 KB).
-static __global__ void rmsnorm_kernel(floatX *y, real *rstd, const floatX *x, const floatX *w, real eps, int R, int C) {
+static __global__ void rmsnorm_kernel(floatX *y, real *rstd, const floatX *x, const floatX *w,
+                                      real eps, int R, int C) {
     int64_t row = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
     if (row >= R) return;
@@ -26,16 +31,20 @@ static __global__ void rmsnorm_kernel(floatX *y, real *rstd, const floatX *x, co
         store_n(y + row * C + j, v);
     }
 }
-void rmsnorm_forward(floatX *y, real *rstd, const floatX *x, const floatX *w, real eps, int R, int C) {
+void rmsnorm_forward(floatX *y, real *rstd, const floatX *x, const floatX *w, real eps, int R,
+                     int C) {
     require_packs("the width of a norm", C);
     if (R == 0) return;
     rmsnorm_kernel<<<grid_for(R, 8), 256, 0, compute_stream()>>>(y, rstd, x, w, eps, R, C);
     LAUNCHED();
 }
-// A block walks down `rows` rows; each thread owns N packs of columns, for which it keeps the weight gradient in registers. partial (gridDim, C).
-// A row costs one barrier: the sums of consecutive rows use two places in turn.
-template <int N> static __global__ void rmsnorm_backward_kernel(floatX *dx, float *partial, const floatX *residual, const floatX *dy, const floatX *x,
-                                                                const floatX *w, const real *rstd, int rows, int R, int C) {
+// A block walks down `rows` rows; each thread owns N packs of columns, for which it keeps the
+// weight gradient in registers. partial (gridDim, C). A row costs one barrier: the sums of
+// consecutive rows use two places in turn.
+template <int N>
+static __global__ void rmsnorm_backward_kernel(floatX *dx, float *partial, const floatX *residual,
+                                               const floatX *dy, const floatX *x, const floatX *w,
+                                               const real *rstd, int rows, int R, int C) {
     __shared__ float shared[2][32];
     float dw[N][PACK] = {}, weight[N][PACK];
     int first = blockIdx.x * rows, last = first + rows < R ? first + rows : R;
@@ -46,14 +55,15 @@ template <int N> static __global__ void rmsnorm_backward_kernel(floatX *dx, floa
     }
     for (int row = first; row < last; row++) {
         float t[N][PACK], n[N][PACK], dot = 0, r = rstd[row];
-        int4 rest[N];                            // the residual: on its way while the row is summed
+        int4 rest[N]; // the residual: on its way while the row is summed
 #pragma unroll
         for (int i = 0; i < N; i++) {
             int j = (i * blockDim.x + threadIdx.x) * PACK;
             if (j >= C) continue;
             load_n(t[i], dy + (int64_t)row * C + j);
             load_n(n[i], x + (int64_t)row * C + j);
-            rest[i] = residual ? *(const int4 *)(residual + (int64_t)row * C + j) : make_int4(0, 0, 0, 0);
+            rest[i] =
+                residual ? *(const int4 *)(residual + (int64_t)row * C + j) : make_int4(0, 0, 0, 0);
             for (int l = 0; l < PACK; l++) {
                 n[i][l] *= r;
                 dw[i][l] += t[i][l] * n[i][l];
@@ -81,11 +91,13 @@ template <int N> static __global__ void rmsnorm_backward_kernel(floatX *dx, floa
     }
 }
 // 32 columns a block; warp w adds rows w, w + 8, ...; then the eight sums are added in order.
-static __global__ void column_sums_kernel(gradX *out, const float *partial, int rows, int n, int accumulate) {
+static __global__ void column_sums_kernel(gradX *out, const float *partial, int rows, int n,
+                                          int accumulate) {
     __shared__ float sums[8][32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
     float sum = 0;
-    if (column < n) for (int r = warp; r < rows; r += 8) sum += partial[(int64_t)r * n + column];
+    if (column < n)
+        for (int r = warp; r < rows; r += 8) sum += partial[(int64_t)r * n + column];
     sums[warp][lane] = sum;
     __syncthreads();
     if (warp > 0 || column >= n) return;
@@ -94,51 +106,67 @@ static __global__ void column_sums_kernel(gradX *out, const float *partial, int 
     out[column].v = sum;
 }
 void column_sums(gradX *out, const float *partial, int rows, int n, int accumulate) {
-    column_sums_kernel<<<grid_for(n, 32), 256, 0, compute_stream()>>>(out, partial, rows, n, accumulate);
+    column_sums_kernel<<<grid_for(n, 32), 256, 0, compute_stream()>>>(out, partial, rows, n,
+                                                                      accumulate);
     LAUNCHED();
 }
-void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const floatX *dy, const floatX *x, const floatX *w, const real *rstd, int accumulate,
-                      int R, int C) {
-    const int BLOCKS = 1024;                      // about one wave of an H200; a constant, so that the order of sums depends on shapes alone
-    const int WIDEST = 8192;                      // 32 columns a thread: four arrays of them are 128 registers
+void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const floatX *dy,
+                      const floatX *x, const floatX *w, const real *rstd, int accumulate, int R,
+                      int C) {
+    const int BLOCKS = 1024; // about one wave of an H200; a constant, so that the order of sums
+                             // depends on shapes alone
+    const int WIDEST = 8192; // 32 columns a thread: four arrays of them are 128 registers
     require_packs("the width of a norm", C);
     if (R == 0) {
         if (!accumulate) device_zero(dw, (size_t)C * sizeof *dw);
         return;
     }
-    int rows = (int)div_up(R, BLOCKS), blocks = (int)div_up(R, rows), packs = C / PACK, threads = packs < 256 ? (int)div_up(packs, 32) * 32 : 256;
-    float *partial = (float *)device_scratch(SCRATCH_PARTIAL, (size_t)blocks * (size_t)C * sizeof(float));
-#define RMSNORM_BACKWARD(N) rmsnorm_backward_kernel<N><<<blocks, threads, 0, compute_stream()>>>(dx, partial, residual, dy, x, w, rstd, rows, R, C)
-    if (packs <= threads) RMSNORM_BACKWARD(1);
-    else if (packs <= 2 * threads) RMSNORM_BACKWARD(2);
-    else if (C <= WIDEST) RMSNORM_BACKWARD(WIDEST / 256 / PACK);
-    else die("a norm of width %d|at most %d on this backend", C, WIDEST);
+    int rows = (int)div_up(R, BLOCKS), blocks = (int)div_up(R, rows), packs = C / PACK,
+        threads = packs < 256 ? (int)div_up(packs, 32) * 32 : 256;
+    float *partial =
+        (float *)device_scratch(SCRATCH_PARTIAL, (size_t)blocks * (size_t)C * sizeof(float));
+#define RMSNORM_BACKWARD(N)                                               \
+    rmsnorm_backward_kernel<N><<<blocks, threads, 0, compute_stream()>>>( \
+        dx, partial, residual, dy, x, w, rstd, rows, R, C)
+    if (packs <= threads)
+        RMSNORM_BACKWARD(1);
+    else if (packs <= 2 * threads)
+        RMSNORM_BACKWARD(2);
+    else if (C <= WIDEST)
+        RMSNORM_BACKWARD(WIDEST / 256 / PACK);
+    else
+        die("a norm of width %d|at most %d on this backend", C, WIDEST);
     LAUNCHED();
     column_sums(dw, partial, blocks, C, accumulate);
 }
 static __global__ void add_kernel(floatX *out, const floatX *a, const floatX *b, int64_t n) {
-    for (int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK; i < n; i += (int64_t)gridDim.x * blockDim.x * PACK) {
+    for (int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK; i < n;
+         i += (int64_t)gridDim.x * blockDim.x * PACK) {
         float x[PACK], y[PACK];
         if (i + PACK <= n) {
             load_n(x, a + i);
             load_n(y, b + i);
             for (int l = 0; l < PACK; l++) x[l] += y[l];
             store_n(out + i, x);
-        } else for (int64_t j = i; j < n; j++) store(out + j, load(a + j) + load(b + j));
+        } else
+            for (int64_t j = i; j < n; j++) store(out + j, load(a + j) + load(b + j));
     }
 }
 void add(floatX *out, const floatX *a, const floatX *b, size_t n) {
     if (n == 0) return;
-    add_kernel<<<grid_for(div_up((int64_t)n, PACK), 256, 1 << 20), 256, 0, compute_stream()>>>(out, a, b, (int64_t)n);
+    add_kernel<<<grid_for(div_up((int64_t)n, PACK), 256, 1 << 20), 256, 0, compute_stream()>>>(
+        out, a, b, (int64_t)n);
     LAUNCHED();
 }
 
-// ---- heads: RMSNorm, then rotation -------------------------------------------------------------------------------------------------
-// The angle is built as HF builds it: inverse frequency and angle rounded to fp32. Written once a run.
+// ---- heads: RMSNorm, then rotation ----------------------------------------------------------
+// The angle is built as HF builds it: inverse frequency and angle rounded to fp32. Written once a
+// run.
 static __global__ void rope_kernel(real *cos_table, real *sin_table, double theta, int T, int D) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, half = D / 2;
     if (i >= T * half) return;
-    float frequency = (float)pow(theta, -2.0 * (double)(i % half) / D), angle = (float)(i / half) * frequency;
+    float frequency = (float)pow(theta, -2.0 * (double)(i % half) / D),
+          angle = (float)(i / half) * frequency;
     cos_table[i] = (float)cos((double)angle);
     sin_table[i] = (float)sin((double)angle);
 }
@@ -148,14 +176,16 @@ void rope_table(real *cos_table, real *sin_table, double theta, int T, int D) {
     rope_kernel<<<grid_for(n, 256), 256, 0, compute_stream()>>>(cos_table, sin_table, theta, T, D);
     LAUNCHED();
 }
-// Pair (j, j + D/2) turns by angle a_j: y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin. The backward turns by -a_j.
-// A group of `width` = D / (2 PACK) lanes owns a head; a lane holds PACK elements of the first half and their partners of the second, so the
-// rotation stays within a lane and the norm is a butterfly over the group.
+// Pair (j, j + D/2) turns by angle a_j: y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin. The backward
+// turns by -a_j. A group of `width` = D / (2 PACK) lanes owns a head; a lane holds PACK elements of
+// the first half and their partners of the second, so the rotation stays within a lane and the norm
+// is a butterfly over the group.
 enum { HEAD_THREADS = 256 };
 static int head_lanes(int D) {
     int width = D / (2 * PACK);
     if (D % (2 * PACK) || width > 32 || (width & (width - 1)))
-        die("head_dim %d|the CUDA backend has norms for powers of two from %d to %d", D, 2 * PACK, 64 * PACK);
+        die("head_dim %d|the CUDA backend has norms for powers of two from %d to %d", D, 2 * PACK,
+            64 * PACK);
     return width;
 }
 static __device__ __forceinline__ void load_table(float (&v)[PACK], const real *p) {
@@ -165,11 +195,12 @@ static __device__ __forceinline__ void load_table(float (&v)[PACK], const real *
     }
 }
 static __global__ void __launch_bounds__(HEAD_THREADS)
-qk_forward_kernel(floatX *y, const floatX *x, const floatX *w, const real *cos_table, const real *sin_table, real eps, int64_t heads, int H, int T, int D,
-                  int width) {
+    qk_forward_kernel(floatX *y, const floatX *x, const floatX *w, const real *cos_table,
+                      const real *sin_table, real eps, int64_t heads, int H, int T, int D,
+                      int width) {
     int group = HEAD_THREADS / width, half = D / 2, j = (threadIdx.x % width) * PACK;
     int64_t head = (int64_t)blockIdx.x * group + threadIdx.x / width;
-    bool valid = head < heads;                    // all lanes take part in the butterfly
+    bool valid = head < heads; // all lanes take part in the butterfly
     float a[PACK] = {}, b[PACK] = {}, c[PACK], s[PACK], wa[PACK], wb[PACK], square = 0;
     if (valid) load_n(a, x + head * D + j), load_n(b, x + head * D + half + j);
     for (int l = 0; l < PACK; l++) square += a[l] * a[l] + b[l] * b[l];
@@ -185,20 +216,27 @@ qk_forward_kernel(floatX *y, const floatX *x, const floatX *w, const real *cos_t
     }
     store_n(y + head * D + j, a), store_n(y + head * D + half + j, b);
 }
-// dx may be dy: a lane reads its elements before it writes them. partial (gridDim, D): a lane sees the same columns of every head it visits and
-// adds them in registers; at the end the groups of the block are added in order.
+// dx may be dy: a lane reads its elements before it writes them. partial (gridDim, D): a lane sees
+// the same columns of every head it visits and adds them in registers; at the end the groups of the
+// block are added in order.
 static __global__ void __launch_bounds__(HEAD_THREADS)
-qk_backward_kernel(floatX *dx, float *partial, const floatX *dy, const floatX *x, const floatX *w, const real *cos_table, const real *sin_table, real eps,
-                   int64_t heads, int H, int T, int D, int width) {
-    extern __shared__ float sums[];               // (group, D)
-    int group = HEAD_THREADS / width, mine = threadIdx.x / width, half = D / 2, j = (threadIdx.x % width) * PACK;
+    qk_backward_kernel(floatX *dx, float *partial, const floatX *dy, const floatX *x,
+                       const floatX *w, const real *cos_table, const real *sin_table, real eps,
+                       int64_t heads, int H, int T, int D, int width) {
+    extern __shared__ float sums[]; // (group, D)
+    int group = HEAD_THREADS / width, mine = threadIdx.x / width, half = D / 2,
+        j = (threadIdx.x % width) * PACK;
     float da[PACK] = {}, db[PACK] = {}, wa[PACK], wb[PACK];
     load_n(wa, w + j), load_n(wb, w + half + j);
-    for (int64_t base = (int64_t)blockIdx.x * group; base < heads; base += (int64_t)gridDim.x * group) {
+    for (int64_t base = (int64_t)blockIdx.x * group; base < heads;
+         base += (int64_t)gridDim.x * group) {
         int64_t head = base + mine;
         bool valid = head < heads;
-        float a[PACK] = {}, b[PACK] = {}, ta[PACK] = {}, tb[PACK] = {}, c[PACK], s[PACK], square = 0, dot = 0;
-        if (valid) load_n(a, x + head * D + j), load_n(b, x + head * D + half + j), load_n(ta, dy + head * D + j), load_n(tb, dy + head * D + half + j);
+        float a[PACK] = {}, b[PACK] = {}, ta[PACK] = {}, tb[PACK] = {}, c[PACK], s[PACK],
+              square = 0, dot = 0;
+        if (valid)
+            load_n(a, x + head * D + j), load_n(b, x + head * D + half + j),
+                load_n(ta, dy + head * D + j), load_n(tb, dy + head * D + half + j);
         for (int l = 0; l < PACK; l++) square += a[l] * a[l] + b[l] * b[l];
         float r = 1 / sqrtf(group_sum(square, width) / (float)D + eps);
         int64_t at = (valid ? head / H % T : 0) * half + j;
@@ -212,10 +250,12 @@ qk_backward_kernel(floatX *dx, float *partial, const floatX *dy, const floatX *x
         }
         float mean = group_sum(dot, width) / (float)D;
         if (!valid) continue;
-        for (int l = 0; l < PACK; l++) ta[l] = r * (ta[l] - a[l] * mean), tb[l] = r * (tb[l] - b[l] * mean);
+        for (int l = 0; l < PACK; l++)
+            ta[l] = r * (ta[l] - a[l] * mean), tb[l] = r * (tb[l] - b[l] * mean);
         store_n(dx + head * D + j, ta), store_n(dx + head * D + half + j, tb);
     }
-    for (int l = 0; l < PACK; l++) sums[mine * D + j + l] = da[l], sums[mine * D + half + j + l] = db[l];
+    for (int l = 0; l < PACK; l++)
+        sums[mine * D + j + l] = da[l], sums[mine * D + half + j + l] = db[l];
     __syncthreads();
     for (int i = threadIdx.x; i < D; i += HEAD_THREADS) {
         float sum = 0;
@@ -223,15 +263,18 @@ qk_backward_kernel(floatX *dx, float *partial, const floatX *dy, const floatX *x
         partial[(int64_t)blockIdx.x * D + i] = sum;
     }
 }
-static void qk_forward(floatX *y, const floatX *x, const floatX *w, const real *cos_table, const real *sin_table, real eps, int R, int T, int H, int D) {
+static void qk_forward(floatX *y, const floatX *x, const floatX *w, const real *cos_table,
+                       const real *sin_table, real eps, int R, int T, int H, int D) {
     int width = head_lanes(D), group = HEAD_THREADS / width;
     int64_t heads = (int64_t)R * H;
     if (heads == 0) return;
-    qk_forward_kernel<<<grid_for(heads, group), HEAD_THREADS, 0, compute_stream()>>>(y, x, w, cos_table, sin_table, eps, heads, H, T, D, width);
+    qk_forward_kernel<<<grid_for(heads, group), HEAD_THREADS, 0, compute_stream()>>>(
+        y, x, w, cos_table, sin_table, eps, heads, H, T, D, width);
     LAUNCHED();
 }
-static void qk_backward(floatX *dx, gradX *dw, const floatX *dy, const floatX *x, const floatX *w, const real *cos_table, const real *sin_table, real eps,
-                        int accumulate, int R, int T, int H, int D) {
+static void qk_backward(floatX *dx, gradX *dw, const floatX *dy, const floatX *x, const floatX *w,
+                        const real *cos_table, const real *sin_table, real eps, int accumulate,
+                        int R, int T, int H, int D) {
     int width = head_lanes(D), group = HEAD_THREADS / width;
     int64_t heads = (int64_t)R * H;
     if (heads == 0) {
@@ -239,20 +282,24 @@ static void qk_backward(floatX *dx, gradX *dw, const floatX *dy, const floatX *x
         return;
     }
     int blocks = (int)grid_for(heads, group, 1024);
-    float *partial = (float *)device_scratch(SCRATCH_PARTIAL, (size_t)blocks * (size_t)D * sizeof(float));
-    qk_backward_kernel<<<blocks, HEAD_THREADS, (size_t)group * (size_t)D * sizeof(float), compute_stream()>>>(dx, partial, dy, x, w, cos_table, sin_table, eps,
-                                                                                                             heads, H, T, D, width);
+    float *partial =
+        (float *)device_scratch(SCRATCH_PARTIAL, (size_t)blocks * (size_t)D * sizeof(float));
+    qk_backward_kernel<<<blocks, HEAD_THREADS, (size_t)group *(size_t)D * sizeof(float),
+                         compute_stream()>>>(dx, partial, dy, x, w, cos_table, sin_table, eps,
+                                             heads, H, T, D, width);
     LAUNCHED();
     column_sums(dw, partial, blocks, D, accumulate);
 }
-void qk_norm_rope_forward(floatX *qn, floatX *kn, const floatX *q, const floatX *k, const floatX *wq, const floatX *wk, const real *cos_table,
+void qk_norm_rope_forward(floatX *qn, floatX *kn, const floatX *q, const floatX *k,
+                          const floatX *wq, const floatX *wk, const real *cos_table,
                           const real *sin_table, real eps, int R, int T, int H, int KV, int D) {
     qk_forward(qn, q, wq, cos_table, sin_table, eps, R, T, H, D);
     qk_forward(kn, k, wk, cos_table, sin_table, eps, R, T, KV, D);
 }
-void qk_norm_rope_backward(floatX *dq, floatX *dk, gradX *dwq, gradX *dwk, const floatX *dqn, const floatX *dkn, const floatX *q, const floatX *k,
-                           const floatX *wq, const floatX *wk, const real *cos_table, const real *sin_table, real eps, int accumulate, int R, int T, int H,
-                           int KV, int D) {
+void qk_norm_rope_backward(floatX *dq, floatX *dk, gradX *dwq, gradX *dwk, const floatX *dqn,
+                           const floatX *dkn, const floatX *q, const floatX *k, const floatX *wq,
+                           const floatX *wk, const real *cos_table, const real *sin_table, real eps,
+                           int accumulate, int R, int T, int H, int KV, int D) {
     qk_backward(dq, dwq, dqn, q, wq, cos_table, sin_table, eps, accumulate, R, T, H, D);
     qk_backward(dk, dwk, dkn, k, wk, cos_table, sin_table, eps, accumulate, R, T, KV, D);
 }

@@ -1,17 +1,22 @@
-// The row index between pool tokens and expert rows: a stable counting sort by expert (sort.cuh), every expert padded to 128 rows, so that a
-// tile of the expert products never holds rows of two experts. All sizes that routing decides stay on the device (I11).
+// The row index between pool tokens and expert rows: a stable counting sort by expert (sort.cuh),
+// every expert padded to 128 rows, so that a tile of the expert products never holds rows of two
+// experts. All sizes that routing decides stay on the device (I11).
 #include "sort.cuh"
 #include <limits.h>
 
-// N = P min(K,E) choices at most, no expert more than P of them. The padded total is tile * (number of tiles), and tiles are cheapest
-// where they are nearly empty: a first tile costs an expert one row, every further one costs it `tile` rows more. So give one row
-// to each of E' = min(E,N) experts, then spend what is left in pieces of `tile`, at most floor((P-1)/tile) an expert.
+// N = P min(K,E) choices at most, no expert more than P of them. The padded total is tile * (number
+// of tiles), and tiles are cheapest where they are nearly empty: a first tile costs an expert one
+// row, every further one costs it `tile` rows more. So give one row to each of E' = min(E,N)
+// experts, then spend what is left in pieces of `tile`, at most floor((P-1)/tile) an expert.
 int plan_rows(int P, int K, int E_local) {
-    int64_t tile = device_row_tile(), choices = (int64_t)P * (K < E_local ? K : E_local), experts = E_local < choices ? E_local : choices;
+    int64_t tile = device_row_tile(), choices = (int64_t)P * (K < E_local ? K : E_local),
+            experts = E_local < choices ? E_local : choices;
     if (choices <= 0) return 0;
     int64_t by_choices = (choices - experts) / tile, by_expert = experts * ((P - 1) / tile);
     int64_t rows = (experts + (by_choices < by_expert ? by_choices : by_expert)) * tile;
-    if (rows > INT_MAX) die("%lld expert rows for a pool of %d tokens|use a smaller --micro-batch", (long long)rows, P);
+    if (rows > INT_MAX)
+        die("%lld expert rows for a pool of %d tokens|use a smaller --micro-batch", (long long)rows,
+            P);
     return (int)rows;
 }
 
@@ -31,10 +36,14 @@ struct ChoiceSource {
     }
 };
 void plan_build(Plan *plan, const int *choice, const int *n_pool, int first_expert) {
-    if (plan->M) CUDA_CHECK(cudaMemsetAsync(plan->row_token, 0xff, (size_t)plan->M * sizeof(int), compute_stream()));      // -1
-    if (plan->P == 0 || plan->K == 0) return device_zero(plan->expert_row, (size_t)(plan->E + 1) * sizeof(int));
-    ChoiceSource source = {*plan, choice, n_pool, first_expert};
-    int *counts = (int *)device_scratch(SCRATCH_SORT, sort_counts_size(plan->E, plan->P) * sizeof(int));
+    if (plan->M)
+        CUDA_CHECK(cudaMemsetAsync(plan->row_token, 0xff, (size_t)plan->M * sizeof(int),
+                                   compute_stream())); // -1
+    if (plan->P == 0 || plan->K == 0)
+        return device_zero(plan->expert_row, (size_t)(plan->E + 1) * sizeof(int));
+    ChoiceSource source = { *plan, choice, n_pool, first_expert };
+    int *counts =
+        (int *)device_scratch(SCRATCH_SORT, sort_counts_size(plan->E, plan->P) * sizeof(int));
     stable_sort(counts, plan->expert_row, source, plan->E, plan->P, device_row_tile());
 }
 
@@ -47,8 +56,8 @@ static __global__ void dense_kernel(Plan plan, int R, int rows) {
 void plan_dense(Plan *plan, int R) {
     int rows = (int)div_up(R, device_row_tile()) * device_row_tile();
     if (R > plan->P || rows > plan->M || plan->K != 1 || plan->E != 1)
-        die("a dense plan of %d tokens where P = %d, M = %d, K = %d, E = %d|it needs P >= R, M >= plan_rows(R, 1, 1), K = E = 1", R, plan->P, plan->M,
-            plan->K, plan->E);
+        die("a dense plan of %d tokens where P = %d, M = %d, K = %d, E = %d|it needs P >= R, M >= plan_rows(R, 1, 1), K = E = 1",
+            R, plan->P, plan->M, plan->K, plan->E);
     int n = plan->M > plan->P ? plan->M : plan->P;
     dense_kernel<<<grid_for(n > 0 ? n : 1, 256), 256, 0, compute_stream()>>>(*plan, R, rows);
     LAUNCHED();

@@ -1,20 +1,29 @@
-// The router: which experts a token goes to, with what weight, and the gradient of that choice. Logits, probabilities and scores are fp32
-// whatever floatX is: a logit rounded to bf16 makes ties, and ties make routing depend on noise.
+// The router: which experts a token goes to, with what weight, and the gradient of that choice.
+// Logits, probabilities and scores are fp32 whatever floatX is: a logit rounded to bf16 makes ties,
+// and ties make routing depend on noise.
 //
-// Selection is a constant of the backward pass. With p = softmax(z), S the chosen set, d_e the gradient of score_e, c = sum_S score d:
-//   normalised: score_e = p_e / sum_S p = softmax of z restricted to S, so dz_e = score_e (d_e - c) on S and exactly 0 elsewhere.
-//   not:        score_e = p_e on S, so dp = d on S, and softmax's Jacobian gives dz_e = p_e ([e in S] d_e - c).
-//   aux = E sum_e f_e P_e with f constant, P_e = mean of p_e over `positions`: daux/dp_e = E f_e / positions, hence the same Jacobian on f.
-//   z = mean of lse^2: dlse/dz_e = p_e, hence 2 lse p_e / positions.
+// Selection is a constant of the backward pass. With p = softmax(z), S the chosen set, d_e the
+// gradient of score_e, c = sum_S score d:
+//   normalised: score_e = p_e / sum_S p = softmax of z restricted to S, so dz_e = score_e (d_e - c)
+//   on S and exactly 0 elsewhere. not:        score_e = p_e on S, so dp = d on S, and softmax's
+//   Jacobian gives dz_e = p_e ([e in S] d_e - c). aux = E sum_e f_e P_e with f constant, P_e = mean
+//   of p_e over `positions`: daux/dp_e = E f_e / positions, hence the same Jacobian on f. z = mean
+//   of lse^2: dlse/dz_e = p_e, hence 2 lse p_e / positions.
 //
-// The three products (R x E x C, E = 128) run on the tensor cores. Forward: bf16 operands are exact, sums are fp32. Backward: dz is fp32 and
-// is written as the sum of two bf16 numbers, dz = hi + lo (16 bits of mantissa, error 2^-17); then
-//   du += [hi | lo] [W ; W]   and   dW = hi^T u + lo^T u     have bf16 operands. fp32 builds take dz as it is.
-// FLOPs: 6 R E C forward and backward (times 2 for the split): 0.1 % of the layer. The kernels here are one warp a token and bound by memory: 0.5 KB
-// of logits in, 64 bytes out.
+// The three products (R x E x C, E = 128) run on the tensor cores. Forward: bf16 operands are
+// exact, sums are fp32. Backward: dz is fp32 and is written as the sum of two bf16 numbers, dz = hi
+// + lo (16 bits of mantissa, error 2^-17); then
+//   du += [hi | lo] [W ; W]   and   dW = hi^T u + lo^T u     have bf16 operands. fp32 builds take
+//   dz as it is.
+// FLOPs: 6 R E C forward and backward (times 2 for the split): 0.1 % of the layer. The kernels here
+// are one warp a token and bound by memory: 0.5 KB of logits in, 64 bytes out.
 #include "gemm.cuh"
 
-enum { WARPS = 8, MEMBERS = 8, E_MAX = 1024 };    // warps (tokens at a time) of a block; token groups that a block of the statistics adds up
+enum {
+    WARPS = 8,
+    MEMBERS = 8,
+    E_MAX = 1024
+}; // warps (tokens at a time) of a block; token groups that a block of the statistics adds up
 
 // One warp: p (E, shared memory of the warp) = softmax(z); returns log sum exp z.
 static __device__ float softmax(float *p, const real *z, int E) {
@@ -28,10 +37,13 @@ static __device__ float softmax(float *p, const real *z, int E) {
     __syncwarp();
     return top + logf(sum);
 }
-// Statistics of a block's tokens: partial (gridDim, 2E + 2) doubles: E probabilities, E counts, lse^2, entropy.
+// Statistics of a block's tokens: partial (gridDim, 2E + 2) doubles: E probabilities, E counts,
+// lse^2, entropy.
 static __global__ void __launch_bounds__(WARPS * 32)
-route_kernel(int *topk, real *score, double *partial, const real *logits, const real *bias, int normalize, int R, int E, int K, int tokens) {
-    extern __shared__ float shared[];             // (WARPS, 2E) probabilities and selection values; (WARPS, E) counts; then (WARPS, E) sums
+    route_kernel(int *topk, real *score, double *partial, const real *logits, const real *bias,
+                 int normalize, int R, int E, int K, int tokens) {
+    extern __shared__ float shared[]; // (WARPS, 2E) probabilities and selection values; (WARPS, E)
+                                      // counts; then (WARPS, E) sums
     __shared__ double tail[WARPS][2];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float *p = shared + (int64_t)warp * 4 * E, *value = p + E, *sum = p + 2 * E;
@@ -45,12 +57,14 @@ route_kernel(int *topk, real *score, double *partial, const real *logits, const 
         for (int e = lane; e < E; e += 32) {
             value[e] = bias ? p[e] + bias[e] : p[e];
             sum[e] += p[e];
-            entropy += p[e] == 0 ? 0 : p[e] * (lse - z[e]);       // 0 log 0 = 0 also where z is -inf
+            entropy += p[e] == 0 ? 0 : p[e] * (lse - z[e]); // 0 log 0 = 0 also where z is -inf
         }
         entropy = group_sum(entropy);
         if (lane == 0) tail[warp][0] += (double)lse * lse, tail[warp][1] += (double)entropy;
-        // K rounds of a warp-wide argmax by (value descending, id ascending) over the experts that are not yet taken: a negative count marks those that are.
-        // Rows of NaN choose the lowest ids: id E stands for "none yet", and any NaN beats it. A lane reads and marks its own experts only.
+        // K rounds of a warp-wide argmax by (value descending, id ascending) over the experts that
+        // are not yet taken: a negative count marks those that are. Rows of NaN choose the lowest
+        // ids: id E stands for "none yet", and any NaN beats it. A lane reads and marks its own
+        // experts only.
         for (int k = 0; k < K; k++) {
             float best = 0;
             int id = E;
@@ -60,11 +74,12 @@ route_kernel(int *topk, real *score, double *partial, const real *logits, const 
             for (int d = 16; d > 0; d /= 2) {
                 float other = __shfl_xor_sync(0xffffffffu, best, d);
                 int from = __shfl_xor_sync(0xffffffffu, id, d);
-                if (from < E && (id == E || other > best || (!(best > other) && from < id))) best = other, id = from;
+                if (from < E && (id == E || other > best || (!(best > other) && from < id)))
+                    best = other, id = from;
             }
-            if (lane == id % 32) count[id] = -1 - count[id];      // taken; undone below
+            if (lane == id % 32) count[id] = -1 - count[id]; // taken; undone below
         }
-        __syncwarp();                             // selection is over: the place of the values is free
+        __syncwarp(); // selection is over: the place of the values is free
         // Ascending ids: every lane looks at its 32nd of the experts, a ballot gives the place.
         int before = 0;
         for (int base = 0; base < E; base += 32) {
@@ -74,13 +89,14 @@ route_kernel(int *topk, real *score, double *partial, const real *logits, const 
                 int at = before + __popc(ballot & ((1u << lane) - 1));
                 topk[r * K + at] = e;
                 value[at] = p[e];
-                count[e] = -count[e];             // -1 - n becomes n + 1
+                count[e] = -count[e]; // -1 - n becomes n + 1
             }
             before += __popc(ballot);
         }
         __syncwarp();
         for (int k = 0; k < K; k++) total += value[k];
-        for (int k = lane; k < K; k += 32) score[r * K + k] = normalize ? value[k] / total : value[k];
+        for (int k = lane; k < K; k += 32)
+            score[r * K + k] = normalize ? value[k] / total : value[k];
     }
     __syncthreads();
     double *out = partial + (int64_t)blockIdx.x * (2 * E + 2);
@@ -88,20 +104,25 @@ route_kernel(int *topk, real *score, double *partial, const real *logits, const 
         double total = 0;
         for (int w = 0; w < WARPS; w++) {
             const float *of_warp = shared + (int64_t)w * 4 * E;
-            total += i < E ? (double)of_warp[2 * E + i] : i < 2 * E ? (double)((const int *)of_warp)[2 * E + i] : tail[w][i - 2 * E];
+            total += i < E       ? (double)of_warp[2 * E + i]
+                     : i < 2 * E ? (double)((const int *)of_warp)[2 * E + i]
+                                 : tail[w][i - 2 * E];
         }
         out[i] = total;
     }
 }
 // 32 columns a block; warp w adds partial sums w, w + 32, ...; then the 32 sums are added in order.
 enum { STATISTICS_WARPS = 32 };
-static __global__ void __launch_bounds__(STATISTICS_WARPS * 32) statistics_kernel(RouterStats stats, const double *partial, int blocks, int E) {
+static __global__ void __launch_bounds__(STATISTICS_WARPS * 32)
+    statistics_kernel(RouterStats stats, const double *partial, int blocks, int E) {
     __shared__ double sums[STATISTICS_WARPS][32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, i = blockIdx.x * 32 + lane, width = 2 * E + 2;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, i = blockIdx.x * 32 + lane,
+        width = 2 * E + 2;
     double total = 0;
     if (i < width) {
 #pragma unroll 4
-        for (int b = warp; b < blocks; b += STATISTICS_WARPS) total += partial[(int64_t)b * width + i];
+        for (int b = warp; b < blocks; b += STATISTICS_WARPS)
+            total += partial[(int64_t)b * width + i];
     }
     sums[warp][lane] = total;
     __syncthreads();
@@ -112,48 +133,60 @@ static __global__ void __launch_bounds__(STATISTICS_WARPS * 32) statistics_kerne
     if (i >= E && i < 2 * E && stats.count) stats.count[i - E] += (int64_t)total;
     if (i >= 2 * E && stats.z) stats.z[i - 2 * E] += total;
 }
-// Shared memory of `floats` floats a warp. Above 48 KiB, a kernel's static memory included, it must opt in: from 384 experts on.
+// Shared memory of `floats` floats a warp. Above 48 KiB, a kernel's static memory included, it must
+// opt in: from 384 experts on.
 template <class Kernel> static size_t warp_memory(Kernel kernel, int floats) {
     size_t bytes = (size_t)WARPS * (size_t)floats * sizeof(float);
-    if (bytes > 47 * 1024) CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    if (bytes > 47 * 1024)
+        CUDA_CHECK(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
     return bytes;
 }
 static void check_experts(int E, int K) {
-    if (E > E_MAX || K > E) die("a router with %d experts, %d a token|the CUDA backend takes up to %d experts", E, K, E_MAX);
+    if (E > E_MAX || K > E)
+        die("a router with %d experts, %d a token|the CUDA backend takes up to %d experts", E, K,
+            E_MAX);
 }
-void router_forward(real *logits, int *topk, real *score, RouterStats stats, const floatX *u, const floatX *W, const real *bias, int normalize, int R,
-                    int C, int E, int K) {
+void router_forward(real *logits, int *topk, real *score, RouterStats stats, const floatX *u,
+                    const floatX *W, const real *bias, int normalize, int R, int C, int E, int K) {
     check_experts(E, K);
     if (R == 0) return;
     gemm(0, 1, R, E, C, u, C, W, 0, logits, 1);
-    // tokens of a block: so that a wave of some 500 blocks covers all, and the second kernel adds at most so many partial sums
+    // tokens of a block: so that a wave of some 500 blocks covers all, and the second kernel adds
+    // at most so many partial sums
     int tokens = (int)div_up(div_up(R, 512), WARPS) * WARPS, blocks = (int)div_up(R, tokens);
-    double *partial = (double *)device_scratch(SCRATCH_PARTIAL, (size_t)blocks * (size_t)(2 * E + 2) * sizeof(double));
-    route_kernel<<<blocks, WARPS * 32, warp_memory(route_kernel, 4 * E), compute_stream()>>>(topk, score, partial, logits, bias, normalize, R, E, K, tokens);
+    double *partial = (double *)device_scratch(
+        SCRATCH_PARTIAL, (size_t)blocks * (size_t)(2 * E + 2) * sizeof(double));
+    route_kernel<<<blocks, WARPS * 32, warp_memory(route_kernel, 4 * E), compute_stream()>>>(
+        topk, score, partial, logits, bias, normalize, R, E, K, tokens);
     LAUNCHED();
-    statistics_kernel<<<grid_for(2 * E + 2, 32), STATISTICS_WARPS * 32, 0, compute_stream()>>>(stats, partial, blocks, E);
+    statistics_kernel<<<grid_for(2 * E + 2, 32), STATISTICS_WARPS * 32, 0, compute_stream()>>>(
+        stats, partial, blocks, E);
     LAUNCHED();
 }
 
 // split (R,2E) bf16 builds: [hi | lo] of dz.
 static __global__ void __launch_bounds__(WARPS * 32)
-logits_backward_kernel(real *dz, floatX *split, const real *dscore, const real *logits, const int *topk, const real *score, const double *f,
-                       double aux_scale, double z_scale, int normalize, int R, int E, int K) {
-    extern __shared__ float shared[];             // (WARPS, 2E): p, then dz
+    logits_backward_kernel(real *dz, floatX *split, const real *dscore, const real *logits,
+                           const int *topk, const real *score, const double *f, double aux_scale,
+                           double z_scale, int normalize, int R, int E, int K) {
+    extern __shared__ float shared[]; // (WARPS, 2E): p, then dz
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float *p = shared + (int64_t)warp * 2 * E, *d = p + E;
     int64_t r = (int64_t)blockIdx.x * WARPS + warp;
     if (r >= R) return;
     float lse = softmax(p, logits + r * E, E), c = 0, mean = 0;
-    for (int k = 0; k < K; k++) c += (normalize ? score[r * K + k] : p[topk[r * K + k]]) * dscore[r * K + k];
+    for (int k = 0; k < K; k++)
+        c += (normalize ? score[r * K + k] : p[topk[r * K + k]]) * dscore[r * K + k];
     float common = (float)(2 * z_scale * (double)lse) - (normalize ? 0 : c);
     if (aux_scale != 0) {
         for (int e = lane; e < E; e += 32) mean += (float)f[e] * p[e];
         mean = group_sum(mean);
     }
-    for (int e = lane; e < E; e += 32) d[e] = p[e] * (common + (aux_scale != 0 ? (float)aux_scale * ((float)f[e] - mean) : 0));
+    for (int e = lane; e < E; e += 32)
+        d[e] = p[e] * (common + (aux_scale != 0 ? (float)aux_scale * ((float)f[e] - mean) : 0));
     __syncwarp();
-    for (int k = lane; k < K; k += 32) {          // chosen experts are distinct
+    for (int k = lane; k < K; k += 32) { // chosen experts are distinct
         int e = topk[r * K + k];
         d[e] += normalize ? score[r * K + k] * (dscore[r * K + k] - c) : p[e] * dscore[r * K + k];
     }
@@ -167,14 +200,19 @@ logits_backward_kernel(real *dz, floatX *split, const real *dscore, const real *
         }
     }
 }
-void router_backward_add(floatX *du, gradX *dW, real *dz, const real *dscore, const real *logits, const int *topk, const real *score, const floatX *u,
-                         const floatX *W, const double *f, double aux_scale, double z_scale, int normalize, int accumulate, int R, int C, int E, int K) {
+void router_backward_add(floatX *du, gradX *dW, real *dz, const real *dscore, const real *logits,
+                         const int *topk, const real *score, const floatX *u, const floatX *W,
+                         const double *f, double aux_scale, double z_scale, int normalize,
+                         int accumulate, int R, int C, int E, int K) {
     check_experts(E, K);
     if (R == 0) return gemm(1, 0, E, C, 0, u, E, u, accumulate, dW, 1);
     int is_bf16 = sizeof(floatX) == 2;
     size_t n = (size_t)R * (size_t)E, weights = (size_t)E * (size_t)C;
-    floatX *split = is_bf16 ? (floatX *)device_scratch(SCRATCH_ROUTER, (2 * n + 2 * weights) * sizeof(floatX)) : 0;
-    logits_backward_kernel<<<grid_for(R, WARPS), WARPS * 32, warp_memory(logits_backward_kernel, 2 * E), compute_stream()>>>(
+    floatX *split =
+        is_bf16 ? (floatX *)device_scratch(SCRATCH_ROUTER, (2 * n + 2 * weights) * sizeof(floatX))
+                : 0;
+    logits_backward_kernel<<<grid_for(R, WARPS), WARPS * 32,
+                             warp_memory(logits_backward_kernel, 2 * E), compute_stream()>>>(
         dz, split, dscore, logits, topk, score, f, aux_scale, z_scale, normalize, R, E, K);
     LAUNCHED();
     if (!is_bf16) {
@@ -189,7 +227,8 @@ void router_backward_add(floatX *du, gradX *dW, real *dz, const real *dscore, co
     gemm(1, 0, E, C, R, split, 2 * E, u, accumulate, dW, 1);
     gemm(1, 0, E, C, R, split + E, 2 * E, u, 1, dW, 1);
 }
-static __global__ void share_kernel(double *f, const int64_t *count, double positions, int n_layers, int E) {
+static __global__ void share_kernel(double *f, const int64_t *count, double positions, int n_layers,
+                                    int E) {
     int e = blockIdx.x * blockDim.x + threadIdx.x;
     if (e >= E) return;
     int64_t total = 0;

@@ -1,21 +1,29 @@
-// Stable counting sort on the device, without the host and without float or order-dependent atomics (I8, I11).
+// Stable counting sort on the device, without the host and without float or order-dependent atomics
+// (I8, I11).
 //
-// Items 0..n-1 have up to K keys each, all different, in [0, buckets). Entry (i, k) with key b gets the place
-//   start[b] + (number of items before i that have key b),      start = exclusive scan of the bucket sizes, each rounded up to `tile`.
-// A block looks at SPAN items and sets one bit an entry in mask[bucket][item]: integer atomicOr, whose result no order changes. The rank of an
-// item within the block is the number of bits before its own; the rest is a scan over blocks. Three launches:
-//   sort_count  counts[bucket][block]   sort_starts  scans both ways   sort_place  every entry learns its place
+// Items 0..n-1 have up to K keys each, all different, in [0, buckets). Entry (i, k) with key b gets
+// the place
+//   start[b] + (number of items before i that have key b),      start = exclusive scan of the
+//   bucket sizes, each rounded up to `tile`.
+// A block looks at SPAN items and sets one bit an entry in mask[bucket][item]: integer atomicOr,
+// whose result no order changes. The rank of an item within the block is the number of bits before
+// its own; the rest is a scan over blocks. Three launches:
+//   sort_count  counts[bucket][block]   sort_starts  scans both ways   sort_place  every entry
+//   learns its place
 // Bytes: the keys twice, one write an entry: microseconds next to the products that use the result.
 //
-// Source: struct with  __device__ int count() const (items in use, <= n),  int keys() const (K),  int key(int i, int k) const (bucket or -1),
-//   and  void place(int i, int k, int at) const, called for every entry with its place, or with -1 where the key is -1 or i >= count().
+// Source: struct with  __device__ int count() const (items in use, <= n),  int keys() const (K),
+// int key(int i, int k) const (bucket or -1),
+//   and  void place(int i, int k, int at) const, called for every entry with its place, or with -1
+//   where the key is -1 or i >= count().
 #ifndef MOE_CUDA_SORT_CUH
 #define MOE_CUDA_SORT_CUH
 #include "common.cuh"
 
 enum { SORT_SPAN = 256, SORT_WORDS = SORT_SPAN / 32, SORT_BUCKETS_MAX = 1024 };
 
-template <class Source> static __device__ void sort_masks(unsigned *mask, const Source &source, int buckets) {
+template <class Source>
+static __device__ void sort_masks(unsigned *mask, const Source &source, int buckets) {
     for (int i = threadIdx.x; i < buckets * SORT_WORDS; i += SORT_SPAN) mask[i] = 0;
     __syncthreads();
     int item = blockIdx.x * SORT_SPAN + threadIdx.x;
@@ -43,7 +51,8 @@ static __device__ __forceinline__ int warp_scan(int v) {
     }
     return v;
 }
-// counts (buckets, blocks) becomes its exclusive scan over blocks; start (buckets + 1). One block of 1024 threads.
+// counts (buckets, blocks) becomes its exclusive scan over blocks; start (buckets + 1). One block
+// of 1024 threads.
 static __global__ void sort_starts(int *counts, int *start, int buckets, int blocks, int tile) {
     __shared__ int total[SORT_BUCKETS_MAX];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -66,7 +75,9 @@ static __global__ void sort_starts(int *counts, int *start, int buckets, int blo
     }
     if (lane == 0) start[buckets] = before;
 }
-template <class Source> static __global__ void sort_place(const int *counts, const int *start, Source source, int buckets, int n) {
+template <class Source>
+static __global__ void sort_place(const int *counts, const int *start, Source source, int buckets,
+                                  int n) {
     extern __shared__ unsigned mask[];
     sort_masks(mask, source, buckets);
     int item = blockIdx.x * SORT_SPAN + threadIdx.x, word = threadIdx.x / 32;
@@ -80,17 +91,24 @@ template <class Source> static __global__ void sort_place(const int *counts, con
         source.place(item, k, at);
     }
 }
-static inline size_t sort_counts_size(int buckets, int64_t n) { return (size_t)buckets * (size_t)div_up(n, SORT_SPAN); }
+static inline size_t sort_counts_size(int buckets, int64_t n) {
+    return (size_t)buckets * (size_t)div_up(n, SORT_SPAN);
+}
 // counts: sort_counts_size() ints of scratch; start (buckets + 1) is a result. n > 0.
-template <class Source> static void stable_sort(int *counts, int *start, const Source &source, int buckets, int n, int tile) {
-    if (buckets > SORT_BUCKETS_MAX) die("%d experts on one GPU|at most %d: spread them over more ranks with --ep", buckets, SORT_BUCKETS_MAX);
+template <class Source>
+static void stable_sort(int *counts, int *start, const Source &source, int buckets, int n,
+                        int tile) {
+    if (buckets > SORT_BUCKETS_MAX)
+        die("%d experts on one GPU|at most %d: spread them over more ranks with --ep", buckets,
+            SORT_BUCKETS_MAX);
     unsigned blocks = grid_for(n, SORT_SPAN);
     size_t shared = (size_t)buckets * SORT_WORDS * sizeof(unsigned);
     sort_count<Source><<<blocks, SORT_SPAN, shared, compute_stream()>>>(counts, source, buckets);
     LAUNCHED();
     sort_starts<<<1, 1024, 0, compute_stream()>>>(counts, start, buckets, (int)blocks, tile);
     LAUNCHED();
-    sort_place<Source><<<blocks, SORT_SPAN, shared, compute_stream()>>>(counts, start, source, buckets, n);
+    sort_place<Source>
+        <<<blocks, SORT_SPAN, shared, compute_stream()>>>(counts, start, source, buckets, n);
     LAUNCHED();
 }
 #endif
