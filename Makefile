@@ -138,7 +138,7 @@ PARALLEL = $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)
 LIBRARY = $(KERNELS) $(filter-out model/test_%,$(wildcard model/*.c)) $(PARALLEL) data/loader.c data/tokens.c
 OBJECTS = $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(LIBRARY))))
 TESTS = kernels/test_kernels kernels/test_experts kernels/test_optimizer data/test_data model/test_checkpoint
-DEPENDS = $(OBJECTS:.o=.d) $(BUILD)/train_moe.d $(BUILD)/test_moe.d $(TESTS:%=$(BUILD)/%.d) $(BUILD)/parallel/test_comm.d $(BUILD)/parallel/test_expert.d $(BUILD)/dev/bench_cpu.d $(BUILD)/tests/edge.d $(BUILD)/tests/reshard.d $(BUILD)/tests/test_cli.d
+DEPENDS = $(OBJECTS:.o=.d) $(BUILD)/train_moe.d $(BUILD)/test_moe.d $(TESTS:%=$(BUILD)/%.d) $(BUILD)/parallel/test_comm.d $(BUILD)/parallel/test_expert.d $(BUILD)/dev/bench_cpu.d $(BUILD)/dev/tests/edge.d $(BUILD)/dev/tests/reshard.d $(BUILD)/dev/tests/test_cli.d
 
 # ---- programs ---------------------------------------------------------------------------------------------------------------------
 train_moe test_moe: %: $(if $(filter cuda,$(BACKEND)),say-cuda) $(BUILD)/% FORCE
@@ -147,7 +147,7 @@ $(BUILD)/train_moe: $(BUILD)/train_moe.o $(OBJECTS)
 	$(if $(HAVE_CJSON),,@echo "cJSON is missing: make deps" && exit 1)
 	@echo "  link $@"
 	$(QUIET)$(CC) $(CFLAGS) $^ $(LIBS) -o $@
-$(BUILD)/test_moe $(TESTS:%=$(BUILD)/%) $(BUILD)/parallel/test_comm $(BUILD)/parallel/test_expert $(BUILD)/dev/bench_cpu $(BUILD)/tests/edge $(BUILD)/tests/reshard $(BUILD)/tests/test_cli: %: %.o $(OBJECTS)
+$(BUILD)/test_moe $(TESTS:%=$(BUILD)/%) $(BUILD)/parallel/test_comm $(BUILD)/parallel/test_expert $(BUILD)/dev/bench_cpu $(BUILD)/dev/tests/edge $(BUILD)/dev/tests/reshard $(BUILD)/dev/tests/test_cli: %: %.o $(OBJECTS)
 	@echo "  link $@"
 	$(QUIET)$(CC) $(CFLAGS) $^ $(LIBS) -o $@
 ifeq ($(BACKEND),cuda)
@@ -185,12 +185,12 @@ endif
 
 # ---- tests: each ends with 'N passed, N failed' -------------------------------------------------------------------------------------
 test:
-	@CC=$(CC) sh tests/run.sh test
+	@CC=$(CC) sh dev/tests/run.sh test
 test-full:
-	@CC=$(CC) sh tests/run.sh full
-test-mutations: train_moe $(BUILD)/tests/reshard
+	@CC=$(CC) sh dev/tests/run.sh full
+test-mutations: train_moe $(BUILD)/dev/tests/reshard
 	@sh dev/mutations/run.sh list.txt $(ONLY)
-	@sh tests/kill.sh $(BUILD)/train_moe $(BUILD)/tests/reshard 50
+	@sh dev/tests/kill.sh $(BUILD)/train_moe $(BUILD)/dev/tests/reshard 50
 test-mutations-cuda:
 	@sh dev/mutations/run.sh kernels.txt $(ONLY)
 show-build:

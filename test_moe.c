@@ -15,8 +15,8 @@
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
-#include "tests/harness.h"
-#include "tests/layouts.h"
+#include "dev/tests/harness.h"
+#include "dev/tests/layouts.h"
 
 enum { FP64 = sizeof(real) == 8, BF16 = sizeof(floatX) == 2 };
 static const char *const fixture_names[] = { "gqa", "tied", "dense", "wide", "parallel", "skewed" };

@@ -63,7 +63,7 @@ CUEMU_TESTED = $(foreach v,plain-fp32 plain-bf16 asan-bf16 tsan-bf16,$(CUEMU_BUI
 test-cuemu-program: $(CUEMU_TESTED)
 	@fp32=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=fp32)/train_moe; bf16=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=bf16)/train_moe; \
 	    $(MAKE) -s BACKEND=cpu PRECISION=fp32 $$fp32 && $(MAKE) -s BACKEND=cpu PRECISION=bf16 $$bf16 && \
-	    PYTHON="$(PYTHON)" sh tests/test_cuemu_program.sh $(CUEMU_BUILD) $$fp32 $$bf16 $(QUICK)
+	    PYTHON="$(PYTHON)" sh dev/tests/test_cuemu_program.sh $(CUEMU_BUILD) $$fp32 $$bf16 $(QUICK)
 # The emulator's own tests, and the errors seeded in them.
 CUEMU_SELF = test test-asan test-tsan test-lazy test-mpi test-bugs
 test-cuemu-self:

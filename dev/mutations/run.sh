@@ -21,7 +21,7 @@ if [ -d "$top/build/cuemu" ] && [ ! -d build/cuemu ]; then      # objects of the
     mkdir build/cuemu; (cd "$top/build/cuemu" && tar cf - source twins plain plain-bf16 plain-fp32 tsan tsan-bf16 2> /dev/null) | tar xf - -C build/cuemu
 fi
 quiet() { "$@" > build/log 2>&1; }
-case $1 in kernels.txt) export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMPI_MCA_btl=self,vader OMPI_MCA_btl_vader_single_copy_mechanism=none ;; esac      # as tests/test_cuemu_program.sh
+case $1 in kernels.txt) export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMPI_MCA_btl=self,vader OMPI_MCA_btl_vader_single_copy_mechanism=none ;; esac      # as dev/tests/test_cuemu_program.sh
 export ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=halt_on_error=1 TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0 detect_deadlocks=0"
 folder=$(make -s --eval='show-folder: ; @echo $(BUILD)' show-folder)
 

@@ -10,8 +10,8 @@
 // statistics and losses stay wide in both, as in the program.
 #ifndef MOE_NAIVE_H
 #define MOE_NAIVE_H
-#include "../model/params.h"
-#include "../kernels/fail.h"
+#include "../../model/params.h"
+#include "../../kernels/fail.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>

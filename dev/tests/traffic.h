@@ -4,7 +4,7 @@
 #ifndef MOE_TRAFFIC_H
 #define MOE_TRAFFIC_H
 #include "layouts.h"
-#include "../model/plan.h"
+#include "../../model/plan.h"
 
 static int64_t group_bytes(Comm *g) {
     int64_t bytes = 0;

@@ -1,12 +1,12 @@
 #!/bin/sh
 # Builds and runs test programs one after another, forwards what they say, and ends with 'N passed, N failed' over all of them: what make test and make test-full call.
-#   tests/run.sh test      every part on this machine: kernels, data, checkpoints, the model in three precisions, the command line, and with MPI 2 and 4 ranks
-#   tests/run.sh full      what takes longer: sanitizers, other compilers and missing libraries, 3, 6 and 8 ranks, valgrind
+#   dev/tests/run.sh test      every part on this machine: kernels, data, checkpoints, the model in three precisions, the command line, and with MPI 2 and 4 ranks
+#   dev/tests/run.sh full      what takes longer: sanitizers, other compilers and missing libraries, 3, 6 and 8 ranks, valgrind
 # A program is a failure by itself when it ends without its closing line, with a status that contradicts it, or not at all within its time. Exit status 1 where anything failed.
 # LIST=1 only prints the suites; ONLY=word runs those whose title has the word in it.
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$0")/../.." || exit 1
 what=${1:-test}
-case $what in test|full) ;; *) echo "usage: tests/run.sh test|full" >&2; exit 2 ;; esac
+case $what in test|full) ;; *) echo "usage: dev/tests/run.sh test|full" >&2; exit 2 ;; esac
 jobs=$(nproc 2> /dev/null || echo 2)
 passed=0 failed=0
 log=$(mktemp) bad=$(mktemp)      # bad: what failed, said once more above the closing line
@@ -67,14 +67,14 @@ script=; command -v python3 > /dev/null 2>&1 && script=data/tokenize.py
 if [ "$what" = test ]; then
     ranks=
     # shellcheck disable=SC2086
-    if prepare fp32 -- train_moe test_moe $KERNELS data/test_data model/test_checkpoint tests/test_cli; then
+    if prepare fp32 -- train_moe test_moe $KERNELS data/test_data model/test_checkpoint dev/tests/test_cli; then
         plain=$dir
         case $dir in *-mpi*) [ -n "$(launcher 2)" ] && ranks=1 ;; esac
         kernels fp32
         suite data 120 "$dir/data/test_data" $script
         suite checkpoint 300 "$dir/model/test_checkpoint"
         suite "model fp32" 600 "$dir/test_moe"
-        suite "command line" 900 "$dir/tests/test_cli" "$dir/train_moe"
+        suite "command line" 900 "$dir/dev/tests/test_cli" "$dir/train_moe"
     fi
     # shellcheck disable=SC2086
     if prepare fp64 PRECISION=fp64 -- test_moe $KERNELS; then
@@ -87,31 +87,31 @@ if [ "$what" = test ]; then
         suite "model bf16" 600 "$dir/test_moe"
     fi
     # shellcheck disable=SC2046
-    if [ -n "$ranks" ] && prepare "fp32, several ranks" -- parallel/test_comm parallel/test_expert tests/edge; then
+    if [ -n "$ranks" ] && prepare "fp32, several ranks" -- parallel/test_comm parallel/test_expert dev/tests/edge; then
         suite "communication" 600 env MPIRUN="$(GRACE=1 sh dev/mpirun.sh 2 | sed 's/ -np 2$//') --oversubscribe" sh parallel/test_comm.sh "$plain/parallel/test_comm" quick
         suite "dispatchers" 300 sh parallel/test_expert.sh "$plain/parallel/test_expert" 1 2 4
         suite "model on 2 ranks" 300 $(launcher 2) "$plain/test_moe"
         suite "model on 4 ranks" 600 $(launcher 4) "$plain/test_moe"
-        suite "edges on 2 ranks" 300 $(launcher 2) "$plain/tests/edge" --quick
-        suite "command line, several ranks" 300 "$plain/tests/test_cli" "$plain/train_moe" --mpirun "$(launcher 4 | sed 's/ -np 4$//')"
+        suite "edges on 2 ranks" 300 $(launcher 2) "$plain/dev/tests/edge" --quick
+        suite "command line, several ranks" 300 "$plain/dev/tests/test_cli" "$plain/train_moe" --mpirun "$(launcher 4 | sed 's/ -np 4$//')"
     else [ -n "$LIST" ] || [ -n "$ranks" ] || echo "---- no MPI here: several ranks are not tested (make doctor says what is missing)"
     fi
 else
     # Sanitizers: ASan, UBSan, memory filled with NaN. Leaks are looked for where our own code is alone; MPI and a process that dies on purpose keep theirs.
     # shellcheck disable=SC2086
-    if prepare debug DEBUG=1 -- train_moe test_moe $KERNELS data/test_data model/test_checkpoint tests/test_cli parallel/test_comm parallel/test_expert tests/edge; then
+    if prepare debug DEBUG=1 -- train_moe test_moe $KERNELS data/test_data model/test_checkpoint dev/tests/test_cli parallel/test_comm parallel/test_expert dev/tests/edge; then
         kernels debug
         ASAN_OPTIONS=detect_leaks=0
         export ASAN_OPTIONS
         suite "debug data" 300 "$dir/data/test_data" $script
         suite "debug checkpoint" 600 "$dir/model/test_checkpoint"
         suite "debug model" 900 "$dir/test_moe"
-        suite "debug command line" 1200 "$dir/tests/test_cli" "$dir/train_moe"
+        suite "debug command line" 1200 "$dir/dev/tests/test_cli" "$dir/train_moe"
         # shellcheck disable=SC2046
         case $dir in *-mpi*) if [ -n "$(launcher 2)" ]; then
             suite "debug dispatchers" 600 sh parallel/test_expert.sh "$dir/parallel/test_expert" 2 3
             suite "debug model on 2 ranks" 600 $(launcher 2) "$dir/test_moe"
-            suite "debug edges on 4 ranks" 900 $(launcher 4) "$dir/tests/edge" --quick
+            suite "debug edges on 4 ranks" 900 $(launcher 4) "$dir/dev/tests/edge" --quick
         fi ;; esac
         unset ASAN_OPTIONS
     fi
@@ -125,9 +125,9 @@ else
     fi
     prepare "no BLAS" BLAS=off -- test_moe && suite "model without BLAS" 600 "$dir/test_moe"
     prepare "no OpenMP" OPENMP=off -- test_moe && suite "model without OpenMP" 600 "$dir/test_moe"
-    prepare "nothing optional" BLAS=off OPENMP=off MPI=off -- train_moe test_moe tests/test_cli &&
-        { suite "model with nothing optional" 600 "$dir/test_moe"; suite "command line with nothing optional" 900 "$dir/tests/test_cli" "$dir/train_moe"; }
-    prepare "fp32, several ranks" -- train_moe test_moe parallel/test_comm parallel/test_expert tests/edge tests/reshard tests/test_cli
+    prepare "nothing optional" BLAS=off OPENMP=off MPI=off -- train_moe test_moe dev/tests/test_cli &&
+        { suite "model with nothing optional" 600 "$dir/test_moe"; suite "command line with nothing optional" 900 "$dir/dev/tests/test_cli" "$dir/train_moe"; }
+    prepare "fp32, several ranks" -- train_moe test_moe parallel/test_comm parallel/test_expert dev/tests/edge dev/tests/reshard dev/tests/test_cli
     # shellcheck disable=SC2046
     case $dir in *-mpi*) if [ -n "$(launcher 2)" ]; then
         plain=$dir
@@ -135,8 +135,8 @@ else
         suite "dispatchers, more ranks" 900 sh parallel/test_expert.sh "$dir/parallel/test_expert" 3 6 8
         suite "model through the transport on 1 rank" 900 "$dir/test_moe" --force-comm
         for n in 3 6 8; do suite "model on $n ranks" 900 $(launcher $n) "$plain/test_moe"; done
-        suite "edges on 4 ranks" 900 $(launcher 4) "$plain/tests/edge"
-        suite "checkpoints across layouts, killed ranks" 900 sh tests/kill.sh "$plain/train_moe" "$plain/tests/reshard"
+        suite "edges on 4 ranks" 900 $(launcher 4) "$plain/dev/tests/edge"
+        suite "checkpoints across layouts, killed ranks" 900 sh dev/tests/kill.sh "$plain/train_moe" "$plain/dev/tests/reshard"
         prepare fp64 PRECISION=fp64 -- test_moe && suite "model fp64 on 4 ranks" 900 $(launcher 4) "$dir/test_moe"
         prepare bf16 PRECISION=bf16 -- test_moe && suite "model bf16 on 4 ranks" 900 $(launcher 4) "$dir/test_moe"
     fi ;; esac

@@ -1,14 +1,14 @@
 #!/bin/sh
 # Checkpoints across layouts, and ranks that are killed.
-#   tests/kill.sh TRAIN_MOE RESHARD [KILLS]          KILLS: how often a rank is killed, default 8 (50: make test-mutations; 0: part 1 alone)
-# 1. A checkpoint written by 8 ranks (ep 4, fsdp 2) is resumed by 1, 2, 3 and 6: parameters and moments bit for bit (tests/reshard.c), and the losses go on as those of a run that was
+#   dev/tests/kill.sh TRAIN_MOE RESHARD [KILLS]          KILLS: how often a rank is killed, default 8 (50: make test-mutations; 0: part 1 alone)
+# 1. A checkpoint written by 8 ranks (ep 4, fsdp 2) is resumed by 1, 2, 3 and 6: parameters and moments bit for bit (dev/tests/reshard.c), and the losses go on as those of a run that was
 #    left alone, to 1e-5.
 # 2. kill -9 of one rank at random moments, saving after every update so that many fall inside a save: every time the run ends within --timeout with a status that is not 0, and the
 #    last complete checkpoint resumes. The run that was killed so often ends with the bits of the one that was left alone.
 set -u
 train=${1:?usage: kill.sh TRAIN_MOE RESHARD [KILLS]} reshard=${2:?usage: kill.sh TRAIN_MOE RESHARD [KILLS]} kills=${3:-8}
-cd "$(dirname "$0")/.." || exit 1
-[ -n "$(sh dev/mpirun.sh 2)" ] || { echo "tests/kill.sh: skipped, there is no mpirun here"; exit 0; }
+cd "$(dirname "$0")/../.." || exit 1
+[ -n "$(sh dev/mpirun.sh 2)" ] || { echo "dev/tests/kill.sh: skipped, there is no mpirun here"; exit 0; }
 T=$(mktemp -d)
 trap 'rm -rf "$T"' EXIT
 passed=0 failed=0 timeout=20
@@ -43,7 +43,7 @@ for n in 1 2 3 6; do
     ranks $n "$reshard" "$T/eight/checkpoints/step_4" dev/fixtures/parallel/tokens.bin; check "$(grep -v '^ *[0-9]* ok' "$T/out" | tail -1), bit for bit"
 done
 
-finish() { echo "tests/kill.sh: $passed passed, $failed failed"; [ $failed -eq 0 ]; exit; }
+finish() { echo "dev/tests/kill.sh: $passed passed, $failed failed"; [ $failed -eq 0 ]; exit; }
 [ "$kills" -gt 0 ] || finish
 
 # ---- 2. kills ------------------------------------------------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@
 // Every run is a shell command in which $B is the program, $T a fresh folder (removed at the end)
 // and $F the fixtures. Bit-equality is compared on files.
 #define _GNU_SOURCE
-#include "../kernels/fail.h"
-#include "../model/safetensors.h"
+#include "../../kernels/fail.h"
+#include "../../model/safetensors.h"
 #include <cjson/cJSON.h>
 #include <dirent.h>
 #include <fcntl.h>
