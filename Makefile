@@ -138,7 +138,7 @@ PARALLEL = $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)
 LIBRARY = $(KERNELS) $(filter-out model/test_%,$(wildcard model/*.c)) $(PARALLEL) data/loader.c data/tokens.c
 OBJECTS = $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(LIBRARY))))
 TESTS = kernels/test_kernels kernels/test_experts kernels/test_optimizer data/test_data model/test_checkpoint
-DEPENDS = $(OBJECTS:.o=.d) $(BUILD)/train_moe.d $(BUILD)/test_moe.d $(TESTS:%=$(BUILD)/%.d) $(BUILD)/parallel/test_comm.d $(BUILD)/parallel/test_expert.d $(BUILD)/dev/bench_cpu.d $(BUILD)/dev/tests/edge.d $(BUILD)/dev/tests/reshard.d $(BUILD)/dev/tests/test_cli.d
+DEPENDS = $(OBJECTS:.o=.d) $(BUILD)/train_moe.d $(BUILD)/test_moe.d $(TESTS:%=$(BUILD)/%.d) $(BUILD)/parallel/test_comm.d $(BUILD)/parallel/test_dispatch.d $(BUILD)/dev/bench_cpu.d $(BUILD)/dev/tests/edge.d $(BUILD)/dev/tests/reshard.d $(BUILD)/dev/tests/test_cli.d
 
 # ---- programs ---------------------------------------------------------------------------------------------------------------------
 train_moe test_moe: %: $(if $(filter cuda,$(BACKEND)),say-cuda) $(BUILD)/% FORCE
@@ -147,7 +147,7 @@ $(BUILD)/train_moe: $(BUILD)/train_moe.o $(OBJECTS)
 	$(if $(HAVE_CJSON),,@echo "cJSON is missing: make deps" && exit 1)
 	@echo "  link $@"
 	$(QUIET)$(CC) $(CFLAGS) $^ $(LIBS) -o $@
-$(BUILD)/test_moe $(TESTS:%=$(BUILD)/%) $(BUILD)/parallel/test_comm $(BUILD)/parallel/test_expert $(BUILD)/dev/bench_cpu $(BUILD)/dev/tests/edge $(BUILD)/dev/tests/reshard $(BUILD)/dev/tests/test_cli: %: %.o $(OBJECTS)
+$(BUILD)/test_moe $(TESTS:%=$(BUILD)/%) $(BUILD)/parallel/test_comm $(BUILD)/parallel/test_dispatch $(BUILD)/dev/bench_cpu $(BUILD)/dev/tests/edge $(BUILD)/dev/tests/reshard $(BUILD)/dev/tests/test_cli: %: %.o $(OBJECTS)
 	@echo "  link $@"
 	$(QUIET)$(CC) $(CFLAGS) $^ $(LIBS) -o $@
 ifeq ($(BACKEND),cuda)

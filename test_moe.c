@@ -546,24 +546,24 @@ static void test_bias(const Fixture *f) {
     Run *r = run_open(f, 0, &s);
     const Config *c = &r->m.c;
     int wrong = 0;
-    double mean = (double)f->B * f->T * c->K / c->E, spread[2] = { 0, 0 };
+    double mean = (double)f->B * f->T * c->K / c->E, dispatch[2] = { 0, 0 };
     run_step(r, 1, 0, 0);
     for (int i = 0; i < c->n_moe * c->E; i++) {
         double count = (double)r->t->host_count[i];
         wrong += r->t->host_bias[i] != (float)(0.005 * ((mean > count) - (mean < count)));
-        spread[0] += (count - mean) * (count - mean);
+        dispatch[0] += (count - mean) * (count - mean);
     }
     for (int k = 0; k < 60; k++) {
         run_step(r, 1, 0, 0);
         for (int i = 0; i < c->n_moe * c->E; i++)
             if (k >= 50)
-                spread[1] += ((double)r->t->host_count[i] - mean) *
-                             ((double)r->t->host_count[i] - mean) / 10;
+                dispatch[1] += ((double)r->t->host_count[i] - mean) *
+                               ((double)r->t->host_count[i] - mean) / 10;
     }
     check(
-        !wrong && spread[1] < 0.7 * spread[0],
+        !wrong && dispatch[1] < 0.7 * dispatch[0],
         "%s: --balance bias: rate * sign(mean - count); variance of the counts after 50 updates %.2f of the first",
-        f->name, spread[1] / spread[0]);
+        f->name, dispatch[1] / dispatch[0]);
     run_close(r);
 }
 

@@ -370,7 +370,7 @@ int main(int argc, char **argv) {
         comm_finish();
         return failed != 0;
     }
-    Model model = model_build(config, grid_cut(&grid));
+    Model model = model_build(config, grid_shard_spec(&grid));
     int64_t found = open_folder(&o, grid.all), first = found > 0 ? found : 0;
     char *resumed = found >= 0 ? checkpoint_folder(o.out, found) : 0;
     cJSON *trainer = resumed ? checkpoint_trainer(resumed) : 0;

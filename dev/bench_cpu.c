@@ -13,7 +13,7 @@
 // layers x heads x head_dim x T / 2. Two scalings of the checkpoint, in memory, the same in
 // dev/hf/bench.py: --embed S multiplies the embedding, so that what a token routes to is decided by
 // the token and not by what its neighbours share (near-balanced with random tokens); --skew S
-// multiplies the router's rows of the first eighth of the experts: their logits spread S times as
+// multiplies the router's rows of the first eighth of the experts: their logits dispatch S times as
 // far, so they are chosen more often.
 #define _GNU_SOURCE
 #include "../kernels/cpu/gemm.h"
@@ -64,7 +64,7 @@ static void scale(Trainer *t, ParamId id, int layer, int64_t n, double factor) {
 
 static Trainer *start(Model *m, Grid *grid, const Bench *b, const char *dir) {
     *grid = grid_build(&m->c, 1, 1, 1, DISPATCH_ALLTOALL, 0);
-    *m = model_build(m->c, grid_cut(grid));
+    *m = model_build(m->c, grid_shard_spec(grid));
     StepOptions s = { .T = b->T,
                       .batch = b->batch,
                       .rounds = 1,
@@ -169,7 +169,7 @@ static floatX *normal(Arena *a, size_t n, uint64_t key) {
 
 static void kernels(const Config *c, const Trainer *t, const Bench *b, Arena *arena) {
     const int T = b->T, B = b->batch, R = T * B, C = c->C, Q = c->H * c->D, KV = c->KV * c->D,
-              E = c->E, K = c->K, F = c->F, V = c->V, M = plan_rows(R, K, E);
+              E = c->E, K = c->K, F = c->F, V = c->V, M = row_index_bound(R, K, E);
     const int chunk = t->head_chunk < R ? t->head_chunk : R;
     const double L = c->n_moe, chunks = (double)R / chunk, x = sizeof(floatX), g = sizeof(gradX);
     const double RC = (double)R * C, rows = (double)R * K;
@@ -203,13 +203,13 @@ static void kernels(const Config *c, const Trainer *t, const Bench *b, Arena *ar
     double *share = ARENA_TAKE(arena, double, E, "x"), *loss = ARENA_TAKE(arena, double, 1, "x");
     double *sums = ARENA_TAKE(arena, double, 1 << 16, "x");
     void *workspace = arena_take(arena, attention_workspace(B, T, c->H, c->KV, c->D), "x");
-    Plan plan = { ARENA_TAKE(arena, int, M, "x"),
-                  ARENA_TAKE(arena, int, (size_t)R *K, "x"),
-                  ARENA_TAKE(arena, int, E + 1, "x"),
-                  M,
-                  R,
-                  E,
-                  K };
+    RowIndex plan = { ARENA_TAKE(arena, int, M, "x"),
+                      ARENA_TAKE(arena, int, (size_t)R *K, "x"),
+                      ARENA_TAKE(arena, int, E + 1, "x"),
+                      M,
+                      R,
+                      E,
+                      K };
     RouterStats stats = { ARENA_TAKE(arena, int64_t, E, "x"), ARENA_TAKE(arena, double, E, "x"),
                           ARENA_TAKE(arena, double, 2, "x") };
     int64_t largest = 0;
@@ -262,10 +262,11 @@ static void kernels(const Config *c, const Trainer *t, const Bench *b, Arena *ar
     KERNEL("router_backward_add", L, 4 * RC * E, 0,
            router_backward_add(y, dW, dz, dscore, z, topk, score, h, Wr, share, 1e-3, 0,
                                c->norm_topk, 0, R, C, E, K));
-    KERNEL("plan_build", 2 * L, 0, 3 * rows * sizeof(int), plan_build(&plan, topk, 0, 0));
+    KERNEL("row_index_build", 2 * L, 0, 3 * rows * sizeof(int), row_index_build(&plan, topk, 0, 0));
     KERNEL("experts_up", L, 4 * rows * F * C, 0, experts_up(H, A, h, W1, &plan, C, F));
     KERNEL("experts_down", L, 2 * rows * F * C, 0, experts_down(Y, A, W2, &plan, C, F));
-    KERNEL("rows_combine", 2 * L, 0, (rows + R) * C * x, rows_combine(y, Y, score, &plan, C));
+    KERNEL("rows_weighted_sum", 2 * L, 0, (rows + R) * C * x,
+           rows_weighted_sum(y, Y, score, &plan, C));
     KERNEL("experts_down_backward", L, 2 * rows * F * C, 0,
            experts_down_backward(dH, A, dscore, dy, H, W2, score, &plan, C, F));
     KERNEL("experts_up_backward", L, 4 * rows * F * C, 0,

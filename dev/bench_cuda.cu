@@ -14,7 +14,7 @@
 // works in chunks of at most 1 GiB of logits (model/trainer.c). Routing: `even`, K distinct experts
 // drawn alike; `skewed`, expert e drawn with weight (e + 1)^-1/2, and the rows of the most loaded
 // expert over the mean in `load`. Left out: rope_table, router_share, sum_in_order, clip_scale,
-// gradient_scale, rows_sum_real, plan_dense: less than a megabyte, or once a run.
+// gradient_scale, rows_sum_real, row_index_dense: less than a megabyte, or once a run.
 // --tiny: shapes for the emulator (dev/cuemu), where times mean nothing.
 #include "../kernels/cuda/experts.cuh"
 #include <math.h>
@@ -245,7 +245,7 @@ static int *choices(const Shape *s, Arena *a, double *load) {
 }
 static void experts(const Shape *s, Arena *a) {
     int R = s->B * s->T, C = s->C, E = s->E, K = s->K, F = s->F;
-    int64_t M = plan_rows(R, K, E);
+    int64_t M = row_index_bound(R, K, E);
     double load, fan = 1 / sqrt((double)C), fan2 = 1 / sqrt((double)F);
     const char *routing = skew > 0 ? "skewed" : "even";
     floatX *x = normal(a, (int64_t)R * C, 1), *y = normal(a, (int64_t)R * C, 1),
@@ -262,18 +262,18 @@ static void experts(const Shape *s, Arena *a) {
     RouterStats stats = { ARENA_TAKE(a, int64_t, E, "operands"),
                           ARENA_TAKE(a, double, E, "operands"),
                           ARENA_TAKE(a, double, 2, "operands") };
-    Plan plan = { ARENA_TAKE(a, int, M, "operands"),
-                  ARENA_TAKE(a, int, (int64_t)R *K, "operands"),
-                  ARENA_TAKE(a, int, E + 1, "operands"),
-                  (int)M,
-                  R,
-                  E,
-                  K };
+    RowIndex plan = { ARENA_TAKE(a, int, M, "operands"),
+                      ARENA_TAKE(a, int, (int64_t)R *K, "operands"),
+                      ARENA_TAKE(a, int, E + 1, "operands"),
+                      (int)M,
+                      R,
+                      E,
+                      K };
     if (!a->base) return;
     router_forward(z, topk, score, stats, x, Wr, 0, 1, R, C, E,
                    K); // scores for what follows; the router is timed with choices of its own
     router_share(share, stats.count, R, 1, E);
-    plan_build(&plan, choice, 0, 0);
+    row_index_build(&plan, choice, 0, 0);
     if (skew == 0) {
         BENCH("router_forward", "", router_forward(z, topk, score, stats, x, Wr, 0, 1, R, C, E, K));
         BENCH("router_backward_add", "",
@@ -282,8 +282,8 @@ static void experts(const Shape *s, Arena *a) {
     }
 #define ROUTED(kernel, ...) bench(s, kernel, variant.c_str(), load, [&] { __VA_ARGS__; })
     std::string variant = routing;
-    ROUTED("plan_build", plan_build(&plan, choice, 0, 0));
-    ROUTED("rows_combine", rows_combine(y, Y, score, &plan, C));
+    ROUTED("row_index_build", row_index_build(&plan, choice, 0, 0));
+    ROUTED("rows_weighted_sum", rows_weighted_sum(y, Y, score, &plan, C));
     ROUTED("rows_sum", rows_sum(y, Y, plan.token_row, R, K, C));
     for (const char *name : { "wgmma", "mma" }) {
         if (!experts_select(name)) continue;

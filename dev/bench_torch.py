@@ -118,7 +118,7 @@ def experts(R):
     def plan():
         order = ids.flatten().argsort(stable=True)
         return order, order // K, torch.bincount(ids.flatten(), minlength=E).cumsum(0).int(), order.argsort()
-    bench("plan_build", "argsort, bincount", R, lambda: plan)
+    bench("row_index_build", "argsort, bincount", R, lambda: plan)
     order, token, ends, inverse = plan()
     row_score = score.flatten()[order][:, None].bfloat16()
     hidden, act, out = normal(R * K, 2 * W), normal(R * K, W), normal(R * K, C)
@@ -148,7 +148,7 @@ def experts(R):
         bench("experts_down_backward", how, R, lambda: lambda: down_backward(product))
         bench("experts_up_backward", how, R, lambda: lambda: product(hidden, W1))
         bench("experts_wgrad", how, R, lambda: lambda: (product_k(hidden, x[token]), product_k(dy[token], act)))
-    bench("rows_combine", "index, multiply, sum", R, lambda: lambda: (out[inverse].view(R, K, C) * score[..., None].bfloat16()).sum(1))
+    bench("rows_weighted_sum", "index, multiply, sum", R, lambda: lambda: (out[inverse].view(R, K, C) * score[..., None].bfloat16()).sum(1))
 
 
 def ends(R):

@@ -25,12 +25,12 @@ RATES = {
     "experts_down_backward": (350e12, "128 x 128 tiles, 64 FLOPs a byte: 384 at most; two inputs and three results beside the products"),
     "experts_up_backward": (480e12, "as experts_up"),
     "experts_wgrad": (470e12, "as experts_up; gathers along the rows, and 2.4 GB of fp32 gradients are written"),
-    "rows_combine": (0.85 * COPIES, "gathered rows of 4 KB: SonicMoE's own takes 85 to 98 % of a copy"),
-    "rows_sum": (0.85 * COPIES, "as rows_combine"),
+    "rows_weighted_sum": (0.85 * COPIES, "gathered rows of 4 KB: SonicMoE's own takes 85 to 98 % of a copy"),
+    "rows_sum": (0.85 * COPIES, "as rows_weighted_sum"),
     "cross_entropy": (0.60 * COPIES, "a row is read twice, and 264 rows of 304 KB in flight do not stay in the L2 cache: 3 passes, not 2"),
     "router_forward": (0.40 * COPIES, "a product of 128 columns, then some 800 instructions a token for softmax and 8 of 128"),
     "router_backward_add": (0.30 * COPIES, "the gradient of the logits is split into two bf16 numbers: both products are done twice"),
-    "plan_build": (0.02 * COPIES, "three small kernels of a counting sort, and a memset"),
+    "row_index_build": (0.02 * COPIES, "three small kernels of a counting sort, and a memset"),
     "embed_backward": (0.80 * COPIES, "mostly zeros written; before it, three sorting passes over the ids"),
     "optimizer_sgd": (0.75 * COPIES, "noise for stochastic rounding: about 350 instructions for 256 parameters, near the issue limit"),
     "optimizer_adamw8": (0.35 * COPIES, "instructions: about 1,450 a warp for 256 parameters, mostly exact divisions and roots (sm_90a code: 2,568 with the cases of cut blocks); 132 x 4 schedulers at "
@@ -49,7 +49,7 @@ PADDED = ("experts_up", "experts_up_again", "experts_down", "experts_down_backwa
 
 # Calls of one layer and one micro-batch in model/layer.c. What --recompute moe and layer add to them.
 KEPT = {"rmsnorm_forward": 4, "rmsnorm_backward": 2, "add": 2, "linear_forward_q": 1, "linear_forward_kv": 2, "linear_forward_o": 1, "qk_norm_rope_forward": 2, "qk_norm_rope_backward": 1,
-        "attention_forward": 1, "attention_backward": 1, "router_forward": 1, "router_backward_add": 1, "plan_build": 2, "experts_up": 1, "experts_down": 1, "rows_combine": 2,
+        "attention_forward": 1, "attention_backward": 1, "router_forward": 1, "router_backward_add": 1, "row_index_build": 2, "experts_up": 1, "experts_down": 1, "rows_weighted_sum": 2,
         "experts_down_backward": 1, "experts_up_backward": 1, "experts_wgrad": 1, "linear_backward_input_q": 1, "linear_backward_input_add_kv": 2, "linear_backward_input_o": 1,
         "linear_backward_weight_q": 1, "linear_backward_weight_kv": 2, "linear_backward_weight_o": 1}
 MOE = {"experts_up_again": 1}

@@ -24,7 +24,7 @@ void device_give(void *memory, size_t bytes);
 // Peak FLOP/s of dense products in floatX, for MFU. CPU: measured by a short sgemm on all threads;
 // GPU: table by device name, 0 = unknown.
 double device_peak_flops(void);
-// Rows of an expert are padded to a multiple of this in a Plan (1 on CPUs).
+// Rows of an expert are padded to a multiple of this in a RowIndex (1 on CPUs).
 int device_row_tile(void);
 
 // ---- arenas (I10) ---------------------------------------------------------------------------

@@ -124,27 +124,28 @@ typedef struct {     // device pointers; M is a static bound, each expert's rows
     int *token_row;  // (P,K)  rows of each pool token in ascending expert order, -1 = not here
     int *expert_row; // (E+1)  first row of each (local) expert; [E] = rows in use including padding
     int M, P, E, K;  // upper bounds known to the host; E = local experts
-} Plan;
+} RowIndex;
 // The smallest M for a pool of P tokens that chose K of the experts each.
-int plan_rows(int P, int K, int E_local);
+int row_index_bound(int P, int K, int E_local);
 // Fills the plan from choice (P,K) global expert ids ascending (-1 = none), keeping experts [first,
 // first + E). Rows of an expert stand in pool-token order (stable). n_pool (device int, may be 0 =
 // P): tokens of the pool in use; later entries of choice are not read and their token_row is -1.
-void plan_build(Plan *plan, const int *choice, const int *n_pool, int first_expert);
+void row_index_build(RowIndex *plan, const int *choice, const int *n_pool, int first_expert);
 // The plan of a dense MLP: one expert that every one of R tokens chose (K = 1, E = 1).
-void plan_dense(Plan *plan, int R);
+void row_index_dense(RowIndex *plan, int R);
 
 // H (M,2F) = pool[row_token] W1^T, gate columns 0..F-1, up columns F..2F-1;  A (M,F) = silu(gate) *
 // up, A may be 0 (recompute wants H alone).
 void experts_up(floatX *H, floatX *A, const floatX *pool /*(P,C)*/, const floatX *W1 /*(E,2F,C)*/,
-                const Plan *plan, int C, int F);
+                const RowIndex *plan, int C, int F);
 // Y (M,C) = A W2^T.
-void experts_down(floatX *Y, const floatX *A, const floatX *W2 /*(E,C,F)*/, const Plan *plan, int C,
-                  int F);
+void experts_down(floatX *Y, const floatX *A, const floatX *W2 /*(E,C,F)*/, const RowIndex *plan,
+                  int C, int F);
 // out (P,C) = sum over k, in order, of score[p,k] * Y[token_row[p,k]]; score (P,K), 0 = all ones;
 // -1 rows add nothing, a token with none gets zeros.
-void rows_combine(floatX *out, const floatX *Y, const real *score, const Plan *plan, int C);
-// The backward of experts_down, rows_combine and SwiGLU in one: for row m of token p =
+void rows_weighted_sum(floatX *out, const floatX *Y, const real *score, const RowIndex *plan,
+                       int C);
+// The backward of experts_down, rows_weighted_sum and SwiGLU in one: for row m of token p =
 // row_token[m], slot k, expert e, with g = dpool[p] W2[e]:
 //   dscore[p,k] = <g, A_m>;  sA_m = score * A_m (the operand of dW2);  dA = score * g;
 //   dH = [ dA * up * s(gate) (1 + gate (1 - s(gate))) | dA * gate * s(gate) ],  s = sigmoid, A from
@@ -153,14 +154,14 @@ void rows_combine(floatX *out, const floatX *Y, const real *score, const Plan *p
 // of dH and sA get zeros.
 void experts_down_backward(floatX *dH /*(M,2F)*/, floatX *sA /*(M,F)*/, real *dscore /*(P,K)*/,
                            const floatX *dpool /*(P,C)*/, const floatX *H, const floatX *W2,
-                           const real *score /*(P,K)*/, const Plan *plan, int C, int F);
-// dX (M,C) = dH W1: combined into the pool's gradient by rows_combine(score = 0).
-void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const Plan *plan, int C,
-                         int F);
+                           const real *score /*(P,K)*/, const RowIndex *plan, int C, int F);
+// dX (M,C) = dH W1: combined into the pool's gradient by rows_weighted_sum(score = 0).
+void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const RowIndex *plan,
+                         int C, int F);
 // dW1 (E,2F,C) (+)= dH^T pool[row_token];  dW2 (E,C,F) (+)= dpool[row_token]^T sA.  An expert
 // without rows is written as zeros (accumulate 0) or left (1).
 void experts_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool,
-                   const floatX *dH, const floatX *sA, const Plan *plan, int accumulate, int C,
+                   const floatX *dH, const floatX *sA, const RowIndex *plan, int accumulate, int C,
                    int F);
 
 // ---- rows and numbers for the exchange ------------------------------------------------------

@@ -28,17 +28,19 @@ enum World { CUDA, SAME, TRUTH, WORLDS };
 TWIN(embed_forward)
 TWIN(embed_backward)
 TWIN(cross_entropy)
-TWIN(rmsnorm_forward) TWIN(rmsnorm_backward) TWIN(linear_forward) TWIN(linear_backward_input)
-    TWIN(linear_backward_input_add) TWIN(linear_backward_weight) TWIN(add) TWIN(rope_table)
-        TWIN(qk_norm_rope_forward) TWIN(qk_norm_rope_backward) TWIN(attention_forward)
-            TWIN(attention_backward) TWIN(attention_workspace) TWIN(router_forward)
-                TWIN(router_backward_add) TWIN(router_share) TWIN(plan_rows) TWIN(plan_build)
-                    TWIN(plan_dense) TWIN(experts_up) TWIN(experts_down) TWIN(rows_combine)
-                        TWIN(experts_down_backward) TWIN(experts_up_backward) TWIN(experts_wgrad)
-                            TWIN(rows_gather) TWIN(rows_sum) TWIN(rows_sum_real)
-                                TWIN(optimizer_update) TWIN(gradient_squares) TWIN(sum_in_order)
-                                    TWIN(gradient_scale) TWIN(clip_scale) TWIN(init_segments)
-                                        TWIN(convert) TWIN(check_finite) TWIN(device_init)
+TWIN(rmsnorm_forward)
+TWIN(rmsnorm_backward)
+TWIN(linear_forward)
+TWIN(linear_backward_input) TWIN(linear_backward_input_add) TWIN(linear_backward_weight) TWIN(add)
+    TWIN(rope_table) TWIN(qk_norm_rope_forward) TWIN(qk_norm_rope_backward) TWIN(attention_forward)
+        TWIN(attention_backward) TWIN(attention_workspace) TWIN(router_forward)
+            TWIN(router_backward_add) TWIN(router_share) TWIN(row_index_bound) TWIN(row_index_build)
+                TWIN(row_index_dense) TWIN(experts_up) TWIN(experts_down) TWIN(rows_weighted_sum)
+                    TWIN(experts_down_backward) TWIN(experts_up_backward) TWIN(experts_wgrad)
+                        TWIN(rows_gather) TWIN(rows_sum) TWIN(rows_sum_real) TWIN(optimizer_update)
+                            TWIN(gradient_squares) TWIN(sum_in_order) TWIN(gradient_scale)
+                                TWIN(clip_scale) TWIN(init_segments) TWIN(convert)
+                                    TWIN(check_finite) TWIN(device_init)
 #define CALL(w, name, ...)                   \
     ((w) == CUDA   ? name(__VA_ARGS__)       \
      : (w) == SAME ? ref_##name(__VA_ARGS__) \
@@ -395,17 +397,19 @@ static void test_router(int R, int C, int E, int K, int normalize, int ties) {
 
 // ---- plan and experts -----------------------------------------------------------------------
 struct Plans {
-    Plan plan[WORLDS];
+    RowIndex plan[WORLDS];
     Buffer row_token[WORLDS], token_row[WORLDS], expert_row[WORLDS];
 };
 static Plans make_plans(int P, int K, int E) {
     Plans p;
     EACH_WORLD(w) {
-        int M = CALL(w, plan_rows, P, K, E);
+        int M = CALL(w, row_index_bound, P, K, E);
         p.row_token[w] = input(INT, Numbers(M, 1)),
         p.token_row[w] = input(INT, Numbers((size_t)P * K, 1)),
         p.expert_row[w] = output(INT, E + 1);
-        Plan plan = { p.row_token[w].i(w), p.token_row[w].i(w), p.expert_row[w].i(w), M, P, E, K };
+        RowIndex plan = {
+            p.row_token[w].i(w), p.token_row[w].i(w), p.expert_row[w].i(w), M, P, E, K
+        };
         p.plan[w] = plan;
     }
     return p;
@@ -453,7 +457,7 @@ static void compare_rows(const char *what, const Plans &p, const Buffer (&b)[WOR
         for (int c = 0; token[m] < 0 && c < width; c++)
             if (rows[m * width + c] != 0) return complain(what, "a padding row is not zero");
 }
-enum Routing { SPREAD, ONE, FOREIGN, EMPTY };
+enum Routing { DISPATCH, ONE, FOREIGN, EMPTY };
 // NaN in the padding rows: what stands there may not matter.
 static void poison_padding(const Buffer &rows, const Buffer &row_token, int width) {
     Numbers v = read(rows, CUDA), token = read(row_token, CUDA);
@@ -502,14 +506,15 @@ static void test_experts(int P, int K, int E, int C, int F, Routing routing) {
         H[w] = output(X, M * 2 * F), again[w] = output(X, M * 2 * F), A[w] = output(X, M * F),
         Y[w] = output(X, M * C), sA[w] = output(X, M * F), dX[w] = output(X, M * C);
         dH[w] = output(X, M * 2 * F), dH1[w] = output(X, M * 2 * F), sA1[w] = output(X, M * F);
-        const Plan *plan = &p.plan[w];
-        CALL(w, plan_build, &p.plan[w], choice.i(w), routing == FOREIGN ? n_pool.i(w) : 0, first);
+        const RowIndex *plan = &p.plan[w];
+        CALL(w, row_index_build, &p.plan[w], choice.i(w), routing == FOREIGN ? n_pool.i(w) : 0,
+             first);
         CALL(w, experts_up, H[w].x(w), A[w].x(w), pool.x(w), W1.x(w), plan, C, F);
         CALL(w, experts_up, again[w].x(w), 0, pool.x(w), W1.x(w), plan, C, F);
         CALL(w, experts_down, Y[w].x(w), A[w].x(w), W2.x(w), plan, C, F);
         if (w == CUDA) poison_padding(again[w], p.row_token[w], 2 * F);
-        CALL(w, rows_combine, out.x(w), Y[w].x(w), score.r(w), plan, C);
-        CALL(w, rows_combine, out1.x(w), Y[w].x(w), 0, plan, C);
+        CALL(w, rows_weighted_sum, out.x(w), Y[w].x(w), score.r(w), plan, C);
+        CALL(w, rows_weighted_sum, out1.x(w), Y[w].x(w), 0, plan, C);
         CALL(w, experts_down_backward, dH[w].x(w), sA[w].x(w), dscore.r(w), dpool.x(w), H[w].x(w),
              W2.x(w), score.r(w), plan, C, F);
         CALL(w, experts_down_backward, again[w].x(w), sA[w].x(w), dscore.r(w), dpool.x(w),
@@ -546,8 +551,8 @@ static void test_plan(int P, int K, int E) {
     Buffer choice = input(INT, ids);
     Plans p = make_plans(P, K, E), dense = make_plans(P, 1, 1);
     EACH_WORLD(w) {
-        CALL(w, plan_build, &p.plan[w], choice.i(w), 0, 0);
-        CALL(w, plan_dense, &dense.plan[w], P - P / 4);
+        CALL(w, row_index_build, &p.plan[w], choice.i(w), 0, 0);
+        CALL(w, row_index_dense, &dense.plan[w], P - P / 4);
     }
     compare_plans(p);
     compare_plans(dense);
@@ -563,13 +568,13 @@ static void test_experts_budget(int P, int K, int E, int C, int F) {
     Numbers ids((size_t)P * K);
     for (int p = 0; p < P; p++)
         for (int k = 0, start = below(E - K + 1); k < K; k++) ids[(size_t)p * K + k] = start + k;
-    Plan plan = make_plans(P, K, E).plan[CUDA];
+    RowIndex plan = make_plans(P, K, E).plan[CUDA];
     Buffer pool = random_input(X, (size_t)P * C), dpool = random_input(X, (size_t)P * C),
            W1 = random_input(X, (size_t)E * 2 * F * C), W2 = random_input(X, (size_t)E * C * F);
     Buffer score = random_input(REAL, (size_t)P * K), choice = input(INT, ids);
     int multiprocessors;
     std::vector<Numbers> results[2];
-    plan_build(&plan, choice.i(CUDA), 0, 0);
+    row_index_build(&plan, choice.i(CUDA), 0, 0);
     CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
     for (int run = 0; run < 2; run++) {
         size_t M = plan.M;
@@ -842,14 +847,14 @@ int main(int argc, char **argv) {
     RUN(plan, 40, 4, 700);
     for (const char *kernel : { "mma", "wgmma" }) {
         if (!experts_select(expert_kernel = kernel)) continue;
-        RUN(experts, 5, 2, 4, 64, 24, SPREAD);
+        RUN(experts, 5, 2, 4, 64, 24, DISPATCH);
         RUN(experts, 150, 2, 3, 72, 40, ONE);
         RUN(experts, 30, 2, 4, 136, 136, FOREIGN);
         RUN(experts, 6, 2, 3, 16, 8, EMPTY);
-        RUN(experts, 0, 2, 3, 16, 8, SPREAD);
-        RUN(experts, 140, 1, 1, 264, 72, SPREAD);
-        RUN(experts, 64, 8, 64, 32, 16, SPREAD);
-        RUN(experts, 3, 8, 256, 16, 8, SPREAD);
+        RUN(experts, 0, 2, 3, 16, 8, DISPATCH);
+        RUN(experts, 140, 1, 1, 264, 72, DISPATCH);
+        RUN(experts, 64, 8, 64, 32, 16, DISPATCH);
+        RUN(experts, 3, 8, 256, 16, 8, DISPATCH);
         RUN(experts, 130, 1, 2, 520, 264, ONE);
     }
     if (experts_select(expert_kernel = "wgmma")) RUN(experts_budget, 200, 2, 3, 136, 264);

@@ -12,8 +12,8 @@ enum {
    // their scratch memory
 
 // ---- plans ----------------------------------------------------------------------------------
-static Plan take_plan(int P, int K, int E) {
-    Plan plan = { 0, 0, 0, plan_rows(P, K, E), P, E, K };
+static RowIndex take_plan(int P, int K, int E) {
+    RowIndex plan = { 0, 0, 0, row_index_bound(P, K, E), P, E, K };
     plan.row_token = TEST_TAKE(int, plan.M), plan.token_row = TEST_TAKE(int, (int64_t)P *K),
     plan.expert_row = TEST_TAKE(int, E + 1);
     memset(plan.row_token, 0x55, (size_t)plan.M * sizeof(int)),
@@ -36,7 +36,7 @@ static int *take_choice(int P, int K, int E, double absent, int favourite) {
     }
     return choice;
 }
-static int plan_is_right(const Plan *plan, const int *choice, int tokens, int first) {
+static int plan_is_right(const RowIndex *plan, const int *choice, int tokens, int first) {
     int tile = device_row_tile(), row = 0, ok = 1;
     for (int e = 0; e < plan->E; e++) { // the definition, expert by expert
         ok &= plan->expert_row[e] == row;
@@ -61,20 +61,20 @@ static void test_plan(void) {
     for (int i = 0; i < 300; i++) {
         int E = 1 + test_below(12), local = 1 + test_below(E), first = test_below(E - local + 1),
             K = 1 + test_below(E < 8 ? E : 8), P = test_below(40);
-        Plan plan = take_plan(P, K, local);
+        RowIndex plan = take_plan(P, K, local);
         int *choice = take_choice(P, K, E, i % 3 ? 0 : 0.2, i % 5 ? -1 : test_below(E)),
             tokens = P ? test_below(P + 1) : 0;
-        plan_build(&plan, choice, i % 2 ? &tokens : 0, first);
+        row_index_build(&plan, choice, i % 2 ? &tokens : 0, first);
         ok &= plan_is_right(&plan, choice, i % 2 ? tokens : P, first);
         test_release("plan");
     }
-    check(ok, "plan_build is the stable counting sort of its definition");
-    Plan plan = take_plan(9, 1, 1);
-    plan_dense(&plan, 7);
+    check(ok, "row_index_build is the stable counting sort of its definition");
+    RowIndex plan = take_plan(9, 1, 1);
+    row_index_dense(&plan, 7);
     ok = plan.expert_row[0] == 0 && plan.expert_row[1] >= 7;
     for (int m = 0; m < plan.M; m++) ok &= plan.row_token[m] == (m < 7 ? m : -1);
     for (int p = 0; p < 9; p++) ok &= plan.token_row[p] == (p < 7 ? p : -1);
-    check(ok, "plan_dense is the identity");
+    check(ok, "row_index_dense is the identity");
     // The bound is reached: by the worst counts, found by trying all of a small case.
     int tile = device_row_tile(), most = 0;
     for (int a = 0; a <= 5; a++)
@@ -84,22 +84,23 @@ static void test_plan(void) {
                     most = (int)fmax(most, ((a + tile - 1) / tile + (b + tile - 1) / tile +
                                             (c + tile - 1) / tile) *
                                                tile);
-    check(plan_rows(5, 2, 3) == most && plan_rows(0, 2, 3) == 0 && plan_rows(5, 8, 2) >= 10,
-          "plan_rows is the worst case, not more");
+    check(row_index_bound(5, 2, 3) == most && row_index_bound(0, 2, 3) == 0 &&
+              row_index_bound(5, 8, 2) >= 10,
+          "row_index_bound is the worst case, not more");
     test_release("plan");
 }
 // <gather x, y> = <x, sum y> with the plan's two indices, and byte-wise gather against its
 // definition.
 static void test_rows(void) {
     enum { P = 37, K = 3, E = 5, C = 300 };
-    Plan plan = take_plan(P, K, E);
+    RowIndex plan = take_plan(P, K, E);
     int *choice = take_choice(P, K, E, 0.2, -1);
-    plan_build(&plan, choice, 0, 0);
+    row_index_build(&plan, choice, 0, 0);
     size_t n = (size_t)P * C, m = (size_t)plan.M * C;
     floatX *x = test_x(test_random(n, 1, 0), n), *y = test_x(test_random(m, 1, 0), m),
            *px = TEST_TAKE(floatX, m), *ty = TEST_TAKE(floatX, n), *sum = TEST_TAKE(floatX, n);
     rows_gather(px, x, plan.row_token, plan.M, C * sizeof(floatX));
-    rows_combine(ty, y, 0, &plan, C);
+    rows_weighted_sum(ty, y, 0, &plan, C);
     rows_sum(sum, y, plan.token_row, P, K, C);
     double left = test_dot(from_x(px, m), from_x(y, m), m),
            right = test_dot(from_x(x, n), from_x(ty, n), n);
@@ -108,7 +109,7 @@ static void test_rows(void) {
     double unit = sizeof(floatX) == 2 ? 0x1p-8 : sizeof(floatX) == 4 ? 0x1p-22 : 0x1p-50;
     check(fabs(left - right) <= 4 * unit * sqrt((double)m),
           "gather and combine are adjoint: %.9g %.9g", left, right);
-    check(memcmp(ty, sum, n * sizeof(floatX)) == 0, "rows_sum is rows_combine without scores");
+    check(memcmp(ty, sum, n * sizeof(floatX)) == 0, "rows_sum is rows_weighted_sum without scores");
     real *rx = test_real(test_random_real((size_t)plan.M * 4, 1, 0), (size_t)plan.M * 4),
          *ry = TEST_TAKE(real, P * 4);
     rows_sum_real(ry, rx, plan.token_row, P, K, 4);
@@ -227,7 +228,7 @@ static void naive_results(Naive *s) {
     naive_backward(s);
 }
 // (M,width) rows of a kernel as (P*K,width) slots.
-static double *by_slot(const floatX *rows, const Plan *plan, int width) {
+static double *by_slot(const floatX *rows, const RowIndex *plan, int width) {
     double *d = zeros((size_t)plan->P * plan->K * width);
     for (int i = 0; i < plan->P * plan->K; i++)
         for (int j = 0; plan->token_row[i] >= 0 && j < width; j++)
@@ -252,8 +253,8 @@ static void test_experts_case(const Case *c) {
     naive_results(&naive);
     test_rounding = 0;
 
-    Plan plan = take_plan(c->P, c->K, c->local);
-    plan_build(&plan, exact.choice, 0, c->first);
+    RowIndex plan = take_plan(c->P, c->K, c->local);
+    row_index_build(&plan, exact.choice, 0, c->first);
     size_t M = (size_t)plan.M;
     floatX *x = test_x(exact.x, n), *W1 = test_x(exact.W1, w1), *W2 = test_x(exact.W2, w2),
            *seed = test_x(exact.seed, n);
@@ -272,14 +273,14 @@ static void test_experts_case(const Case *c) {
         dW2[run] = c->accumulate ? test_grad(exact.dW2_before, w2) : TEST_TAKE(gradX, w2);
         experts_up(H, A, x, W1, &plan, c->C, c->F);
         experts_down(Y, A, W2, &plan, c->C, c->F);
-        rows_combine(out, Y, score, &plan, c->C);
+        rows_weighted_sum(out, Y, score, &plan, c->C);
         if (run == 1) experts_up(H, 0, x, W1, &plan, c->C, c->F);
         floatX *kept = test_x(from_x(H, M * 2 * c->F), M * 2 * c->F);
         if (run == 2) dH = H;
         experts_down_backward(dH, sA, c->use_score || run == 0 ? dscore[run] : 0, seed, H, W2,
                               score, &plan, c->C, c->F);
         experts_up_backward(dX, dH, W1, &plan, c->C, c->F);
-        rows_combine(dx, dX, 0, &plan, c->C);
+        rows_weighted_sum(dx, dX, 0, &plan, c->C);
         experts_wgrad(dW1[run], dW2[run], x, seed, dH, sA, &plan, c->accumulate, c->C, c->F);
         floatX *all[8] = { kept, A, Y, out, dH, sA, dX, dx };
         memcpy(result[run], all, sizeof all);

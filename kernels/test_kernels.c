@@ -198,9 +198,9 @@ static double cross_entropy_loss(void *context) {
     cross_entropy(c->logits, &loss, c->targets, 1, 0, c->N, c->V);
     return loss * (double)c->seed;
 }
-static void test_cross_entropy(int N, int V, double spread) {
+static void test_cross_entropy(int N, int V, double dispatch) {
     size_t n = (size_t)N * (size_t)V;
-    double *x = test_random(n, spread, 0), seed = 0.37, want_loss = 0;
+    double *x = test_random(n, dispatch, 0), seed = 0.37, want_loss = 0;
     int *targets = TEST_TAKE(int, N);
     for (int r = 0; r < N; r++) targets[r] = r % 3 == 1 ? -1 - r : test_below(V);
     TAKE2(d, n);
@@ -575,9 +575,9 @@ static void naive_attention(double *o, double *lse, double *dq, double *dk, doub
             }
     for (int64_t i = 0; i < (int64_t)B * T * KV * D; i++) dk[i] = Q(dk[i]), dv[i] = Q(dv[i]);
 }
-static void test_attention_shape(int B, int T, int H, int KV, int D, double spread) {
+static void test_attention_shape(int B, int T, int H, int KV, int D, double dispatch) {
     size_t nq = (size_t)(B * T * H * D), nk = (size_t)(B * T * KV * D), nl = (size_t)(B * H * T);
-    double *q = test_random(nq, spread, 0), *k = test_random(nk, spread, 0),
+    double *q = test_random(nq, dispatch, 0), *k = test_random(nk, dispatch, 0),
            *v = test_random(nk, 1, 0), *d_o = test_random(nq, 1, 0);
     TAKE2(o, nq);
     TAKE2(dq, nq);

@@ -153,9 +153,10 @@ static void test_rows() {
     rows_sum_real(sum, in_real, index_real, 2, 2, K),
         rows_sum_real(sum_near, near_real, index_near, 2, 2, K);
     same("sum of scores", sum, sum_near, 2 * K);
-    Plan plan = { nullptr, index, nullptr, LAST + 1, 2, 1, 2 },
-         plan_near = { nullptr, index_near, nullptr, 2, 2, 1, 2 };
-    rows_combine(out, in, weight, &plan, C), rows_combine(out_near, near, weight, &plan_near, C);
+    RowIndex plan = { nullptr, index, nullptr, LAST + 1, 2, 1, 2 },
+             plan_near = { nullptr, index_near, nullptr, 2, 2, 1, 2 };
+    rows_weighted_sum(out, in, weight, &plan, C),
+        rows_weighted_sum(out_near, near, weight, &plan_near, C);
     same("combine", out, out_near, 2 * C);
     end();
 }
@@ -166,7 +167,7 @@ static void test_experts(const char *kernel) {
               TILE = device_row_tile();
     const int64_t W = (int64_t)2 * F * C;
     begin(strcmp(kernel, "mma") ? "experts by wgmma" : "experts by mma.sync");
-    Plan plan[2];
+    RowIndex plan[2];
     floatX *pool[2], *dpool[2], *W1[2], *W2[2], *H[2], *A[2], *Y[2], *dH[2], *sA[2], *dX[2];
     gradX *dW1[2], *dW2[2];
     real *dscore[2];
@@ -181,13 +182,13 @@ static void test_experts(const char *kernel) {
             expert_row((size_t)experts + 1, 0);
         row_token[0] = last, row_token[1] = 0, token_row[last] = 0, token_row[0] = 1,
         expert_row[experts] = TILE;
-        Plan p = { taken_from(row_token),
-                   taken_from(token_row),
-                   taken_from(expert_row),
-                   TILE,
-                   last + 1,
-                   experts,
-                   1 };
+        RowIndex p = { taken_from(row_token),
+                       taken_from(token_row),
+                       taken_from(expert_row),
+                       TILE,
+                       last + 1,
+                       experts,
+                       1 };
         plan[far] = p;
         pool[far] = take<floatX>((int64_t)(last + 1) * C),
         dpool[far] = take<floatX>((int64_t)(last + 1) * C);

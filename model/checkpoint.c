@@ -347,7 +347,7 @@ static int is_attachment(const char *name) {
     return !strncmp(name, "tokenizer", 9) || !strncmp(name, "chat_template", 13);
 }
 
-// Kept in memory (a few megabytes): the folder that the model came from may be gone by the time of
+// Saved in memory (a few megabytes): the folder that the model came from may be gone by the time of
 // a save, removed by --keep for one.
 static void load_attachments(Checkpoint *k, const char *dir) {
     DIR *d = opendir(dir);

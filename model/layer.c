@@ -9,8 +9,8 @@
         const ParamId id[11] = { P_ATTN_NORM,                                                      \
                                  P_MLP_NORM,                                                       \
                                  P_Q,                                                              \
-                                 P_K_,                                                             \
-                                 P_V_,                                                             \
+                                 P_KEY,                                                            \
+                                 P_VALUE,                                                          \
                                  P_Q_NORM,                                                         \
                                  P_K_NORM,                                                         \
                                  P_O,                                                              \
@@ -44,9 +44,10 @@ LayerGrads layer_grads(const Model *m, int layer, gradX *dense, gradX *local) {
 static int mlp_width(const Config *c, int layer) { return c->is_moe[layer] ? c->F : c->I; }
 
 // Lays the attention group out behind `base`; with base 0 only counts.
-static size_t attention_layout(Kept *k, const Work *w, char *base) {
+static size_t attention_layout(Saved *k, const Workspace *w, char *base) {
     const Config *c = w->c;
-    size_t at = 0, q = (size_t)w->Ra * w->Hl * c->D, kv = (size_t)w->Ra * w->KVl * c->D;
+    size_t at = 0, q = (size_t)w->attention_rows * w->local_heads * c->D,
+           kv = (size_t)w->attention_rows * w->local_kv_heads * c->D;
 #define PLACE(field, type, count)                         \
     do {                                                  \
         k->field = base ? (type *)(base + at) : 0;        \
@@ -56,12 +57,12 @@ static size_t attention_layout(Kept *k, const Work *w, char *base) {
     PLACE(k, floatX, kv);
     PLACE(v, floatX, kv);
     PLACE(o, floatX, q);
-    PLACE(lse, real, (size_t)w->Ra * w->Hl);
+    PLACE(lse, real, (size_t)w->attention_rows * w->local_heads);
     PLACE(mid, floatX, (size_t)w->R * c->C);
     return at;
 }
 
-static size_t expert_layout(Kept *k, const Work *w, int layer, int64_t rows, int64_t pool,
+static size_t expert_layout(Saved *k, const Workspace *w, int layer, int64_t rows, int64_t pool,
                             char *base) {
     const Config *c = w->c;
     size_t at = 0;
@@ -74,16 +75,16 @@ static size_t expert_layout(Kept *k, const Work *w, int layer, int64_t rows, int
     return at;
 }
 
-size_t kept_attention_bytes(const Work *w) {
-    Kept k;
+size_t saved_attention_bytes(const Workspace *w) {
+    Saved k;
     return attention_layout(&k, w, 0);
 }
-size_t kept_expert_bytes(const Work *w, int layer, int64_t rows, int64_t pool) {
-    Kept k;
+size_t saved_expert_bytes(const Workspace *w, int layer, int64_t rows, int64_t pool) {
+    Saved k;
     return expert_layout(&k, w, layer, rows, pool, 0);
 }
 
-void kept_attention_place(Kept *k, const Work *w, const Slot *s, char *memory) {
+void saved_attention_place(Saved *k, const Workspace *w, const InFlight *s, char *memory) {
     k->has_attention = memory != 0;
     if (memory) {
         attention_layout(k, w, memory);
@@ -97,8 +98,8 @@ void kept_attention_place(Kept *k, const Work *w, const Slot *s, char *memory) {
     k->mid = s->scratch.mid;
 }
 
-void kept_expert_place(Kept *k, const Work *w, int layer, int64_t rows, int64_t pool,
-                       char *memory) {
+void saved_expert_place(Saved *k, const Workspace *w, int layer, int64_t rows, int64_t pool,
+                        char *memory) {
     k->has_experts = memory != 0;
     k->pool = 0;
     k->pool_score = 0;
@@ -108,25 +109,25 @@ void kept_expert_place(Kept *k, const Work *w, int layer, int64_t rows, int64_t 
         k->H = w->H;
 }
 
-void work_create(Work *w, const Model *m, const Grid *g, int B, int T, Arena *arena) {
+void workspace_create(Workspace *w, const Model *m, const Grid *g, int B, int T, Arena *arena) {
     const Config *c = &m->c;
     memset(w, 0, sizeof *w);
     w->c = c;
     w->B = B;
     w->T = T;
     w->R = B * T;
-    w->Hl = c->H / (m->cut.split_heads ? g->ep : 1);
-    w->KVl = c->KV / (m->cut.split_heads ? g->ep : 1);
-    w->Ra = heads_rows(g, w->R);
+    w->local_heads = c->H / (m->shard_spec.split_heads ? g->ep : 1);
+    w->local_kv_heads = c->KV / (m->shard_spec.split_heads ? g->ep : 1);
+    w->attention_rows = heads_rows(g, w->R);
     w->moves = g->ep > 1 && g->dispatch != DISPATCH_ALLREDUCE;
     w->heads = heads_create(g, c, w->R, arena);
     size_t M = 0, hidden = 0; // largest expert rows, and rows x width, over the kinds of layers
     if (c->n_moe) {
-        M = (size_t)plan_rows(exchange_pool_bound(g, w->R), c->K, c->E / g->ep);
+        M = (size_t)row_index_bound(dispatch_pool_bound(g, w->R), c->K, c->E / g->ep);
         hidden = M * (size_t)c->F;
     }
     if (c->n_moe < c->L) {
-        size_t rows = (size_t)plan_rows(w->R, 1, 1);
+        size_t rows = (size_t)row_index_bound(w->R, 1, 1);
         if (rows > M) M = rows;
         if (rows * (size_t)c->I > hidden) hidden = rows * (size_t)c->I;
         w->dense.M = (int)rows;
@@ -135,10 +136,10 @@ void work_create(Work *w, const Model *m, const Grid *g, int B, int T, Arena *ar
         w->dense.row_token = ARENA_TAKE(arena, int, rows, "row index");
         w->dense.token_row = ARENA_TAKE(arena, int, w->R, "row index");
         w->dense.expert_row = ARENA_TAKE(arena, int, 2, "row index");
-        if (w->dense.row_token) plan_dense(&w->dense, w->R);
+        if (w->dense.row_token) row_index_dense(&w->dense, w->R);
     }
-    size_t q = (size_t)w->Ra * w->Hl * c->D, kv = (size_t)w->Ra * w->KVl * c->D,
-           x = (size_t)w->R * c->C;
+    size_t q = (size_t)w->attention_rows * w->local_heads * c->D,
+           kv = (size_t)w->attention_rows * w->local_kv_heads * c->D, x = (size_t)w->R * c->C;
     w->cos = ARENA_TAKE(arena, real, (size_t)T * c->D / 2, "rope table");
     w->sin = ARENA_TAKE(arena, real, (size_t)T * c->D / 2, "rope table");
     if (w->cos) rope_table(w->cos, w->sin, c->rope_theta, T, c->D);
@@ -150,8 +151,10 @@ void work_create(Work *w, const Model *m, const Grid *g, int B, int T, Arena *ar
     w->dv = ARENA_TAKE(arena, floatX, kv, "working set: attention");
     w->d_o = ARENA_TAKE(arena, floatX, q, "working set: attention");
     w->dh = ARENA_TAKE(arena, floatX, x, "working set: attention");
-    w->attention = arena_take(arena, attention_workspace(w->Ra / T, T, w->Hl, w->KVl, c->D),
-                              "working set: attention");
+    w->attention = arena_take(
+        arena,
+        attention_workspace(w->attention_rows / T, T, w->local_heads, w->local_kv_heads, c->D),
+        "working set: attention");
     w->H = ARENA_TAKE(arena, floatX, 2 * hidden, "working set: experts");
     w->A = ARENA_TAKE(arena, floatX, hidden, "working set: experts");
     w->Y = ARENA_TAKE(arena, floatX, M * (size_t)c->C, "working set: experts");
@@ -159,12 +162,12 @@ void work_create(Work *w, const Model *m, const Grid *g, int B, int T, Arena *ar
     w->dz = ARENA_TAKE(arena, real, (size_t)w->R * (c->n_moe ? c->E : 0), "working set: experts");
 }
 
-void work_free(Work *w) {
+void workspace_free(Workspace *w) {
     heads_free(w->heads);
     w->heads = 0;
 }
 
-void slot_create(Slot *s, const Work *w, const Grid *g, Arena *arena) {
+void in_flight_create(InFlight *s, const Workspace *w, const Grid *g, Arena *arena) {
     const Config *c = w->c;
     memset(s, 0, sizeof *s);
     size_t x = (size_t)w->R * c->C;
@@ -174,22 +177,24 @@ void slot_create(Slot *s, const Work *w, const Grid *g, Arena *arena) {
     s->dscore =
         ARENA_TAKE(arena, real, (size_t)w->R * c->K, "working set: micro-batches in flight");
     char *scratch =
-        (char *)arena_take(arena, kept_attention_bytes(w), "working set: micro-batches in flight");
+        (char *)arena_take(arena, saved_attention_bytes(w), "working set: micro-batches in flight");
     if (scratch) attention_layout(&s->scratch, w, scratch);
-    if (c->n_moe) s->exchange = exchange_create(g, c, w->R, arena);
+    if (c->n_moe) s->exchange = dispatcher_create(g, c, w->R, arena);
 }
 
-void slot_free(Slot *s) {
-    if (s->exchange) exchange_free(s->exchange);
+void in_flight_free(InFlight *s) {
+    if (s->exchange) dispatcher_free(s->exchange);
     s->exchange = 0;
 }
 
 // FLOPs of a product of R rows, for the profile; of causal attention forward, half of the square.
 static double product(double R, double O, double N) { return 2 * R * O * N; }
-static double attention_flops(const Work *w) { return 2.0 * w->Ra * w->T * w->Hl * w->c->D; }
+static double attention_flops(const Workspace *w) {
+    return 2.0 * w->attention_rows * w->T * w->local_heads * w->c->D;
+}
 // Of the experts' rows, one of the three matrices: rows of this rank when tokens travel, else K of
 // every token.
-static double expert_flops(const Work *w, const Slot *s, int layer) {
+static double expert_flops(const Workspace *w, const InFlight *s, int layer) {
     const Config *c = w->c;
     return c->is_moe[layer] ? product(w->moves ? s->plan.M : (double)w->R * c->K, c->F, c->C)
                             : product(w->R, c->I, c->C);
@@ -197,30 +202,31 @@ static double expert_flops(const Work *w, const Slot *s, int layer) {
 
 // ---- forward --------------------------------------------------------------------------------
 // q .. mid of `kept` from its x.
-static void attention_part(Work *w, Kept *kept, const LayerWeights *p) {
+static void attention_part(Workspace *w, Saved *kept, const LayerWeights *p) {
     const Config *c = w->c;
-    int Q = w->Hl * c->D, KV = w->KVl * c->D;
+    int Q = w->local_heads * c->D, KV = w->local_kv_heads * c->D;
     profile_mark("norms", 0);
     rmsnorm_forward(w->h, 0, kept->x, p->attn_norm, (real)c->rms_eps, w->R, c->C);
-    profile_mark("q k v forward", product(w->Ra, Q + 2 * KV, c->C));
+    profile_mark("q k v forward", product(w->attention_rows, Q + 2 * KV, c->C));
     const floatX *h = heads_gather(w->heads, w->h);
-    linear_forward(kept->q, h, p->q, w->Ra, Q, c->C);
-    linear_forward(kept->k, h, p->k, w->Ra, KV, c->C);
-    linear_forward(kept->v, h, p->v, w->Ra, KV, c->C);
+    linear_forward(kept->q, h, p->q, w->attention_rows, Q, c->C);
+    linear_forward(kept->k, h, p->k, w->attention_rows, KV, c->C);
+    linear_forward(kept->v, h, p->v, w->attention_rows, KV, c->C);
     profile_mark("q k norm and rope", 0);
     qk_norm_rope_forward(w->qn, w->kn, kept->q, kept->k, p->q_norm, p->k_norm, w->cos, w->sin,
-                         (real)c->rms_eps, w->Ra, w->T, w->Hl, w->KVl, c->D);
+                         (real)c->rms_eps, w->attention_rows, w->T, w->local_heads,
+                         w->local_kv_heads, c->D);
     profile_mark("attention forward", attention_flops(w));
-    attention_forward(kept->o, kept->lse, w->qn, w->kn, kept->v, w->attention, w->Ra / w->T, w->T,
-                      w->Hl, w->KVl, c->D);
-    profile_mark("o forward", product(w->Ra, c->C, Q));
-    linear_forward(heads_target(w->heads, kept->mid), kept->o, p->o, w->Ra, c->C, Q);
+    attention_forward(kept->o, kept->lse, w->qn, w->kn, kept->v, w->attention,
+                      w->attention_rows / w->T, w->T, w->local_heads, w->local_kv_heads, c->D);
+    profile_mark("o forward", product(w->attention_rows, c->C, Q));
+    linear_forward(heads_target(w->heads, kept->mid), kept->o, p->o, w->attention_rows, c->C, Q);
     heads_reduce(w->heads, kept->mid);
     profile_mark("residual", 0);
     add(kept->mid, kept->mid, kept->x, (size_t)w->R * c->C);
 }
 
-void layer_forward_start(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p,
+void layer_forward_start(Workspace *w, InFlight *s, Saved *kept, int layer, const LayerWeights *p,
                          RouterStats stats, const real *bias) {
     const Config *c = w->c;
     attention_part(w, kept, p);
@@ -231,23 +237,24 @@ void layer_forward_start(Work *w, Slot *s, Kept *kept, int layer, const LayerWei
     router_forward(kept->logits, kept->topk, kept->score, stats, s->u, p->router, bias,
                    c->norm_topk, w->R, c->C, c->E, c->K);
     profile_mark("plan", 0);
-    expert_plan(&s->plan, s->exchange, kept->topk);
-    profile_mark("spread and collect", 0);
-    spread_start(s->exchange, FORWARD, s->u, kept->score);
+    dispatch_route(&s->plan, s->exchange, kept->topk);
+    profile_mark("dispatch and combine", 0);
+    dispatch_start(s->exchange, FORWARD, s->u, kept->score);
 }
 
-void layer_forward_experts(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p) {
+void layer_forward_experts(Workspace *w, InFlight *s, Saved *kept, int layer,
+                           const LayerWeights *p) {
     const Config *c = w->c;
     if (!c->is_moe[layer]) {
         profile_mark("dense MLP forward", 3 * expert_flops(w, s, layer));
         experts_up(kept->H, w->A, s->u, p->up, &w->dense, c->C, c->I);
         experts_down(w->Y, w->A, p->down, &w->dense, c->C, c->I);
-        rows_combine(s->y, w->Y, 0, &w->dense, c->C);
+        rows_weighted_sum(s->y, w->Y, 0, &w->dense, c->C);
         return;
     }
     const real *score;
-    profile_mark("spread and collect", 0);
-    const floatX *pool = spread_wait(s->exchange, FORWARD, &score);
+    profile_mark("dispatch and combine", 0);
+    const floatX *pool = dispatch_wait(s->exchange, FORWARD, &score);
     if (kept->pool) {
         device_copy(kept->pool, pool, (size_t)s->plan.P * c->C * sizeof(floatX));
         device_copy(kept->pool_score, score, (size_t)s->plan.P * c->K * sizeof(real));
@@ -257,20 +264,21 @@ void layer_forward_experts(Work *w, Slot *s, Kept *kept, int layer, const LayerW
     profile_mark("experts down", expert_flops(w, s, layer));
     experts_down(w->Y, w->A, p->down, &s->plan, c->C, c->F);
     profile_mark("combine", 0);
-    rows_combine(collect_target(s->exchange, FORWARD, s->y, 0, 0), w->Y, score, &s->plan, c->C);
-    profile_mark("spread and collect", 0);
-    collect_start(s->exchange, FORWARD, s->y, 0);
+    rows_weighted_sum(combine_target(s->exchange, FORWARD, s->y, 0, 0), w->Y, score, &s->plan,
+                      c->C);
+    profile_mark("dispatch and combine", 0);
+    combine_start(s->exchange, FORWARD, s->y, 0);
 }
 
-void layer_forward_finish(Work *w, Slot *s, Kept *kept, int layer, floatX *out) {
-    profile_mark("spread and collect", 0);
-    if (w->c->is_moe[layer]) collect_wait(s->exchange, FORWARD);
+void layer_forward_finish(Workspace *w, InFlight *s, Saved *kept, int layer, floatX *out) {
+    profile_mark("dispatch and combine", 0);
+    if (w->c->is_moe[layer]) combine_wait(s->exchange, FORWARD);
     profile_mark("residual", 0);
     add(out, kept->mid, s->y, (size_t)w->R * w->c->C);
 }
 
 // ---- backward: the stages of forward with every arrow turned round --------------------------
-void layer_backward_start(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p,
+void layer_backward_start(Workspace *w, InFlight *s, Saved *kept, int layer, const LayerWeights *p,
                           const floatX *dx) {
     const Config *c = w->c;
     if (!kept->has_attention) attention_part(w, kept, p);
@@ -278,27 +286,28 @@ void layer_backward_start(Work *w, Slot *s, Kept *kept, int layer, const LayerWe
     rmsnorm_forward(s->u, s->rstd, kept->mid, p->mlp_norm, (real)c->rms_eps, w->R, c->C);
     if (!c->is_moe[layer]) return;
     profile_mark("plan", 0);
-    expert_plan(&s->plan, s->exchange, kept->topk);
-    profile_mark("spread and collect", 0);
-    if (!kept->pool) spread_start(s->exchange, FORWARD, s->u, kept->score);
-    spread_start(s->exchange, BACKWARD, dx,
-                 0); // out = mid + collect(...): dy of the experts is dx itself
+    dispatch_route(&s->plan, s->exchange, kept->topk);
+    profile_mark("dispatch and combine", 0);
+    if (!kept->pool) dispatch_start(s->exchange, FORWARD, s->u, kept->score);
+    dispatch_start(s->exchange, BACKWARD, dx,
+                   0); // out = mid + combine(...): dy of the experts is dx itself
 }
 
-void layer_backward_experts(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p,
-                            const LayerGrads *d, const floatX *dx, int accumulate) {
+void layer_backward_experts(Workspace *w, InFlight *s, Saved *kept, int layer,
+                            const LayerWeights *p, const LayerGrads *d, const floatX *dx,
+                            int accumulate) {
     const Config *c = w->c;
     int moe = c->is_moe[layer], F = mlp_width(c, layer);
-    const Plan *plan = moe ? &s->plan : &w->dense;
+    const RowIndex *plan = moe ? &s->plan : &w->dense;
     const floatX *pool = moe ? kept->pool : s->u, *dpool = dx;
     const real *score = moe ? kept->pool_score : 0;
     floatX *target = s->y;
     real *dscore = 0;
-    profile_mark("spread and collect", 0);
+    profile_mark("dispatch and combine", 0);
     if (moe) {
-        if (!pool) pool = spread_wait(s->exchange, FORWARD, &score);
-        dpool = spread_wait(s->exchange, BACKWARD, 0);
-        target = collect_target(s->exchange, BACKWARD, s->y, s->dscore, &dscore);
+        if (!pool) pool = dispatch_wait(s->exchange, FORWARD, &score);
+        dpool = dispatch_wait(s->exchange, BACKWARD, 0);
+        target = combine_target(s->exchange, BACKWARD, s->y, s->dscore, &dscore);
     }
     profile_mark("experts up", kept->has_experts ? 0 : 2 * expert_flops(w, s, layer));
     if (!kept->has_experts) experts_up(kept->H, 0, pool, p->up, plan, c->C, F);
@@ -308,22 +317,22 @@ void layer_backward_experts(Work *w, Slot *s, Kept *kept, int layer, const Layer
     profile_mark("experts up backward", 2 * expert_flops(w, s, layer));
     experts_up_backward(w->Y, dH, p->up, plan, c->C, F);
     profile_mark("combine", 0);
-    rows_combine(target, w->Y, 0, plan, c->C);
-    profile_mark("spread and collect", 0);
-    if (moe) collect_start(s->exchange, BACKWARD, s->y, s->dscore);
+    rows_weighted_sum(target, w->Y, 0, plan, c->C);
+    profile_mark("dispatch and combine", 0);
+    if (moe) combine_start(s->exchange, BACKWARD, s->y, s->dscore);
     profile_mark("experts weight gradients", 3 * expert_flops(w, s, layer));
     experts_wgrad(d->up, d->down, pool, dpool, dH, w->A, plan, accumulate, c->C, F);
 }
 
-void layer_backward_finish(Work *w, Slot *s, Kept *kept, int layer, const LayerWeights *p,
+void layer_backward_finish(Workspace *w, InFlight *s, Saved *kept, int layer, const LayerWeights *p,
                            const LayerGrads *d, const RouterLoss *loss, floatX *dx, int accumulate,
                            int accumulate_qkvo) {
     const Config *c = w->c;
-    int Q = w->Hl * c->D, KV = w->KVl * c->D;
+    int Q = w->local_heads * c->D, KV = w->local_kv_heads * c->D;
     floatX *du = s->y;
     if (c->is_moe[layer]) {
-        profile_mark("spread and collect", 0);
-        collect_wait(s->exchange, BACKWARD);
+        profile_mark("dispatch and combine", 0);
+        combine_wait(s->exchange, BACKWARD);
         profile_mark("router backward", 2 * product(w->R, c->E, c->C));
         router_backward_add(du, d->router, w->dz, s->dscore, kept->logits, kept->topk, kept->score,
                             s->u, p->router, loss->share, loss->aux_scale, loss->z_scale,
@@ -334,28 +343,30 @@ void layer_backward_finish(Work *w, Slot *s, Kept *kept, int layer, const LayerW
                      c->C); // dx is now the gradient of mid
 
     rmsnorm_forward(w->h, w->rstd, kept->x, p->attn_norm, (real)c->rms_eps, w->R, c->C);
-    profile_mark("o backward", 2 * product(w->Ra, c->C, Q));
+    profile_mark("o backward", 2 * product(w->attention_rows, c->C, Q));
     const floatX *h = heads_gather(w->heads, w->h), *d_mid = heads_reduce_adjoint(w->heads, dx);
-    linear_backward_input(w->d_o, d_mid, p->o, w->Ra, c->C, Q);
-    linear_backward_weight(d->o, d_mid, kept->o, accumulate_qkvo, w->Ra, c->C, Q);
+    linear_backward_input(w->d_o, d_mid, p->o, w->attention_rows, c->C, Q);
+    linear_backward_weight(d->o, d_mid, kept->o, accumulate_qkvo, w->attention_rows, c->C, Q);
     profile_mark("q k norm and rope", 0);
     qk_norm_rope_forward(w->qn, w->kn, kept->q, kept->k, p->q_norm, p->k_norm, w->cos, w->sin,
-                         (real)c->rms_eps, w->Ra, w->T, w->Hl, w->KVl, c->D);
+                         (real)c->rms_eps, w->attention_rows, w->T, w->local_heads,
+                         w->local_kv_heads, c->D);
     profile_mark("attention backward", 2.5 * attention_flops(w));
     attention_backward(w->dq, w->dk, w->dv, w->d_o, kept->o, kept->lse, w->qn, w->kn, kept->v,
-                       w->attention, w->Ra / w->T, w->T, w->Hl, w->KVl, c->D);
+                       w->attention, w->attention_rows / w->T, w->T, w->local_heads,
+                       w->local_kv_heads, c->D);
     profile_mark("q k norm and rope backward", 0);
     qk_norm_rope_backward(w->dq, w->dk, d->q_norm, d->k_norm, w->dq, w->dk, kept->q, kept->k,
-                          p->q_norm, p->k_norm, w->cos, w->sin, (real)c->rms_eps, accumulate, w->Ra,
-                          w->T, w->Hl, w->KVl, c->D);
-    profile_mark("q k v backward", 2 * product(w->Ra, Q + 2 * KV, c->C));
-    linear_backward_weight(d->q, w->dq, h, accumulate_qkvo, w->Ra, Q, c->C);
-    linear_backward_weight(d->k, w->dk, h, accumulate_qkvo, w->Ra, KV, c->C);
-    linear_backward_weight(d->v, w->dv, h, accumulate_qkvo, w->Ra, KV, c->C);
+                          p->q_norm, p->k_norm, w->cos, w->sin, (real)c->rms_eps, accumulate,
+                          w->attention_rows, w->T, w->local_heads, w->local_kv_heads, c->D);
+    profile_mark("q k v backward", 2 * product(w->attention_rows, Q + 2 * KV, c->C));
+    linear_backward_weight(d->q, w->dq, h, accumulate_qkvo, w->attention_rows, Q, c->C);
+    linear_backward_weight(d->k, w->dk, h, accumulate_qkvo, w->attention_rows, KV, c->C);
+    linear_backward_weight(d->v, w->dv, h, accumulate_qkvo, w->attention_rows, KV, c->C);
     floatX *dh = heads_gather_target(w->heads, w->dh);
-    linear_backward_input(dh, w->dq, p->q, w->Ra, Q, c->C);
-    linear_backward_input_add(dh, w->dk, p->k, w->Ra, KV, c->C);
-    linear_backward_input_add(dh, w->dv, p->v, w->Ra, KV, c->C);
+    linear_backward_input(dh, w->dq, p->q, w->attention_rows, Q, c->C);
+    linear_backward_input_add(dh, w->dk, p->k, w->attention_rows, KV, c->C);
+    linear_backward_input_add(dh, w->dv, p->v, w->attention_rows, KV, c->C);
     heads_gather_adjoint(w->heads, w->dh);
     profile_mark("norms backward", 0);
     rmsnorm_backward(dx, d->attn_norm, dx, w->dh, kept->x, p->attn_norm, w->rstd, accumulate, w->R,

@@ -20,11 +20,12 @@ static int row_exists(const Config *c, char where, When when, int layer) {
 }
 
 // One table row as the parameter of a layer, cut for this rank.
-static Param row_param(const Config *c, Cut cut, ParamId id, int layer, Kind kind, int decay,
-                       Init init, int parts, int rows, int cols, const char *hf0, const char *hf1) {
+static Param row_param(const Config *c, ShardSpec shard_spec, ParamId id, int layer, Kind kind,
+                       int decay, Init init, int parts, int rows, int cols, const char *hf0,
+                       const char *hf1) {
     Param p;
     memset(&p, 0, sizeof p);
-    if (!cut.split_heads && (kind == HEAD_ROWS || kind == HEAD_COLS)) kind = DENSE;
+    if (!shard_spec.split_heads && (kind == HEAD_ROWS || kind == HEAD_COLS)) kind = DENSE;
     p.id = id;
     p.layer = layer;
     p.kind = kind;
@@ -37,26 +38,27 @@ static Param row_param(const Config *c, Cut cut, ParamId id, int layer, Kind kin
     p.hf[0] = hf0;
     p.hf[1] = hf1;
     if (kind == EXPERT) {
-        p.n = c->E / cut.ep;
-        p.first = cut.ep_rank * p.n;
+        p.n = c->E / shard_spec.ep;
+        p.first = shard_spec.ep_rank * p.n;
     }
     if (kind == HEAD_ROWS) {
-        p.rows = rows / cut.ep;
-        p.row0 = cut.ep_rank * p.rows;
+        p.rows = rows / shard_spec.ep;
+        p.row0 = shard_spec.ep_rank * p.rows;
     }
     if (kind == HEAD_COLS) {
-        p.cols = cols / cut.ep;
-        p.col0 = cut.ep_rank * p.cols;
+        p.cols = cols / shard_spec.ep;
+        p.col0 = shard_spec.ep_rank * p.cols;
     }
     p.size = (int64_t)p.n * parts * p.rows * p.cols;
     return p;
 }
 
-static int layer_params(Param *out, const Config *c, Cut cut, int layer) {
+static int layer_params(Param *out, const Config *c, ShardSpec shard_spec, int layer) {
     int n = 0;
-#define PARAM_ROW(id, where, when, kind, decay, init, parts, rows, cols, hf0, hf1) \
-    if (row_exists(c, where, when, layer))                                         \
-        out[n++] = row_param(c, cut, P_##id, layer, kind, decay, init, parts, rows, cols, hf0, hf1);
+#define PARAM_ROW(id, where, when, kind, decay, init, parts, rows, cols, hf0, hf1)               \
+    if (row_exists(c, where, when, layer))                                                       \
+        out[n++] = row_param(c, shard_spec, P_##id, layer, kind, decay, init, parts, rows, cols, \
+                             hf0, hf1);
     PARAM_TABLE(PARAM_ROW)
 #undef PARAM_ROW
     return n;
@@ -75,7 +77,7 @@ void param_hf_name(const Param *p, int slice, char *name) {
 }
 
 void model_visit(const Config *c, TensorVisit visit, void *context) {
-    Cut whole = { 1, 0, 1, 0, 1, 0, 0 };
+    ShardSpec whole = { 1, 0, 1, 0, 1, 0, 0 };
     Param row[P_COUNT];
     char name[160];
     for (int layer = -1; layer <= c->L; layer++) {
@@ -183,25 +185,25 @@ static int add_block(Model *m, const Param *row, int n, int layer, int local) {
         b.n_params++;
     }
     if (!b.n_params) return -1;
-    int shards = local ? m->cut.local_shards : m->cut.dense_shards;
+    int shards = local ? m->shard_spec.local_shards : m->shard_spec.dense_shards;
     b.shard = round_up((b.size + shards - 1) / shards, ALIGN);
     b.size = b.shard * shards;
-    b.shard0 = b.shard * (local ? m->cut.local_index : m->cut.dense_index);
+    b.shard0 = b.shard * (local ? m->shard_spec.local_index : m->shard_spec.dense_index);
     m->block[m->n_blocks] = b;
     return m->n_blocks++;
 }
 
-Model model_build(Config c, Cut cut) {
-    if (c.n_moe && c.E % cut.ep)
+Model model_build(Config c, ShardSpec shard_spec) {
+    if (c.n_moe && c.E % shard_spec.ep)
         die("%d experts cannot be divided over --ep %d|choose an ep that divides the number of experts",
-            c.E, cut.ep);
-    if (cut.split_heads && (c.KV % cut.ep || c.H % cut.ep))
+            c.E, shard_spec.ep);
+    if (shard_spec.split_heads && (c.KV % shard_spec.ep || c.H % shard_spec.ep))
         die("--attention heads: %d key/value heads cannot be divided over --ep %d|choose an ep that divides them, or --attention data",
-            c.KV, cut.ep);
+            c.KV, shard_spec.ep);
     Model m;
     memset(&m, 0, sizeof m);
     m.c = c;
-    m.cut = cut;
+    m.shard_spec = shard_spec;
     m.param =
         (Param *)xcalloc((size_t)P_COUNT * (size_t)(c.L + 2), sizeof(Param), "parameter table");
     m.block = (Block *)xcalloc((size_t)(2 * c.L + 2), sizeof(Block), "block table");
@@ -209,7 +211,7 @@ Model model_build(Config c, Cut cut) {
     m.local_block = (int *)xcalloc((size_t)c.L, sizeof(int), "block table");
     Param row[P_COUNT];
     for (int layer = -1; layer <= c.L; layer++) {
-        int n = layer_params(row, &c, cut, layer), dense = add_block(&m, row, n, layer, 0),
+        int n = layer_params(row, &c, shard_spec, layer), dense = add_block(&m, row, n, layer, 0),
             local = add_block(&m, row, n, layer, 1);
         if (layer < 0)
             m.embed_block = dense;

@@ -31,10 +31,10 @@ typedef enum { EVERY, IF_MOE, IF_MLP, IF_UNTIED } When; // in which layers a row
     X(ATTN_NORM, 'L', EVERY, DENSE, 0, INIT_ONES, 1, 1, c->C, "input_layernorm.weight", 0)         \
     X(Q, 'L', EVERY, HEAD_ROWS, 1, INIT_NORMAL, 1, c->H * c->D, c->C, "self_attn.q_proj.weight",   \
       0)                                                                                           \
-    X(K_, 'L', EVERY, HEAD_ROWS, 1, INIT_NORMAL, 1, c->KV * c->D, c->C, "self_attn.k_proj.weight", \
-      0)                                                                                           \
-    X(V_, 'L', EVERY, HEAD_ROWS, 1, INIT_NORMAL, 1, c->KV * c->D, c->C, "self_attn.v_proj.weight", \
-      0)                                                                                           \
+    X(KEY, 'L', EVERY, HEAD_ROWS, 1, INIT_NORMAL, 1, c->KV * c->D, c->C,                           \
+      "self_attn.k_proj.weight", 0)                                                                \
+    X(VALUE, 'L', EVERY, HEAD_ROWS, 1, INIT_NORMAL, 1, c->KV * c->D, c->C,                         \
+      "self_attn.v_proj.weight", 0)                                                                \
     X(Q_NORM, 'L', EVERY, DENSE, 0, INIT_ONES, 1, 1, c->D, "self_attn.q_norm.weight", 0)           \
     X(K_NORM, 'L', EVERY, DENSE, 0, INIT_ONES, 1, 1, c->D, "self_attn.k_norm.weight", 0)           \
     X(O, 'L', EVERY, HEAD_COLS, 1, INIT_NORMAL, 1, c->C, c->H * c->D, "self_attn.o_proj.weight",   \
@@ -62,7 +62,7 @@ typedef struct {
     int local_shards,
         local_index; // blocks whose content differs by ep rank (EXPERT, split heads): fsdp shards
     int split_heads; // --attention heads
-} Cut;
+} ShardSpec;
 
 // One parameter of one layer, as this rank's blocks hold it.
 typedef struct {
@@ -101,7 +101,7 @@ typedef struct {
 
 typedef struct {
     Config c;
-    Cut cut;
+    ShardSpec shard_spec;
     int n_params, n_blocks;
     Param *param; // in order of computation
     Block *block;
@@ -112,7 +112,7 @@ typedef struct {
 
 // Builds table, blocks and segments from a config (which the model then owns) and a cut. Dies where
 // the cut does not divide (experts by ep, KV heads by ep).
-Model model_build(Config c, Cut cut);
+Model model_build(Config c, ShardSpec shard_spec);
 void model_free(Model *m);
 // 1 where some rank of this layout has a piece that begins inside a 256-element block of its
 // tensor: the 8-bit optimizer refuses such a layout (quant8.h).

@@ -72,9 +72,9 @@ Traffic plan_traffic(const Model *m, const Grid *g, const StepOptions *o, Routin
         double score = c->K * sizeof(real), copy = c->C * X;
         s.bytes[SEND_ROUTING] = 2 * passes * others * (double)R * c->K *
                                 sizeof(int); // topk for forward's plan and for backward's
-        // A spread sends, a collect sends back what came. Forward: spread (token, scores), collect.
-        // Backward: spread dy, collect (dx, dscore), and the first again where the pool was not
-        // kept.
+        // A dispatch sends, a combine sends back what came. Forward: dispatch (token, scores),
+        // combine. Backward: dispatch dy, combine (dx, dscore), and the first again where the pool
+        // was not kept.
         s.bytes[SEND_TOKENS] =
             passes * (routing.sent * (2 * copy + score + routing.respread * (copy + score)) +
                       routing.received * (2 * copy + score));
@@ -188,7 +188,7 @@ static Model layout_model(const Config *c, const Grid *g) {
     copy.json = 0;
     copy.is_moe = (unsigned char *)xmalloc((size_t)c->L, "config");
     memcpy(copy.is_moe, c->is_moe, (size_t)c->L);
-    return model_build(copy, grid_cut(g));
+    return model_build(copy, grid_shard_spec(g));
 }
 
 static int keeps_blocks(const Config *c, const Grid *g) {

@@ -28,10 +28,10 @@ typedef struct {
 // What only a run knows, or a guess of it.
 typedef struct {
     double sent,
-        received; // token copies in the forward spread of a micro-batch, mean over MoE layers and
+        received; // token copies in the forward dispatch of a micro-batch, mean over MoE layers and
                   // micro-batches: measured (Trainer), plan_uniform_rows(), plan_most_rows()
-    double respread; // share of the sent ones that backward spreads again, because what arrived was
-                     // not kept
+    double respread; // share of the sent ones that backward dispatches again, because what arrived
+                     // was not kept
     double reattended; // share of (layer, micro-batch) pairs whose attention is recomputed
 } Routing;
 Traffic plan_traffic(const Model *m, const Grid *g, const StepOptions *o, Routing routing);

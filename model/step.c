@@ -52,28 +52,29 @@ static char *store_take(Trainer *t, size_t bytes) {
     return p;
 }
 
-static void place_attention(Trainer *t, Kept *k, const Slot *s, int training) {
+static void place_attention(Trainer *t, Saved *k, const InFlight *s, int training) {
     int keep = training && t->o.recompute != RECOMPUTE_LAYER;
-    kept_attention_place(k, &t->work, s, keep ? store_take(t, kept_attention_bytes(&t->work)) : 0);
+    saved_attention_place(k, &t->work, s,
+                          keep ? store_take(t, saved_attention_bytes(&t->work)) : 0);
 }
 
 // The size is the largest of any rank of the ep group, so all of them keep or recompute alike:
-// recomputing spreads again (I2).
-static void place_experts(Trainer *t, Kept *k, const Slot *s, int layer, int training) {
-    const ExchangeLoad *load = t->m->c.is_moe[layer] ? exchange_load(s->exchange) : 0;
+// recomputing dispatches again (I2).
+static void place_experts(Trainer *t, Saved *k, const InFlight *s, int layer, int training) {
+    const DispatchLoad *load = t->m->c.is_moe[layer] ? dispatch_load(s->exchange) : 0;
     int64_t rows = t->work.dense.M, pool = 0;
     if (load) {
         rows = load->rows_max;
         pool = load->pool_max;
     }
     int keep = training && (t->o.recompute == RECOMPUTE_NONE || t->o.recompute == RECOMPUTE_AUTO);
-    kept_expert_place(k, &t->work, layer, rows, pool,
-                      keep ? store_take(t, kept_expert_bytes(&t->work, layer, rows, pool)) : 0);
+    saved_expert_place(k, &t->work, layer, rows, pool,
+                       keep ? store_take(t, saved_expert_bytes(&t->work, layer, rows, pool)) : 0);
     if (!training) return;
     if (load) {
         t->sent_rows += load->sent_rows;
         t->received_rows += load->received_rows;
-        t->respread_rows += k->has_experts ? 0 : load->sent_rows;
+        t->redispatched_rows += k->has_experts ? 0 : load->sent_rows;
     }
     t->reattended += !k->has_attention;
     if (k->has_attention && k->has_experts)
@@ -124,7 +125,7 @@ static RouterStats layer_stats(Trainer *t, int layer) {
 
 // ---- forward --------------------------------------------------------------------------------
 // From t->ids to the head's input kept[L]. The three stages of up to three micro-batches overlap:
-// while m is between spread and collect, m+1 starts and m-1 ends.
+// while m is between dispatch and combine, m+1 starts and m-1 ends.
 void step_forward(Trainer *t, int n, int training) {
     const Config *c = &t->m->c;
     int lag1 = t->n_slots > 1 ? 1 : 0, lag2 = 2 * lag1;
@@ -144,12 +145,12 @@ void step_forward(Trainer *t, int n, int training) {
         RouterStats stats = training && c->is_moe[l] ? layer_stats(t, l) : none;
         const real *bias =
             t->bias && c->is_moe[l] ? t->bias + (size_t)moe_index(c, l) * (size_t)c->E : 0;
-        Kept *kept = t->kept + (size_t)l * (size_t)t->n_micro;
+        Saved *kept = t->kept + (size_t)l * (size_t)t->n_micro;
         comm_where(-1, l, "forward");
         for (int i = 0; i < n + lag2; i++) {
             int m = i, m1 = i - lag1, m2 = i - lag2;
             if (m < n) {
-                Slot *s = &t->slot[m % t->n_slots];
+                InFlight *s = &t->slot[m % t->n_slots];
                 place_attention(t, &kept[m], s, training);
                 layer_forward_start(&t->work, s, &kept[m], l, &w, stats, bias);
                 place_experts(t, &kept[m], s, l, training);
@@ -218,7 +219,7 @@ void step_head(Trainer *t, int training, int round, double N) {
     real seed = (real)(N > 0 ? 1 / N : 0);
     if (training) gather_layer(t, c->L - 1);
     for (int i = 0, pass = 0; i < t->n_micro; i++) {
-        Kept *kept = &t->kept[(size_t)c->L * (size_t)t->n_micro + (size_t)i];
+        Saved *kept = &t->kept[(size_t)c->L * (size_t)t->n_micro + (size_t)i];
         for (int row = 0; row < t->R; row += t->head_chunk, pass++) {
             int n = t->R - row < t->head_chunk ? t->R - row : t->head_chunk;
             const floatX *x = kept->x + (size_t)row * (size_t)c->C;
@@ -292,11 +293,11 @@ static void update_layer(Trainer *t, int layer, int64_t update, double lr) {
     comm_where(-1, layer, "finite check");
     comm_wait(all_reduce_start(t->g->dense_group, t->block_sum + first, (size_t)n, DTYPE_F64,
                                STREAM_GATHER));
-    clip_scale(t->norm, t->guard, t->block_sum + first, n, 0);
+    clip_scale(t->norm, t->finite, t->block_sum + first, n, 0);
     profile_mark("optimizer", 0);
     for (int i = 0; i < n; i++) {
         optimizer_step(&t->optimizer, first + i, grad[i], lr, t->updates + 1, update, scale,
-                       t->guard);
+                       t->finite);
         fsdp_grad_done(t->fsdp, first + i);
     }
 }
@@ -342,13 +343,13 @@ static void step_backward(Trainer *t, int round, int64_t update, double lr) {
         LayerGrads d = layer_grads(m, l, fsdp_grad(t->fsdp, m->dense_block[l]),
                                    m->local_block[l] >= 0 ? fsdp_grad(t->fsdp, local) : 0);
         RouterLoss loss = router_loss(t, l);
-        Kept *kept = t->kept + (size_t)l * (size_t)n;
+        Saved *kept = t->kept + (size_t)l * (size_t)n;
         comm_where(-1, l, "backward");
         for (int i = 0; i < n + lag2; i++) {
             int k = i, k1 = i - lag1, k2 = i - lag2;
             if (k < n) {
-                Slot *s = &t->slot[k % t->n_slots];
-                if (!kept[k].has_attention) kept_attention_place(&kept[k], &t->work, s, 0);
+                InFlight *s = &t->slot[k % t->n_slots];
+                if (!kept[k].has_attention) saved_attention_place(&kept[k], &t->work, s, 0);
                 layer_backward_start(&t->work, s, &kept[k], l, &w,
                                      t->dx + (size_t)k * (size_t)t->R * (size_t)c->C);
             }
@@ -362,7 +363,8 @@ static void step_backward(Trainer *t, int round, int64_t update, double lr) {
                 layer_backward_finish(
                     &t->work, &t->slot[k2 % t->n_slots], &kept[k2], l, &w, &d, &loss, dx,
                     accumulates(t, m->dense_block[l], k2, round),
-                    accumulates(t, m->cut.split_heads ? local : m->dense_block[l], k2, round));
+                    accumulates(t, m->shard_spec.split_heads ? local : m->dense_block[l], k2,
+                                round));
                 if (t->trace) trace_backward(t, l, k2);
             }
         }
@@ -486,7 +488,7 @@ static StepResult report(Trainer *t, int64_t update, double lr, double N, double
     comm_where(-1, -1, "loss");
     profile_mark("report", 0);
     comm_wait(all_reduce_start(t->g->all, t->loss_sum, 1, DTYPE_F64, STREAM_EXCHANGE));
-    if (t->o.update_layer) clip_scale(t->norm, t->guard, t->block_sum, t->m->n_blocks, 0);
+    if (t->o.update_layer) clip_scale(t->norm, t->finite, t->block_sum, t->m->n_blocks, 0);
     device_download(&loss_sum, t->loss_sum, sizeof loss_sum);
     device_download(&norm, t->norm, sizeof norm);
     device_download(t->host_block_sum, t->block_sum, (size_t)t->m->n_blocks * sizeof(double));
@@ -531,7 +533,7 @@ StepResult trainer_step(Trainer *t, Loader *data, int64_t update, double lr) {
     double N = read_tokens(t, data, update), aux = 0;
     device_zero(t->loss_sum, sizeof(double));
     t->kept_all = t->kept_attention = t->kept_none = 0;
-    t->sent_rows = t->received_rows = t->respread_rows = t->reattended = 0;
+    t->sent_rows = t->received_rows = t->redispatched_rows = t->reattended = 0;
     clear_statistics(t, 1);
     for (int round = 0; round < t->o.rounds; round++) {
         if (round) clear_statistics(t, 0);

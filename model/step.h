@@ -50,18 +50,18 @@ typedef struct Trainer {
     Fsdp *fsdp;
     Optimizer optimizer;
     Arena arena;
-    Work work;
+    Workspace work;
     int n_micro, n_slots, R; // micro-batches of a round, in flight at once, rows of each
     int round;               // the one under way
-    Slot *slot;              // (n_slots)
-    Kept *kept;              // (L+1, n_micro); row L: input of the head
+    InFlight *slot;          // (n_slots)
+    Saved *kept;             // (L+1, n_micro); row L: input of the head
     char *store;             // activations kept at their actual size, bumped in forward
     size_t store_size, store_used;
     int kept_all, kept_attention,
         kept_none; // of this update: (layer, micro-batch) pairs by what was kept
-    int64_t sent_rows, received_rows, respread_rows,
-        reattended; // of this update: rows sent and received by forward spreads, those sent that
-                    // backward spreads again; pairs whose attention is recomputed
+    int64_t sent_rows, received_rows, redispatched_rows,
+        reattended; // of this update: rows sent and received by forward dispatches, those sent that
+                    // backward dispatches again; pairs whose attention is recomputed
     floatX *dx;     // (n_micro, R, C) running gradient of every micro-batch
     floatX *yf, *logits, *dyf;    // head: (chunk,C) (chunk,V) (chunk,C)
     real *head_rstd;              // (chunk)
@@ -70,14 +70,14 @@ typedef struct Trainer {
     int *host_ids, *host_targets; // this rank's part of the whole update, (local_sequences, T)
     int64_t local_sequences;
     int64_t *count; // (n_moe,E) device: choices in this round, summed over ranks after forward
-    double *prob, *zstat;       // (n_moe,E) (n_moe,2)
-    double *share;              // (n_moe,E), or (1,E) pooled
-    real *bias;                 // (n_moe,E) device, 0 = off
-    double *loss_sum;           // (1)
-    double *segment_sum;        // (largest number of segments)
-    double *block_sum;          // (n_blocks) squares of each block's gradient
-    real *norm, *scale, *guard; // (1) each, device
-    float *factor;              // (segments) utilisation factors
+    double *prob, *zstat;        // (n_moe,E) (n_moe,2)
+    double *share;               // (n_moe,E), or (1,E) pooled
+    real *bias;                  // (n_moe,E) device, 0 = off
+    double *loss_sum;            // (1)
+    double *segment_sum;         // (largest number of segments)
+    double *block_sum;           // (n_blocks) squares of each block's gradient
+    real *norm, *scale, *finite; // (1) each, device
+    float *factor;               // (segments) utilisation factors
     // host side of the same, valid after an update
     int64_t *host_count;        // (n_moe,E) of the whole update
     double *host_prob, *host_z; // (n_moe,E) (n_moe,2)

@@ -126,7 +126,7 @@ static void take(Rank *r) {
     }
 }
 
-static Rank rank_new(const char *config, Cut cut, unsigned state) {
+static Rank rank_new(const char *config, ShardSpec cut, unsigned state) {
     Rank r;
     memset(&r, 0, sizeof r);
     r.m = model_build(config_read(config), cut);
@@ -237,8 +237,8 @@ static int64_t sweep(Rank *r, int fill, Dtype through) {
     return wrong;
 }
 
-static Cut cut_of(int ep, int fsdp, int split, int rank) {
-    Cut c = { ep, rank % ep, ep * fsdp, rank, fsdp, rank / ep, split };
+static ShardSpec cut_of(int ep, int fsdp, int split, int rank) {
+    ShardSpec c = { ep, rank % ep, ep * fsdp, rank, fsdp, rank / ep, split };
     return c;
 }
 
@@ -357,7 +357,7 @@ static void test_configs(void) {
         config_total_parameters(&a) == 30532122624.0 &&
             config_active_parameters(&a) == 3041867776.0,
         "Qwen3-30B-A3B has 30,532,122,624 parameters, a token meets 3,041,867,776 beside the embedding");
-    Cut one = { 1, 0, 1, 0, 1, 0, 0 };
+    ShardSpec one = { 1, 0, 1, 0, 1, 0, 0 };
     Model m = model_build(a, one);
     Arena count = arena_counting("count");
     Checkpoint *k = checkpoint_create(&m, 0, 1, &count);

@@ -54,9 +54,9 @@ void trace_forward(Trainer *t, int layer, int micro) {
     const Config *c = &t->m->c;
     if (!trace->here || t->round != trace->round || micro != trace->micro) return;
     LayerTrace *at = &trace->layer[layer];
-    const Kept *kept = &t->kept[layer * t->n_micro + micro],
-               *next = &t->kept[(layer + 1) * t->n_micro + micro];
-    const Slot *s = &t->slot[micro % t->n_slots];
+    const Saved *kept = &t->kept[layer * t->n_micro + micro],
+                *next = &t->kept[(layer + 1) * t->n_micro + micro];
+    const InFlight *s = &t->slot[micro % t->n_slots];
     at->norm_out = row_norm(next->x + (size_t)trace->row * (size_t)c->C, c->C);
     if (!c->is_moe[layer]) return;
     real *score = (real *)xmalloc((size_t)c->K * sizeof(real), "trace");

@@ -11,7 +11,7 @@ Trace *trace_open(const Trainer *t, int64_t token);
 void trace_forward(Trainer *t, int layer,
                    int micro); // after the layer's forward of that micro-batch
 void trace_backward(Trainer *t, int layer, int micro); // after its backward
-// Prints what was collected and sets t->trace = 0.
+// Prints what was combined and sets t->trace = 0.
 void trace_close(Trainer *t, const Tokens *tokens);
 MOE_END_C
 #endif

@@ -12,24 +12,24 @@
 // what does not fit is recomputed.
 static size_t store_wanted(const Trainer *t) {
     const Config *c = &t->m->c;
-    const Work *w = &t->work;
+    const Workspace *w = &t->work;
     if (t->o.recompute == RECOMPUTE_LAYER) return 0;
     size_t total = 0;
     for (int l = 0; l < c->L; l++) {
-        total += kept_attention_bytes(w);
+        total += saved_attention_bytes(w);
         if (t->o.recompute == RECOMPUTE_MOE) continue;
         if (!c->is_moe[l]) {
-            total += kept_expert_bytes(w, l, w->dense.M, 0);
+            total += saved_expert_bytes(w, l, w->dense.M, 0);
             continue;
         }
-        int64_t pool = exchange_pool_bound(t->g, t->R),
-                rows = plan_rows((int)pool, c->K, c->E / t->g->ep);
+        int64_t pool = dispatch_pool_bound(t->g, t->R),
+                rows = row_index_bound((int)pool, c->K, c->E / t->g->ep);
         if (w->moves) {
             int64_t uniform = (int64_t)t->R * c->K * 3 / 2;
             if (rows > uniform) rows = uniform;
             if (pool > uniform) pool = uniform;
         }
-        total += kept_expert_bytes(w, l, rows, pool);
+        total += saved_expert_bytes(w, l, rows, pool);
     }
     return total * (size_t)t->n_micro;
 }
@@ -52,12 +52,12 @@ static void allocate(Trainer *t, OptimizerOptions opt, Arena *a) {
             device_zero(shard, (size_t)m->block[b].shard *
                                    sizeof(floatX)); // the padding behind parameters too
     }
-    work_create(&t->work, m, t->g, R / t->o.T, t->o.T, a);
-    t->slot = (Slot *)xcalloc((size_t)t->n_slots, sizeof(Slot), "slots");
-    for (int i = 0; i < t->n_slots; i++) slot_create(&t->slot[i], &t->work, t->g, a);
-    t->kept = (Kept *)xcalloc((size_t)(c->L + 1) * (size_t)n, sizeof(Kept), "kept activations");
+    workspace_create(&t->work, m, t->g, R / t->o.T, t->o.T, a);
+    t->slot = (InFlight *)xcalloc((size_t)t->n_slots, sizeof(InFlight), "slots");
+    for (int i = 0; i < t->n_slots; i++) in_flight_create(&t->slot[i], &t->work, t->g, a);
+    t->kept = (Saved *)xcalloc((size_t)(c->L + 1) * (size_t)n, sizeof(Saved), "kept activations");
     for (int i = 0; i < (c->L + 1) * n; i++) {
-        Kept *k = &t->kept[i];
+        Saved *k = &t->kept[i];
         k->x = ARENA_TAKE(a, floatX, x, "layer inputs");
         if (i / n == c->L || !c->is_moe[i / n]) continue;
         k->topk = ARENA_TAKE(a, int, (size_t)R * c->K, "routing");
@@ -88,7 +88,7 @@ static void allocate(Trainer *t, OptimizerOptions opt, Arena *a) {
     t->block_sum = ARENA_TAKE(a, double, m->n_blocks, "norms and losses");
     t->norm = ARENA_TAKE(a, real, 1, "norms and losses");
     t->scale = ARENA_TAKE(a, real, 1, "norms and losses");
-    t->guard = ARENA_TAKE(a, real, 1, "norms and losses");
+    t->finite = ARENA_TAKE(a, real, 1, "norms and losses");
     t->factor = ARENA_TAKE(a, float, t->o.expert_grad_scale ? segments : 0, "norms and losses");
     size_t stats = E * sizeof(double);
     if (t->g->all || t->g->world > 1)
@@ -112,10 +112,10 @@ static void allocate(Trainer *t, OptimizerOptions opt, Arena *a) {
 }
 
 static void release(Trainer *t) {
-    for (int i = 0; i < t->n_slots; i++) slot_free(&t->slot[i]);
+    for (int i = 0; i < t->n_slots; i++) in_flight_free(&t->slot[i]);
     free(t->slot);
     free(t->kept);
-    work_free(&t->work);
+    workspace_free(&t->work);
     optimizer_free(&t->optimizer);
     fsdp_free(t->fsdp);
 }

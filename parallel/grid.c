@@ -102,8 +102,8 @@ Grid grid_build(const Config *c, int dp, int fsdp, int ep, Dispatch dispatch, in
     return g;
 }
 
-Cut grid_cut(const Grid *g) {
-    Cut cut;
+ShardSpec grid_shard_spec(const Grid *g) {
+    ShardSpec cut;
     cut.ep = g->ep;
     cut.ep_rank = g->ep_rank;
     cut.dense_shards = g->fsdp * g->ep;

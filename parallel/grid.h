@@ -28,7 +28,7 @@ Grid grid_build(const Config *c, int dp, int fsdp, int ep, Dispatch dispatch, in
 // above.
 Grid grid_plan(const Config *c, int world, int dp, int fsdp, int ep, Dispatch dispatch,
                int split_heads);
-Cut grid_cut(const Grid *g);
+ShardSpec grid_shard_spec(const Grid *g);
 // The membership table, at most 32 rows, for the startup report (malloc'd text).
 char *grid_table(const Grid *g);
 // What this rank has sent, and how long it was in communication calls, since the last reset: a

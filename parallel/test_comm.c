@@ -620,7 +620,7 @@ static void test_fsdp(int dp, int fsdp, int ep, int tied, int split_heads, int l
                       int rounds) {
     Config c = small_config(tied);
     Grid g = grid_build(&c, dp, fsdp, ep, DISPATCH_ALLTOALL, split_heads);
-    Model m = model_build(c, grid_cut(&g));
+    Model m = model_build(c, grid_shard_spec(&g));
     Arena count = arena_counting("blocks"), arena = arena_counting("blocks");
     fsdp_free(fsdp_create(&m, &g, !layered, &count));
     arena.capacity = count.used;
@@ -738,7 +738,7 @@ static void fault(const char *name) {
     } else if (!strncmp(name, "slots-", 6)) { // misuse of blocks
         Config c = small_config(0);
         Grid g = grid_build(&c, 1, 0, 1, DISPATCH_ALLTOALL, 0);
-        Model m = model_build(c, grid_cut(&g));
+        Model m = model_build(c, grid_shard_spec(&g));
         Arena arena = arena_counting("blocks");
         fsdp_free(fsdp_create(&m, &g, 0, &arena));
         arena_commit(&arena);

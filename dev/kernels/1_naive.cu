@@ -11,7 +11,7 @@
 #include "ladder.h"
 
 static __global__ void naive_kernel(floatX *H, floatX *A, const floatX *pool, const floatX *W1,
-                                    Plan plan, int C, int F) {
+                                    RowIndex plan, int C, int F) {
     int f = blockIdx.y * blockDim.x + threadIdx.x, m = blockIdx.x;
     if (f >= F || m >= plan.expert_row[plan.E]) return;
     int token = plan.row_token[m];
@@ -23,8 +23,8 @@ static __global__ void naive_kernel(floatX *H, floatX *A, const floatX *pool, co
         gate += load(x + k) * load(gate_row + k), up += load(x + k) * load(up_row + k);
     store_gate_up(H, A, m, f, F, gate, up);
 }
-void up_naive(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const Plan *plan, int C,
-              int F) {
+void up_naive(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,
+              int C, int F) {
     naive_kernel<<<dim3((unsigned)plan->M, (unsigned)div_up(F, 128)), 128, 0, compute_stream()>>>(
         H, A, pool, W1, *plan, C, F);
     LAUNCHED();

@@ -12,7 +12,7 @@
 
 enum { ROWS = 64, ELEMENTS = 32, STEP = 16 };
 static __global__ void __launch_bounds__(256)
-    tiles_kernel(floatX *H, floatX *A, const floatX *pool, const floatX *W1, Plan plan, int C,
+    tiles_kernel(floatX *H, floatX *A, const floatX *pool, const floatX *W1, RowIndex plan, int C,
                  int F) {
     __shared__ float x[STEP][ROWS + 1], w[STEP][2 * ELEMENTS + 1];
     int m0 = blockIdx.x * ROWS, f0 = blockIdx.y * ELEMENTS;
@@ -45,8 +45,8 @@ static __global__ void __launch_bounds__(256)
             if (f0 + c + 16 * j < F)
                 store_gate_up(H, A, m0 + r + i, f0 + c + 16 * j, F, sum[i][j], sum[i][j + 2]);
 }
-void up_tiles(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const Plan *plan, int C,
-              int F) {
+void up_tiles(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,
+              int C, int F) {
     tiles_kernel<<<dim3((unsigned)(plan->M / ROWS), (unsigned)div_up(F, ELEMENTS)), 256, 0,
                    compute_stream()>>>(H, A, pool, W1, *plan, C, F);
     LAUNCHED();

@@ -14,7 +14,7 @@
 
 enum { ROWS = 128, STEP = 64, LD = STEP + PACK };
 static __global__ void __launch_bounds__(256, 2)
-    mma_kernel(floatX *H, floatX *A, const floatX *pool, const floatX *W1, Plan plan, int C,
+    mma_kernel(floatX *H, floatX *A, const floatX *pool, const floatX *W1, RowIndex plan, int C,
                int F) {
     __shared__ __align__(16) floatX x[ROWS * LD], w[ROWS * LD];
     int m0 = blockIdx.x * ROWS, f0 = blockIdx.y * 64, warp = threadIdx.x / 32;
@@ -64,7 +64,7 @@ static __global__ void __launch_bounds__(256, 2)
                                   acc[i][j + 2][l]);
             }
 }
-void up_mma(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const Plan *plan, int C,
+void up_mma(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan, int C,
             int F) {
     mma_kernel<<<dim3((unsigned)(plan->M / ROWS), (unsigned)div_up(F, 64)), 256, 0,
                  compute_stream()>>>(H, A, pool, W1, *plan, C, F);

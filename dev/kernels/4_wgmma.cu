@@ -19,7 +19,7 @@ struct Tile {
 };
 static __global__ void __launch_bounds__(128)
     wgmma_kernel(floatX *H, floatX *A, const floatX *pool, const __grid_constant__ CUtensorMap W1,
-                 Plan plan, int C, int F) {
+                 RowIndex plan, int C, int F) {
 #ifdef HOPPER_CODE
     extern __shared__ __align__(1024) char shared[];
     Tile *tile = (Tile *)shared;
@@ -62,8 +62,8 @@ static __global__ void __launch_bounds__(128)
     }
 #endif
 }
-void up_wgmma(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const Plan *plan, int C,
-              int F) {
+void up_wgmma(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,
+              int C, int F) {
     CUtensorMap map = tensor_map(
         W1, 3, { { C, F, 2 * plan->E }, { 1, C, (int64_t)F * C }, { 64, 128, 2 } }, false);
     CUDA_CHECK(cudaFuncSetAttribute(wgmma_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -10,7 +10,7 @@
 // Expected: 45 to 52 % of 989 TFLOP/s. experts.cu (mma.sync, four stages of cp.async): 35 to 45 %.
 #include "ladder.h"
 
-void up_production(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const Plan *plan,
+void up_production(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,
                    int C, int F) {
     experts_up(H, A, pool, W1, plan, C, F);
 }

@@ -83,7 +83,7 @@ static double worst(const std::vector<uint16_t> &H, const std::vector<uint16_t> 
 }
 // Median milliseconds of 10 runs.
 static float time_of(Rung *run, floatX *H, floatX *A, const floatX *pool, const floatX *W1,
-                     const Plan *plan, int C, int F) {
+                     const RowIndex *plan, int C, int F) {
     cudaEvent_t start, stop;
     std::vector<float> times;
     CUDA_CHECK(cudaEventCreate(&start));
@@ -104,21 +104,21 @@ static float time_of(Rung *run, floatX *H, floatX *A, const floatX *pool, const 
 }
 static int passed, failed;
 static void climb(int P, int K, int E, int C, int F, bool timed) {
-    int M = plan_rows(P, K, E);
+    int M = row_index_bound(P, K, E);
     std::vector<int> choice((size_t)P * K);
     for (int p = 0; p < P;
          p++) // K neighbouring experts, the last of all never: an expert without rows
         for (int k = 0, first = (int)((uniform() + 1) / 2 * (float)(E - K)); k < K; k++)
             choice[(size_t)p * K + k] = first + k;
     int *ids = device(choice);
-    Plan plan = { device(std::vector<int>(M)),
-                  device(std::vector<int>((size_t)P * K)),
-                  device(std::vector<int>(E + 1)),
-                  M,
-                  P,
-                  E,
-                  K };
-    plan_build(&plan, ids, 0, 0);
+    RowIndex plan = { device(std::vector<int>(M)),
+                      device(std::vector<int>((size_t)P * K)),
+                      device(std::vector<int>(E + 1)),
+                      M,
+                      P,
+                      E,
+                      K };
+    row_index_build(&plan, ids, 0, 0);
     int rows;
     device_download(&rows, plan.expert_row + E, sizeof rows);
     floatX *pool = random_matrix((int64_t)P * C, 2),

@@ -10,12 +10,12 @@
 #if !defined(MOE_BF16)
 #error "the ladder is in bf16: make ladder"
 #endif
-typedef void Rung(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const Plan *plan,
+typedef void Rung(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,
                   int C, int F);
 Rung up_naive, up_tiles, up_mma, up_wgmma, up_production;
 
 // The expert of row m, which is in use.
-static __device__ __forceinline__ int expert_of(const Plan &plan, int m) {
+static __device__ __forceinline__ int expert_of(const RowIndex &plan, int m) {
     int e = 0;
     while (plan.expert_row[e + 1] <= m) e++;
     return e;

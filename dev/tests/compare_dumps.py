@@ -44,9 +44,9 @@ def main():
     bounds = dict.fromkeys(want, limit)
     if len(sys.argv) > 4:
         naive = read(sys.argv[4])
-        spread = {name: error(naive.get(name), w) for name, w in want.items()}
-        median = sorted(spread.values())[len(spread) // 2]
-        bounds = {name: limit + 2 * max(spread[name], median) for name in want}
+        dispatch = {name: error(naive.get(name), w) for name, w in want.items()}
+        median = sorted(dispatch.values())[len(dispatch) // 2]
+        bounds = {name: limit + 2 * max(dispatch[name], median) for name in want}
     worst = max(want, key=lambda name: errors[name] / bounds[name])
     bad = [name for name in want if not errors[name] <= bounds[name]]
     extra = sorted(set(got) - set(want))

@@ -297,8 +297,8 @@ static void test_head_weights(const Fixture *f, const Config *c) {
             Layout l = { shapes[i].dp, shapes[i].fsdp, shapes[i].ep, DISPATCH_ALLTOALL, heads };
             Run *r = run_open(f, &l, &s);
             for (int k = 0; k < r->m.n_params; k++)
-                if (r->m.param[k].id == P_Q || r->m.param[k].id == P_K_ ||
-                    r->m.param[k].id == P_V_ || r->m.param[k].id == P_O)
+                if (r->m.param[k].id == P_Q || r->m.param[k].id == P_KEY ||
+                    r->m.param[k].id == P_VALUE || r->m.param[k].id == P_O)
                     gathered[heads] += r->m.param[k].size;
             run_close(r);
         }

@@ -4,7 +4,7 @@
 // The reference is made inside the same processes: each rank first runs the update alone (a group
 // of one). Compared: logits, loss, aux, z, gradient norm, EVERY gradient of the first update and
 // every parameter after five. SGD, because Adam divides a constant factor away; clipping active;
-// aux and z on; momentum and decay on; and valid targets spread as unevenly as can be: in some
+// aux and z on; momentum and decay on; and valid targets dispatch as unevenly as can be: in some
 // updates half of the windows have none, so ranks have none. fp32: sums over ranks regroup what one
 // process sums in one piece: 1e-7 typically, 1e-6 where terms cancel; the bound 1e-5 is far below
 // what a wrong factor makes. bf16: partial sums are rounded where they travel, so a token whose

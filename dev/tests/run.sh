@@ -87,9 +87,9 @@ if [ "$what" = test ]; then
         suite "model bf16" 600 "$dir/test_moe"
     fi
     # shellcheck disable=SC2046
-    if [ -n "$ranks" ] && prepare "fp32, several ranks" -- parallel/test_comm parallel/test_expert dev/tests/edge; then
+    if [ -n "$ranks" ] && prepare "fp32, several ranks" -- parallel/test_comm parallel/test_dispatch dev/tests/edge; then
         suite "communication" 600 env MPIRUN="$(GRACE=1 sh dev/mpirun.sh 2 | sed 's/ -np 2$//') --oversubscribe" sh parallel/test_comm.sh "$plain/parallel/test_comm" quick
-        suite "dispatchers" 300 sh parallel/test_expert.sh "$plain/parallel/test_expert" 1 2 4
+        suite "dispatchers" 300 sh parallel/test_dispatch.sh "$plain/parallel/test_dispatch" 1 2 4
         suite "model on 2 ranks" 300 $(launcher 2) "$plain/test_moe"
         suite "model on 4 ranks" 600 $(launcher 4) "$plain/test_moe"
         suite "edges on 2 ranks" 300 $(launcher 2) "$plain/dev/tests/edge" --quick
@@ -99,7 +99,7 @@ if [ "$what" = test ]; then
 else
     # Sanitizers: ASan, UBSan, memory filled with NaN. Leaks are looked for where our own code is alone; MPI and a process that dies on purpose keep theirs.
     # shellcheck disable=SC2086
-    if prepare debug DEBUG=1 -- train_moe test_moe $KERNELS data/test_data model/test_checkpoint dev/tests/test_cli parallel/test_comm parallel/test_expert dev/tests/edge; then
+    if prepare debug DEBUG=1 -- train_moe test_moe $KERNELS data/test_data model/test_checkpoint dev/tests/test_cli parallel/test_comm parallel/test_dispatch dev/tests/edge; then
         kernels debug
         ASAN_OPTIONS=detect_leaks=0
         export ASAN_OPTIONS
@@ -109,7 +109,7 @@ else
         suite "debug command line" 1200 "$dir/dev/tests/test_cli" "$dir/train_moe"
         # shellcheck disable=SC2046
         case $dir in *-mpi*) if [ -n "$(launcher 2)" ]; then
-            suite "debug dispatchers" 600 sh parallel/test_expert.sh "$dir/parallel/test_expert" 2 3
+            suite "debug dispatchers" 600 sh parallel/test_dispatch.sh "$dir/parallel/test_dispatch" 2 3
             suite "debug model on 2 ranks" 600 $(launcher 2) "$dir/test_moe"
             suite "debug edges on 4 ranks" 900 $(launcher 4) "$dir/dev/tests/edge" --quick
         fi ;; esac
@@ -127,12 +127,12 @@ else
     prepare "no OpenMP" OPENMP=off -- test_moe && suite "model without OpenMP" 600 "$dir/test_moe"
     prepare "nothing optional" BLAS=off OPENMP=off MPI=off -- train_moe test_moe dev/tests/test_cli &&
         { suite "model with nothing optional" 600 "$dir/test_moe"; suite "command line with nothing optional" 900 "$dir/dev/tests/test_cli" "$dir/train_moe"; }
-    prepare "fp32, several ranks" -- train_moe test_moe parallel/test_comm parallel/test_expert dev/tests/edge dev/tests/reshard dev/tests/test_cli
+    prepare "fp32, several ranks" -- train_moe test_moe parallel/test_comm parallel/test_dispatch dev/tests/edge dev/tests/reshard dev/tests/test_cli
     # shellcheck disable=SC2046
     case $dir in *-mpi*) if [ -n "$(launcher 2)" ]; then
         plain=$dir
         suite "communication, all" 1200 env MPIRUN="$(GRACE=1 sh dev/mpirun.sh 2 | sed 's/ -np 2$//') --oversubscribe" sh parallel/test_comm.sh "$dir/parallel/test_comm"
-        suite "dispatchers, more ranks" 900 sh parallel/test_expert.sh "$dir/parallel/test_expert" 3 6 8
+        suite "dispatchers, more ranks" 900 sh parallel/test_dispatch.sh "$dir/parallel/test_dispatch" 3 6 8
         suite "model through the transport on 1 rank" 900 "$dir/test_moe" --force-comm
         for n in 3 6 8; do suite "model on $n ranks" 900 $(launcher $n) "$plain/test_moe"; done
         suite "edges on 4 ranks" 900 $(launcher 4) "$plain/dev/tests/edge"

@@ -9,7 +9,7 @@
 build=$1 cpu_fp32=$2 cpu_bf16=$3 quick=$4
 : "${MPIRUN:=mpirun --allow-run-as-root --oversubscribe --bind-to none}" "${PYTHON:=python3}"
 here=$(dirname "$0")
-fixture=$here/../dev/fixtures/gqa
+fixture=$here/../fixtures/gqa
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
 passed=0 failed=0

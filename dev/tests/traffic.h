@@ -17,9 +17,9 @@ static int64_t group_bytes(Comm *g) {
 static int traffic_equal(const Run *r, char *text, size_t size) {
     const Trainer *t = r->t;
     const Grid *g = &r->g;
-    double micro = (double)t->n_micro * t->o.rounds, spreads = micro * r->m.c.n_moe;
-    Routing routing = { (double)t->sent_rows / spreads, (double)t->received_rows / spreads,
-                        t->sent_rows ? (double)t->respread_rows / (double)t->sent_rows : 0,
+    double micro = (double)t->n_micro * t->o.rounds, dispatches = micro * r->m.c.n_moe;
+    Routing routing = { (double)t->sent_rows / dispatches, (double)t->received_rows / dispatches,
+                        t->sent_rows ? (double)t->redispatched_rows / (double)t->sent_rows : 0,
                         (double)t->reattended / (micro * r->m.c.L) };
     Traffic plan = plan_traffic(&r->m, g, &t->o, routing);
     const double *b = plan.bytes;

@@ -113,9 +113,9 @@ size_t device_memory(void) {
 }
 
 // ---- memory ---------------------------------------------------------------------------------
-// Fresh pages are zero by mmap. Writing one word of each from all threads spreads them over memory
-// controllers (first touch) and makes a machine that promised too much fail here, at the start, not
-// in the middle of a step.
+// Fresh pages are zero by mmap. Writing one word of each from all threads dispatches them over
+// memory controllers (first touch) and makes a machine that promised too much fail here, at the
+// start, not in the middle of a step.
 void *device_take(size_t bytes) {
     size_t available = device_memory();
     if (available && bytes > available) return 0;

@@ -40,7 +40,7 @@ static int longer_first(const void *a, const void *b) {
 }
 // Row chunks: every expert's rows in equal pieces of at most `chunk`. *count tasks, in scratch
 // until the caller's thread asks for it again.
-static Task *row_tasks(const Plan *plan, int *count) {
+static Task *row_tasks(const RowIndex *plan, int *count) {
     const int *start = plan->expert_row;
     int n = 0, chunk = start[plan->E] / CHUNKS;
     chunk = chunk < CHUNK_MIN ? CHUNK_MIN : chunk > CHUNK_MAX ? CHUNK_MAX : chunk;
@@ -61,7 +61,7 @@ static Task *row_tasks(const Plan *plan, int *count) {
 // Column blocks of the hidden width for every expert, empty ones too: 512 wide; 64 where one expert
 // holds more than an eighth of all rows, so that routing collapse (or a dense MLP, which is one
 // expert) still feeds all threads.
-static Task *column_tasks(const Plan *plan, int C, int *count) {
+static Task *column_tasks(const RowIndex *plan, int C, int *count) {
     const int *start = plan->expert_row;
     Task *task = SCRATCH(SCRATCH_SHARED, Task, plan->E * div_up(C, 64) + 1);
     int n = 0;
@@ -87,8 +87,8 @@ static void gather(floatX *panel, const floatX *pool, const int *row_token, int 
     }
 }
 
-void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const Plan *plan, int C,
-                int F) {
+void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,
+                int C, int F) {
     int count;
     Task *tasks = row_tasks(plan, &count);
     PARALLEL_TILES
@@ -115,7 +115,8 @@ void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, cons
         }
     }
 }
-void experts_down(floatX *Y, const floatX *A, const floatX *W2, const Plan *plan, int C, int F) {
+void experts_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *plan, int C,
+                  int F) {
     int count;
     Task *tasks = row_tasks(plan, &count);
     PARALLEL_TILES
@@ -126,7 +127,7 @@ void experts_down(floatX *Y, const floatX *A, const floatX *W2, const Plan *plan
     }
 }
 // Which of its token's K slots a row is.
-static int slot_of(const Plan *plan, int token, int row) {
+static int slot_of(const RowIndex *plan, int token, int row) {
     const int *slots = plan->token_row + (int64_t)token * plan->K;
     int k = 0;
     while (slots[k] != row) k++;
@@ -158,8 +159,8 @@ static real swiglu_backward(floatX *dH, floatX *sA, real *g, const floatX *H, re
     return row_sum(g, width);
 }
 void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *dpool,
-                           const floatX *H, const floatX *W2, const real *score, const Plan *plan,
-                           int C, int F) {
+                           const floatX *H, const floatX *W2, const real *score,
+                           const RowIndex *plan, int C, int F) {
     int count, K = plan->K;
     Task *tasks = row_tasks(plan, &count);
     if (dscore) {
@@ -196,8 +197,8 @@ void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *d
         }
     }
 }
-void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const Plan *plan, int C,
-                         int F) {
+void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const RowIndex *plan,
+                         int C, int F) {
     int count;
     Task *tasks = row_tasks(plan, &count);
     PARALLEL_TILES
@@ -211,7 +212,7 @@ void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const P
 // so that a task gathers only its own columns of the pool (dW1) and of its gradient (dW2) and owns
 // its piece of the result. Equal steps of at most REDUCE rows are added in row order.
 void experts_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool,
-                   const floatX *dH, const floatX *sA, const Plan *plan, int accumulate, int C,
+                   const floatX *dH, const floatX *sA, const RowIndex *plan, int accumulate, int C,
                    int F) {
     int count;
     Task *tasks = column_tasks(plan, C, &count);

@@ -25,7 +25,7 @@
 
 // The expert of row tile `tile`, or -1 behind the last row. expert_row is ascending: the last e
 // with expert_row[e] <= row.
-static __device__ __forceinline__ int expert_of_tile(const Plan &plan, int tile) {
+static __device__ __forceinline__ int expert_of_tile(const RowIndex &plan, int tile) {
     int row = tile * TILE, low = 0, high = plan.E;
     if (row >= plan.expert_row[plan.E]) return -1;
     while (high - low > 1) {
@@ -47,7 +47,8 @@ static __device__ __forceinline__ void put_pair(floatX *tile, int row, int colum
 // so that SwiGLU stays within a thread and W1 keeps its Hugging Face order. A is computed from the
 // rounded H: recomputing it from H gives the same bits.
 static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
-    up_kernel(floatX *H, floatX *A, const floatX *pool, const floatX *W1, Plan plan, int C, int F) {
+    up_kernel(floatX *H, floatX *A, const floatX *pool, const floatX *W1, RowIndex plan, int C,
+              int F) {
     extern __shared__ __align__(16) floatX shared[];
     int column_tiles = (F + 63) / 64, tile = blockIdx.x / column_tiles,
         f0 = blockIdx.x % column_tiles * 64, m0 = tile * TILE, e = expert_of_tile(plan, tile);
@@ -79,7 +80,7 @@ static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
 // out (M,N) = in (M,K) W[e]^T, W (E,N,K); TRANSPOSED: out = in W[e], W (E,K,N).
 template <bool TRANSPOSED>
 static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
-    rows_kernel(floatX *out, const floatX *in, const floatX *W, Plan plan, int N, int K) {
+    rows_kernel(floatX *out, const floatX *in, const floatX *W, RowIndex plan, int N, int K) {
     extern __shared__ __align__(16) floatX shared[];
     int column_tiles = (N + TILE - 1) / TILE, tile = blockIdx.x / column_tiles,
         n0 = blockIdx.x % column_tiles * TILE, m0 = tile * TILE;
@@ -101,7 +102,7 @@ static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
 // bytes each. dH may be H: a lane reads its elements before it writes them.
 static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     down_backward_kernel(floatX *dH, floatX *sA, float *partial, const floatX *dpool,
-                         const floatX *H, const floatX *W2, const float *row_score, Plan plan,
+                         const floatX *H, const floatX *W2, const float *row_score, RowIndex plan,
                          int C, int F) {
     extern __shared__ __align__(16) floatX shared[];
     const int LD_G = TILE + 4, LANES = TILE / PACK;
@@ -136,7 +137,7 @@ static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     }
 }
 // The score of each row's slot; padding rows have 0.
-static __global__ void row_score_kernel(float *row_score, const real *score, Plan plan) {
+static __global__ void row_score_kernel(float *row_score, const real *score, RowIndex plan) {
     int64_t m = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (m >= plan.expert_row[plan.E]) return;
     int token = plan.row_token[m];
@@ -161,7 +162,7 @@ static __global__ void dscore_kernel(real *dscore, const float *partial, const i
 // of them through row_token. Block: (tile of O, tile of N, e).
 static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     wgrad_kernel(gradX *dW, const floatX *left, const int *left_index, const floatX *right,
-                 const int *right_index, Plan plan, int accumulate, int N, int O) {
+                 const int *right_index, RowIndex plan, int accumulate, int N, int O) {
     extern __shared__ __align__(16) floatX shared[];
     int o0 = blockIdx.x * TILE, n0 = blockIdx.y * TILE, e = blockIdx.z, first = plan.expert_row[e],
         last = plan.expert_row[e + 1];
@@ -225,13 +226,13 @@ void experts_leave(int multiprocessors) {
                                             (int)TILE_SHARED));                                  \
         opted = 1;                                                                               \
     } while (0)
-static unsigned tiles(const Plan *plan, int columns, int width, int C, int F) {
+static unsigned tiles(const RowIndex *plan, int columns, int width, int C, int F) {
     require_packs("hidden_size", C);
     require_packs("the expert width", F);
     return (unsigned)((int64_t)(plan->M / TILE) * div_up(columns, width));
 }
-void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const Plan *plan, int C,
-                int F) {
+void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,
+                int C, int F) {
     unsigned blocks = tiles(plan, F, 64, C, F);
     if (!blocks) return;
     WGMMA_INSTEAD(hopper_up(H, A, pool, W1, plan, C, F));
@@ -239,7 +240,8 @@ void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, cons
     up_kernel<<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(H, A, pool, W1, *plan, C, F);
     LAUNCHED();
 }
-void experts_down(floatX *Y, const floatX *A, const floatX *W2, const Plan *plan, int C, int F) {
+void experts_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *plan, int C,
+                  int F) {
     unsigned blocks = tiles(plan, C, TILE, C, F);
     if (!blocks) return;
     WGMMA_INSTEAD(hopper_down(Y, A, W2, plan, C, F));
@@ -250,7 +252,7 @@ void experts_down(floatX *Y, const floatX *A, const floatX *W2, const Plan *plan
 }
 static void down_backward(floatX *dH, floatX *sA, float *partial, const floatX *dpool,
                           const floatX *H, const floatX *W2, const float *row_score,
-                          const Plan *plan, unsigned blocks, int C, int F) {
+                          const RowIndex *plan, unsigned blocks, int C, int F) {
     WGMMA_INSTEAD(hopper_down_backward(dH, sA, partial, dpool, H, W2, row_score, plan, C, F));
     TILE_KERNEL(down_backward_kernel);
     down_backward_kernel<<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(
@@ -258,8 +260,8 @@ static void down_backward(floatX *dH, floatX *sA, float *partial, const floatX *
     LAUNCHED();
 }
 void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *dpool,
-                           const floatX *H, const floatX *W2, const real *score, const Plan *plan,
-                           int C, int F) {
+                           const floatX *H, const floatX *W2, const real *score,
+                           const RowIndex *plan, int C, int F) {
     unsigned blocks = tiles(plan, F, TILE, C, F);
     int column_tiles = (int)div_up(F, TILE);
     int64_t n = (int64_t)plan->P * plan->K;
@@ -278,8 +280,8 @@ void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *d
                                                                   n, column_tiles);
     LAUNCHED();
 }
-void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const Plan *plan, int C,
-                         int F) {
+void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const RowIndex *plan,
+                         int C, int F) {
     unsigned blocks = tiles(plan, C, TILE, C, F);
     if (!blocks) return;
     WGMMA_INSTEAD(hopper_up_backward(dX, dH, W1, plan, C, F));
@@ -289,7 +291,7 @@ void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const P
     LAUNCHED();
 }
 void experts_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool,
-                   const floatX *dH, const floatX *sA, const Plan *plan, int accumulate, int C,
+                   const floatX *dH, const floatX *sA, const RowIndex *plan, int accumulate, int C,
                    int F) {
     require_packs("hidden_size", C);
     require_packs("the expert width", F);

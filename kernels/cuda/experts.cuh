@@ -19,17 +19,17 @@ void experts_leave(int multiprocessors);
 // ---- experts_hopper.cu, in bf16 builds: M and E are not 0, widths are multiples of PACK -----
 bool hopper_available(); // compute capability 9.x, and this file was compiled for sm_90a
 void hopper_leave(int multiprocessors);
-void hopper_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const Plan *plan, int C,
-               int F);
-void hopper_down(floatX *Y, const floatX *A, const floatX *W2, const Plan *plan, int C, int F);
+void hopper_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,
+               int C, int F);
+void hopper_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *plan, int C, int F);
 // partial (M, div_up(F, 128)) or 0: shares of <g, A>; row_score (M): the score of each row's slot.
 void hopper_down_backward(floatX *dH, floatX *sA, float *partial, const floatX *dpool,
                           const floatX *H, const floatX *W2, const float *row_score,
-                          const Plan *plan, int C, int F);
-void hopper_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const Plan *plan, int C,
+                          const RowIndex *plan, int C, int F);
+void hopper_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const RowIndex *plan, int C,
                         int F);
 void hopper_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool, const floatX *dH,
-                  const floatX *sA, const Plan *plan, int accumulate, int C, int F);
+                  const floatX *sA, const RowIndex *plan, int accumulate, int C, int F);
 
 // 1 / (1 + e^-x); in bf16 builds by the multifunction unit alone: its error, some 1e-6 of the
 // value, is a thousandth of the rounding that follows.

@@ -48,7 +48,7 @@ static_assert(sizeof(Wide) <= 232448 && sizeof(Narrow) <= 232448,
 // Calls f(m0, column tile, expert) for this block's tiles of 128 rows x a column tile. Tiles
 // ascend, so the expert is found by going on.
 template <class F>
-static __device__ __forceinline__ void for_row_tiles(const Plan &plan, int column_tiles, F f) {
+static __device__ __forceinline__ void for_row_tiles(const RowIndex &plan, int column_tiles, F f) {
     int tiles = plan.expert_row[plan.E] / 128 * column_tiles, e = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         int m0 = tile / column_tiles * 128;
@@ -59,7 +59,7 @@ static __device__ __forceinline__ void for_row_tiles(const Plan &plan, int colum
 // Calls f(n0, o0, expert, first row, last row) for this block's tiles of the gradients (E,N,O). A
 // tile without rows is zeros, or nothing to add.
 template <class F>
-static __device__ __forceinline__ void for_weight_tiles(const Plan &plan, int N, int O,
+static __device__ __forceinline__ void for_weight_tiles(const RowIndex &plan, int N, int O,
                                                         int accumulate, F f) {
     int across = (O + 255) / 256, each = (N + 127) / 128 * across;
     for (int tile = blockIdx.x; tile < plan.E * each; tile += gridDim.x) {
@@ -89,7 +89,7 @@ static __device__ __forceinline__ void load_b(S *s, int stage, const CUtensorMap
 template <bool B_MN, class S>
 static __device__ __forceinline__ void produce_gathered(S *s, const floatX *pool,
                                                         const CUtensorMap *weights,
-                                                        const Plan &plan, int column_tiles,
+                                                        const RowIndex &plan, int column_tiles,
                                                         int width, int layers, int K) {
     Ring ring = { 0, 0 };
     int started = -1; // the stage whose copies are not yet published
@@ -117,8 +117,8 @@ static __device__ __forceinline__ void produce_gathered(S *s, const floatX *pool
 // Rows in place. One thread.
 template <bool B_MN, class S>
 static __device__ __forceinline__ void produce_rows(S *s, const CUtensorMap *rows,
-                                                    const CUtensorMap *weights, const Plan &plan,
-                                                    int column_tiles, int K) {
+                                                    const CUtensorMap *weights,
+                                                    const RowIndex &plan, int column_tiles, int K) {
     Ring ring = { 0, 0 };
     for_row_tiles(plan, column_tiles, [&](int m0, int column, int e) {
         for (int k = 0; k < K; k += K_STEP) {
@@ -134,8 +134,8 @@ static __device__ __forceinline__ void produce_rows(S *s, const CUtensorMap *row
 // columns, the other gathered (GATHER_LEFT: it is A). All producers.
 template <bool GATHER_LEFT>
 static __device__ __forceinline__ void produce_wgrad(Wide *s, const CUtensorMap *dense,
-                                                     const floatX *pool, const Plan &plan, int N,
-                                                     int O, int accumulate) {
+                                                     const floatX *pool, const RowIndex &plan,
+                                                     int N, int O, int accumulate) {
     const int A_BLOCKS = 2, DENSE = GATHER_LEFT ? Wide::B_BLOCKS : A_BLOCKS,
               GATHERED = GATHER_LEFT ? A_BLOCKS : Wide::B_BLOCKS;
     Ring ring = { 0, 0 };
@@ -189,8 +189,8 @@ static __device__ __forceinline__ void produce_wgrad(Wide *s, const CUtensorMap 
 // mapH: (M, 2, F); mapA: (M, F), not used where write_A is 0.
 static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     up_kernel(const __grid_constant__ CUtensorMap mapH, const __grid_constant__ CUtensorMap mapA,
-              const __grid_constant__ CUtensorMap mapW1, const floatX *pool, Plan plan, int write_A,
-              int C, int F) {
+              const __grid_constant__ CUtensorMap mapW1, const floatX *pool, RowIndex plan,
+              int write_A, int C, int F) {
 #ifdef HOPPER_CODE
     int column_tiles = (F + 127) / 128;
     ROLES(Wide, PRODUCERS + 1,
@@ -231,7 +231,7 @@ template <bool TRANSPOSED>
 static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     rows_kernel(const __grid_constant__ CUtensorMap map_out,
                 const __grid_constant__ CUtensorMap map_in,
-                const __grid_constant__ CUtensorMap mapW, Plan plan, int N, int K) {
+                const __grid_constant__ CUtensorMap mapW, RowIndex plan, int N, int K) {
 #ifdef HOPPER_CODE
     int column_tiles = (N + 255) / 256;
     ROLES(Wide, 1,
@@ -259,7 +259,7 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
                          const __grid_constant__ CUtensorMap map_sA,
                          const __grid_constant__ CUtensorMap mapH,
                          const __grid_constant__ CUtensorMap mapW2, float *partial,
-                         const floatX *dpool, const float *row_score, Plan plan, int C, int F) {
+                         const floatX *dpool, const float *row_score, RowIndex plan, int C, int F) {
 #ifdef HOPPER_CODE
     int column_tiles = (F + 127) / 128;
     ROLES(Narrow, PRODUCERS + 1,
@@ -319,7 +319,7 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 template <bool GATHER_LEFT>
 static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     wgrad_kernel(const __grid_constant__ CUtensorMap map_dW,
-                 const __grid_constant__ CUtensorMap dense, const floatX *pool, Plan plan,
+                 const __grid_constant__ CUtensorMap dense, const floatX *pool, RowIndex plan,
                  int accumulate, int N, int O) {
 #ifdef HOPPER_CODE
     ROLES(Wide, PRODUCERS + 1, produce_wgrad<GATHER_LEFT>(s, &dense, pool, plan, N, O, accumulate));
@@ -432,14 +432,14 @@ static int multiprocessors() {
         LAUNCHED();                                                                              \
     } while (0)
 
-void hopper_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const Plan *plan, int C,
-               int F) {
+void hopper_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,
+               int C, int F) {
     CUtensorMap mapH = halves_map(H, plan->M, F), mapA = matrix_map(A ? A : H, plan->M, F, 64),
                 mapW1 = stack_map(W1, 2 * plan->E, F, C, 128, 2);
     LAUNCH(up_kernel, Wide, plan->M / 128 * div_up(F, 128), mapH, mapA, mapW1, pool, *plan, A != 0,
            C, F);
 }
-void hopper_down(floatX *Y, const floatX *A, const floatX *W2, const Plan *plan, int C, int F) {
+void hopper_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *plan, int C, int F) {
     CUtensorMap mapY = matrix_map(Y, plan->M, C, 64), mapA = matrix_map(A, plan->M, F, 128),
                 mapW2 = stack_map(W2, plan->E, C, F, 256, 1);
     LAUNCH(rows_kernel<false>, Wide, plan->M / 128 * div_up(C, 256), mapY, mapA, mapW2, *plan, C,
@@ -447,13 +447,13 @@ void hopper_down(floatX *Y, const floatX *A, const floatX *W2, const Plan *plan,
 }
 void hopper_down_backward(floatX *dH, floatX *sA, float *partial, const floatX *dpool,
                           const floatX *H, const floatX *W2, const float *row_score,
-                          const Plan *plan, int C, int F) {
+                          const RowIndex *plan, int C, int F) {
     CUtensorMap map_dH = halves_map(dH, plan->M, F), map_sA = matrix_map(sA, plan->M, F, 64),
                 mapH = halves_map(H, plan->M, F), mapW2 = stack_map(W2, plan->E, C, F, 64, 1);
     LAUNCH(down_backward_kernel, Narrow, plan->M / 128 * div_up(F, 128), map_dH, map_sA, mapH,
            mapW2, partial, dpool, row_score, *plan, C, F);
 }
-void hopper_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const Plan *plan, int C,
+void hopper_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const RowIndex *plan, int C,
                         int F) {
     CUtensorMap map_dX = matrix_map(dX, plan->M, C, 64),
                 map_dH = matrix_map(dH, plan->M, 2 * F, 128),
@@ -462,7 +462,7 @@ void hopper_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const Pl
            2 * F);
 }
 template <bool GATHER_LEFT>
-static void wgrad(gradX *dW, const floatX *dense, const floatX *pool, const Plan *plan,
+static void wgrad(gradX *dW, const floatX *dense, const floatX *pool, const RowIndex *plan,
                   int accumulate, int N, int O) {
     CUtensorMap map_dW = tensor_map(
         dW, 3, { { O, N, plan->E }, { 1, O, (int64_t)N * O }, { BLOCK_FLOATS, 64, 1 } }, true);
@@ -471,7 +471,7 @@ static void wgrad(gradX *dW, const floatX *dense, const floatX *pool, const Plan
            map_dense, pool, *plan, accumulate, N, O);
 }
 void hopper_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool, const floatX *dH,
-                  const floatX *sA, const Plan *plan, int accumulate, int C, int F) {
+                  const floatX *sA, const RowIndex *plan, int accumulate, int C, int F) {
     wgrad<false>(dW1, dH, pool, plan, accumulate, 2 * F, C);
     wgrad<true>(dW2, sA, dpool, plan, accumulate, C, F);
 }

@@ -279,9 +279,10 @@ PTX_FN void ptx_mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_
 PTX_LDMATRIX4(ptx_ldmatrix_x4, "")
 PTX_LDMATRIX4(ptx_ldmatrix_x4_trans, ".trans")
 PTX_LDMATRIX2(ptx_ldmatrix_x2, "")
-PTX_LDMATRIX2(ptx_ldmatrix_x2_trans, ".trans") PTX_STMATRIX4(ptx_stmatrix_x4, "")
-    PTX_STMATRIX4(ptx_stmatrix_x4_trans, ".trans") PTX_FN
-    void ptx_stmatrix_x2(void *row, const uint32_t r[2]) {
+PTX_LDMATRIX2(ptx_ldmatrix_x2_trans, ".trans")
+PTX_STMATRIX4(ptx_stmatrix_x4, "")
+PTX_STMATRIX4(ptx_stmatrix_x4_trans, ".trans")
+PTX_FN void ptx_stmatrix_x2(void *row, const uint32_t r[2]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::PTX_S(row), "r"(r[0]),
                  "r"(r[1])
                  : "memory");

@@ -8,7 +8,7 @@
 // of tiles), and tiles are cheapest where they are nearly empty: a first tile costs an expert one
 // row, every further one costs it `tile` rows more. So give one row to each of E' = min(E,N)
 // experts, then spend what is left in pieces of `tile`, at most floor((P-1)/tile) an expert.
-int plan_rows(int P, int K, int E_local) {
+int row_index_bound(int P, int K, int E_local) {
     int64_t tile = device_row_tile(), choices = (int64_t)P * (K < E_local ? K : E_local),
             experts = E_local < choices ? E_local : choices;
     if (choices <= 0) return 0;
@@ -21,7 +21,7 @@ int plan_rows(int P, int K, int E_local) {
 }
 
 struct ChoiceSource {
-    Plan plan;
+    RowIndex plan;
     const int *choice, *n_pool;
     int first;
     __device__ int count() const { return n_pool && *n_pool < plan.P ? *n_pool : plan.P; }
@@ -35,7 +35,7 @@ struct ChoiceSource {
         if (at >= 0) plan.row_token[at] = i;
     }
 };
-void plan_build(Plan *plan, const int *choice, const int *n_pool, int first_expert) {
+void row_index_build(RowIndex *plan, const int *choice, const int *n_pool, int first_expert) {
     if (plan->M)
         CUDA_CHECK(cudaMemsetAsync(plan->row_token, 0xff, (size_t)plan->M * sizeof(int),
                                    compute_stream())); // -1
@@ -47,16 +47,16 @@ void plan_build(Plan *plan, const int *choice, const int *n_pool, int first_expe
     stable_sort(counts, plan->expert_row, source, plan->E, plan->P, device_row_tile());
 }
 
-static __global__ void dense_kernel(Plan plan, int R, int rows) {
+static __global__ void dense_kernel(RowIndex plan, int R, int rows) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i == 0) plan.expert_row[0] = 0, plan.expert_row[1] = rows;
     if (i < plan.M) plan.row_token[i] = i < R ? i : -1;
     if (i < plan.P) plan.token_row[i] = i < R ? i : -1;
 }
-void plan_dense(Plan *plan, int R) {
+void row_index_dense(RowIndex *plan, int R) {
     int rows = (int)div_up(R, device_row_tile()) * device_row_tile();
     if (R > plan->P || rows > plan->M || plan->K != 1 || plan->E != 1)
-        die("a dense plan of %d tokens where P = %d, M = %d, K = %d, E = %d|it needs P >= R, M >= plan_rows(R, 1, 1), K = E = 1",
+        die("a dense plan of %d tokens where P = %d, M = %d, K = %d, E = %d|it needs P >= R, M >= row_index_bound(R, 1, 1), K = E = 1",
             R, plan->P, plan->M, plan->K, plan->E);
     int n = plan->M > plan->P ? plan->M : plan->P;
     dense_kernel<<<grid_for(n > 0 ? n : 1, 256), 256, 0, compute_stream()>>>(*plan, R, rows);

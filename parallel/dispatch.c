@@ -15,14 +15,14 @@
 // Which rows travel follows from topk alone, and after its all-gather every rank has all of it: no
 // sizes are exchanged, and every rank knows the load of every other. Buffers, in tokens of C floatX
 // (alltoall): pool, dpool, out of n R, stage of R J.
-//   stage sends the FORWARD spread and receives every collect;  out sends the BACKWARD spread,
+//   stage sends the FORWARD dispatch and receives every combine;  out sends the BACKWARD dispatch,
 //   later it is the target of the experts: never two uses at a time.
-#include "expert.h"
+#include "dispatch.h"
 #include "../kernels/fail.h"
 #include <stdlib.h>
 #include <string.h>
 
-struct Exchange {
+struct Dispatcher {
     Comm *group;
     Dispatch dispatch;
     int local; // 1: nothing moves, every call returns its argument (ep = 1 without --force-comm)
@@ -40,7 +40,7 @@ struct Exchange {
     int *expert_count,
         *per_rank; // host: (E) rows of every expert; (n) scratch of the loops over tokens
     int64_t *send_rows, *recv_rows; // host: (n)
-    ExchangeLoad load;
+    DispatchLoad load;
     struct {
         const floatX *x;
         const real *score;
@@ -50,7 +50,7 @@ struct Exchange {
     } at[2]; // what the calls between start and wait hold, by pass
 };
 
-int exchange_pool_bound(const Grid *g, int R) {
+int dispatch_pool_bound(const Grid *g, int R) {
     int64_t bound = g->dispatch == DISPATCH_ALLREDUCE ? R : (int64_t)g->ep * R;
     if (bound > INT32_MAX)
         die("%d ranks of an ep group with %d tokens each make a pool of %lld tokens|use a smaller --micro-batch or --ep",
@@ -58,16 +58,16 @@ int exchange_pool_bound(const Grid *g, int R) {
     return (int)bound;
 }
 
-Exchange *exchange_create(const Grid *g, const Config *c, int R, Arena *arena) {
-    Exchange *e = (Exchange *)xcalloc(1, sizeof(Exchange), "an exchange");
-    const int n = g->ep, K = c->K, C = c->C, bound = exchange_pool_bound(g, R);
+Dispatcher *dispatcher_create(const Grid *g, const Config *c, int R, Arena *arena) {
+    Dispatcher *e = (Dispatcher *)xcalloc(1, sizeof(Dispatcher), "an exchange");
+    const int n = g->ep, K = c->K, C = c->C, bound = dispatch_pool_bound(g, R);
     e->group = g->ep_group,
     e->local = g->ep_group ? comm_is_local(g->ep_group)
                            : n == 1; // no group: a plan for a grid that does not run
     e->dispatch = g->dispatch, e->n = n, e->me = g->ep_rank, e->R = R, e->C = C, e->E = c->E,
     e->K = K, e->J = n < K ? n : K, e->bound = bound;
     const size_t P = (size_t)bound, sent = (size_t)R * (size_t)e->J,
-                 M = (size_t)plan_rows(bound, K, c->E / n);
+                 M = (size_t)row_index_bound(bound, K, c->E / n);
     e->row_token = ARENA_TAKE(arena, int, M, "row index of the experts");
     e->token_row = ARENA_TAKE(arena, int, P *K, "row index of the experts");
     e->expert_row = ARENA_TAKE(arena, int, c->E / n + 1, "row index of the experts");
@@ -105,17 +105,17 @@ Exchange *exchange_create(const Grid *g, const Config *c, int R, Arena *arena) {
     return e;
 }
 
-void exchange_free(Exchange *e) {
+void dispatcher_free(Dispatcher *e) {
     if (!e) return;
     free(e->host_topk), free(e->host_index), free(e->expert_count), free(e->per_rank),
         free(e->send_rows), free(e->recv_rows), free(e);
 }
 
 // ---- the plan -------------------------------------------------------------------------------
-// Load of every rank from everybody's topk: expert rows are padded per expert as plan_build does.
-// Ids ascend, so the experts of one rank are neighbours in a token's list and a change of rank is a
-// new destination.
-static void measure(Exchange *e) {
+// Load of every rank from everybody's topk: expert rows are padded per expert as row_index_build
+// does. Ids ascend, so the experts of one rank are neighbours in a token's list and a change of
+// rank is a new destination.
+static void measure(Dispatcher *e) {
     const int n = e->n, K = e->K, local = e->E / n, tile = device_row_tile(), tokens = e->bound;
     const int *topk = e->host_topk;
     memset(e->expert_count, 0, (size_t)e->E * sizeof(int)),
@@ -128,7 +128,7 @@ static void measure(Exchange *e) {
             e->expert_count[topk[k]]++;
             if (topk[k] >= end) e->per_rank[topk[k] / local]++, end = (topk[k] / local + 1) * local;
         }
-    ExchangeLoad *l = &e->load;
+    DispatchLoad *l = &e->load;
     l->pool_max = l->rows_max = 0;
     for (int j = 0; j < n; j++) {
         int rows = 0, pool = e->dispatch == DISPATCH_ALLTOALL ? e->per_rank[j] : tokens;
@@ -142,7 +142,7 @@ static void measure(Exchange *e) {
 
 // alltoall: the rows to send, where each token finds them when they come back, and the tokens that
 // arrive.
-static void route(Exchange *e) {
+static void route(Dispatcher *e) {
     const int n = e->n, R = e->R, K = e->K, J = e->J, local = e->E / n, first = e->me * local;
     const int *mine = e->host_topk + (size_t)e->me * R * K;
     int *send_token = e->host_index, *sum_row = send_token + (size_t)R * J,
@@ -181,13 +181,13 @@ static void route(Exchange *e) {
     rows_gather(e->choice, e->all_topk, e->pool_token, e->load.pool, (size_t)K * sizeof(int));
 }
 
-void expert_plan(Plan *plan, Exchange *e, const int *topk) {
+void dispatch_route(RowIndex *plan, Dispatcher *e, const int *topk) {
     const int local = e->E / e->n;
     plan->row_token = e->row_token, plan->token_row = e->token_row,
     plan->expert_row = e->expert_row;
     plan->K = e->K, plan->E = local, plan->P = e->load.pool, plan->M = e->load.rows;
     if (e->local) {
-        plan_build(plan, topk, 0, 0);
+        row_index_build(plan, topk, 0, 0);
         return;
     }
 
@@ -210,15 +210,15 @@ void expert_plan(Plan *plan, Exchange *e, const int *topk) {
     measure(e);
     if (e->dispatch == DISPATCH_ALLTOALL) route(e);
     plan->P = e->load.pool, plan->M = e->load.rows;
-    plan_build(plan, e->dispatch == DISPATCH_ALLREDUCE ? topk : e->choice, 0, e->me * local);
+    row_index_build(plan, e->dispatch == DISPATCH_ALLREDUCE ? topk : e->choice, 0, e->me * local);
 }
 
-const ExchangeLoad *exchange_load(const Exchange *e) { return &e->load; }
+const DispatchLoad *dispatch_load(const Dispatcher *e) { return &e->load; }
 
-// ---- spread ---------------------------------------------------------------------------------
+// ---- dispatch ---------------------------------------------------------------------------------
 static const Request NOTHING = { -1 };
 
-void spread_start(Exchange *e, Pass pass, const floatX *x, const real *score) {
+void dispatch_start(Dispatcher *e, Pass pass, const floatX *x, const real *score) {
     const size_t row = (size_t)e->C * sizeof(floatX), ids = (size_t)e->K * sizeof(real);
     e->at[pass].x = x, e->at[pass].score = score, e->at[pass].rows = e->at[pass].scores = NOTHING;
     if (e->local) return;
@@ -245,7 +245,7 @@ void spread_start(Exchange *e, Pass pass, const floatX *x, const real *score) {
     }
 }
 
-const floatX *spread_wait(Exchange *e, Pass pass, const real **score) {
+const floatX *dispatch_wait(Dispatcher *e, Pass pass, const real **score) {
     int moves = !e->local && !(e->dispatch == DISPATCH_ALLREDUCE && pass == FORWARD);
     comm_wait(e->at[pass].rows), comm_wait(e->at[pass].scores);
     e->at[pass].rows = e->at[pass].scores = NOTHING;
@@ -253,15 +253,15 @@ const floatX *spread_wait(Exchange *e, Pass pass, const real **score) {
     return moves ? e->pool[pass] : e->at[pass].x;
 }
 
-// ---- collect --------------------------------------------------------------------------------
-static int in_place(const Exchange *e) { return e->local || e->dispatch == DISPATCH_ALLREDUCE; }
+// ---- combine --------------------------------------------------------------------------------
+static int in_place(const Dispatcher *e) { return e->local || e->dispatch == DISPATCH_ALLREDUCE; }
 
-floatX *collect_target(Exchange *e, Pass pass, floatX *y, real *dscore, real **pool_dscore) {
+floatX *combine_target(Dispatcher *e, Pass pass, floatX *y, real *dscore, real **pool_dscore) {
     if (pool_dscore) *pool_dscore = pass == FORWARD ? 0 : in_place(e) ? dscore : e->dscore;
     return in_place(e) ? y : e->out;
 }
 
-void collect_start(Exchange *e, Pass pass, floatX *y, real *dscore) {
+void combine_start(Dispatcher *e, Pass pass, floatX *y, real *dscore) {
     const size_t row = (size_t)e->C * sizeof(floatX), ids = (size_t)e->K * sizeof(real);
     e->at[pass].y = y, e->at[pass].dscore = dscore, e->at[pass].rows = e->at[pass].scores = NOTHING;
     if (e->local) return;
@@ -282,7 +282,7 @@ void collect_start(Exchange *e, Pass pass, floatX *y, real *dscore) {
             all_reduce_start(e->group, y, (size_t)e->R * e->C, DTYPE_FLOATX, STREAM_EXCHANGE);
 }
 
-void collect_wait(Exchange *e, Pass pass) {
+void combine_wait(Dispatcher *e, Pass pass) {
     comm_wait(e->at[pass].rows), comm_wait(e->at[pass].scores);
     e->at[pass].rows = e->at[pass].scores = NOTHING;
     if (e->local || e->dispatch != DISPATCH_ALLTOALL) return;

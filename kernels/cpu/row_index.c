@@ -11,7 +11,7 @@
 // row, every further one costs it `tile` rows more. So give one row to each of E' = min(E,N)
 // experts, then spend what is left in pieces of `tile`, at most floor((P-1)/tile) an expert. With
 // tile 1 this is N.
-int plan_rows(int P, int K, int E_local) {
+int row_index_bound(int P, int K, int E_local) {
     int64_t tile = device_row_tile(), choices = (int64_t)P * lesser(K, E_local),
             experts = lesser(E_local, choices);
     if (choices <= 0) return 0;
@@ -24,7 +24,7 @@ int plan_rows(int P, int K, int E_local) {
 }
 // A stable counting sort by expert: count, cumulate (each expert padded to the tile), then hand out
 // rows in pool order.
-void plan_build(Plan *plan, const int *choice, const int *n_pool, int first_expert) {
+void row_index_build(RowIndex *plan, const int *choice, const int *n_pool, int first_expert) {
     int P = plan->P, E = plan->E, K = plan->K, M = plan->M, tile = device_row_tile(),
         *start = plan->expert_row;
     int tokens = n_pool && *n_pool < P ? *n_pool : P;
@@ -42,7 +42,7 @@ void plan_build(Plan *plan, const int *choice, const int *n_pool, int first_expe
         start[e] = next[e] = (int)row;
         row += div_up(count, tile) * tile;
         if (row > M)
-            die("%lld or more expert rows where the plan has room for %d|a plan needs plan_rows(P, K, E) rows",
+            die("%lld or more expert rows where the plan has room for %d|a plan needs row_index_bound(P, K, E) rows",
                 (long long)row, M);
     }
     start[E] = (int)row;
@@ -55,10 +55,10 @@ void plan_build(Plan *plan, const int *choice, const int *n_pool, int first_expe
     }
     for (int64_t i = n; i < (int64_t)P * K; i++) plan->token_row[i] = -1;
 }
-void plan_dense(Plan *plan, int R) {
+void row_index_dense(RowIndex *plan, int R) {
     int rows = (int)div_up(R, device_row_tile()) * device_row_tile();
     if (R > plan->P || rows > plan->M || plan->K != 1 || plan->E != 1)
-        die("a dense plan of %d tokens where P = %d, M = %d, K = %d, E = %d|it needs P >= R, M >= plan_rows(R, 1, 1), K = E = 1",
+        die("a dense plan of %d tokens where P = %d, M = %d, K = %d, E = %d|it needs P >= R, M >= row_index_bound(R, 1, 1), K = E = 1",
             R, plan->P, plan->M, plan->K, plan->E);
     plan->expert_row[0] = 0, plan->expert_row[1] = rows;
     for (int m = 0; m < plan->M; m++) plan->row_token[m] = m < R ? m : -1;
@@ -93,7 +93,8 @@ static void sum_row(floatX *out, const floatX *in, const int *index, const real 
         store_row(out + c, sum, width);
     }
 }
-void rows_combine(floatX *out, const floatX *Y, const real *score, const Plan *plan, int C) {
+void rows_weighted_sum(floatX *out, const floatX *Y, const real *score, const RowIndex *plan,
+                       int C) {
     int K = plan->K;
     PARALLEL_FOR
     for (int p = 0; p < plan->P; p++)

@@ -1,5 +1,5 @@
-// Tests of expert.c and heads.c under any number of ranks:   mpirun -np 4 build/test_expert
-// (test_expert.sh runs 1, 2, 3 and 4 and adds up)
+// Tests of dispatch.c and heads.c under any number of ranks:   mpirun -np 4 build/test_dispatch
+// (test_dispatch.sh runs 1, 2, 3 and 4 and adds up)
 //
 //   adjoint     <S x, Y> = <x, S' Y> for both passes, scores included. All numbers are small
 //   multiples of 1/4, whose sums are exact in every precision: the two sides must be EQUAL. layer
@@ -14,7 +14,7 @@
 // The problem is always the one of n R tokens; with allreduce every rank holds all of them and dy
 // is non-zero on the own slice alone, so that the replicas' dy add up to the same gradient (I1).
 // Hence one reference for the three dispatchers, and they are compared with each other too.
-#include "expert.h"
+#include "dispatch.h"
 #include "heads.h"
 #include "../kernels/fail.h"
 #include <math.h>
@@ -163,9 +163,9 @@ static void problem_free(Problem *p) {
 
 // ---- a slot: what one micro-batch needs on this rank ----------------------------------------
 typedef struct {
-    Arena exchange_arena, arena;
-    Exchange *e;
-    Plan plan;
+    Arena dispatcher_arena, arena;
+    Dispatcher *e;
+    RowIndex plan;
     int R, first_token, experts; // tokens here, the first of them in the problem, experts here
     int *topk;
     floatX *x, *y, *dy, *dx, *W1, *W2, *H, *A, *sA, *Y; // Y (M,C) also holds dX
@@ -176,11 +176,11 @@ typedef struct {
 } Slot;
 
 static void slot_take(Slot *s, const Grid *g, const Config *c, int R) {
-    int bound = exchange_pool_bound(g, R), local = c->E / g->ep;
-    size_t M = (size_t)plan_rows(bound, c->K, local), x = (size_t)R * c->C, k = (size_t)R * c->K,
-           w = (size_t)local * c->F * c->C;
+    int bound = dispatch_pool_bound(g, R), local = c->E / g->ep;
+    size_t M = (size_t)row_index_bound(bound, c->K, local), x = (size_t)R * c->C,
+           k = (size_t)R * c->K, w = (size_t)local * c->F * c->C;
     Arena *a = &s->arena;
-    s->e = exchange_create(g, c, R, &s->exchange_arena);
+    s->e = dispatcher_create(g, c, R, &s->dispatcher_arena);
     s->topk = ARENA_TAKE(a, int, k, "t"), s->score = ARENA_TAKE(a, real, k, "t"),
     s->dscore = ARENA_TAKE(a, real, k, "t");
     s->x = ARENA_TAKE(a, floatX, x, "t"), s->y = ARENA_TAKE(a, floatX, x, "t"),
@@ -192,23 +192,23 @@ static void slot_take(Slot *s, const Grid *g, const Config *c, int R) {
     s->Y = ARENA_TAKE(a, floatX, M * c->C, "t");
 }
 static Slot slot_new(const Grid *g, const Config *c, int R) {
-    Slot s = { .exchange_arena = arena_counting("exchange"), .arena = arena_counting("test") };
-    slot_take(&s, g, c, R), exchange_free(s.e);
-    arena_commit(&s.exchange_arena), arena_commit(&s.arena);
+    Slot s = { .dispatcher_arena = arena_counting("exchange"), .arena = arena_counting("test") };
+    slot_take(&s, g, c, R), dispatcher_free(s.e);
+    arena_commit(&s.dispatcher_arena), arena_commit(&s.arena);
     slot_take(&s, g, c, R);
     s.R = R, s.experts = c->E / g->ep,
     s.first_token = g->dispatch == DISPATCH_ALLREDUCE ? 0 : g->ep_rank * R;
     return s;
 }
 static void slot_free(Slot *s) {
-    exchange_free(s->e), arena_free(&s->exchange_arena), arena_free(&s->arena);
+    dispatcher_free(s->e), arena_free(&s->dispatcher_arena), arena_free(&s->arena);
 }
 
 // Everything is poisoned, then this rank's part of the problem is put in.
 static void slot_load(Slot *s, const Problem *p) {
     size_t t = (size_t)s->first_token, C = (size_t)p->C, w = (size_t)p->F * C,
            first = (size_t)p->me * s->experts;
-    poison(&s->exchange_arena), poison(&s->arena);
+    poison(&s->dispatcher_arena), poison(&s->arena);
     device_upload(s->topk, p->topk + t * p->K, (size_t)s->R * p->K * sizeof(int));
     put(s->score, DTYPE_REAL, p->score + t * p->K, (size_t)s->R * p->K),
         put(s->x, DTYPE_FLOATX, p->x + t * C, s->R * C);
@@ -221,42 +221,42 @@ static void slot_load(Slot *s, const Problem *p) {
     put(s->dy, DTYPE_FLOATX, dy, s->R * C), free(dy);
 }
 
-static void plan_and_spread(Slot *s) {
-    expert_plan(&s->plan, s->e, s->topk), spread_start(s->e, FORWARD, s->x, s->score);
+static void route_and_dispatch(Slot *s) {
+    dispatch_route(&s->plan, s->e, s->topk), dispatch_start(s->e, FORWARD, s->x, s->score);
 }
 static void forward(Slot *s, int C, int F) {
-    s->pool = spread_wait(s->e, FORWARD, &s->pool_score);
+    s->pool = dispatch_wait(s->e, FORWARD, &s->pool_score);
     experts_up(s->H, s->A, s->pool, s->W1, &s->plan, C, F);
     experts_down(s->Y, s->A, s->W2, &s->plan, C, F);
-    rows_combine(collect_target(s->e, FORWARD, s->y, 0, 0), s->Y, s->pool_score, &s->plan, C);
-    collect_start(s->e, FORWARD, s->y, 0);
+    rows_weighted_sum(combine_target(s->e, FORWARD, s->y, 0, 0), s->Y, s->pool_score, &s->plan, C);
+    combine_start(s->e, FORWARD, s->y, 0);
 }
 static void backward(Slot *s, int again, int C,
-                     int F) { // again: the forward spread is in flight too, H is made anew
-    const floatX *dpool = spread_wait(s->e, BACKWARD, 0);
+                     int F) { // again: the forward dispatch is in flight too, H is made anew
+    const floatX *dpool = dispatch_wait(s->e, BACKWARD, 0);
     real *pool_dscore;
-    floatX *target = collect_target(s->e, BACKWARD, s->dx, s->dscore, &pool_dscore);
+    floatX *target = combine_target(s->e, BACKWARD, s->dx, s->dscore, &pool_dscore);
     if (again)
-        s->pool = spread_wait(s->e, FORWARD, &s->pool_score),
+        s->pool = dispatch_wait(s->e, FORWARD, &s->pool_score),
         experts_up(s->H, 0, s->pool, s->W1, &s->plan, C, F);
     experts_down_backward(s->H, s->sA, pool_dscore, dpool, s->H, s->W2, s->pool_score, &s->plan, C,
                           F);
     experts_up_backward(s->Y, s->H, s->W1, &s->plan, C, F);
-    rows_combine(target, s->Y, 0, &s->plan, C);
-    collect_start(s->e, BACKWARD, s->dx, s->dscore);
+    rows_weighted_sum(target, s->Y, 0, &s->plan, C);
+    combine_start(s->e, BACKWARD, s->dx, s->dscore);
     experts_wgrad(s->dW1, s->dW2, s->pool, dpool, s->H, s->sA, &s->plan, 0, C, F);
 }
 // The phases of `slots` micro-batches interleaved, as a pipelined layer issues them.
 static void run(Slot *s, int slots, int again, int C, int F) {
-    for (int i = 0; i < slots; i++) plan_and_spread(s + i);
+    for (int i = 0; i < slots; i++) route_and_dispatch(s + i);
     for (int i = 0; i < slots; i++) forward(s + i, C, F);
-    for (int i = 0; i < slots; i++) collect_wait(s[i].e, FORWARD);
+    for (int i = 0; i < slots; i++) combine_wait(s[i].e, FORWARD);
     for (int i = 0; i < slots; i++) {
-        if (again) plan_and_spread(s + i);
-        spread_start(s[i].e, BACKWARD, s[i].dy, 0);
+        if (again) route_and_dispatch(s + i);
+        dispatch_start(s[i].e, BACKWARD, s[i].dy, 0);
     }
     for (int i = 0; i < slots; i++) backward(s + i, again, C, F);
-    for (int i = 0; i < slots; i++) collect_wait(s[i].e, BACKWARD);
+    for (int i = 0; i < slots; i++) combine_wait(s[i].e, BACKWARD);
 }
 // The same layer on all tokens and experts, in this process alone.
 static void solve(Problem *p, const Config *c) {
@@ -321,7 +321,7 @@ static double error_of(const Answer *a, const Problem *p, const Slot *s) {
 
 // ---- tests ----------------------------------------------------------------------------------
 static void test_load(const Slot *s, const Problem *p, const Grid *g, const char *what) {
-    ExchangeLoad want = { 0, 0, 0, 0, 0, 0 };
+    DispatchLoad want = { 0, 0, 0, 0, 0, 0 };
     int tile = device_row_tile(), n = p->n, local = p->E / n;
     for (int j = 0; j < n; j++) {
         int rows = 0, pool = 0, sent = 0, received = 0;
@@ -343,7 +343,7 @@ static void test_load(const Slot *s, const Problem *p, const Grid *g, const char
         if (g->dispatch != DISPATCH_ALLREDUCE)
             want.sent_rows += sent, want.received_rows += received;
     }
-    const ExchangeLoad *l = exchange_load(s->e);
+    const DispatchLoad *l = dispatch_load(s->e);
     check(comm_is_local(g->ep_group) || memcmp(l, &want, sizeof want) == 0,
           "%s: pool %d rows %d largest %d %d sent %lld received %lld, want %d %d %d %d %lld %lld",
           what, l->pool, l->rows, l->pool_max, l->rows_max, (long long)l->sent_rows,
@@ -389,7 +389,7 @@ static void test_layers(const Config *c, const Grid grid[3], int R) {
 }
 
 // 50 calls, two micro-batches in flight, another routing each time, every second one with the
-// forward spread repeated in backward (recompute).
+// forward dispatch repeated in backward (recompute).
 static void test_calls(const Config *c, const Grid *g, int R) {
     Problem p[2] = { problem_new(g, c, R), problem_new(g, c, R) };
     int tokens = g->dispatch == DISPATCH_ALLREDUCE ? p->N : R;
@@ -419,7 +419,7 @@ static void test_adjoint(const Config *c, const Grid *g, int R) {
     int tokens = g->dispatch == DISPATCH_ALLREDUCE ? p.N : R;
     Slot s = slot_new(g, c, tokens);
     size_t x = (size_t)tokens * p.C, k = (size_t)tokens * p.K,
-           bound = (size_t)exchange_pool_bound(g, tokens);
+           bound = (size_t)dispatch_pool_bound(g, tokens);
     double *X = numbers(x), *Y = numbers(bound * p.C), *a = numbers(bound * p.C),
            *b = numbers(bound * p.C), *score = numbers(k), *D = numbers(bound * p.K);
     int *token_row = (int *)xcalloc(bound * p.K, sizeof(int), "rows");
@@ -433,22 +433,22 @@ static void test_adjoint(const Config *c, const Grid *g, int R) {
         for (size_t i = 0; i < x; i++) X[i] = quarter(&seed);
         for (size_t i = 0; i < k; i++) score[i] = quarter(&seed);
         put(s.x, DTYPE_FLOATX, X, x), put(s.score, DTYPE_REAL, score, k);
-        plan_and_spread(&s);
+        route_and_dispatch(&s);
         size_t P = (size_t)s.plan.P * p.C, PK = (size_t)s.plan.P * p.K;
         device_download(token_row, s.plan.token_row, PK * sizeof(int));
         for (size_t i = 0; i < P; i++) Y[i] = quarter(&seed);
         for (size_t i = 0; i < PK; i++) D[i] = token_row[i] < 0 ? 0 : quarter(&seed);
-        // <spread_F (x, score), (Y, D)> = <(x, score), collect_B (Y, D)>
-        const floatX *pool = spread_wait(s.e, FORWARD, &pool_score);
+        // <dispatch_F (x, score), (Y, D)> = <(x, score), combine_B (Y, D)>
+        const floatX *pool = dispatch_wait(s.e, FORWARD, &pool_score);
         get(a, pool, DTYPE_FLOATX, P);
         double left = dot(a, Y, P);
         get(a, pool_score, DTYPE_REAL, PK);
         for (size_t i = 0; i < PK; i++)
             if (token_row[i] < 0) a[i] = 0; // what is not read may be anything
         double left_score = dot(a, D, PK);
-        floatX *target = collect_target(s.e, BACKWARD, s.dx, s.dscore, &pool_dscore);
+        floatX *target = combine_target(s.e, BACKWARD, s.dx, s.dscore, &pool_dscore);
         put(target, DTYPE_FLOATX, Y, P), put(pool_dscore, DTYPE_REAL, D, PK);
-        collect_start(s.e, BACKWARD, s.dx, s.dscore), collect_wait(s.e, BACKWARD);
+        combine_start(s.e, BACKWARD, s.dx, s.dscore), combine_wait(s.e, BACKWARD);
         get(a, s.dx, DTYPE_FLOATX, x), get(b, s.dscore, DTYPE_REAL, k);
         double l = comm_sum(g->ep_group, left), r = comm_sum(g->ep_group, dot(a, X, x));
         check(l == r, "ep %d %s, %s: <Sx,Y> %.17g <x,S'Y> %.17g", p.n, dispatch_name[g->dispatch],
@@ -456,17 +456,17 @@ static void test_adjoint(const Config *c, const Grid *g, int R) {
         l = comm_sum(g->ep_group, left_score), r = comm_sum(g->ep_group, dot(b, score, k));
         check(l == r, "ep %d %s, %s: scores <Sx,Y> %.17g <x,S'Y> %.17g", p.n,
               dispatch_name[g->dispatch], routing_name[routing], l, r);
-        // <collect_F Y, dy> = <Y, spread_B dy>
+        // <combine_F Y, dy> = <Y, dispatch_B dy>
         for (size_t i = 0; i < x; i++) X[i] = quarter(&seed);
-        put(collect_target(s.e, FORWARD, s.y, 0, 0), DTYPE_FLOATX, Y, P);
-        collect_start(s.e, FORWARD, s.y, 0), collect_wait(s.e, FORWARD);
+        put(combine_target(s.e, FORWARD, s.y, 0, 0), DTYPE_FLOATX, Y, P);
+        combine_start(s.e, FORWARD, s.y, 0), combine_wait(s.e, FORWARD);
         get(a, s.y, DTYPE_FLOATX, x);
         l = comm_sum(g->ep_group, dot(a, X, x));
         put(s.dy, DTYPE_FLOATX, X, x);
-        spread_start(s.e, BACKWARD, s.dy, 0);
-        get(a, spread_wait(s.e, BACKWARD, 0), DTYPE_FLOATX, P);
+        dispatch_start(s.e, BACKWARD, s.dy, 0);
+        get(a, dispatch_wait(s.e, BACKWARD, 0), DTYPE_FLOATX, P);
         r = comm_sum(g->ep_group, dot(a, Y, P));
-        check(l == r, "ep %d %s, %s: <collect Y,dy> %.17g <Y,spread dy> %.17g", p.n,
+        check(l == r, "ep %d %s, %s: <combine Y,dy> %.17g <Y,dispatch dy> %.17g", p.n,
               dispatch_name[g->dispatch], routing_name[routing], l, r);
         get(b, s.dy, DTYPE_FLOATX, x);
         check(memcmp(b, X, x * sizeof(double)) == 0, "ep %d %s: dy is untouched", p.n,
@@ -490,8 +490,8 @@ static void test_traffic(const Config *c, const Grid *g, int R) {
     int64_t sent[COMM_KINDS], want[COMM_KINDS] = { 0 };
     for (int kind = 0; kind < COMM_KINDS; kind++)
         sent[kind] = comm_traffic(g->ep_group, kind, 1).bytes;
-    int64_t out = exchange_load(s.e)->sent_rows,
-            back = exchange_load(s.e)->pool; // collects send back what arrived from others
+    int64_t out = dispatch_load(s.e)->sent_rows,
+            back = dispatch_load(s.e)->pool; // combines send back what arrived from others
     for (int r = 0; r < p.R && g->dispatch == DISPATCH_ALLTOALL; r++) {
         int own = 0;
         for (int k = 0; k < p.K; k++)
@@ -542,10 +542,10 @@ static void test_picture(const Config *base, const Grid *g) {
     int me = g->ep_rank;
     device_upload(s.topk, topk[me], sizeof topk[me]), put(s.x, DTYPE_FLOATX, x[me], 3),
         put(s.score, DTYPE_REAL, score, 6);
-    plan_and_spread(&s);
-    const floatX *arrived = spread_wait(s.e, FORWARD, 0);
-    check(s.plan.P == 4 && exchange_load(s.e)->sent_rows == 2, "picture: %d pool tokens, %lld sent",
-          s.plan.P, (long long)exchange_load(s.e)->sent_rows);
+    route_and_dispatch(&s);
+    const floatX *arrived = dispatch_wait(s.e, FORWARD, 0);
+    check(s.plan.P == 4 && dispatch_load(s.e)->sent_rows == 2, "picture: %d pool tokens, %lld sent",
+          s.plan.P, (long long)dispatch_load(s.e)->sent_rows);
     if (device_row_tile() == 1)
         check(same(s.plan.row_token, row_token[me], 6) &&
                   same(s.plan.token_row, token_row[me], 8) &&
@@ -554,9 +554,9 @@ static void test_picture(const Config *base, const Grid *g) {
     get(got, arrived, DTYPE_FLOATX, 4);
     check(memcmp(got, pool[me], sizeof got) == 0, "picture: pool %g %g %g %g", got[0], got[1],
           got[2], got[3]);
-    put(collect_target(s.e, FORWARD, s.y, 0, 0), DTYPE_FLOATX, pool[me],
+    put(combine_target(s.e, FORWARD, s.y, 0, 0), DTYPE_FLOATX, pool[me],
         4); // experts that hand back what they got: y = x times the ranks visited
-    collect_start(s.e, FORWARD, s.y, 0), collect_wait(s.e, FORWARD);
+    combine_start(s.e, FORWARD, s.y, 0), combine_wait(s.e, FORWARD);
     get(got, s.y, DTYPE_FLOATX, 3);
     check(memcmp(got, sum[me], 3 * sizeof(double)) == 0, "picture: sums %g %g %g", got[0], got[1],
           got[2]);
@@ -670,8 +670,9 @@ int main(int argc, char **argv) {
                 test_calls(config + k, grid + d, 9), test_heads(config + k, grid + d, 7);
         }
     if (world_rank == 0)
-        printf("test_expert, %d rank%s%s, %s: %d passed, %d failed\n", world, world == 1 ? "" : "s",
-               force ? ", --force-comm" : "", PRECISION_NAME, passed, failed);
+        printf("test_dispatch, %d rank%s%s, %s: %d passed, %d failed\n", world,
+               world == 1 ? "" : "s", force ? ", --force-comm" : "", PRECISION_NAME, passed,
+               failed);
     comm_finish();
     while (n_staging) arena_free(staging + --n_staging);
     arena_free(&memory), device_finish();
