@@ -1,6 +1,6 @@
 // Every CUDA kernel against its CPU twin, over ragged and degenerate shapes with the production
 // tile widths. Runs in dev/cuemu (make test-cuemu) and on a GPU. The CPU kernels are linked in
-// twice under other names (kernels/cuda/Makefile.inc): ref_* in the precision of this build, true_*
+// twice under other names (dev/mk/kernel_tests.mk): ref_* in the precision of this build, true_*
 // in fp32.
 //
 // Tolerance, FlashAttention's rule: the same (bf16) inputs go through all three; the fp32 CPU

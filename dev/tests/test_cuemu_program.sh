@@ -1,6 +1,6 @@
 #!/bin/sh
 # The whole CUDA program, run by the emulator of dev/cuemu, against the CPU backend: every gradient of the first update and the losses of three; and test_moe, against transformers.
-#   test_cuemu_program.sh BUILD CPU_FP32 CPU_BF16 [quick]     BUILD: folder with MODE-PRECISION/PROGRAM (dev/cuemu.mk); CPU_*: train_moe of the CPU backend; quick: one run of each mode
+#   test_cuemu_program.sh BUILD CPU_FP32 CPU_BF16 [quick]     BUILD: folder with MODE-PRECISION/PROGRAM (dev/mk/cuemu.mk); CPU_*: train_moe of the CPU backend; quick: one run of each mode
 #
 # fp32: both sides round in fp32 and differ in the order of sums; the CPU is within 5e-6 of fp64 (test_moe.c), a mistake makes 8e-5 and more: 1e-5.
 # bf16: at most twice the error that the CPU's bf16 build, which rounds wherever it stores, has against fp32 (FlashAttention's rule). The fixture's routing is the same in all.

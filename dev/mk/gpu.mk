@@ -1,4 +1,4 @@
-# Programs for a machine with a GPU, of the kernels alone: they need neither cJSON nor MPI (after dev/cuemu.mk; `make gpu-check` runs everything: dev/gpu_check.sh).
+# Programs for a machine with a GPU, of the kernels alone: they need neither cJSON nor MPI (after dev/mk/cuemu.mk; `make gpu-check` runs everything: dev/gpu_check.sh).
 #   BACKEND=cuda $(BUILD)/kernels/test_cuda     every kernel against its CPU twin        $(BUILD)/dev/bench_cuda     every kernel against the ceilings of the card
 #   make bench-cuda          the benchmark as a table, beside the predictions of dev/ledger.py (dev/bench_report.py)     ARGS="--only experts"
 #   make test-cuemu-bench    the benchmark at toy shapes in the emulator: every kernel of dev/costs.h is called; 'N passed, N failed'
@@ -16,4 +16,4 @@ bench-cuda:
 test-cuemu-bench: $(CUEMU_BUILD)/plain-bf16/dev/bench_cuda
 	@$< --tiny > $(CUEMU_BUILD)/bench.jsonl && $(PYTHON) dev/bench_report.py $(CUEMU_BUILD)/bench.jsonl --check
 
-include dev/kernels/ladder.mk
+include dev/mk/ladder.mk

@@ -5,7 +5,7 @@
 #                                           planted mistakes (test-cuemu-seeded), the benchmark (test-cuemu-bench), the ladder (test-cuemu-ladder), cuDNN's attention graphs (test-cudnn-graphs); 'N passed, N failed'
 CUEMU_DIR = dev/cuemu
 CUEMU_BUILD = $(ROOT_BUILD)/cuemu
-PYTHON ?= python3
+
 CUEMU_CXX = g++
 
 # Flags by mode: those of dev/cuemu/Makefile, which explains them. Sanitized builds run blocks one after another and without OpenMP, whose runtime ThreadSanitizer does not know.
@@ -55,7 +55,7 @@ $(CUEMU_BUILD)/$(1)-$(2)/%_staged: $(CUEMU_BUILD)/$(1)-$(2)/%.o $(CUEMU_STAGED:%
 endef
 $(foreach m,plain asan tsan,$(foreach p,bf16 fp32,$(eval $(call CUEMU_VARIANT,$(m),$(p)))))
 
--include kernels/cuda/Makefile.inc
+-include dev/mk/kernel_tests.mk
 
 # ---- tests -------------------------------------------------------------------------------------------------------------------------
 CUEMU_TESTED = $(foreach v,plain-fp32 plain-bf16 asan-bf16 tsan-bf16,$(CUEMU_BUILD)/$(v)/train_moe) $(foreach v,plain-fp32 plain-bf16,$(CUEMU_BUILD)/$(v)/test_moe) $(CUEMU_BUILD)/plain-fp32/parallel/test_comm $(CUEMU_BUILD)/plain-fp32/parallel/test_comm_staged $(CUEMU_BUILD)/asan-bf16/parallel/test_join

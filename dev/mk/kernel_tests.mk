@@ -1,4 +1,4 @@
-# The tests of the CUDA kernels (after dev/cuemu.mk, whose rules build the emulated objects):
+# The tests of the CUDA kernels (after dev/mk/cuemu.mk, whose rules build the emulated objects):
 #   make test-cuemu-kernels    every kernel against its CPU twin in the emulator, bf16 and fp32: plain, AddressSanitizer + UBSan, ThreadSanitizer, and with streams
 #                              and copies as late as possible and in random order; 'N passed, N failed'.   KERNEL_MODES="plain asan" for some of them
 #                              (plain: kernels/test_offsets too, offsets beyond 2^31 elements)
@@ -10,7 +10,7 @@ TWINS = $(CUEMU_BUILD)/twins
 
 # $(1): prefix, $(2): precision. All CPU kernels as one object, every global name of theirs renamed.
 define TWIN
-$(TWINS)/$(1)$(2).o: $(wildcard kernels/cpu/*.c kernels/cpu/*.h kernels/*.h) kernels/cuda/Makefile.inc
+$(TWINS)/$(1)$(2).o: $(wildcard kernels/cpu/*.c kernels/cpu/*.h kernels/*.h) dev/mk/kernel_tests.mk
 	@mkdir -p $(TWINS)/$(1)$(2)
 	@echo "twins $(1) $(2)"
 	@for f in kernels/cpu/*.c; do $(CC) -std=c11 -O2 -fno-math-errno $(if $(BLAS_LIBS),-DMOE_BLAS) $(BLAS_CFLAGS) $(DEFINES_$(2)) -c $$$$f -o $(TWINS)/$(1)$(2)/$$$$(basename $$$$f .c).o || exit 1; done

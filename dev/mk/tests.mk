@@ -1,0 +1,19 @@
+# Tests that need no GPU: each target ends with 'N passed, N failed'.
+.PHONY: test test-full test-mutations test-mutations-cuda format format-check
+test:
+	@CC=$(CC) sh dev/tests/run.sh test
+test-full:
+	@CC=$(CC) sh dev/tests/run.sh full
+test-mutations: train_moe $(BUILD)/dev/tests/reshard
+	@sh dev/mutations/run.sh list.txt $(ONLY)
+	@sh dev/tests/kill.sh $(BUILD)/train_moe $(BUILD)/dev/tests/reshard 50
+test-mutations-cuda:
+	@sh dev/mutations/run.sh kernels.txt $(ONLY)
+
+# Layout of the sources: clang-format 14, and no line above 100 columns.
+FORMATTED = $(shell git ls-files '*.c' '*.h' '*.cu' '*.cuh' '*.cpp')
+CLANG_FORMAT = clang-format-14
+format:
+	@$(CLANG_FORMAT) -i $(FORMATTED)
+format-check:
+	@sh dev/format_check.sh $(CLANG_FORMAT) $(FORMATTED)
