@@ -290,17 +290,18 @@ static void train(Trainer *t, const Options *o, Report *report, Checkpoint *chec
     if (val && first == 0)
         report_evaluation(report, 0, trainer_evaluate(t, val, evaluation_windows(o, val)));
     report->begin = now_seconds();
+    Profile *profile = 0;
     for (int64_t step = first + 1; step <= o->steps; step++) {
         if (step == first + 1 && *o->dump) t->dump = dump_open(o->dump, t);
         if (step == first + 1 && o->trace_token >= 0) t->trace = trace_open(t, o->trace_token);
         if (step == o->profile) {
             free(grid_traffic(t->g, 1));
-            profile_start();
+            profile = profile_start();
         }
         double begin = now_seconds();
         StepResult s = trainer_step(t, data, step, o->lr * schedule_factor(&schedule, step));
         if (step == o->profile) {
-            profile_print(t->g->rank == 0 ? stdout : 0);
+            profile_print(profile, t->g->rank == 0 ? stdout : 0);
             char *traffic = grid_traffic(t->g, 0);
             if (t->g->rank == 0) printf("%s", traffic);
             free(traffic);

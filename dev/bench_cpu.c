@@ -121,10 +121,10 @@ static void bench_step(Model *m, const Bench *b, const char *dir, const char *to
         median(peak, b->steps) * 1e-9, median(share, b->steps), seconds[0], load, first_loss,
         (double)usage.ru_maxrss / 1024, config_flops_per_token(&m->c, b->T), device_describe());
     fflush(stdout);
-    profile_start();
+    Profile *profile = profile_start();
     trainer_step(t, data, b->warmup + b->steps + 1, 1e-5);
-    fprintf(stderr, "phases of one update\n");
-    profile_print(stderr);
+    fprintf(stderr, "kernels of one update\n");
+    profile_print(profile, stderr);
     free(seconds);
     loader_close(data);
     trainer_free(t);

@@ -1,5 +1,5 @@
-// Arenas, for any backend: device.h says what they promise; device_take and device_give of the
-// backend are where the bytes come from.
+// What every backend shares of device.h: the arenas, whose bytes come from the backend's
+// device_take and device_give, and the hook that kernels report to.
 #include "device.h"
 #include "fail.h"
 #include <stdlib.h>
@@ -68,4 +68,16 @@ void arena_commit(Arena *a) {
 void arena_free(Arena *a) {
     if (a->base) device_give(a->base, a->capacity);
     *a = arena_counting(a->name);
+}
+
+// ---- what runs now --------------------------------------------------------------------------
+static KernelHook current_hook; // the device's only observer
+static void *hook_context;
+
+void kernel_hook(KernelHook hook, void *context) {
+    current_hook = hook;
+    hook_context = context;
+}
+void kernel_begin(const char *name, double flops) {
+    if (current_hook) current_hook(hook_context, name, flops);
 }

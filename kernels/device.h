@@ -27,6 +27,16 @@ double device_peak_flops(void);
 // Rows of an expert are padded to a multiple of this in a RowIndex (1 on CPUs).
 int device_row_tile(void);
 
+// ---- what runs now --------------------------------------------------------------------------
+// Receives the name of whatever begins, a string literal, and its FLOPs (0 where it has none to
+// speak of).
+typedef void (*KernelHook)(void *context, const char *name, double flops);
+// Reports to `hook` from now on; to nobody if it is 0. The profile uses it.
+void kernel_hook(KernelHook hook, void *context);
+// Reports that a kernel or a collective begins on the host, which also ends the one before it.
+// Every function of kernels.h that computes calls it first; costs one branch without a hook.
+void kernel_begin(const char *name, double flops);
+
 // ---- arenas (I10) ---------------------------------------------------------------------------
 // A bump allocator. With base 0 it only counts: the memory plan IS the allocation, run on counting
 // arenas, so the two cannot disagree. Every piece is aligned to 256 bytes. In debug builds

@@ -125,6 +125,12 @@ typedef struct {     // device pointers; M is a static bound, each expert's rows
     int *expert_row; // (E+1)  first row of each (local) expert; [E] = rows in use including padding
     int M, P, E, K;  // upper bounds known to the host; E = local experts
 } RowIndex;
+// FLOPs of one product of all expert rows with a matrix (C,F): of the rows that P tokens can fill,
+// K each, or of all M where an expert parallel pool bounds them below that.
+static inline double expert_flops(const RowIndex *plan, int64_t C, int64_t F) {
+    double chosen = (double)plan->P * plan->K;
+    return 2.0 * (chosen < plan->M ? chosen : plan->M) * (double)C * (double)F;
+}
 // The smallest M for a pool of P tokens that chose K of the experts each.
 int row_index_bound(int P, int K, int E_local);
 // Fills the plan from choice (P,K) global expert ids ascending (-1 = none), keeping experts [first,

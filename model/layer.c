@@ -1,6 +1,5 @@
 // One layer, forward and backward: see layer.h for the picture and README.md for the derivations.
 #include "layer.h"
-#include "profile.h"
 #include <string.h>
 
 // ---- weights and gradients: pointers into blocks --------------------------------------------
@@ -187,42 +186,23 @@ void in_flight_free(InFlight *s) {
     s->exchange = 0;
 }
 
-// FLOPs of a product of R rows, for the profile; of causal attention forward, half of the square.
-static double product(double R, double O, double N) { return 2 * R * O * N; }
-static double attention_flops(const Workspace *w) {
-    return 2.0 * w->attention_rows * w->T * w->local_heads * w->c->D;
-}
-// Of the experts' rows, one of the three matrices: rows of this rank when tokens travel, else K of
-// every token.
-static double expert_flops(const Workspace *w, const InFlight *s, int layer) {
-    const Config *c = w->c;
-    return c->is_moe[layer] ? product(w->moves ? s->plan.M : (double)w->R * c->K, c->F, c->C)
-                            : product(w->R, c->I, c->C);
-}
-
 // ---- forward --------------------------------------------------------------------------------
 // q .. mid of `kept` from its x.
 static void attention_part(Workspace *w, Saved *kept, const LayerWeights *p) {
     const Config *c = w->c;
     int Q = w->local_heads * c->D, KV = w->local_kv_heads * c->D;
-    profile_mark("norms", 0);
     rmsnorm_forward(w->h, 0, kept->x, p->attn_norm, (real)c->rms_eps, w->R, c->C);
-    profile_mark("q k v forward", product(w->attention_rows, Q + 2 * KV, c->C));
     const floatX *h = heads_gather(w->heads, w->h);
     linear_forward(kept->q, h, p->q, w->attention_rows, Q, c->C);
     linear_forward(kept->k, h, p->k, w->attention_rows, KV, c->C);
     linear_forward(kept->v, h, p->v, w->attention_rows, KV, c->C);
-    profile_mark("q k norm and rope", 0);
     qk_norm_rope_forward(w->qn, w->kn, kept->q, kept->k, p->q_norm, p->k_norm, w->cos, w->sin,
                          (real)c->rms_eps, w->attention_rows, w->T, w->local_heads,
                          w->local_kv_heads, c->D);
-    profile_mark("attention forward", attention_flops(w));
     attention_forward(kept->o, kept->lse, w->qn, w->kn, kept->v, w->attention,
                       w->attention_rows / w->T, w->T, w->local_heads, w->local_kv_heads, c->D);
-    profile_mark("o forward", product(w->attention_rows, c->C, Q));
     linear_forward(heads_target(w->heads, kept->mid), kept->o, p->o, w->attention_rows, c->C, Q);
     heads_reduce(w->heads, kept->mid);
-    profile_mark("residual", 0);
     add(kept->mid, kept->mid, kept->x, (size_t)w->R * c->C);
 }
 
@@ -230,15 +210,11 @@ void layer_forward_start(Workspace *w, InFlight *s, Saved *kept, int layer, cons
                          RouterStats stats, const real *bias) {
     const Config *c = w->c;
     attention_part(w, kept, p);
-    profile_mark("norms", 0);
     rmsnorm_forward(s->u, s->rstd, kept->mid, p->mlp_norm, (real)c->rms_eps, w->R, c->C);
     if (!c->is_moe[layer]) return;
-    profile_mark("router forward", product(w->R, c->E, c->C));
     router_forward(kept->logits, kept->topk, kept->score, stats, s->u, p->router, bias,
                    c->norm_topk, w->R, c->C, c->E, c->K);
-    profile_mark("plan", 0);
     dispatch_route(&s->plan, s->exchange, kept->topk);
-    profile_mark("dispatch and combine", 0);
     dispatch_start(s->exchange, FORWARD, s->u, kept->score);
 }
 
@@ -246,34 +222,26 @@ void layer_forward_experts(Workspace *w, InFlight *s, Saved *kept, int layer,
                            const LayerWeights *p) {
     const Config *c = w->c;
     if (!c->is_moe[layer]) {
-        profile_mark("dense MLP forward", 3 * expert_flops(w, s, layer));
         experts_up(kept->H, w->A, s->u, p->up, &w->dense, c->C, c->I);
         experts_down(w->Y, w->A, p->down, &w->dense, c->C, c->I);
         rows_weighted_sum(s->y, w->Y, 0, &w->dense, c->C);
         return;
     }
     const real *score;
-    profile_mark("dispatch and combine", 0);
     const floatX *pool = dispatch_wait(s->exchange, FORWARD, &score);
     if (kept->pool) {
         device_copy(kept->pool, pool, (size_t)s->plan.P * c->C * sizeof(floatX));
         device_copy(kept->pool_score, score, (size_t)s->plan.P * c->K * sizeof(real));
     }
-    profile_mark("experts up", 2 * expert_flops(w, s, layer));
     experts_up(kept->H, w->A, pool, p->up, &s->plan, c->C, c->F);
-    profile_mark("experts down", expert_flops(w, s, layer));
     experts_down(w->Y, w->A, p->down, &s->plan, c->C, c->F);
-    profile_mark("combine", 0);
     rows_weighted_sum(combine_target(s->exchange, FORWARD, s->y, 0, 0), w->Y, score, &s->plan,
                       c->C);
-    profile_mark("dispatch and combine", 0);
     combine_start(s->exchange, FORWARD, s->y, 0);
 }
 
 void layer_forward_finish(Workspace *w, InFlight *s, Saved *kept, int layer, floatX *out) {
-    profile_mark("dispatch and combine", 0);
     if (w->c->is_moe[layer]) combine_wait(s->exchange, FORWARD);
-    profile_mark("residual", 0);
     add(out, kept->mid, s->y, (size_t)w->R * w->c->C);
 }
 
@@ -282,12 +250,9 @@ void layer_backward_start(Workspace *w, InFlight *s, Saved *kept, int layer, con
                           const floatX *dx) {
     const Config *c = w->c;
     if (!kept->has_attention) attention_part(w, kept, p);
-    profile_mark("norms", 0);
     rmsnorm_forward(s->u, s->rstd, kept->mid, p->mlp_norm, (real)c->rms_eps, w->R, c->C);
     if (!c->is_moe[layer]) return;
-    profile_mark("plan", 0);
     dispatch_route(&s->plan, s->exchange, kept->topk);
-    profile_mark("dispatch and combine", 0);
     if (!kept->pool) dispatch_start(s->exchange, FORWARD, s->u, kept->score);
     dispatch_start(s->exchange, BACKWARD, dx,
                    0); // out = mid + combine(...): dy of the experts is dx itself
@@ -303,24 +268,17 @@ void layer_backward_experts(Workspace *w, InFlight *s, Saved *kept, int layer,
     const real *score = moe ? kept->pool_score : 0;
     floatX *target = s->y;
     real *dscore = 0;
-    profile_mark("dispatch and combine", 0);
     if (moe) {
         if (!pool) pool = dispatch_wait(s->exchange, FORWARD, &score);
         dpool = dispatch_wait(s->exchange, BACKWARD, 0);
         target = combine_target(s->exchange, BACKWARD, s->y, s->dscore, &dscore);
     }
-    profile_mark("experts up", kept->has_experts ? 0 : 2 * expert_flops(w, s, layer));
     if (!kept->has_experts) experts_up(kept->H, 0, pool, p->up, plan, c->C, F);
     floatX *dH = kept->H; // in place: H is not needed again
-    profile_mark("experts down backward", expert_flops(w, s, layer));
     experts_down_backward(dH, w->A, dscore, dpool, kept->H, p->down, score, plan, c->C, F);
-    profile_mark("experts up backward", 2 * expert_flops(w, s, layer));
     experts_up_backward(w->Y, dH, p->up, plan, c->C, F);
-    profile_mark("combine", 0);
     rows_weighted_sum(target, w->Y, 0, plan, c->C);
-    profile_mark("dispatch and combine", 0);
     if (moe) combine_start(s->exchange, BACKWARD, s->y, s->dscore);
-    profile_mark("experts weight gradients", 3 * expert_flops(w, s, layer));
     experts_wgrad(d->up, d->down, pool, dpool, dH, w->A, plan, accumulate, c->C, F);
 }
 
@@ -331,35 +289,27 @@ void layer_backward_finish(Workspace *w, InFlight *s, Saved *kept, int layer, co
     int Q = w->local_heads * c->D, KV = w->local_kv_heads * c->D;
     floatX *du = s->y;
     if (c->is_moe[layer]) {
-        profile_mark("dispatch and combine", 0);
         combine_wait(s->exchange, BACKWARD);
-        profile_mark("router backward", 2 * product(w->R, c->E, c->C));
         router_backward_add(du, d->router, w->dz, s->dscore, kept->logits, kept->topk, kept->score,
                             s->u, p->router, loss->share, loss->aux_scale, loss->z_scale,
                             c->norm_topk, accumulate, w->R, c->C, c->E, c->K);
     }
-    profile_mark("norms backward", 0);
     rmsnorm_backward(dx, d->mlp_norm, dx, du, kept->mid, p->mlp_norm, s->rstd, accumulate, w->R,
                      c->C); // dx is now the gradient of mid
 
     rmsnorm_forward(w->h, w->rstd, kept->x, p->attn_norm, (real)c->rms_eps, w->R, c->C);
-    profile_mark("o backward", 2 * product(w->attention_rows, c->C, Q));
     const floatX *h = heads_gather(w->heads, w->h), *d_mid = heads_reduce_adjoint(w->heads, dx);
     linear_backward_input(w->d_o, d_mid, p->o, w->attention_rows, c->C, Q);
     linear_backward_weight(d->o, d_mid, kept->o, accumulate_qkvo, w->attention_rows, c->C, Q);
-    profile_mark("q k norm and rope", 0);
     qk_norm_rope_forward(w->qn, w->kn, kept->q, kept->k, p->q_norm, p->k_norm, w->cos, w->sin,
                          (real)c->rms_eps, w->attention_rows, w->T, w->local_heads,
                          w->local_kv_heads, c->D);
-    profile_mark("attention backward", 2.5 * attention_flops(w));
     attention_backward(w->dq, w->dk, w->dv, w->d_o, kept->o, kept->lse, w->qn, w->kn, kept->v,
                        w->attention, w->attention_rows / w->T, w->T, w->local_heads,
                        w->local_kv_heads, c->D);
-    profile_mark("q k norm and rope backward", 0);
     qk_norm_rope_backward(w->dq, w->dk, d->q_norm, d->k_norm, w->dq, w->dk, kept->q, kept->k,
                           p->q_norm, p->k_norm, w->cos, w->sin, (real)c->rms_eps, accumulate,
                           w->attention_rows, w->T, w->local_heads, w->local_kv_heads, c->D);
-    profile_mark("q k v backward", 2 * product(w->attention_rows, Q + 2 * KV, c->C));
     linear_backward_weight(d->q, w->dq, h, accumulate_qkvo, w->attention_rows, Q, c->C);
     linear_backward_weight(d->k, w->dk, h, accumulate_qkvo, w->attention_rows, KV, c->C);
     linear_backward_weight(d->v, w->dv, h, accumulate_qkvo, w->attention_rows, KV, c->C);
@@ -368,7 +318,6 @@ void layer_backward_finish(Workspace *w, InFlight *s, Saved *kept, int layer, co
     linear_backward_input_add(dh, w->dk, p->k, w->attention_rows, KV, c->C);
     linear_backward_input_add(dh, w->dv, p->v, w->attention_rows, KV, c->C);
     heads_gather_adjoint(w->heads, w->dh);
-    profile_mark("norms backward", 0);
     rmsnorm_backward(dx, d->attn_norm, dx, w->dh, kept->x, p->attn_norm, w->rstd, accumulate, w->R,
                      c->C); // residual and branch meet at x
 }

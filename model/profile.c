@@ -1,67 +1,78 @@
-// Phase timers: see profile.h.
+// The table of --profile: time and FLOP/s of every kernel and collective of one update. Listens
+// through kernel_hook (kernels/device.h); offers profile_start and profile_print.
 #include "profile.h"
 #include "../kernels/device.h"
 #include "../kernels/fail.h"
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { PHASES = 64 };
-typedef struct {
+enum { ROWS = 128 };
+typedef struct { // calls of one name and size: the same kernel on other shapes is another row
     const char *name;
-    double seconds, flops;
-    int64_t marks;
-} Phase;
-static Phase phase[PHASES];
-static int phases, current, active;
-static double since, begin;
+    double flops, seconds;
+    int64_t calls;
+} ProfileRow;
+struct Profile {
+    ProfileRow row[ROWS];
+    int rows, current; // current: the row that runs now, -1 before the first report
+    double begin, since;
+};
 
-void profile_start(void) {
-    device_sync();
-    phases = 0;
-    current = -1;
-    active = 1;
-    begin = since = now_seconds();
+static int row_of(Profile *p, const char *name, double flops) {
+    for (int i = 0; i < p->rows; i++)
+        if (p->row[i].flops == flops && !strcmp(p->row[i].name, name)) return i;
+    if (p->rows == ROWS)
+        die("more than %d kinds of calls to profile|raise ROWS in model/profile.c", ROWS);
+    ProfileRow fresh = { name, flops, 0, 0 };
+    p->row[p->rows] = fresh;
+    return p->rows++;
 }
 
-void profile_mark(const char *name, double flops) {
-    if (!active) return;
+static void stop_current(Profile *p) {
     device_sync();
     double now = now_seconds();
-    if (current >= 0) phase[current].seconds += now - since;
-    since = now;
-    for (current = 0; current < phases && strcmp(phase[current].name, name); current++) {}
-    if (current == phases) {
-        if (phases == PHASES)
-            die("more than %d phases to profile|raise PHASES in model/profile.c", PHASES);
-        phases++;
-        phase[current].name = name;
-        phase[current].seconds = phase[current].flops = 0;
-        phase[current].marks = 0;
-    }
-    phase[current].flops += flops;
-    phase[current].marks++;
+    if (p->current >= 0) p->row[p->current].seconds += now - p->since;
+    p->since = now;
+}
+
+static void hear(void *context, const char *name, double flops) {
+    Profile *p = (Profile *)context;
+    stop_current(p);
+    p->current = row_of(p, name, flops);
+    p->row[p->current].calls++;
+}
+
+Profile *profile_start(void) {
+    Profile *p = (Profile *)xcalloc(1, sizeof(Profile), "profile");
+    device_sync();
+    p->current = -1;
+    p->begin = p->since = now_seconds();
+    kernel_hook(hear, p);
+    return p;
 }
 
 static int by_time(const void *a, const void *b) {
-    double x = ((const Phase *)a)->seconds, y = ((const Phase *)b)->seconds;
+    double x = ((const ProfileRow *)a)->seconds, y = ((const ProfileRow *)b)->seconds;
     return (x < y) - (x > y);
 }
 
-void profile_print(FILE *file) {
-    profile_mark("end", 0);
-    active = 0;
-    if (!file) return;
-    double total = now_seconds() - begin;
-    qsort(phase, (size_t)phases, sizeof(Phase), by_time);
-    fprintf(file, "profile: %.1f ms\n  %-34s %10s %7s %8s %10s\n", 1e3 * total, "phase", "ms",
-            "share", "times", "GFLOP/s");
-    for (int i = 0; i < phases; i++) {
-        if (phase[i].seconds <= 0) continue;
-        fprintf(file, "  %-34s %10.2f %6.1f%% %8lld", phase[i].name, 1e3 * phase[i].seconds,
-                100 * phase[i].seconds / total, (long long)phase[i].marks);
-        if (phase[i].flops > 0) fprintf(file, " %10.1f", 1e-9 * phase[i].flops / phase[i].seconds);
+void profile_print(Profile *p, FILE *file) {
+    kernel_hook(0, 0);
+    stop_current(p);
+    double total = now_seconds() - p->begin;
+    qsort(p->row, (size_t)p->rows, sizeof(ProfileRow), by_time);
+    if (file)
+        fprintf(file, "profile: %.1f ms\n  %-34s %10s %7s %8s %10s %10s\n", 1e3 * total, "kernel",
+                "ms", "share", "times", "GFLOP each", "GFLOP/s");
+    for (int i = 0; file && i < p->rows; i++) {
+        const ProfileRow *r = &p->row[i];
+        fprintf(file, "  %-34s %10.2f %6.1f%% %8lld", r->name, 1e3 * r->seconds,
+                100 * r->seconds / total, (long long)r->calls);
+        if (r->flops > 0 && r->seconds > 0)
+            fprintf(file, " %10.3f %10.1f", 1e-9 * r->flops,
+                    1e-9 * r->flops * (double)r->calls / r->seconds);
         fprintf(file, "\n");
     }
-    fflush(file);
+    if (file) fflush(file);
+    free(p);
 }

@@ -1,15 +1,14 @@
-// --profile STEP: where the time of one update goes. A mark ends the phase before it and begins the
-// next; phases of the same name add up.
+// --profile STEP: where the time of one update goes. Every kernel and collective reports itself
+// when it begins (kernel_begin in kernels/device.h), and runs until the next one does.
 #ifndef MOE_PROFILE_H
 #define MOE_PROFILE_H
 #include "../kernels/types.h"
 #include <stdio.h>
 MOE_BEGIN_C
-void profile_start(void); // from now on marks are taken (each waits for the device, so the update
-                          // is slower on GPUs)
-// name: a string literal. flops: of the phase that begins here, for its rate; 0 where it has none
-// to speak of. Costs one branch while nothing is profiled.
-void profile_mark(const char *name, double flops);
-void profile_print(FILE *file); // ends profiling and prints phases by time; 0 = silent
+typedef struct Profile Profile;
+// Starts to listen. Each report then waits for the device, so that the update is slower on GPUs.
+Profile *profile_start(void);
+// Stops to listen, prints the kernels by time (nothing if `file` is 0) and frees the profile.
+void profile_print(Profile *profile, FILE *file);
 MOE_END_C
 #endif

@@ -12,7 +12,6 @@
 //   moment the host waits and reads (I11)
 #include "step.h"
 #include "dump.h"
-#include "profile.h"
 #include "trace.h"
 #include "../kernels/fail.h"
 #include <math.h>
@@ -131,14 +130,12 @@ void step_forward(Trainer *t, int n, int training) {
     int lag1 = t->n_slots > 1 ? 1 : 0, lag2 = 2 * lag1;
     const RouterStats none = { 0, 0, 0 };
     t->store_used = 0;
-    profile_mark("embedding", 0);
     gather_layer(t, 0);
     const floatX *embedding = fsdp_get(t->fsdp, t->m->embed_block);
     for (int m = 0; m < n; m++)
         embed_forward(t->kept[m].x, t->ids + (size_t)m * (size_t)t->R, embedding, t->R, c->C);
     fsdp_release(t->fsdp, t->m->embed_block);
     for (int l = 0; l < c->L; l++) {
-        profile_mark("gather weights", 0);
         gather_layer(t, l + 1);
         if (l + 1 == c->L) fsdp_gather(t->fsdp, t->m->head_block);
         LayerWeights w = get_layer(t, l);
@@ -176,7 +173,6 @@ static void balance(Trainer *t) {
     if (!c->n_moe) return;
     size_t E = (size_t)c->n_moe * (size_t)c->E;
     comm_where(-1, -1, "router statistics");
-    profile_mark("router statistics", 0);
     comm_wait(all_reduce_start(t->g->all, t->count, E, DTYPE_I64, STREAM_EXCHANGE));
     comm_wait(all_reduce_start(t->g->all, t->prob, E, DTYPE_F64, STREAM_EXCHANGE));
     comm_wait(
@@ -211,7 +207,6 @@ void step_head(Trainer *t, int training, int round, double N) {
     const Param *norm = model_param(m, P_FINAL_NORM, c->L),
                 *matrix = c->tied ? model_param(m, P_EMBED, -1) : model_param(m, P_HEAD, c->L);
     comm_where(-1, c->L, "head");
-    profile_mark("gather weights", 0);
     const floatX *wn = fsdp_get(t->fsdp, m->head_block) + norm->offset,
                  *wh = fsdp_get(t->fsdp, matrix_block) + matrix->offset;
     gradX *dn = training ? fsdp_grad(t->fsdp, m->head_block) + norm->offset : 0,
@@ -223,22 +218,17 @@ void step_head(Trainer *t, int training, int round, double N) {
         for (int row = 0; row < t->R; row += t->head_chunk, pass++) {
             int n = t->R - row < t->head_chunk ? t->R - row : t->head_chunk;
             const floatX *x = kept->x + (size_t)row * (size_t)c->C;
-            profile_mark("norms", 0);
             rmsnorm_forward(t->yf, t->head_rstd, x, wn, (real)c->rms_eps, n, c->C);
-            profile_mark("head forward", 2.0 * n * c->V * c->C);
             linear_forward(t->logits, t->yf, wh, n, c->V, c->C);
-            profile_mark("cross entropy", 0);
             if (t->dump && training)
                 dump_logits(t->dump, t, ((int64_t)round * t->n_micro + i) * t->R + row, n);
             cross_entropy(t->logits, t->loss_sum, t->targets + (size_t)i * (size_t)t->R + row, seed,
                           training, n, c->V);
             if (!training) continue;
             floatX *dx = t->dx + ((size_t)i * (size_t)t->R + (size_t)row) * (size_t)c->C;
-            profile_mark("head backward", 4.0 * n * c->V * c->C);
             linear_backward_weight(dh, t->logits, t->yf, accumulates(t, matrix_block, pass, round),
                                    n, c->V, c->C);
             linear_backward_input(t->dyf, t->logits, wh, n, c->V, c->C);
-            profile_mark("norms backward", 0);
             rmsnorm_backward(dx, dn, 0, t->dyf, x, wn, t->head_rstd,
                              accumulates(t, m->head_block, pass, round), n, c->C);
         }
@@ -288,13 +278,11 @@ static void update_layer(Trainer *t, int layer, int64_t update, double lr) {
         n = 1;
     if (layer >= 0 && layer < m->c.L && m->local_block[layer] >= 0) n = 2;
     const gradX *grad[2];
-    profile_mark("gradient norm", 0);
     for (int i = 0; i < n; i++) grad[i] = finish_gradient(t, first + i);
     comm_where(-1, layer, "finite check");
     comm_wait(all_reduce_start(t->g->dense_group, t->block_sum + first, (size_t)n, DTYPE_F64,
                                STREAM_GATHER));
     clip_scale(t->norm, t->finite, t->block_sum + first, n, 0);
-    profile_mark("optimizer", 0);
     for (int i = 0; i < n; i++) {
         optimizer_step(&t->optimizer, first + i, grad[i], lr, t->updates + 1, update, scale,
                        t->finite);
@@ -305,13 +293,11 @@ static void update_layer(Trainer *t, int layer, int64_t update, double lr) {
 // --update end: norm over every unique number, once; then all blocks.
 static void update_all(Trainer *t, int64_t update, double lr) {
     int n = t->m->n_blocks;
-    profile_mark("gradient norm", 0);
     for (int b = 0; b < n; b++) finish_gradient(t, b);
     comm_where(-1, -1, "gradient norm");
     comm_wait(
         all_reduce_start(t->g->dense_group, t->block_sum, (size_t)n, DTYPE_F64, STREAM_GATHER));
     clip_scale(t->norm, t->scale, t->block_sum, n, t->o.clip);
-    profile_mark("optimizer", 0);
     for (int b = 0; b < n; b++) {
         optimizer_step(&t->optimizer, b, fsdp_grad_shard(t->fsdp, b), lr, t->updates + 1, update, 1,
                        t->scale);
@@ -336,7 +322,6 @@ static void step_backward(Trainer *t, int round, int64_t update, double lr) {
     fsdp_reduce(t->fsdp, m->head_block, round > 0);
     if (t->o.update_layer && !behind) update_layer(t, c->L, update, lr);
     for (int l = c->L - 1; l >= 0; l--) {
-        profile_mark("gather weights", 0);
         gather_layer(t, l - 1);
         LayerWeights w = get_layer(t, l);
         int local = m->local_block[l] >= 0 ? m->local_block[l] : m->dense_block[l];
@@ -369,17 +354,14 @@ static void step_backward(Trainer *t, int round, int64_t update, double lr) {
             }
         }
         release_layer(t, l);
-        profile_mark("reduce gradients", 0);
         reduce_layer(t, l, round);
         if (t->o.update_layer) update_layer(t, l + behind, update, lr);
     }
-    profile_mark("embedding backward", 0);
     gradX *de = fsdp_grad(t->fsdp, m->embed_block);
     for (int k = 0; k < n; k++)
         embed_backward(
             de, t->dx + (size_t)k * (size_t)t->R * (size_t)c->C, t->ids + (size_t)k * (size_t)t->R,
             c->tied || accumulates(t, m->embed_block, k, round), c->pad, t->R, c->V, c->C);
-    profile_mark("reduce gradients", 0);
     fsdp_reduce(t->fsdp, m->embed_block, round > 0);
     if (!t->o.update_layer) return;
     if (behind) update_layer(t, 0, update, lr);
@@ -486,7 +468,6 @@ static StepResult report(Trainer *t, int64_t update, double lr, double N, double
     double loss_sum;
     real norm;
     comm_where(-1, -1, "loss");
-    profile_mark("report", 0);
     comm_wait(all_reduce_start(t->g->all, t->loss_sum, 1, DTYPE_F64, STREAM_EXCHANGE));
     if (t->o.update_layer) clip_scale(t->norm, t->finite, t->block_sum, t->m->n_blocks, 0);
     device_download(&loss_sum, t->loss_sum, sizeof loss_sum);
@@ -529,7 +510,6 @@ static StepResult report(Trainer *t, int64_t update, double lr, double N, double
 
 StepResult trainer_step(Trainer *t, Loader *data, int64_t update, double lr) {
     comm_where(update, -1, "tokens");
-    profile_mark("tokens", 0);
     double N = read_tokens(t, data, update), aux = 0;
     device_zero(t->loss_sum, sizeof(double));
     t->kept_all = t->kept_attention = t->kept_none = 0;

@@ -105,6 +105,7 @@ static int visible(int t, int j0, int nj) {
 
 void attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, const floatX *v,
                        void *workspace, int B, int T, int H, int KV, int D) {
+    kernel_begin("attention_forward", 2.0 * B * T * T * H * D);
     int G = H / KV, positions = positions_per_block(H, KV), blocks = (int)div_up(T, positions);
     real scale = 1 / square_root((real)D);
     PARALLEL_TILES
@@ -150,6 +151,7 @@ void attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, c
 void attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o, const floatX *o,
                         const real *lse, const floatX *q, const floatX *k, const floatX *v,
                         void *workspace, int B, int T, int H, int KV, int D) {
+    kernel_begin("attention_backward", 5.0 * B * T * T * H * D);
     int G = H / KV, positions = positions_per_block(H, KV);
     real scale = 1 / square_root((real)D);
     PARALLEL_TILES

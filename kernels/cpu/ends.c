@@ -3,6 +3,7 @@
 #include "math.h"
 
 void embed_forward(floatX *out, const int *ids, const floatX *W, int R, int C) {
+    kernel_begin("embed_forward", 0);
     PARALLEL_FOR
     for (int r = 0; r < R; r++)
         memcpy(out + (int64_t)r * C, W + (int64_t)ids[r] * C, (size_t)C * sizeof(floatX));
@@ -12,6 +13,7 @@ void embed_forward(floatX *out, const int *ids, const floatX *W, int R, int C) {
 // row's element.
 void embed_backward(gradX *dW, const floatX *dx, const int *ids, int accumulate, int pad, int R,
                     int V, int C) {
+    kernel_begin("embed_backward", 0);
     enum { STRIP = 64 }; // columns of an item: one or more cache lines of every row
     if (!accumulate) device_zero(dW, (size_t)V * (size_t)C * sizeof *dW);
     PARALLEL_FOR
@@ -50,6 +52,7 @@ static double cross_entropy_row(floatX *x, int target, real seed, int backward, 
 }
 void cross_entropy(floatX *logits, double *loss_sum, const int *targets, real seed, int backward,
                    int N, int V) {
+    kernel_begin("cross_entropy", 0);
     double *loss = SCRATCH(SCRATCH_SHARED, double, N), sum = 0;
     PARALLEL_FOR
     for (int r = 0; r < N; r++)

@@ -89,6 +89,7 @@ static void gather(floatX *panel, const floatX *pool, const int *row_token, int 
 
 void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,
                 int C, int F) {
+    kernel_begin("experts_up", 2 * expert_flops(plan, C, F));
     int count;
     Task *tasks = row_tasks(plan, &count);
     PARALLEL_TILES
@@ -117,6 +118,7 @@ void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, cons
 }
 void experts_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *plan, int C,
                   int F) {
+    kernel_begin("experts_down", expert_flops(plan, C, F));
     int count;
     Task *tasks = row_tasks(plan, &count);
     PARALLEL_TILES
@@ -161,6 +163,7 @@ static real swiglu_backward(floatX *dH, floatX *sA, real *g, const floatX *H, re
 void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *dpool,
                            const floatX *H, const floatX *W2, const real *score,
                            const RowIndex *plan, int C, int F) {
+    kernel_begin("experts_down_backward", expert_flops(plan, C, F));
     int count, K = plan->K;
     Task *tasks = row_tasks(plan, &count);
     if (dscore) {
@@ -199,6 +202,7 @@ void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *d
 }
 void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const RowIndex *plan,
                          int C, int F) {
+    kernel_begin("experts_up_backward", 2 * expert_flops(plan, C, F));
     int count;
     Task *tasks = row_tasks(plan, &count);
     PARALLEL_TILES
@@ -214,6 +218,7 @@ void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const R
 void experts_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool,
                    const floatX *dH, const floatX *sA, const RowIndex *plan, int accumulate, int C,
                    int F) {
+    kernel_begin("experts_wgrad", 3 * expert_flops(plan, C, F));
     int count;
     Task *tasks = column_tasks(plan, C, &count);
     PARALLEL_TILES

@@ -14,6 +14,7 @@ static real inverse_rms(const real *x, real eps, int n) {
 // ---- RMSNorm of rows ------------------------------------------------------------------------
 void rmsnorm_forward(floatX *y, real *rstd, const floatX *x, const floatX *w, real eps, int R,
                      int C) {
+    kernel_begin("rmsnorm_forward", 0);
     PARALLEL_FOR
     for (int row = 0; row < R; row++) {
         const real *xr = view_row(x + (int64_t)row * C, SCRATCH(SCRATCH_LOCAL, real, C), C);
@@ -26,6 +27,7 @@ void rmsnorm_forward(floatX *y, real *rstd, const floatX *x, const floatX *w, re
 void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const floatX *dy,
                       const floatX *x, const floatX *w, const real *rstd, int accumulate, int R,
                       int C) {
+    kernel_begin("rmsnorm_backward", 0);
     // dw: threads share the columns and walk down all rows. Sums of 64 rows are added to the total:
     // two short sums err less than a long one.
     enum { STRIP = 64, ROWS = 64 };
@@ -58,6 +60,7 @@ void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const float
     }
 }
 void add(floatX *out, const floatX *a, const floatX *b, size_t n) {
+    kernel_begin("add", 0);
     enum { PIECE = 1 << 14 };
     int64_t pieces = div_up((int64_t)n, PIECE);
     PARALLEL_FOR
@@ -115,6 +118,7 @@ static void head_backward(floatX *dx, real *dw, const floatX *dy, const floatX *
 void qk_norm_rope_forward(floatX *qn, floatX *kn, const floatX *q, const floatX *k,
                           const floatX *wq, const floatX *wk, const real *cos_table,
                           const real *sin_table, real eps, int R, int T, int H, int KV, int D) {
+    kernel_begin("qk_norm_rope_forward", 0);
     PARALLEL_FOR
     for (int row = 0; row < R; row++) {
         real *buffer = SCRATCH(SCRATCH_LOCAL, real, 3 * (size_t)D);
@@ -136,6 +140,7 @@ void qk_norm_rope_backward(floatX *dq, floatX *dk, gradX *dwq, gradX *dwk, const
                            const floatX *dkn, const floatX *q, const floatX *k, const floatX *wq,
                            const floatX *wk, const real *cos_table, const real *sin_table, real eps,
                            int accumulate, int R, int T, int H, int KV, int D) {
+    kernel_begin("qk_norm_rope_backward", 0);
     // Weight gradients: rows are cut into SLICES (I8: always), each with its own sums, added in
     // order at the end.
     enum { SLICES = 64 };

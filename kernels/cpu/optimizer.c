@@ -183,6 +183,7 @@ static void update_block(const OptimizerState *s, const OptimizerStep *o, const 
 }
 void optimizer_update(const OptimizerState *s, const Segment *segments, int n_segments,
                       const OptimizerStep *o, const real *scale) {
+    kernel_begin("optimizer_update", 0);
     real factor = (real)(scale[0] * o->grad_scale);
     if (!isfinite(factor)) return;
     Coefficients with_decay = coefficients(o, factor, 1), without = coefficients(o, factor, 0);
@@ -223,6 +224,7 @@ static double squares(const gradX *g, const Segment *segment, int64_t first, int
     return total;
 }
 void gradient_squares(double *sums, const gradX *grad, const Segment *segments, int n_segments) {
+    kernel_begin("gradient_squares", 0);
     int64_t pieces;
     Piece *piece = cut_pieces(segments, n_segments, &pieces);
     double *partial = SCRATCH(SCRATCH_LOCAL, double, pieces + 1);
@@ -239,6 +241,7 @@ void sum_in_order(double *total, const double *in, int n) {
     total[0] = sum;
 }
 void gradient_scale(gradX *grad, const Segment *segments, int n_segments, const float *factor) {
+    kernel_begin("gradient_scale", 0);
     int64_t pieces;
     Piece *piece = cut_pieces(segments, n_segments, &pieces);
     PARALLEL_TILES
@@ -249,6 +252,7 @@ void gradient_scale(gradX *grad, const Segment *segments, int n_segments, const 
     }
 }
 void clip_scale(real *norm, real *scale, const double *sums, int n, double clip) {
+    kernel_begin("clip_scale", 0);
     double sum = 0;
     for (int i = 0; i < n; i++) sum += sums[i];
     norm[0] = (real)sqrt(sum);

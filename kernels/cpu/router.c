@@ -46,6 +46,7 @@ static void select_top(int *topk, real *value, const real *p, const real *bias, 
 }
 void router_forward(real *logits, int *topk, real *score, RouterStats stats, const floatX *u,
                     const floatX *W, const real *bias, int normalize, int R, int C, int E, int K) {
+    kernel_begin("router_forward", 2.0 * R * C * E);
     int chunks = (int)div_up(R, CHUNK),
         width = 2 * E + 2; // a chunk's statistics: E probabilities, E counts, lse^2, entropy
     double *partial = SCRATCH(SCRATCH_SHARED, double, (int64_t)chunks *width + 1);
@@ -113,6 +114,7 @@ void router_backward_add(floatX *du, gradX *dW, real *dz, const real *dscore, co
                          const int *topk, const real *score, const floatX *u, const floatX *W,
                          const double *f, double aux_scale, double z_scale, int normalize,
                          int accumulate, int R, int C, int E, int K) {
+    kernel_begin("router_backward_add", 4.0 * R * C * E);
 #if defined(MOE_BF16)
     real *copy = SCRATCH(SCRATCH_SHARED, real, (int64_t)E * C);
 #else
@@ -142,6 +144,7 @@ void router_backward_add(floatX *du, gradX *dW, real *dz, const real *dscore, co
     }
 }
 void router_share(double *f, const int64_t *count, double positions, int n_layers, int E) {
+    kernel_begin("router_share", 0);
     for (int e = 0; e < E; e++) {
         int64_t total = 0;
         for (int l = 0; l < n_layers; l++) total += count[(int64_t)l * E + e];

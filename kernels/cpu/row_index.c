@@ -25,6 +25,7 @@ int row_index_bound(int P, int K, int E_local) {
 // A stable counting sort by expert: count, cumulate (each expert padded to the tile), then hand out
 // rows in pool order.
 void row_index_build(RowIndex *plan, const int *choice, const int *n_pool, int first_expert) {
+    kernel_begin("row_index_build", 0);
     int P = plan->P, E = plan->E, K = plan->K, M = plan->M, tile = device_row_tile(),
         *start = plan->expert_row;
     int tokens = n_pool && *n_pool < P ? *n_pool : P;
@@ -67,6 +68,7 @@ void row_index_dense(RowIndex *plan, int R) {
 
 // ---- gather and its adjoint -----------------------------------------------------------------
 void rows_gather(void *out, const void *in, const int *index, int n, size_t row_bytes) {
+    kernel_begin("rows_gather", 0);
     PARALLEL_FOR
     for (int i = 0; i < n; i++) {
         char *to = (char *)out + (size_t)i * row_bytes;
@@ -95,6 +97,7 @@ static void sum_row(floatX *out, const floatX *in, const int *index, const real 
 }
 void rows_weighted_sum(floatX *out, const floatX *Y, const real *score, const RowIndex *plan,
                        int C) {
+    kernel_begin("rows_weighted_sum", 0);
     int K = plan->K;
     PARALLEL_FOR
     for (int p = 0; p < plan->P; p++)
@@ -102,10 +105,12 @@ void rows_weighted_sum(floatX *out, const floatX *Y, const real *score, const Ro
                 score ? score + (int64_t)p * K : 0, K, C);
 }
 void rows_sum(floatX *out, const floatX *in, const int *index, int R, int J, int C) {
+    kernel_begin("rows_sum", 0);
     PARALLEL_FOR
     for (int r = 0; r < R; r++) sum_row(out + (int64_t)r * C, in, index + (int64_t)r * J, 0, J, C);
 }
 void rows_sum_real(real *out, const real *in, const int *index, int R, int J, int C) {
+    kernel_begin("rows_sum_real", 0);
     PARALLEL_FOR
     for (int r = 0; r < R; r++) {
         real *to = out + (int64_t)r * C;

@@ -42,6 +42,7 @@ size_t attention_workspace(int B, int T, int H, int KV, int D) { // delta (B,H,T
 }
 void attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, const floatX *v,
                        void *workspace, int B, int T, int H, int KV, int D) {
+    kernel_begin("attention_forward", 2.0 * B * T * T * H * D);
     (void)workspace;
     if (!B || !T) return;
 #ifdef CUDNN_OR_FLASH
@@ -54,6 +55,7 @@ void attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, c
 void attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o, const floatX *o,
                         const real *lse, const floatX *q, const floatX *k, const floatX *v,
                         void *workspace, int B, int T, int H, int KV, int D) {
+    kernel_begin("attention_backward", 5.0 * B * T * T * H * D);
     if (!B || !T) return;
 #ifdef CUDNN_OR_FLASH
     if (use_cudnn && cudnn_attention_backward(dq, dk, dv, d_o, o, lse, q, k, v, workspace, B, T, H,

@@ -15,6 +15,7 @@ static __global__ void embed_kernel(floatX *out, const int *ids, const floatX *W
     }
 }
 void embed_forward(floatX *out, const int *ids, const floatX *W, int R, int C) {
+    kernel_begin("embed_forward", 0);
     require_packs("hidden_size", C);
     int64_t packs = (int64_t)R * (C / PACK);
     if (packs == 0) return;
@@ -71,6 +72,7 @@ static __global__ void embed_backward_kernel(gradX *dW, const floatX *dx, const 
 }
 void embed_backward(gradX *dW, const floatX *dx, const int *ids, int accumulate, int pad, int R,
                     int V, int C) {
+    kernel_begin("embed_backward", 0);
     require_packs("hidden_size", C);
     if (!accumulate) device_zero(dW, (size_t)V * (size_t)C * sizeof *dW);
     if (R == 0) return;
@@ -164,6 +166,7 @@ static __global__ void loss_kernel(double *loss_sum, const double *loss, int N) 
 }
 void cross_entropy(floatX *logits, double *loss_sum, const int *targets, real seed, int backward,
                    int N, int V) {
+    kernel_begin("cross_entropy", 0);
     if (N == 0) return;
     double *loss = (double *)device_scratch(SCRATCH_PARTIAL, (size_t)N * sizeof(double));
     if (V % PACK == 0 && (size_t)logits % 16 == 0)

@@ -233,6 +233,7 @@ static unsigned tiles(const RowIndex *plan, int columns, int width, int C, int F
 }
 void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,
                 int C, int F) {
+    kernel_begin("experts_up", 2 * expert_flops(plan, C, F));
     unsigned blocks = tiles(plan, F, 64, C, F);
     if (!blocks) return;
     WGMMA_INSTEAD(hopper_up(H, A, pool, W1, plan, C, F));
@@ -242,6 +243,7 @@ void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, cons
 }
 void experts_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *plan, int C,
                   int F) {
+    kernel_begin("experts_down", expert_flops(plan, C, F));
     unsigned blocks = tiles(plan, C, TILE, C, F);
     if (!blocks) return;
     WGMMA_INSTEAD(hopper_down(Y, A, W2, plan, C, F));
@@ -262,6 +264,7 @@ static void down_backward(floatX *dH, floatX *sA, float *partial, const floatX *
 void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *dpool,
                            const floatX *H, const floatX *W2, const real *score,
                            const RowIndex *plan, int C, int F) {
+    kernel_begin("experts_down_backward", expert_flops(plan, C, F));
     unsigned blocks = tiles(plan, F, TILE, C, F);
     int column_tiles = (int)div_up(F, TILE);
     int64_t n = (int64_t)plan->P * plan->K;
@@ -282,6 +285,7 @@ void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *d
 }
 void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const RowIndex *plan,
                          int C, int F) {
+    kernel_begin("experts_up_backward", 2 * expert_flops(plan, C, F));
     unsigned blocks = tiles(plan, C, TILE, C, F);
     if (!blocks) return;
     WGMMA_INSTEAD(hopper_up_backward(dX, dH, W1, plan, C, F));
@@ -293,6 +297,7 @@ void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const R
 void experts_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool,
                    const floatX *dH, const floatX *sA, const RowIndex *plan, int accumulate, int C,
                    int F) {
+    kernel_begin("experts_wgrad", 3 * expert_flops(plan, C, F));
     require_packs("hidden_size", C);
     require_packs("the expert width", F);
     if (plan->E == 0) return;

@@ -33,6 +33,7 @@ static __global__ void rmsnorm_kernel(floatX *y, real *rstd, const floatX *x, co
 }
 void rmsnorm_forward(floatX *y, real *rstd, const floatX *x, const floatX *w, real eps, int R,
                      int C) {
+    kernel_begin("rmsnorm_forward", 0);
     require_packs("the width of a norm", C);
     if (R == 0) return;
     rmsnorm_kernel<<<grid_for(R, 8), 256, 0, compute_stream()>>>(y, rstd, x, w, eps, R, C);
@@ -113,6 +114,7 @@ void column_sums(gradX *out, const float *partial, int rows, int n, int accumula
 void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const floatX *dy,
                       const floatX *x, const floatX *w, const real *rstd, int accumulate, int R,
                       int C) {
+    kernel_begin("rmsnorm_backward", 0);
     const int BLOCKS = 1024; // about one wave of an H200; a constant, so that the order of sums
                              // depends on shapes alone
     const int WIDEST = 8192; // 32 columns a thread: four arrays of them are 128 registers
@@ -153,6 +155,7 @@ static __global__ void add_kernel(floatX *out, const floatX *a, const floatX *b,
     }
 }
 void add(floatX *out, const floatX *a, const floatX *b, size_t n) {
+    kernel_begin("add", 0);
     if (n == 0) return;
     add_kernel<<<grid_for(div_up((int64_t)n, PACK), 256, 1 << 20), 256, 0, compute_stream()>>>(
         out, a, b, (int64_t)n);
@@ -293,6 +296,7 @@ static void qk_backward(floatX *dx, gradX *dw, const floatX *dy, const floatX *x
 void qk_norm_rope_forward(floatX *qn, floatX *kn, const floatX *q, const floatX *k,
                           const floatX *wq, const floatX *wk, const real *cos_table,
                           const real *sin_table, real eps, int R, int T, int H, int KV, int D) {
+    kernel_begin("qk_norm_rope_forward", 0);
     qk_forward(qn, q, wq, cos_table, sin_table, eps, R, T, H, D);
     qk_forward(kn, k, wk, cos_table, sin_table, eps, R, T, KV, D);
 }
@@ -300,6 +304,7 @@ void qk_norm_rope_backward(floatX *dq, floatX *dk, gradX *dwq, gradX *dwk, const
                            const floatX *dkn, const floatX *q, const floatX *k, const floatX *wq,
                            const floatX *wk, const real *cos_table, const real *sin_table, real eps,
                            int accumulate, int R, int T, int H, int KV, int D) {
+    kernel_begin("qk_norm_rope_backward", 0);
     qk_backward(dq, dwq, dqn, q, wq, cos_table, sin_table, eps, accumulate, R, T, H, D);
     qk_backward(dk, dwk, dkn, k, wk, cos_table, sin_table, eps, accumulate, R, T, KV, D);
 }

@@ -231,6 +231,7 @@ static __global__ void __launch_bounds__(WARPS * 32)
 }
 void optimizer_update(const OptimizerState *s, const Segment *segments, int n_segments,
                       const OptimizerStep *o, const real *scale) {
+    kernel_begin("optimizer_update", 0);
     for (int i = 0; o->kind == OPT_ADAMW8 && i < n_segments; i++)
         if (segments[i].first % BLOCK)
             die("a shard starts at element %lld of a tensor, inside a block of 8-bit state|8-bit AdamW needs cuts at multiples of %d elements: choose "
@@ -286,6 +287,7 @@ static __global__ void squares_total_kernel(double *sums, const double *partial,
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 void gradient_squares(double *sums, const gradX *grad, const Segment *segments, int n_segments) {
+    kernel_begin("gradient_squares", 0);
     if (n_segments) device_zero(sums, (size_t)n_segments * sizeof *sums);
     for_batches(segments, n_segments, PIECE, [&](const Batch &batch, int first) {
         double *partial = (double *)device_scratch(
@@ -330,6 +332,7 @@ static __global__ void clip_kernel(real *norm, real *scale, const double *sums, 
     scale[0] = isfinite(norm[0]) ? (real)(s < 1 ? s : 1) : (real)NAN;
 }
 void clip_scale(real *norm, real *scale, const double *sums, int n, double clip) {
+    kernel_begin("clip_scale", 0);
     clip_kernel<<<1, 1024, 0, compute_stream()>>>(norm, scale, sums, n, clip);
     LAUNCHED();
 }
@@ -344,6 +347,7 @@ static __global__ void scale_kernel(gradX *grad, __grid_constant__ const Batch b
     write_block(&grad->v, g, k);
 }
 void gradient_scale(gradX *grad, const Segment *segments, int n_segments, const float *factor) {
+    kernel_begin("gradient_scale", 0);
     for_batches(segments, n_segments, BLOCK, [&](const Batch &batch, int first) {
         scale_kernel<<<grid_for(batch.start[batch.count], WARPS), WARPS * 32, 0,
                        compute_stream()>>>(grad, batch, factor + first);

@@ -149,6 +149,7 @@ static void check_experts(int E, int K) {
 }
 void router_forward(real *logits, int *topk, real *score, RouterStats stats, const floatX *u,
                     const floatX *W, const real *bias, int normalize, int R, int C, int E, int K) {
+    kernel_begin("router_forward", 2.0 * R * C * E);
     check_experts(E, K);
     if (R == 0) return;
     gemm(0, 1, R, E, C, u, C, W, 0, logits, 1);
@@ -204,6 +205,7 @@ void router_backward_add(floatX *du, gradX *dW, real *dz, const real *dscore, co
                          const int *topk, const real *score, const floatX *u, const floatX *W,
                          const double *f, double aux_scale, double z_scale, int normalize,
                          int accumulate, int R, int C, int E, int K) {
+    kernel_begin("router_backward_add", 4.0 * R * C * E);
     check_experts(E, K);
     if (R == 0) return gemm(1, 0, E, C, 0, u, E, u, accumulate, dW, 1);
     int is_bf16 = sizeof(floatX) == 2;
@@ -236,6 +238,7 @@ static __global__ void share_kernel(double *f, const int64_t *count, double posi
     f[e] = (double)total / positions;
 }
 void router_share(double *f, const int64_t *count, double positions, int n_layers, int E) {
+    kernel_begin("router_share", 0);
     if (E == 0) return;
     share_kernel<<<grid_for(E, 64), 64, 0, compute_stream()>>>(f, count, positions, n_layers, E);
     LAUNCHED();

@@ -36,6 +36,7 @@ struct ChoiceSource {
     }
 };
 void row_index_build(RowIndex *plan, const int *choice, const int *n_pool, int first_expert) {
+    kernel_begin("row_index_build", 0);
     if (plan->M)
         CUDA_CHECK(cudaMemsetAsync(plan->row_token, 0xff, (size_t)plan->M * sizeof(int),
                                    compute_stream())); // -1
