@@ -2,8 +2,9 @@
 # Plants mistakes one at a time and checks that a test fails for each: make test-mutations, the bugs that other systems shipped (nightly; about half an hour on 2 cores), and
 # make test-mutations-cuda, mistakes of the CUDA backend, found by the emulator.
 #   dev/mutations/run.sh LIST [PATTERN]    LIST: list.txt or kernels.txt of this folder; only mutations whose name, file or test matches PATTERN (grep)
+#   LIST=1 dev/mutations/run.sh ...        builds and runs nothing: says which of these mutations find their text exactly once
 # A list holds blocks separated by lines of ----: `name:`, `file:`, `test:`, then the text to find (it must occur exactly once) between `<<<` and `===`, and what replaces it up to
-# `>>>`. test: RANKS, NAME=VALUE... for the environment, then a command in which tests are named as their source without its .c, emulated ones as cuemu/MODE-PRECISION/PROGRAM.
+# `>>>`. White space in the text to find counts only where it separates two words, so a formatter may lay out the source differently. test: RANKS, NAME=VALUE... for the environment, then a command in which tests are named as their source without its .c, emulated ones as cuemu/MODE-PRECISION/PROGRAM.
 # Each is built in a copy of the tree under build/mutants, so only the changed file compiles again. A mutant is caught when a check prints FAIL, the program ends with its own
 # `error:` line, or a sanitizer or the emulator reports; the test is stopped there. So every test that is used must first pass on the unchanged tree. A mutant that survives, crashes
 # or hangs without a word, does not compile, or whose text is not found counts as failed. The last line is 'N passed, N failed'.
@@ -11,6 +12,30 @@ set -u
 top=$(cd "$(dirname "$0")/../.." && pwd)
 copy=$top/build/mutants/tree
 list=dev/mutations/$1 only=${2:-}
+# Prints name, file and test of every mutation of the list.
+names() { perl -0777 -ne 'for (split /^----\n/m) { next unless /\S/; my ($n) = /^name: (.*)$/m; my ($f) = /^file: (.*)$/m; my ($t) = /^test: (.*)$/m; print "$n\t$f\t$t\n"; }' "$list"; }
+# Plants the mutation NAME of LIST in FILE, or only looks for its text where DRY is set. The status is 2 where the text is not found exactly once.
+plant() {
+    NAME="$1" LIST="$list" DRY="${LIST:-}" perl -0777 -e '
+        open F, "<", $ENV{LIST}; $all = <F>; close F;
+        for (split /^----\n/m, $all) { next unless /^name: \Q$ENV{NAME}\E$/m; ($old, $new) = /^<<<\n(.*?)^===\n(.*?)^>>>$/ms; }
+        s/\A\s+//, s/\s+\z// for $old, $new;
+        @token = $old =~ /\w+|[^\w\s]/g; $old = quotemeta shift @token; $word = $old =~ /\w\z/;
+        for (@token) { $old .= ($word && /^\w/ ? "\\s+" : "\\s*") . quotemeta; $word = /^\w/; }
+        open F, "<", $ARGV[0] or exit 2; $text = <F>; close F;
+        $n = () = $text =~ /$old/g; exit 2 if $n != 1;
+        exit 0 if $ENV{DRY};
+        $text =~ s/$old/$new/; open F, ">", $ARGV[0]; print F $text;' "$2"
+}
+if [ -n "${LIST:-}" ]; then
+    cd "$top" || exit 1
+    names | grep -- "$only" | { found=0 lost=0
+        while IFS="$(printf '\t')" read -r name file test; do
+            if plant "$name" "$file"; then found=$((found + 1)); else lost=$((lost + 1)); echo "not found exactly once in $file: $name"; fi
+        done
+        echo "$found passed, $lost failed"; [ $lost -eq 0 ]; }
+    exit
+fi
 mkdir -p "$copy"
 (cd "$top" && git ls-files -z --cached --others --exclude-standard -- . ':!dev/results' | xargs -0 tar cf - 2> /dev/null) | tar xf - -C "$copy"
 cd "$copy" || exit 1
@@ -61,7 +86,7 @@ run_test() {
 }
 
 passed=0; failed=0
-perl -0777 -ne 'for (split /^----\n/m) { next unless /\S/; my ($n) = /^name: (.*)$/m; my ($f) = /^file: (.*)$/m; my ($t) = /^test: (.*)$/m; print "$n\t$f\t$t\n"; }' "$list" > build/names
+names > build/names
 grep -- "$only" build/names > build/chosen
 cut -f3 build/chosen | sort -u > build/tests
 [ "${UNCHANGED:-}" != passed ] || : > build/tests      # the caller has seen the unchanged tree pass
@@ -74,13 +99,7 @@ while IFS="$(printf '\t')" read -r name file test <&3; do
     set -- $test
     cp "$file" build/saved
     echo "$file" >> build/mutated
-    NAME="$name" LIST="$list" perl -0777 -e '
-        open F, "<", $ENV{LIST}; $all = <F>; close F;
-        for (split /^----\n/m, $all) { next unless /^name: \Q$ENV{NAME}\E$/m; ($old, $new) = /^<<<\n(.*?)^===\n(.*?)^>>>$/ms; }
-        s/\n\z// for $old, $new;
-        open F, "<", $ARGV[0]; $text = <F>; close F;
-        $n = () = $text =~ /\Q$old\E/g; exit 2 if $n != 1;
-        $text =~ s/\Q$old\E/$new/; open F, ">", $ARGV[0]; print F $text;' "$file"
+    plant "$name" "$file"
     status=$?
     if [ $status -ne 0 ]; then verdict="FAILED  $name: its text is not found exactly once in $file"
     elif ! build "$@"; then verdict="FAILED  $name: does not compile: $(grep -m1 error build/log)"
