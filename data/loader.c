@@ -1,7 +1,8 @@
-// Token files as windows: see loader.h. A window is read with open, fstat, pread, close. Keeping
-// descriptors would end at the limit of open files (a 100-billion-token set has a thousand shards);
-// a mapping would turn a file truncated under the run, or an I/O error of a network file system,
-// into SIGBUS instead of a message. fstat also sees that somebody rewrote the file meanwhile.
+// Token files as windows (loader.h). A window is read with open, fstat, pread and close. Keeping
+// descriptors open would end at the limit of open files: a set of 100 billion tokens has a thousand
+// shards. Mapping the files would turn a file that is truncated during the run, or an error of a
+// network file system, into SIGBUS instead of a message. fstat also notices that a file was
+// rewritten. Uses mix64 of kernels/random.h for the order.
 #define _POSIX_C_SOURCE 200809L
 #define _FILE_OFFSET_BITS 64
 #include "loader.h"
@@ -16,21 +17,20 @@
 #include <unistd.h>
 
 enum { HEADER_BYTES = 1024, CHUNK_BYTES = 1 << 15, ROUNDS = 8 };
-static const uint32_t MAGIC_UINT16 = 20240520, VERSION_UINT16 = 1, MAGIC_UINT32 = 20240801,
-                      VERSION_UINT32 = 7;
-static const int64_t SCAN_BYTES =
-    (int64_t)256 << 20; // of all files together: a fraction of a second from the page cache
+static const uint32_t MAGIC_UINT16 = 20240520;
+static const uint32_t MAGIC_UINT32 = 20240801;
+// Read when files are opened, all of them together: a fraction of a second from the page cache.
+static const int64_t SCAN_BYTES = (int64_t)256 << 20;
 
 typedef struct {
     char *name;
     int64_t tokens;       // in the file
     int64_t start;        // bytes before the first token: 0 or HEADER_BYTES
-    int64_t first_window; // number of its first window among all windows
+    int64_t first_window; // number of its first window among the windows of all files
     int width;            // bytes of a token: 1, 2 or 4
-    int stated;           // the header states the largest id
-    off_t size; // of the file that was checked; device and inode numbers may change under a file on
-                // network mounts
-    time_t modified;
+    int states_largest;   // the header states the largest id
+    off_t size;           // a changed size or time is a changed file; inode and device numbers may
+    time_t modified;      // change under a file on a network mount
 } File;
 
 struct Loader {
@@ -50,7 +50,8 @@ static void read_exactly(int fd, const File *f, void *to, int64_t bytes, int64_t
             die("%s: cannot read %lld bytes at byte %lld: %s|check the disk or the mount", f->name,
                 (long long)bytes, (long long)offset, strerror(errno));
         if (!n)
-            die("%s: ends at byte %lld, expected %lld more|the file was truncated: copy or tokenize it again",
+            die("%s: ends at byte %lld, expected %lld more|the file was truncated: copy or "
+                "tokenize it again",
                 f->name, (long long)(offset + done), (long long)(bytes - done));
         done += n;
     }
@@ -64,24 +65,27 @@ static int file_open(const File *f) {
     return fd;
 }
 
-static int64_t id_at(const unsigned char *p, int width) { // little-endian whatever the host is
-    if (width == 1) return p[0];
-    uint32_t low = (uint32_t)p[0] | (uint32_t)p[1] << 8;
-    return width == 2 ? low : (low | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24);
+// The unsigned little-endian number at p, whatever the byte order of this machine.
+static int64_t number_at(const unsigned char *p, int width) {
+    int64_t value = 0;
+    for (int i = 0; i < width; i++) value |= (int64_t)p[i] << (8 * i);
+    return value;
 }
 
-// Tokens [first, first + n) of f: checked, and copied to out unless that is 0.
+// Checks tokens first to first + n - 1 of f and copies them to out (n) unless that is 0.
 static void read_ids(const Loader *loader, int fd, const File *f, int64_t first, int64_t n,
                      int *out) {
     unsigned char chunk[CHUNK_BYTES];
-    for (int64_t step = CHUNK_BYTES / f->width, i = 0; i < n; i += step) {
+    int64_t step = CHUNK_BYTES / f->width;
+    for (int64_t i = 0; i < n; i += step) {
         int64_t count = n - i < step ? n - i : step;
         read_exactly(fd, f, chunk, count * f->width, f->start + (first + i) * f->width);
         for (int64_t k = 0; k < count; k++) {
-            int64_t id = id_at(chunk + k * f->width, f->width);
+            int64_t id = number_at(chunk + k * f->width, f->width);
             if (id >= loader->vocab)
-                die("%s: token %lld is id %lld, but the model's vocabulary has %u ids (0 to %u)|tokenize the text with this model's "
-                    "tokenizer, or use a config whose vocab_size is above %lld",
+                die("%s: token %lld is id %lld, but the model's vocabulary has %u ids (0 to %u)|"
+                    "tokenize the text with this model's tokenizer, or use a config whose "
+                    "vocab_size is above %lld",
                     f->name, (long long)(first + i + k), (long long)id, loader->vocab,
                     loader->vocab - 1, (long long)id);
             if (out) out[i + k] = (int)id;
@@ -90,7 +94,52 @@ static void read_ids(const Loader *loader, int fd, const File *f, int64_t first,
 }
 
 // ---- the files ------------------------------------------------------------------------------
-static void file_check(const Loader *loader, File *f) {
+static int ends_in(const char *name, const char *ending) {
+    size_t n = strlen(name);
+    size_t m = strlen(ending);
+    return n >= m && !strcmp(name + n - m, ending);
+}
+
+static void check_shard(const Loader *loader, File *f, int fd) {
+    unsigned char header[HEADER_BYTES];
+    if (f->size < HEADER_BYTES)
+        die("%s: %lld bytes are too short for a token shard, whose header has %d|give shards of "
+            "data/tokenize.py or .txt files",
+            f->name, (long long)f->size, HEADER_BYTES);
+    read_exactly(fd, f, header, HEADER_BYTES, 0);
+    uint32_t magic = (uint32_t)number_at(header, 4);
+    uint32_t version = (uint32_t)number_at(header + 4, 4);
+    if (magic != MAGIC_UINT16 && magic != MAGIC_UINT32)
+        die("%s: not a token shard: magic %u, expected %u (uint16) or %u (uint32)|tokenize it with "
+            "data/tokenize.py; plain text must be named .txt",
+            f->name, magic, MAGIC_UINT16, MAGIC_UINT32);
+    uint32_t expected = magic == MAGIC_UINT16 ? 1 : 7;
+    if (version != expected)
+        die("%s: shard version %u, expected %u for magic %u|tokenize the text again with "
+            "data/tokenize.py",
+            f->name, version, expected, magic);
+    f->width = magic == MAGIC_UINT16 ? 2 : 4;
+    f->start = HEADER_BYTES;
+    f->tokens = number_at(header + 8, 4);
+    if (!f->tokens)
+        die("%s: empty shard: its header says 0 tokens|remove it from --train or --val", f->name);
+    int64_t bytes = HEADER_BYTES + f->tokens * f->width;
+    if (f->size != bytes)
+        die("%s: %s: %lld bytes, but its header says %lld tokens of %d bytes, which are %lld|copy "
+            "or tokenize it again",
+            f->name, f->size < bytes ? "truncated" : "longer than it says", (long long)f->size,
+            (long long)f->tokens, f->width, (long long)bytes);
+    int64_t vocab = number_at(header + 12, 4);
+    int64_t largest = number_at(header + 16, 4);
+    f->states_largest = largest > 0 && largest < vocab;
+    if (f->states_largest && largest >= loader->vocab)
+        die("%s: its largest id is %lld (tokenizer of %lld ids), but the model's vocabulary has %u "
+            "ids|tokenize the text with this model's tokenizer, or use a config whose vocab_size "
+            "is above %lld",
+            f->name, (long long)largest, (long long)vocab, loader->vocab, (long long)largest);
+}
+
+static void check_file(const Loader *loader, File *f) {
     int fd = file_open(f);
     struct stat s;
     if (fstat(fd, &s))
@@ -98,45 +147,15 @@ static void file_check(const Loader *loader, File *f) {
     if (!S_ISREG(s.st_mode))
         die("%s: not a regular file|name the shards themselves, for example '%s/*.bin'", f->name,
             f->name);
-    f->size = s.st_size, f->modified = s.st_mtime;
-    size_t length = strlen(f->name);
-    if (length >= 4 && !strcmp(f->name + length - 4, ".txt")) {
-        f->width = 1, f->start = 0, f->tokens = s.st_size;
-        f->stated = loader->vocab >= 256; // a byte fits by itself
+    f->size = s.st_size;
+    f->modified = s.st_mtime;
+    if (ends_in(f->name, ".txt")) {
+        f->width = 1;
+        f->tokens = s.st_size;
+        f->states_largest = loader->vocab >= 256; // no byte is larger than 255
         if (!f->tokens) die("%s: empty file|remove it from --train or --val", f->name);
-    } else {
-        unsigned char header[HEADER_BYTES];
-        if (s.st_size < HEADER_BYTES)
-            die("%s: %lld bytes are too short for a token shard, whose header has %d|give shards of data/tokenize.py or .txt files",
-                f->name, (long long)s.st_size, HEADER_BYTES);
-        read_exactly(fd, f, header, HEADER_BYTES, 0);
-        uint32_t magic = (uint32_t)id_at(header, 4), version = (uint32_t)id_at(header + 4, 4);
-        if (magic != MAGIC_UINT16 && magic != MAGIC_UINT32)
-            die("%s: not a token shard: magic %u, expected %u (uint16) or %u (uint32)|tokenize it with data/tokenize.py; plain text "
-                "must be named .txt",
-                f->name, magic, MAGIC_UINT16, MAGIC_UINT32);
-        uint32_t expected = magic == MAGIC_UINT16 ? VERSION_UINT16 : VERSION_UINT32;
-        if (version != expected)
-            die("%s: shard version %u, expected %u for magic %u|tokenize the text again with data/tokenize.py",
-                f->name, version, expected, magic);
-        f->width = magic == MAGIC_UINT16 ? 2 : 4, f->start = HEADER_BYTES,
-        f->tokens = id_at(header + 8, 4);
-        if (!f->tokens)
-            die("%s: empty shard: its header says 0 tokens|remove it from --train or --val",
-                f->name);
-        int64_t bytes = HEADER_BYTES + f->tokens * f->width;
-        if (s.st_size != bytes)
-            die("%s: %s: %lld bytes, but its header says %lld tokens of %d bytes, which are %lld|copy or tokenize it again",
-                f->name, s.st_size < bytes ? "truncated" : "longer than it says",
-                (long long)s.st_size, (long long)f->tokens, f->width, (long long)bytes);
-        int64_t stated_vocab = id_at(header + 12, 4), largest = id_at(header + 16, 4);
-        f->stated = largest > 0 && largest < stated_vocab;
-        if (f->stated && largest >= loader->vocab)
-            die("%s: its largest id is %lld (tokenizer of %lld ids), but the model's vocabulary has %u ids|tokenize the text with this "
-                "model's tokenizer, or use a config whose vocab_size is above %lld",
-                f->name, (long long)largest, (long long)stated_vocab, loader->vocab,
-                (long long)largest);
-    }
+    } else
+        check_shard(loader, f, fd);
     close(fd);
 }
 
@@ -144,7 +163,7 @@ static int by_name(const void *a, const void *b) {
     return strcmp(*(char *const *)a, *(char *const *)b);
 }
 
-static void file_add(Loader *loader, const char *name) {
+static void add_file(Loader *loader, const char *name) {
     loader->files = (File *)realloc(loader->files, ((size_t)loader->n_files + 1) * sizeof(File));
     if (!loader->files)
         die("out of host memory for the list of %d token files|name fewer files",
@@ -154,12 +173,12 @@ static void file_add(Loader *loader, const char *name) {
     f->name = xasprintf("%s", name);
 }
 
-// glob(3) would sort by the locale's collation: two machines, two orders. A name that exists is
-// taken as it is, brackets and all.
-static void files_add(Loader *loader, const char *pattern) {
+// Adds the files that the pattern matches. A name that exists is taken as it is, brackets included.
+// The matches are sorted here: glob(3) sorts by the locale, which may differ between machines.
+static void add_files(Loader *loader, const char *pattern) {
     struct stat s;
     if (!stat(pattern, &s)) {
-        file_add(loader, pattern);
+        add_file(loader, pattern);
         return;
     }
     glob_t found;
@@ -167,12 +186,37 @@ static void files_add(Loader *loader, const char *pattern) {
     if (error == GLOB_NOSPACE)
         die("out of host memory for the matches of '%s'|name fewer files", pattern);
     if (error || !found.gl_pathc)
-        die("no file matches '%s'|check the path given to --train or --val, relative to the current folder; make shards with "
-            "data/tokenize.py",
+        die("no file matches '%s'|check the path given to --train or --val, relative to the "
+            "current folder; make shards with data/tokenize.py",
             pattern);
     qsort(found.gl_pathv, found.gl_pathc, sizeof *found.gl_pathv, by_name);
-    for (size_t i = 0; i < found.gl_pathc; i++) file_add(loader, found.gl_pathv[i]);
+    for (size_t i = 0; i < found.gl_pathc; i++) add_file(loader, found.gl_pathv[i]);
     globfree(&found);
+}
+
+static void die_too_short(const Loader *loader, int64_t longest) {
+    const char *name = loader->files[0].name;
+    if (longest < 2)
+        die("%s: 1 token is too little for an input and its target|give a longer text", name);
+    die("%s%s: %lld tokens, at most %lld in one file; a window of --seq-len %d needs %lld (the "
+        "inputs and one more target)|use --seq-len %lld or less, or more text",
+        name, loader->n_files > 1 ? " and the other files" : "", (long long)loader->tokens,
+        (long long)longest, loader->seq_len, (long long)loader->seq_len + 1,
+        (long long)longest - 1);
+}
+
+// Compares the first ids of every file that does not state its largest one with the vocabulary.
+static void scan_ids(const Loader *loader) {
+    int64_t unstated = 0;
+    for (int i = 0; i < loader->n_files; i++) unstated += !loader->files[i].states_largest;
+    for (int i = 0; i < loader->n_files; i++) {
+        const File *f = &loader->files[i];
+        if (f->states_largest) continue;
+        int64_t share = SCAN_BYTES / unstated / f->width;
+        int fd = file_open(f);
+        read_ids(loader, fd, f, 0, f->tokens < share ? f->tokens : share, 0);
+        close(fd);
+    }
 }
 
 Loader *loader_open(const char *const *patterns, int n_patterns, int seq_len, uint64_t seed,
@@ -184,39 +228,23 @@ Loader *loader_open(const char *const *patterns, int n_patterns, int seq_len, ui
     if (vocab < 1)
         die("vocabulary of %d ids is not positive|check vocab_size in the model's config", vocab);
     Loader *loader = (Loader *)xcalloc(1, sizeof *loader, "the data loader");
-    loader->seq_len = seq_len, loader->shuffle = shuffle, loader->seed = seed,
+    loader->seq_len = seq_len;
+    loader->shuffle = shuffle;
+    loader->seed = seed;
     loader->vocab = (uint32_t)vocab;
-    for (int p = 0; p < n_patterns; p++) files_add(loader, patterns[p]);
+    for (int p = 0; p < n_patterns; p++) add_files(loader, patterns[p]);
 
-    int64_t longest = 0, unstated = 0;
+    int64_t longest = 0;
     for (int i = 0; i < loader->n_files; i++) {
         File *f = &loader->files[i];
-        file_check(loader, f);
+        check_file(loader, f);
         f->first_window = loader->windows;
         loader->windows += (f->tokens - 1) / seq_len;
         loader->tokens += f->tokens;
         if (f->tokens > longest) longest = f->tokens;
-        unstated += !f->stated;
     }
-    if (!loader->windows) {
-        if (longest < 2)
-            die("%s: 1 token is too little for an input and its target|give a longer text",
-                loader->files[0].name);
-        const char *several = loader->n_files > 1 ? " and the other files" : "";
-        die("%s%s: %lld tokens, at most %lld in one file; a window of --seq-len %d needs %lld (the inputs and one more target)|use "
-            "--seq-len %lld or less, or more text",
-            loader->files[0].name, several, (long long)loader->tokens, (long long)longest, seq_len,
-            (long long)seq_len + 1, (long long)longest - 1);
-    }
-    for (int i = 0; i < loader->n_files; i++) {
-        File *f = &loader->files[i];
-        if (f->stated) continue;
-        int64_t share = SCAN_BYTES / unstated / f->width,
-                count = f->tokens < share ? f->tokens : share;
-        int fd = file_open(f);
-        read_ids(loader, fd, f, 0, count, 0);
-        close(fd);
-    }
+    if (!loader->windows) die_too_short(loader, longest);
+    scan_ids(loader);
     return loader;
 }
 
@@ -233,44 +261,54 @@ int loader_files(const Loader *loader) { return loader->n_files; }
 const char *loader_file(const Loader *loader, int i) { return loader->files[i].name; }
 
 // ---- the order ------------------------------------------------------------------------------
-static const uint64_t GOLDEN = 0x9e3779b97f4a7c15u; // 2^64 / golden ratio, splitmix64's increment
-
-// A Feistel round (L, R) -> (R, L ^ f(R)) is invertible whatever f is, so the network is a
-// bijection of [0, 4^h). Walking on while the value is >= n follows its cycle to the next member of
-// [0, n): still one-to-one, because the inverse walks back the same way.
+// A Feistel round (L, R) -> (R, L ^ f(R)) can be undone whatever f is, so the network is a
+// bijection of [0, 4^h). Walking on while the value is n or more follows its cycle to the next
+// member of [0, n). This is still one-to-one, because walking back along the cycle undoes it.
 int64_t loader_permute(int64_t i, int64_t n, uint64_t seed, uint64_t epoch) {
+    const uint64_t golden = 0x9e3779b97f4a7c15u; // 2^64 / golden ratio, splitmix64's increment
     int h = 0;
     while (h < 31 && (int64_t)1 << (2 * h) < n) h++;
-    uint64_t mask = ((uint64_t)1 << h) - 1, key = mix64(mix64(seed + GOLDEN) + epoch + GOLDEN),
-             x = (uint64_t)i;
+    uint64_t mask = ((uint64_t)1 << h) - 1;
+    uint64_t key = mix64(mix64(seed + golden) + epoch + golden);
+    uint64_t x = (uint64_t)i;
     do {
-        uint64_t left = x >> h, right = x & mask;
+        uint64_t left = x >> h;
+        uint64_t right = x & mask;
         for (uint64_t r = 1; r <= ROUNDS; r++) {
-            uint64_t next = left ^ (mix64(key + r * GOLDEN + right) & mask);
-            left = right, right = next;
+            uint64_t next = left ^ (mix64(key + r * golden + right) & mask);
+            left = right;
+            right = next;
         }
         x = left << h | right;
     } while (x >= (uint64_t)n);
     return (int64_t)x;
 }
 
-int loader_where(const Loader *loader, int64_t position, int64_t *first) {
-    if (position < 0)
-        die("sequence number %lld is negative|steps count from 0 here", (long long)position);
-    int64_t epoch = position / loader->windows, window = position % loader->windows;
-    if (loader->shuffle)
-        window = loader_permute(window, loader->windows, loader->seed, (uint64_t)epoch);
-    int low = 0, high = loader->n_files -
-                        1; // last file that starts at or before the window; files without windows
-    while (low < high) { // share their first_window with the next one and are never that last file
+// The file that holds `window`: the last one whose first window is not above it. A file without
+// windows shares its first_window with the next file, so it is never that last one.
+static int file_of(const Loader *loader, int64_t window) {
+    int low = 0;
+    int high = loader->n_files - 1;
+    while (low < high) {
         int middle = low + (high - low + 1) / 2;
         if (loader->files[middle].first_window <= window)
             low = middle;
         else
             high = middle - 1;
     }
-    *first = (window - loader->files[low].first_window) * loader->seq_len;
     return low;
+}
+
+int loader_where(const Loader *loader, int64_t position, int64_t *first) {
+    if (position < 0)
+        die("sequence number %lld is negative|steps count from 0 here", (long long)position);
+    int64_t epoch = position / loader->windows;
+    int64_t window = position % loader->windows;
+    if (loader->shuffle)
+        window = loader_permute(window, loader->windows, loader->seed, (uint64_t)epoch);
+    int file = file_of(loader, window);
+    *first = (window - loader->files[file].first_window) * loader->seq_len;
+    return file;
 }
 
 void loader_read(const Loader *loader, int64_t position, int *inputs, int *targets) {
@@ -279,7 +317,8 @@ void loader_read(const Loader *loader, int64_t position, int *inputs, int *targe
     int fd = file_open(f);
     struct stat s;
     if (fstat(fd, &s) || s.st_size != f->size || s.st_mtime != f->modified)
-        die("%s: changed since the run started|leave token files alone while they are read; restart with --resume",
+        die("%s: changed since the run started|leave token files alone while they are read; "
+            "restart with --resume",
             f->name);
     read_ids(loader, fd, f, first, T, inputs);
     read_ids(loader, fd, f, first + T, 1, targets + T - 1);

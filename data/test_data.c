@@ -1,11 +1,8 @@
-// Checks of the loader and of the decode tables, numbered. Build and run alone, from the
-// repository's root:
-//     cc -std=c11 -O1 -g -fsanitize=address,undefined -pthread data/test_data.c data/loader.c
-//     data/tokens.c kernels/fail.c -o test_data
+// Numbered checks of the loader and of the decode tables (loader.h, tokens.h). `make test` runs it;
+// alone, with the script as argument where python3 is installed, it is
 //     ./test_data [data/tokenize.py]
-// With the script as argument (needs python3) it also checks that what tokenize.py writes is what
-// the C code reads. Writes only to a fresh folder under $TMPDIR or /tmp (one sparse file of 5 GB, a
-// few blocks of disk) and removes it.
+// The script's output is then read by the C code. Writes only to a fresh folder under $TMPDIR or
+// /tmp, with one sparse file of 5 GB that takes a few blocks of disk, and removes the folder.
 #define _XOPEN_SOURCE 700
 #define _FILE_OFFSET_BITS 64
 #include "loader.h"
@@ -61,9 +58,11 @@ static const char *write_shard(const char *name, int width, int64_t count, int64
                                uint32_t first, uint32_t step, uint32_t vocab, uint32_t largest) {
     size_t bytes = 1024 + (size_t)(count * width);
     unsigned char *data = xcalloc(bytes, 1, "a test shard");
-    put32(data, width == 2 ? 20240520 : 20240801), put32(data + 4, width == 2 ? 1 : 7);
-    put32(data + 8, (uint32_t)(says < 0 ? count : says)), put32(data + 12, vocab),
-        put32(data + 16, largest);
+    put32(data, width == 2 ? 20240520 : 20240801);
+    put32(data + 4, width == 2 ? 1 : 7);
+    put32(data + 8, (uint32_t)(says < 0 ? count : says));
+    put32(data + 12, vocab);
+    put32(data + 16, largest);
     for (int64_t i = 0; i < count; i++)
         for (int b = 0; b < width; b++)
             data[1024 + i * width + b] = (unsigned char)((first + (uint32_t)i * step) >> 8 * b);
@@ -117,22 +116,22 @@ static void test_windows(void) {
     loader_close(l);
 
     enum { LONG = 50000 }; // more than one chunk of the reader
-    int *inputs = xmalloc(sizeof(int) * LONG, "inputs"),
-        *targets = xmalloc(sizeof(int) * LONG, "targets");
+    int *inputs = xmalloc(sizeof(int) * LONG, "inputs");
+    int *targets = xmalloc(sizeof(int) * LONG, "targets");
     l = open_one(write_shard("long.bin", 4, LONG + 1, -1, 0, 1, 0, 0), LONG, 0, 1, LONG + 1);
     loader_read(l, 3, inputs, targets);
     for (int t = 0; t < LONG; t++) good = good && inputs[t] == t && targets[t] == t + 1;
     check(good, "a window of 50,000 tokens");
     loader_close(l);
-    free(inputs), free(targets);
+    free(inputs);
+    free(targets);
 }
 
 static void test_files(void) {
-    write_shard("part_2.bin", 2, 21, -1, 2000, 1, 0, 0);  // 2 windows of 10
-    write_shard("part_10.bin", 4, 35, -1, 1000, 1, 0, 0); // 3 windows; bytewise before part_2
-    write_shard("part_3.bin", 2, 10, -1, 3000, 1, 0, 0);  // too short for a window
-    write_shard("part_[4].bin", 2, 11, -1, 4000, 1, 0,
-                0); // 1 window; a name that is also a pattern
+    write_shard("part_2.bin", 2, 21, -1, 2000, 1, 0, 0);   // 2 windows of 10
+    write_shard("part_10.bin", 4, 35, -1, 1000, 1, 0, 0);  // 3 windows; bytewise before part_2
+    write_shard("part_3.bin", 2, 10, -1, 3000, 1, 0, 0);   // too short for a window
+    write_shard("part_[4].bin", 2, 11, -1, 4000, 1, 0, 0); // 1 window; the name is a pattern, too
     const char *a[] = { path_of("part_[0-9]*.bin"), path_of("part_[4].bin"),
                         path_of("part_2.bin") };
     Loader *l = loader_open(a, 3, 10, 0, 0, 5000);
@@ -140,9 +139,8 @@ static void test_files(void) {
     int good = loader_files(l) == 5 && loader_windows(l) == 8 &&
                loader_tokens(l) == 35 + 21 + 10 + 11 + 21;
     for (int w = 0; good && w < 24; w++) good = is_window(l, w, 10, first[w % 8], 1);
-    check(
-        good,
-        "several files: globs sorted bytewise, files in the order given, no window across files, short files skipped");
+    check(good, "several files: globs sorted bytewise, files in the order given, no window across "
+                "files, short files skipped");
     int64_t at;
     good = strstr(loader_file(l, 0), "part_10.bin") && strstr(loader_file(l, 3), "part_[4].bin");
     check(good && loader_where(l, 2, &at) == 0 && at == 20 && loader_where(l, 13, &at) == 3 &&
@@ -192,8 +190,7 @@ static void test_order(void) {
         good = good && is_bijection(sizes[i], 0, 0) && is_bijection(sizes[i], ~(uint64_t)0, 9);
     check(good, "the order is a bijection of [0, n): every n up to 300 and six up to 1,000,003");
 
-    // computed by the Python of README.md; another value is another data order, which old runs
-    // could not resume
+    // Computed by the Python of README.md. With another value, old runs could not be resumed.
     static const int64_t known[10] = { 3, 9, 8, 1, 2, 4, 0, 5, 6, 7 };
     for (int i = 0; i < 10; i++) good = good && loader_permute(i, 10, 0, 0) == known[i];
     good = good && loader_permute(5, 1000, 42, 3) == 535 &&
@@ -210,8 +207,7 @@ static void test_order(void) {
         fixed += w == i;
         neighbours += i && llabs(w - loader_permute(i - 1, 10000, 1, 0)) == 1;
     }
-    // of random permutations: Poisson with mean 1 (2 for neighbours); more than 12 has probability
-    // 1e-6
+    // In random permutations these are Poisson with mean 1 (neighbours 2): above 12 once in 1e6.
     check(same_epoch <= 12 && same_seed <= 12 && fixed <= 12 && neighbours <= 12,
           "orders differ between epochs and seeds as random ones do");
 
@@ -223,8 +219,10 @@ static void test_order(void) {
     }
     int orders = 0;
     for (int c = 0; c < 256; c++)
-        if (counts[c])
-            orders++, good = good && counts[c] > 800 && counts[c] < 1200; // 1000 +- 6.3 sigma
+        if (counts[c]) {
+            orders++;
+            good = good && counts[c] > 800 && counts[c] < 1200; // 1000 +- 6.3 sigma
+        }
     check(good && orders == 24, "four windows: all 24 orders equally often over 24,000 epochs");
 
     Loader *l = open_one(write_shard("order.bin", 2, 16 * 97 + 1, -1, 0, 1, 0, 0), 16, 5, 1, 2000);
@@ -234,7 +232,10 @@ static void test_order(void) {
         jobs[i] = (Job){ l, 97 * i / 2, 97 * i / 2 + 97, 1 };
         pthread_create(&threads[i], 0, read_backwards, &jobs[i]);
     }
-    for (int i = 0; i < 4; i++) pthread_join(threads[i], 0), good = good && jobs[i].good;
+    for (int i = 0; i < 4; i++) {
+        pthread_join(threads[i], 0);
+        good = good && jobs[i].good;
+    }
     check(good, "no state: four threads read backwards what the order says");
     loader_close(l);
 }
@@ -277,7 +278,8 @@ static void dies(void (*f)(const void *), const void *argument, const char *a, c
     pid_t child = fork();
     if (!child) {
         dup2(ends[1], 2);
-        close(ends[0]), close(ends[1]);
+        close(ends[0]);
+        close(ends[1]);
         f(argument);
         _exit(0);
     }
@@ -315,7 +317,9 @@ static void test_errors(void) {
                 "error: less than a header");
     loader_dies(write_bytes("magic.bin", junk, 2000), 4, 9, -1, "magic 0", "20240520",
                 "error: wrong magic");
-    put32(junk, 20240520), put32(junk + 4, 7), put32(junk + 8, 488);
+    put32(junk, 20240520);
+    put32(junk + 4, 7);
+    put32(junk + 8, 488);
     loader_dies(write_bytes("version.bin", junk, 2000), 4, 9, -1, "version 7", "expected 1",
                 "error: wrong version");
     loader_dies(write_shard("none.bin", 2, 0, -1, 0, 1, 0, 0), 4, 9, -1, "empty shard", "none.bin",
@@ -373,13 +377,18 @@ static void test_changes(void) {
          "error: a file removed under the run");
 }
 
-// 2.5e9 uint16 tokens, all 0 but ten behind the 4 GiB mark: the token index exceeds int32, the byte
+// 2.5e9 uint16 tokens, all 0 except ten beyond 4 GiB: the token index exceeds int32, the byte
 // offset uint32.
 static void test_large(void) {
     const int64_t tokens = 2500000000, at = 2400000000;
     unsigned char head[1024] = { 0 }, ids[20];
-    put32(head, 20240520), put32(head + 4, 1), put32(head + 8, (uint32_t)tokens);
-    for (int i = 0; i < 10; i++) ids[2 * i] = (unsigned char)(i + 1), ids[2 * i + 1] = 0;
+    put32(head, 20240520);
+    put32(head + 4, 1);
+    put32(head + 8, (uint32_t)tokens);
+    for (int i = 0; i < 10; i++) {
+        ids[2 * i] = (unsigned char)(i + 1);
+        ids[2 * i + 1] = 0;
+    }
     const char *path = path_of("large.bin");
     int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
     int made =
@@ -394,10 +403,10 @@ static void test_large(void) {
     loader_read(l, at / 100, inputs, targets);
     check(loader_tokens(l) == tokens && loader_windows(l) == 24999999 && inputs[0] == 1 &&
               inputs[9] == 10 && inputs[10] == 0 && targets[8] == 10,
-          "a shard of 2.5e9 tokens (5 GB, sparse): counted unsigned, read behind 4 GiB");
+          "a shard of 2.5e9 tokens (5 GB, sparse): counted unsigned, read beyond 4 GiB");
     loader_close(l);
     loader_dies(path, 100, 10, at / 100, "token 2400000009 is id 10", "10 ids",
-                "error: a bad id behind 2^31 tokens, when its window is read");
+                "error: a bad id beyond 2^31 tokens, when its window is read");
     unlink(path);
 }
 
@@ -409,18 +418,22 @@ typedef struct {
 } Table;
 
 static void table_add(Table *t, const char *text, size_t n) {
-    if (t->version == 3)
-        put32(t->data + t->n, (uint32_t)n), t->n += 4;
-    else
+    if (t->version == 3) {
+        put32(t->data + t->n, (uint32_t)n);
+        t->n += 4;
+    } else
         t->data[t->n++] = (unsigned char)n;
     memcpy(t->data + t->n, text, n);
-    t->n += n, t->vocab++;
+    t->n += n;
+    t->vocab++;
 }
 
 static const char *table_write(Table *t, const char *name, uint32_t eot, uint32_t added) {
-    put32(t->data, 20240328), put32(t->data + 4, (uint32_t)t->version),
-        put32(t->data + 8, (uint32_t)t->vocab);
-    put32(t->data + 12, eot), put32(t->data + 16, added);
+    put32(t->data, 20240328);
+    put32(t->data + 4, (uint32_t)t->version);
+    put32(t->data + 8, (uint32_t)t->vocab);
+    put32(t->data + 12, eot);
+    put32(t->data + 16, added);
     return write_bytes(name, t->data, t->n);
 }
 
@@ -489,6 +502,8 @@ static int prints(const char *text, size_t n, size_t step, const char *expected)
     return !used && bytes == strlen(expected) && !strcmp(shown, expected);
 }
 
+#define BAD "\xef\xbf\xbd" // U+FFFD
+
 static void test_tokens(void) {
     char all[256], out[64];
     for (int b = 0; b < 256; b++) all[b] = (char)b;
@@ -509,12 +524,11 @@ static void test_tokens(void) {
         "a\n\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80|\x1b[\0\x7f\xff\xe2\x82(\xc2\x9b\xf0\x9f";
     int printed = 0;
     for (size_t step = 1; step <= sizeof mixed; step++)
-        printed += prints(
-            mixed, sizeof mixed - 1, step,
-            "a\n\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80|\xef\xbf\xbd[\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd(\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd");
-    check(
-        printed == sizeof mixed,
-        "text for a terminal: characters whole however they are cut, controls and broken bytes as U+FFFD");
+        printed += prints(mixed, sizeof mixed - 1, step,
+                          "a\n\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80|" BAD "[" BAD BAD BAD BAD BAD
+                          "(" BAD BAD BAD BAD);
+    check(printed == sizeof mixed, "text for a terminal: characters whole however they are cut, "
+                                   "controls and broken bytes as U+FFFD");
     tokens_close(t);
 
     for (int version = 2; version <= 3; version++) {
@@ -523,12 +537,13 @@ static void test_tokens(void) {
         memset(longest, '=', sizeof longest);
         if (version == 3) table_add(&table, longest, sizeof longest);
         t = tokens_open(table_write(&table, "t.vocab", 269, 268));
-        static const int hello[] = { 259, 264 }, added[] = { 259, 269, 259, 268 },
-                         llo[] = { 257, 'o' }, run[] = { 'a', ' ', 264 };
+        static const int hello[] = { 259, 264 };
+        static const int added[] = { 259, 269, 259, 268 };
+        static const int llo[] = { 257, 'o' };
+        static const int run[] = { 'a', ' ', 264 };
         static const char spaced[] = "  \n\n hello,\r\n  world's 123 \xc3\xa4 ";
-        static const int words[] = {
-            'x', '\'', 257, ' ', ' ', 256, '1'
-        }; // x | 'll | space | space he | 1
+        // x | 'll | space | space he | 1
+        static const int words[] = { 'x', '\'', 257, ' ', ' ', 256, '1' };
         good = tokens_vocab(t) == table.vocab && tokens_eot(t) == 269 &&
                encodes(t, "hello world", hello, 2);
         good = good && encodes(t, "hello<|end|>hello<|end|>!", added, 4) &&
@@ -541,11 +556,9 @@ static void test_tokens(void) {
         good = good && (version == 3 ? decode(t, text, sizeof text, &last, 1) == 700 &&
                                            !memcmp(text, longest, 700)
                                      : shows(t, last, "<9999>"));
-        check(
-            good,
-            version == 2
-                ? "decode table version 2: merges by lowest id, words, added tokens, unused ids, round trip"
-                : "decode table version 3: the same, and an entry of 700 bytes");
+        check(good, version == 2 ? "decode table version 2: merges by lowest id, words, added "
+                                   "tokens, unused ids, round trip"
+                                 : "decode table version 3: the same, and an entry of 700 bytes");
         tokens_close(t);
     }
 
@@ -589,8 +602,8 @@ static int run(const char *script, const char *options) {
     return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
-static int same(const char *pattern, const int *expected,
-                int n) { // the shards' tokens, the last one of each shard as a target only
+// Whether the shards hold these tokens; the last one of each shard is read as a target only.
+static int same(const char *pattern, const int *expected, int n) {
     const char *p = path_of(pattern);
     Loader *l = loader_open(&p, 1, 1, 0, 0, 257);
     int good = loader_tokens(l) == n, at = 0;
@@ -613,15 +626,16 @@ static void test_script(const char *script) {
     memset(text + 512, 'y', 100);
     text[511] = text[611] = '\n';
     write_bytes("one.dat", text, 612);
-    static const char lines[] =
-        "{\"text\": \"a\\u00e4\"}\n\n{\"text\": \"\"}\n{\"text\": \"b\"}\n"; // the last line is
-                                                                             // held out
+    // The last line is held out.
+    static const char lines[] = "{\"text\": \"a\\u00e4\"}\n\n{\"text\": \"\"}\n{\"text\": \"b\"}\n";
     write_bytes("two.jsonl", lines, sizeof lines - 1);
     int train[600], val[200], n = 0, m = 0;
     for (int i = 0; i < 512; i++) train[n++] = (unsigned char)text[i];
-    train[n++] = 256, train[n++] = 'a', train[n++] = 0xc3, train[n++] = 0xa4, train[n++] = 256;
+    static const int second[] = { 256, 'a', 0xc3, 0xa4, 256 };
+    static const int last[] = { 256, 'b', 256 };
+    for (int i = 0; i < 5; i++) train[n++] = second[i];
     for (int i = 512; i < 612; i++) val[m++] = (unsigned char)text[i];
-    val[m++] = 256, val[m++] = 'b', val[m++] = 256;
+    for (int i = 0; i < 3; i++) val[m++] = last[i];
     int good = run(script, "--val-fraction 0.3 --shard-tokens 100") == 0;
     check(good && same("made_train_*.bin", train, n) && same("made_val_*.bin", val, m),
           "tokenize.py: documents, shards of 100 tokens, held-out ends");
