@@ -1,9 +1,10 @@
-// train_moe: trains Qwen3-MoE. This file is the program: options, the loop over updates,
-// evaluation, samples, saving. The update itself is model/step.c.
+// train_moe: trains Qwen3-MoE. This file is the program: what an option means for the model, the
+// commands (--plan, --selftest, or a run), the loop over updates, evaluation, samples, saving. The
+// update itself is model/step.c.
 //
-//   make train_moe && ./train_moe --init model/configs/tiny.json --train text.txt --steps 200 --out
-//   runs/first mpirun -np 4 ./train_moe --model DIR --train 'shards/*.bin' --ep 2 --fsdp 2 --out
-//   runs/second
+//   make train_moe
+//   ./train_moe --init model/configs/tiny.json --train text.txt --steps 200 --out runs/first
+//   mpirun -np 4 ./train_moe --model DIR --train 'shards/*.bin' --ep 2 --fsdp 2 --out runs/second
 //
 // The common subset of C11 and C++17: nvcc builds it for GPUs, `cc -x c` for CPUs.
 #ifndef _POSIX_C_SOURCE
@@ -12,7 +13,6 @@
 #include "kernels/fail.h"
 #include "model/checkpoint.h"
 #include "model/checkpoint_folder.h"
-#include "model/dump.h"
 #include "model/generate.h"
 #include "model/options.h"
 #include "model/plan.h"
@@ -27,10 +27,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-// ---- signals: SIGTERM and SIGINT end the run after the update in hand, with a checkpoint; SIGUSR1
-// saves and goes on ----
+// ---- signals --------------------------------------------------------------------------------
+// SIGTERM and SIGINT end the run after the update in hand, with a checkpoint; SIGUSR1 saves and
+// goes on. Two flags, so that clearing one cannot lose the other.
 enum { SIGNAL_NONE, SIGNAL_SAVE, SIGNAL_END };
-static volatile sig_atomic_t save_asked, end_asked; // two flags: clearing one cannot lose the other
+static volatile sig_atomic_t save_asked, end_asked;
 static void on_signal(int s) {
     if (s == SIGUSR1)
         save_asked = 1;
@@ -45,60 +46,30 @@ static void catch_signals(void) {
     sigaction(SIGTERM, &action, 0);
     sigaction(SIGINT, &action, 0);
     sigaction(SIGUSR1, &action, 0);
-    signal(
-        SIGXFSZ,
-        SIG_IGN); // a file-size limit is then an error of the write, with a message, not a signal
+    // A limit on the size of files becomes an error of the write, with a message.
+    signal(SIGXFSZ, SIG_IGN);
+}
+
+// What this rank was asked since the last call; the ranks of a run agree on the largest.
+static int signal_asked(void) {
+    if (end_asked) return SIGNAL_END;
+    if (!save_asked) return SIGNAL_NONE;
+    save_asked = 0;
+    return SIGNAL_SAVE;
 }
 
 // ---- from options to the model --------------------------------------------------------------
+// What the table of options cannot say: which of them need or exclude each other.
 static void check_options(const Options *o) {
-    if (!*o->model == !*o->init && !(o->selftest && !*o->model))
-        die("%s|give --model DIR (a Hugging Face checkpoint) or --init CONFIG.json (from scratch)",
-            *o->model ? "both --model and --init were given" : "no model was given");
-    const struct {
-        const char *name;
-        int64_t value, least;
-    } counts[] = {
-        { "seq-len", o->seq_len, 0 },
-        { "batch", o->batch, 0 },
-        { "micro-batch", o->micro_batch, 0 },
-        { "rounds", o->rounds, 1 },
-        { "steps", o->steps, 0 },
-        { "eval-every", o->eval_every, 0 },
-        { "eval-batches", o->eval_batches, 1 },
-        { "save-every", o->save_every, 0 },
-        { "keep", o->keep, 0 },
-        { "generate", o->generate, 0 },
-        { "dp", o->dp, 1 },
-        { "fsdp", o->fsdp, 0 },
-        { "ep", o->ep, 1 },
-        { "threads", o->threads, 0 },
-        { "sample-every", o->sample_every, 0 },
-        { "router-every", o->router_every, 0 },
-        { "profile", o->profile, 0 },
-        { "trace-token", o->trace_token, -1 },
-        { "world", o->world, 0 },
-        { "gpus-per-node", o->gpus_per_node, 0 },
-    };
-    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
-        if (counts[i].value < counts[i].least || counts[i].value > INT32_MAX)
-            die("--%s %lld is out of range|give a number of at least %lld", counts[i].name,
-                (long long)counts[i].value, (long long)counts[i].least);
-    if (o->lr < 0 || o->weight_decay < 0 || o->grad_clip < 0 || o->eps < 0)
-        die("--lr, --weight-decay, --grad-clip and --eps cannot be negative|give 0 or more");
-    if (o->z_coef < 0 || o->temperature < 0 || o->gpu_mem < 0)
-        die("--z-coef, --temperature and --gpu-mem cannot be negative|give 0 or more");
-    if (o->beta1 < 0 || o->beta1 >= 1 || o->beta2 < 0 || o->beta2 >= 1 || o->momentum < 0 ||
-        o->momentum >= 1)
-        die("--beta1, --beta2 and --momentum lie in [0, 1)|give such numbers");
-    if (o->seed > 999999999999999 || o->seed < -999999999999999)
-        die("--seed %lld has more than 15 digits, which trainer.json would round|give a shorter one",
-            (long long)o->seed);
-    if (o->final_lr < 0 || o->final_lr > 1)
-        die("--final-lr %g is a fraction of --lr|give a number from 0 to 1", o->final_lr);
-    if (o->timeout <= 0) die("--timeout %g|give seconds above 0", o->timeout);
+    if (*o->model && *o->init)
+        die("both --model and --init were given|"
+            "--model continues a checkpoint, --init starts anew");
+    if (!*o->model && !*o->init && !o->selftest)
+        die("no model was given|"
+            "give --model DIR (a Hugging Face checkpoint) or --init CONFIG.json");
     if (o->steps > 0 && !o->train.n && !o->plan && !o->selftest)
-        die("no training data was given|add --train FILE..., or --steps 0 to convert, evaluate or generate only");
+        die("no training data was given|"
+            "add --train FILE..., or --steps 0 to convert, evaluate or generate only");
     if (o->resume && !*o->out) die("--resume needs the folder of the run|add --out DIR");
     if (o->balance && o->balance_rate <= 0)
         die("--balance-rate %g|give a number above 0", o->balance_rate);
@@ -121,13 +92,13 @@ static StepOptions step_options(const Options *o, const Config *c) {
     s.recompute = (Recompute)o->recompute;
     s.update_layer = o->update;
     s.clip = o->grad_clip;
-    s.aux_coef =
-        !strcmp(o->aux_coef, "config") ? c->aux_coef : options_real("aux-coef", o->aux_coef);
+    s.aux_coef = c->aux_coef;
+    if (strcmp(o->aux_coef, "config")) s.aux_coef = options_real("aux-coef", o->aux_coef);
     if (s.aux_coef < 0) die("--aux-coef %g cannot be negative|give 0 or more", s.aux_coef);
     s.z_coef = o->z_coef;
     s.aux_per_layer = o->aux_pool;
-    s.ignore_target =
-        o->ignore_target < 0 ? -2 : (int)o->ignore_target; // -1 marks ignored targets themselves
+    // -1 marks ignored targets themselves, so no id is asked for by -2.
+    s.ignore_target = o->ignore_target < 0 ? -2 : (int)o->ignore_target;
     s.skip_nonfinite = o->skip_nonfinite;
     s.expert_grad_scale = o->expert_grad_scale;
     s.balance_rate = o->balance ? o->balance_rate : 0;
@@ -139,19 +110,15 @@ static StepOptions step_options(const Options *o, const Config *c) {
 // Without updates there is nothing to remember: a conversion needs memory and disk for weights, not
 // for moments.
 static OptimizerOptions optimizer_options(const Options *o) {
-    if (!o->steps) {
-        OptimizerOptions none = { OPT_SGD, 0, 0, 0, 0, 0, 0, o->master, (uint64_t)o->seed };
-        return none;
-    }
-    OptimizerOptions p = { (OptimizerKind)o->optimizer,
-                           o->lr,
-                           o->momentum,
-                           o->beta1,
-                           o->beta2,
-                           o->eps,
-                           o->weight_decay,
-                           o->master,
-                           (uint64_t)o->seed };
+    OptimizerOptions p = { OPT_SGD, 0, 0, 0, 0, 0, 0, o->master, (uint64_t)o->seed };
+    if (!o->steps) return p;
+    p.kind = (OptimizerKind)o->optimizer;
+    p.lr = o->lr;
+    p.momentum = o->momentum;
+    p.beta1 = o->beta1;
+    p.beta2 = o->beta2;
+    p.eps = o->eps;
+    p.weight_decay = o->weight_decay;
     return p;
 }
 
@@ -167,13 +134,12 @@ static Schedule schedule_options(const Options *o) {
 // ---- the folder of a run --------------------------------------------------------------------
 static int folder_is_empty(const char *path) {
     DIR *d = opendir(path);
-    struct dirent *e;
     int empty = 1;
     if (!d && errno == ENOENT) return 1;
     if (!d)
-        die("--out %s: cannot read the folder: %s|choose a folder that this user may read and write",
+        die("--out %s: cannot read the folder: %s|choose one that this user may read and write",
             path, strerror(errno));
-    while ((e = readdir(d)))
+    for (struct dirent *e; (e = readdir(d));)
         if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) empty = 0;
     closedir(d);
     return empty;
@@ -199,25 +165,27 @@ static int64_t open_folder(const Options *o, Comm *all) {
 // conversion had no batch and no optimizer.
 static void check_resumed(const cJSON *trainer, const Options *o, const char *dir, int64_t step) {
     struct {
-        const char *key;
+        const char *key, *option;
         int64_t now;
-    } same[] = { { "seed", o->seed },
-                 { "batch", o->batch },
-                 { "seq_len", o->seq_len },
-                 { "shuffle", o->shuffle } };
-    for (int i = 0; i < (step ? 4 : 1); i++) {
+    } same[] = { { "seed", "seed", o->seed },
+                 { "batch", "batch", o->batch },
+                 { "seq_len", "seq-len", o->seq_len } };
+    const char *advice = "resume with the same value, or start a new --out";
+    for (int i = 0; i < (step ? 3 : 1); i++) {
         int64_t was = (int64_t)trainer_number(trainer, same[i].key);
-        if (was == same[i].now) continue;
-        if (i == 3)
-            die("%s was trained with --shuffle %s|resume with the same value, or start a new --out",
-                dir, was ? "on" : "off");
-        die("%s was trained with --%s %lld, now it is %lld|resume with the same value, or start a new --out",
-            dir, i == 2 ? "seq-len" : same[i].key, (long long)was, (long long)same[i].now);
+        if (was != same[i].now)
+            die("%s was trained with --%s %lld, now it is %lld|%s", dir, same[i].option,
+                (long long)was, (long long)same[i].now, advice);
     }
-    const char *optimizer = options_choice(o, "optimizer");
-    if (step && strcmp(trainer_text(trainer, "optimizer"), optimizer))
-        die("%s was trained with --optimizer %s, now it is %s|resume with the same optimizer, or start a new --out",
-            dir, trainer_text(trainer, "optimizer"), optimizer);
+    if (!step) return;
+    int shuffled = trainer_number(trainer, "shuffle") != 0;
+    if (shuffled != o->shuffle)
+        die("%s was trained with --shuffle %s|%s", dir, shuffled ? "on" : "off", advice);
+    char word[OPTION_WORD];
+    const char *was = trainer_text(trainer, "optimizer"),
+               *now = options_choice(o, "optimizer", word);
+    if (strcmp(was, now))
+        die("%s was trained with --optimizer %s, now it is %s|%s", dir, was, now, advice);
 }
 
 static void restore_trainer(Trainer *t, const cJSON *trainer) {
@@ -227,7 +195,8 @@ static void restore_trainer(Trainer *t, const cJSON *trainer) {
     size_t n = (size_t)t->m->c.n_moe * (size_t)t->m->c.E;
     if (!t->bias || !bias) return;
     if ((size_t)cJSON_GetArraySize(bias) != n)
-        die("trainer.json has %d router biases, the model needs %zu|the checkpoint is of another model",
+        die("trainer.json has %d router biases, the model needs %zu|"
+            "the checkpoint is of another model",
             cJSON_GetArraySize(bias), n);
     float *value = (float *)xmalloc(n * sizeof(float), "router bias");
     size_t i = 0;
@@ -236,201 +205,277 @@ static void restore_trainer(Trainer *t, const cJSON *trainer) {
     free(value);
 }
 
-static void save(Checkpoint *k, const Trainer *t, const Options *o, int64_t step) {
-    double begin = now_seconds();
+// ---- a run ----------------------------------------------------------------------------------
+typedef struct {
+    const Options *o;
+    Grid grid;
+    Model model;
+    Loader *data, *val; // 0: not given
+    Tokens *tokens;
+    Trainer *trainer;
+    Arena staging;
+    Checkpoint *checkpoint;
+    Report report;
+    int64_t first; // updates that were made before this run
+} Run;
+
+static cJSON *trainer_json(const Run *r) {
+    const Options *o = r->o;
+    const Trainer *t = r->trainer;
+    char word[OPTION_WORD];
     cJSON *trainer = cJSON_CreateObject();
     cJSON_AddNumberToObject(trainer, "seed", (double)o->seed);
     cJSON_AddNumberToObject(trainer, "batch", (double)o->batch);
     cJSON_AddNumberToObject(trainer, "seq_len", (double)o->seq_len);
     cJSON_AddNumberToObject(trainer, "shuffle", o->shuffle);
-    cJSON_AddStringToObject(trainer, "optimizer", options_choice(o, "optimizer"));
+    cJSON_AddStringToObject(trainer, "optimizer", options_choice(o, "optimizer", word));
     cJSON_AddNumberToObject(trainer, "updates", (double)t->updates);
     cJSON_AddNumberToObject(trainer, "previous_norm", t->previous_norm);
-    if (t->bias) {
-        cJSON *bias = cJSON_AddArrayToObject(trainer, "router_bias");
-        for (int i = 0; i < t->m->c.n_moe * t->m->c.E; i++)
-            cJSON_AddItemToArray(bias, cJSON_CreateNumber((double)t->host_bias[i]));
-    }
+    if (!t->bias) return trainer;
+    cJSON *bias = cJSON_AddArrayToObject(trainer, "router_bias");
+    for (int i = 0; i < t->m->c.n_moe * t->m->c.E; i++)
+        cJSON_AddItemToArray(bias, cJSON_CreateNumber((double)t->host_bias[i]));
+    return trainer;
+}
+
+static void save(Run *r, int64_t step) {
+    const Options *o = r->o;
+    const Trainer *t = r->trainer;
+    double begin = now_seconds();
+    cJSON *trainer = trainer_json(r);
     SaveOptions s = { save_dtype_parse(o->save_dtype), o->save_layout, (int)o->keep, 0 };
-    int64_t bytes = checkpoint_save(k, o->out, step, s, t->optimizer.state, trainer);
+    int64_t bytes = checkpoint_save(r->checkpoint, o->out, step, s, t->optimizer.state, trainer);
     cJSON_Delete(trainer);
-    if (t->g->rank == 0) {
-        printf("saved %s/checkpoints/step_%lld: %.1f MB in %.2f s%s\n", o->out, (long long)step,
-               (double)bytes / 1e6, now_seconds() - begin,
-               t->bias ? " (the selection bias is in trainer.json; transformers will not apply it)"
-                       : "");
-        fflush(stdout);
-    }
+    if (t->g->rank) return;
+    printf("saved %s/checkpoints/step_%lld: %.1f MB in %.2f s%s\n", o->out, (long long)step,
+           (double)bytes / 1e6, now_seconds() - begin,
+           t->bias ? " (the selection bias is in trainer.json; transformers will not apply it)"
+                   : "");
+    fflush(stdout);
 }
 
-static void plan(Options *o, const Config *config) {
-    if (comm_world_rank()) return;
-    Machine machine = plan_machine(o->plan_device);
-    if (o->gpu_mem > 0) machine.memory = o->gpu_mem * 1073741824.0;
-    if (o->gpus_per_node) machine.per_node = (int)o->gpus_per_node;
-    Grid grid = grid_plan(config, o->world ? (int)o->world : comm_world_size(), (int)o->dp,
-                          (int)o->fsdp, (int)o->ep, (Dispatch)o->dispatch, o->attention == 1);
-    default_batch(o, &grid);
-    StepOptions step = step_options(o, config);
-    if (!step.memory)
-        step.memory =
-            (size_t)machine.memory; // --recompute auto fills the planned machine, not this one
-    plan_print(stdout, config, &grid, step, optimizer_options(o), &machine);
+static void evaluate(Run *r, int64_t step) {
+    int64_t wanted = r->o->eval_batches * r->o->batch, have = loader_windows(r->val);
+    report_evaluation(&r->report, step,
+                      trainer_evaluate(r->trainer, r->val, wanted < have ? wanted : have));
 }
 
-// ---- the run --------------------------------------------------------------------------------
-static int64_t evaluation_windows(const Options *o, const Loader *val) {
-    int64_t wanted = o->eval_batches * o->batch, have = loader_windows(val);
-    return wanted < have ? wanted : have;
+// 1 at every multiple of an interval; an interval of 0 is never.
+static int due(int64_t step, int64_t every) { return every && step % every == 0; }
+
+static StepResult update(Run *r, int64_t step, double lr) {
+    Trainer *t = r->trainer;
+    if (step != r->o->profile) return trainer_step(t, r->data, step, lr);
+    free(grid_traffic(t->g, 1));
+    Profile *profile = profile_start();
+    StepResult s = trainer_step(t, r->data, step, lr);
+    profile_print(profile, t->g->rank == 0 ? stdout : 0);
+    char *traffic = grid_traffic(t->g, 0);
+    if (t->g->rank == 0) printf("%s", traffic);
+    free(traffic);
+    return s;
 }
 
-static void train(Trainer *t, const Options *o, Report *report, Checkpoint *checkpoint,
-                  Loader *data, Loader *val, const Tokens *tokens, int64_t first) {
+static void train(Run *r) {
+    const Options *o = r->o;
+    Trainer *t = r->trainer;
     Schedule schedule = schedule_options(o);
-    if (val && first == 0)
-        report_evaluation(report, 0, trainer_evaluate(t, val, evaluation_windows(o, val)));
-    report->begin = now_seconds();
-    Profile *profile = 0;
-    for (int64_t step = first + 1; step <= o->steps; step++) {
-        if (step == first + 1 && *o->dump) t->dump = dump_open(o->dump, t);
-        if (step == first + 1 && o->trace_token >= 0) t->trace = trace_open(t, o->trace_token);
-        if (step == o->profile) {
-            free(grid_traffic(t->g, 1));
-            profile = profile_start();
-        }
+    if (r->val && r->first == 0) evaluate(r, 0);
+    r->report.begin = now_seconds();
+    if (r->first < o->steps && *o->dump) t->dump = dump_open(o->dump, t);
+    if (r->first < o->steps && o->trace_token >= 0) t->trace = trace_open(t, o->trace_token);
+    for (int64_t step = r->first + 1; step <= o->steps; step++) {
         double begin = now_seconds();
-        StepResult s = trainer_step(t, data, step, o->lr * schedule_factor(&schedule, step));
-        if (step == o->profile) {
-            profile_print(profile, t->g->rank == 0 ? stdout : 0);
-            char *traffic = grid_traffic(t->g, 0);
-            if (t->g->rank == 0) printf("%s", traffic);
-            free(traffic);
-        }
-        int show = o->router_every && step % o->router_every == 0;
-        report_step(report, t, step, &s, now_seconds() - begin, show);
+        StepResult s = update(r, step, o->lr * schedule_factor(&schedule, step));
+        int show = due(step, o->router_every), last = step == o->steps;
+        report_step(&r->report, t, step, &s, now_seconds() - begin, show);
         if (s.nonfinite && !o->skip_nonfinite) trainer_die_nonfinite(t, step);
         if (show && t->g->rank == 0 && t->m->c.n_moe) report_heat_map(t, stdout);
-        if (t->trace) trace_close(t, tokens);
-        int save_here = save_asked;
-        if (save_here) save_asked = 0;
-        int last = step == o->steps, asked = (int)comm_max(t->g->all, end_asked   ? SIGNAL_END
-                                                                      : save_here ? SIGNAL_SAVE
-                                                                                  : SIGNAL_NONE);
-        if (val && asked != SIGNAL_END && (last || (o->eval_every && step % o->eval_every == 0)))
-            report_evaluation(report, step, trainer_evaluate(t, val, evaluation_windows(o, val)));
-        if (o->sample_every && asked != SIGNAL_END && step % o->sample_every == 0)
-            generate(t, tokens, o->prompt, 128, o->temperature, step);
-        if (*o->out && (last || asked || (o->save_every && step % o->save_every == 0)))
-            save(checkpoint, t, o, step);
-        if (asked == SIGNAL_END) {
-            if (t->g->rank == 0)
-                printf("stopped by a signal after update %lld%s\n", (long long)step,
-                       *o->out ? "; --resume continues" : "; nothing saved without --out");
-            return;
-        }
+        if (t->trace) trace_close(t, r->tokens);
+        int asked = (int)comm_max(t->g->all, signal_asked());
+        if (r->val && asked != SIGNAL_END && (last || due(step, o->eval_every))) evaluate(r, step);
+        if (asked != SIGNAL_END && due(step, o->sample_every))
+            generate(t, r->tokens, o->prompt, 128, o->temperature, step);
+        if (*o->out && (last || asked || due(step, o->save_every))) save(r, step);
+        if (asked != SIGNAL_END) continue;
+        if (t->g->rank == 0)
+            printf("stopped by a signal after update %lld%s\n", (long long)step,
+                   *o->out ? "; --resume continues" : "; nothing saved without --out");
+        return;
     }
+}
+
+// Weights from the checkpoint of the run, from the model, or from random numbers.
+static void fill_weights(Run *r, const char *resumed, const cJSON *trainer) {
+    const OptimizerState *state = r->trainer->optimizer.state;
+    if (r->first > 0) {
+        checkpoint_resume(r->checkpoint, resumed, state);
+        restore_trainer(r->trainer, trainer);
+        int done = r->o->steps && r->first >= r->o->steps;
+        if (r->grid.rank == 0)
+            printf("resumed from %s%s\n", resumed,
+                   done ? ": --steps asks for no more updates" : "");
+    } else if (*r->o->model)
+        checkpoint_load_model(r->checkpoint, r->o->model, state);
+    else
+        trainer_init(r->trainer);
+}
+
+static Loader *open_data(const FileList *files, const Options *o, uint64_t seed, int shuffle,
+                         const Config *c) {
+    if (!files->n) return 0;
+    return loader_open(files->name, files->n, (int)o->seq_len, seed, shuffle, c->V);
+}
+
+static Tokens *open_tokens(const Options *o) {
+    char *table = 0;
+    if (*o->tokens)
+        table = xasprintf("%s", o->tokens);
+    else if (o->train.n)
+        table = tokens_beside(o->train.name[0]);
+    Tokens *tokens = tokens_open(table);
+    free(table);
+    return tokens;
+}
+
+static void run_free(Run *r) {
+    report_close(&r->report);
+    checkpoint_free(r->checkpoint);
+    arena_free(&r->staging);
+    trainer_free(r->trainer);
+    tokens_close(r->tokens);
+    loader_close(r->data);
+    loader_close(r->val);
+    model_free(&r->model);
+}
+
+// ---- commands -------------------------------------------------------------------------------
+// The path of the model's config.json; "" for a self-test without a model.
+static char *config_path(const Options *o) {
+    return *o->model ? xasprintf("%s/config.json", o->model) : xasprintf("%s", o->init);
+}
+
+static Config open_config(Options *o, const char *path) {
+    Config c;
+    memset(&c, 0, sizeof c);
+    if (*path) c = config_read(path);
+    if (!o->seq_len) o->seq_len = c.max_positions < 512 ? c.max_positions : 512;
+    return c;
+}
+
+static Grid open_grid(Options *o, const Config *c) {
+    Grid grid = grid_build(c, (int)o->dp, (int)o->fsdp, (int)o->ep, (Dispatch)o->dispatch,
+                           o->attention == 1);
+    default_batch(o, &grid);
+    return grid;
+}
+
+// --plan: memory, traffic and estimated time of a layout on a machine that need not be this one.
+static void command_plan(Options *o) {
+    char *path = config_path(o);
+    Config c = open_config(o, path);
+    if (comm_world_rank() == 0) {
+        Machine machine = plan_machine(o->plan_device);
+        if (o->gpu_mem > 0) machine.memory = o->gpu_mem * 1073741824.0;
+        if (o->gpus_per_node) machine.per_node = (int)o->gpus_per_node;
+        Grid grid = grid_plan(&c, o->world ? (int)o->world : comm_world_size(), (int)o->dp,
+                              (int)o->fsdp, (int)o->ep, (Dispatch)o->dispatch, o->attention == 1);
+        default_batch(o, &grid);
+        StepOptions step = step_options(o, &c);
+        // --recompute auto fills the planned machine, not this one.
+        if (!step.memory) step.memory = (size_t)machine.memory;
+        plan_print(stdout, &c, &grid, step, optimizer_options(o), &machine);
+    }
+    config_free(&c);
+    free(path);
+}
+
+// --selftest: returns the program's exit status.
+static int command_selftest(Options *o) {
+    char *path = config_path(o);
+    Config c = open_config(o, path);
+    Grid grid = open_grid(o, &c);
+    int failed = comm_selftest(&grid, stdout);
+    config_free(&c);
+    free(path);
+    return failed != 0;
+}
+
+// A run: trains, or with --steps 0 converts, evaluates and generates.
+static void command_train(Options *o) {
+    char *path = config_path(o);
+    Run r;
+    memset(&r, 0, sizeof r);
+    r.o = o;
+    Config config = open_config(o, path);
+    r.grid = open_grid(o, &config);
+    r.model = model_build(config, grid_shard_spec(&r.grid));
+    int64_t found = open_folder(o, r.grid.all);
+    r.first = found > 0 ? found : 0;
+    char *resumed = found >= 0 ? checkpoint_folder(o->out, found) : 0;
+    cJSON *trainer = resumed ? checkpoint_trainer(resumed) : 0;
+    // Before anything under --out is touched.
+    if (trainer) check_resumed(trainer, o, resumed, found);
+    r.data = open_data(&o->train, o, (uint64_t)o->seed, o->shuffle, &config);
+    r.val = open_data(&o->val, o, 0, 0, &config);
+    r.tokens = open_tokens(o);
+    double peak = device_peak_flops();
+    r.trainer = trainer_create(&r.model, &r.grid, step_options(o, &config), optimizer_options(o), 0,
+                               r.grid.rank == 0 ? stdout : 0);
+    r.staging = arena_counting("checkpoint");
+    checkpoint_free(checkpoint_create(&r.model, r.grid.all, r.grid.dp_rank == 0, &r.staging));
+    arena_commit(&r.staging);
+    r.checkpoint = checkpoint_create(&r.model, r.grid.all, r.grid.dp_rank == 0, &r.staging);
+    int again = r.val && (r.first == 0 || !o->steps);
+    r.report = report_open(r.trainer, o->out, r.first, o->steps, again, peak);
+    report_start(&r.report, r.trainer, o, path, r.data, r.val);
+    fill_weights(&r, resumed, trainer);
+    cJSON_Delete(trainer);
+    free(resumed);
+    free(path);
+    catch_signals();
+    if (o->steps > 0)
+        train(&r);
+    else {
+        if (r.val) evaluate(&r, r.first);
+        if (*o->out && r.first == 0) save(&r, 0);
+    }
+    if (o->generate) generate(r.trainer, r.tokens, o->prompt, (int)o->generate, o->temperature, -1);
+    run_free(&r);
+    device_finish();
+}
+
+// Starts what every command needs: the ranks, then this rank's device and threads.
+static void start(const Options *o) {
+    CommOptions comm = { o->timeout, o->force_comm, o->check_comm };
+    comm_start(comm);
+    int threads = grid_threads((int)o->threads); // NCCL knows the ranks of this machine only now
+    if (o->plan && !o->threads && o->world > comm_world_size()) {
+        threads /= (int)o->world; // what a rank of that world would get here
+        if (threads < 1) threads = 1;
+    }
+    // A plan needs no GPU, but the number of threads.
+    if (!o->plan || !strcmp(device_backend(), "cpu")) device_init(comm_local_rank(), threads);
+    attention_select(o->attention_kernel);
 }
 
 int main(int argc, char **argv) {
     comm_init(&argc, &argv);
     Options o = options_parse(argc, argv);
+    int status = 0;
     if (o.help || argc == 1) {
         if (comm_world_rank() == 0) options_help(stdout);
-        comm_finish();
-        return 0;
+    } else {
+        check_options(&o);
+        start(&o);
+        if (o.plan)
+            command_plan(&o);
+        else if (o.selftest)
+            status = command_selftest(&o);
+        else
+            command_train(&o);
     }
-    check_options(&o);
-    CommOptions comm = { o.timeout, o.force_comm, o.check_comm };
-    comm_start(comm);
-    int threads = grid_threads((int)o.threads); // NCCL knows the ranks of this machine only now
-    if (o.plan && !o.threads && o.world > comm_world_size())
-        threads = threads > o.world ? threads / (int)o.world
-                                    : 1; // what a rank of that world would get here
-    if (!o.plan || !strcmp(device_backend(), "cpu"))
-        device_init(comm_local_rank(), threads); // a plan needs no GPU, but the number of threads
-    attention_select(o.attention_kernel);
-    char *path = *o.model ? xasprintf("%s/config.json", o.model) : xasprintf("%s", o.init);
-    Config config;
-    memset(&config, 0, sizeof config); // --selftest needs no model
-    if (*path) config = config_read(path);
-    if (!o.seq_len) o.seq_len = config.max_positions < 512 ? config.max_positions : 512;
-    if (o.plan) {
-        plan(&o, &config);
-        config_free(&config);
-        free(path);
-        comm_finish();
-        return 0;
-    }
-    Grid grid = grid_build(&config, (int)o.dp, (int)o.fsdp, (int)o.ep, (Dispatch)o.dispatch,
-                           o.attention == 1);
-    default_batch(&o, &grid);
-    if (o.selftest) {
-        int failed = comm_selftest(&grid, stdout);
-        config_free(&config);
-        free(path);
-        comm_finish();
-        return failed != 0;
-    }
-    Model model = model_build(config, grid_shard_spec(&grid));
-    int64_t found = open_folder(&o, grid.all), first = found > 0 ? found : 0;
-    char *resumed = found >= 0 ? checkpoint_folder(o.out, found) : 0;
-    cJSON *trainer = resumed ? checkpoint_trainer(resumed) : 0;
-    if (trainer)
-        check_resumed(trainer, &o, resumed, found); // before anything under --out is touched
-    Loader *data = o.train.n ? loader_open(o.train.name, o.train.n, (int)o.seq_len,
-                                           (uint64_t)o.seed, o.shuffle, config.V)
-                             : 0;
-    Loader *val = o.val.n ? loader_open(o.val.name, o.val.n, (int)o.seq_len, 0, 0, config.V) : 0;
-    char *table = *o.tokens   ? xasprintf("%s", o.tokens)
-                  : o.train.n ? tokens_beside(o.train.name[0])
-                              : 0;
-    Tokens *tokens = tokens_open(table);
-    double peak = device_peak_flops();
-    FILE *screen = grid.rank == 0 ? stdout : 0;
-    Trainer *t =
-        trainer_create(&model, &grid, step_options(&o, &config), optimizer_options(&o), 0, screen);
-    Arena staging = arena_counting("checkpoint");
-    Checkpoint *checkpoint = checkpoint_create(&model, grid.all, grid.dp_rank == 0, &staging);
-    checkpoint_free(checkpoint);
-    arena_commit(&staging);
-    checkpoint = checkpoint_create(&model, grid.all, grid.dp_rank == 0, &staging);
-    Report report = report_open(t, o.out, first, o.steps, val && (first == 0 || !o.steps), peak);
-    report_start(&report, t, &o, path, data, val);
-    if (first > 0) {
-        checkpoint_resume(checkpoint, resumed, t->optimizer.state);
-        restore_trainer(t, trainer);
-        if (screen)
-            printf("resumed from %s%s\n", resumed,
-                   o.steps && first >= o.steps ? ": --steps asks for no more updates" : "");
-    } else if (*o.model)
-        checkpoint_load_model(checkpoint, o.model, t->optimizer.state);
-    else
-        trainer_init(t);
-    catch_signals();
-    if (o.steps > 0)
-        train(t, &o, &report, checkpoint, data, val, tokens, first);
-    else {
-        if (val)
-            report_evaluation(&report, first,
-                              trainer_evaluate(t, val, evaluation_windows(&o, val)));
-        if (*o.out && first == 0) save(checkpoint, t, &o, 0);
-    }
-    if (o.generate) generate(t, tokens, o.prompt, (int)o.generate, o.temperature, -1);
-    report_close(&report);
-    checkpoint_free(checkpoint);
-    arena_free(&staging);
-    trainer_free(t);
-    tokens_close(tokens);
-    loader_close(data);
-    loader_close(val);
-    model_free(&model);
-    cJSON_Delete(trainer);
-    free(resumed);
-    free(table);
-    free(path);
-    free((void *)o.train.name);
-    free((void *)o.val.name);
-    device_finish();
+    options_free(&o);
     comm_finish();
-    return 0;
+    return status;
 }

@@ -20,20 +20,29 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-const char *const PART_SUFFIX[PARTS] = { "",    ".master", ".m",       ".v",
-                                         ".m8", ".v8",     ".m_scale", ".v_scale" };
-enum { QBLOCK = 256 }; // elements that share a scale (kernels.h)
+// Blocks of 256 elements share a scale (kernels/quant8.h).
+#define FIELD(name) offsetof(OptimizerState, name)
+const PartRow PART[PARTS] = {
+    [PART_WEIGHT] = { "", 0, DTYPE_FLOATX, 1, FIELD(param) },
+    [PART_MASTER] = { ".master", STATE_MASTER, DTYPE_REAL, 1, FIELD(master) },
+    [PART_M] = { ".m", STATE_M, DTYPE_REAL, 1, FIELD(m) },
+    [PART_V] = { ".v", STATE_V, DTYPE_REAL, 1, FIELD(v) },
+    [PART_M8] = { ".m8", STATE_8BIT, DTYPE_U8, 1, FIELD(m8) },
+    [PART_V8] = { ".v8", STATE_8BIT, DTYPE_U8, 1, FIELD(v8) },
+    [PART_M_SCALE] = { ".m_scale", STATE_8BIT, DTYPE_F32, 256, FIELD(m_scale) },
+    [PART_V_SCALE] = { ".v_scale", STATE_8BIT, DTYPE_F32, 256, FIELD(v_scale) },
+};
 
 // ---- the list of tensors --------------------------------------------------------------------
 static void add_weight(void *context, const char *name, int is_vector, int64_t rows, int64_t cols) {
-    Checkpoint *k = (Checkpoint *)context;
-    if (k->weight) {
+    Checkpoint *checkpoint = (Checkpoint *)context;
+    if (checkpoint->weight) {
         Weight w = { xasprintf("%s", name), rows, cols, is_vector };
-        k->weight[k->n] = w;
-        k->by_id[k->n].id = tensor_id(name);
-        k->by_id[k->n].weight = k->n;
+        checkpoint->weight[checkpoint->n] = w;
+        checkpoint->by_id[checkpoint->n].id = tensor_id(name);
+        checkpoint->by_id[checkpoint->n].weight = checkpoint->n;
     }
-    k->n++;
+    checkpoint->n++;
 }
 
 static int by_id(const void *a, const void *b) {
@@ -42,46 +51,49 @@ static int by_id(const void *a, const void *b) {
 }
 
 Checkpoint *checkpoint_create(const Model *m, Comm *all, int writer, Arena *arena) {
-    Checkpoint *k = (Checkpoint *)xcalloc(1, sizeof *k, "checkpoint");
-    k->m = m;
-    k->all = all;
-    k->writer = writer;
-    k->rank = all ? comm_rank(all) : 0;
-    k->device = arena_take(arena, CHECKPOINT_STAGING, "checkpoint staging");
-    model_visit(&m->c, add_weight, k);
-    k->weight = (Weight *)xcalloc((size_t)k->n, sizeof *k->weight, "tensor list");
-    k->by_id = xcalloc((size_t)k->n, sizeof *k->by_id, "tensor list");
-    k->source = (Dtype *)xcalloc((size_t)k->n, sizeof *k->source, "tensor list");
-    k->n = 0;
-    model_visit(&m->c, add_weight, k);
-    qsort(k->by_id, (size_t)k->n, sizeof *k->by_id, by_id);
-    for (int i = 1; i < k->n; i++)
-        if (k->by_id[i].id == k->by_id[i - 1].id)
+    Checkpoint *checkpoint = (Checkpoint *)xcalloc(1, sizeof *checkpoint, "checkpoint");
+    checkpoint->m = m;
+    checkpoint->all = all;
+    checkpoint->writer = writer;
+    checkpoint->rank = all ? comm_rank(all) : 0;
+    checkpoint->device = arena_take(arena, CHECKPOINT_STAGING, "checkpoint staging");
+    model_visit(&m->c, add_weight, checkpoint);
+    checkpoint->weight =
+        (Weight *)xcalloc((size_t)checkpoint->n, sizeof *checkpoint->weight, "tensor list");
+    checkpoint->by_id = xcalloc((size_t)checkpoint->n, sizeof *checkpoint->by_id, "tensor list");
+    checkpoint->source =
+        (Dtype *)xcalloc((size_t)checkpoint->n, sizeof *checkpoint->source, "tensor list");
+    checkpoint->n = 0;
+    model_visit(&m->c, add_weight, checkpoint);
+    qsort(checkpoint->by_id, (size_t)checkpoint->n, sizeof *checkpoint->by_id, by_id);
+    for (int i = 1; i < checkpoint->n; i++)
+        if (checkpoint->by_id[i].id == checkpoint->by_id[i - 1].id)
             die("tensors %s and %s have the same 64-bit identity|rename one",
-                k->weight[k->by_id[i].weight].name, k->weight[k->by_id[i - 1].weight].name);
-    return k;
+                checkpoint->weight[checkpoint->by_id[i].weight].name,
+                checkpoint->weight[checkpoint->by_id[i - 1].weight].name);
+    return checkpoint;
 }
 
-void checkpoint_free(Checkpoint *k) {
-    checkpoint_plan_free(&k->plan);
-    for (int i = 0; i < k->n; i++) free(k->weight[i].name);
-    for (int i = 0; i < k->n_attachments; i++) {
-        free(k->attachment[i].name);
-        free(k->attachment[i].data);
+void checkpoint_free(Checkpoint *checkpoint) {
+    checkpoint_plan_free(&checkpoint->plan);
+    for (int i = 0; i < checkpoint->n; i++) free(checkpoint->weight[i].name);
+    for (int i = 0; i < checkpoint->n_attachments; i++) {
+        free(checkpoint->attachment[i].name);
+        free(checkpoint->attachment[i].data);
     }
-    free(k->weight);
-    free(k->by_id);
-    free(k->source);
-    free(k->attachment);
-    free(k->host);
-    free(k);
+    free(checkpoint->weight);
+    free(checkpoint->by_id);
+    free(checkpoint->source);
+    free(checkpoint->attachment);
+    free(checkpoint->host);
+    free(checkpoint);
 }
 
-int checkpoint_weight(const Checkpoint *k, const Segment *g) {
-    for (int lo = 0, hi = k->n; lo < hi;) {
+int checkpoint_weight(const Checkpoint *checkpoint, const Segment *g) {
+    for (int lo = 0, hi = checkpoint->n; lo < hi;) {
         int mid = lo + (hi - lo) / 2;
-        if (k->by_id[mid].id == g->tensor) return k->by_id[mid].weight;
-        if (g->tensor < k->by_id[mid].id)
+        if (checkpoint->by_id[mid].id == g->tensor) return checkpoint->by_id[mid].weight;
+        if (g->tensor < checkpoint->by_id[mid].id)
             hi = mid;
         else
             lo = mid + 1;
@@ -91,7 +103,7 @@ int checkpoint_weight(const Checkpoint *k, const Segment *g) {
         g->tensor);
 }
 
-int checkpoint_fused(const Config *c, const char *name, char *fused, int64_t *base,
+int checkpoint_fused(const Config *c, const char *name, char fused[FUSED_NAME], int64_t *base,
                      int64_t shape[3]) {
     const char *experts = strstr(name, ".mlp.experts.");
     if (!experts) return 0;
@@ -99,7 +111,7 @@ int checkpoint_fused(const Config *c, const char *name, char *fused, int64_t *ba
     char *end;
     int64_t e = strtoll(name + prefix + 1, &end, 10), size = (int64_t)c->F * c->C;
     int down = !strcmp(end, ".down_proj.weight"), up = !strcmp(end, ".up_proj.weight");
-    snprintf(fused, 160, "%.*s.%s", prefix, name, down ? "down_proj" : "gate_up_proj");
+    snprintf(fused, FUSED_NAME, "%.*s.%s", prefix, name, down ? "down_proj" : "gate_up_proj");
     *base = down ? e * size : (2 * e + up) * size;
     shape[0] = c->E;
     shape[1] = down ? c->C : 2 * c->F;
@@ -108,42 +120,25 @@ int checkpoint_fused(const Config *c, const char *name, char *fused, int64_t *ba
 }
 
 int64_t checkpoint_part_elements(const Weight *w, Part part) {
-    int64_t n = w->rows * w->cols;
-    return part == PART_M_SCALE || part == PART_V_SCALE ? (n + QBLOCK - 1) / QBLOCK : n;
-}
-
-static void *part_base(Part part, const OptimizerState *s) {
-    switch (part) {
-    case PART_M: return s->m;
-    case PART_V: return s->v;
-    case PART_M8: return s->m8;
-    case PART_V8: return s->v8;
-    case PART_M_SCALE: return s->m_scale;
-    case PART_V_SCALE: return s->v_scale;
-    default:
-        return s->master ? (void *)s->master
-                         : (void *)s->param; // weights and masters: the number with the most bits
-    }
+    int n = PART[part].per_number;
+    return (w->rows * w->cols + n - 1) / n;
 }
 
 Piece checkpoint_piece(Part part, const OptimizerState *s, const Segment *g) {
-    Piece p = { (char *)part_base(part, s), DTYPE_REAL, g->first, g->count };
-    int64_t at = g->offset;
-    if (part <= PART_MASTER && !s->master) p.type = DTYPE_FLOATX;
-    if (part == PART_M8 || part == PART_V8) p.type = DTYPE_U8;
-    if (part >= PART_M_SCALE) {
-        p.type = DTYPE_F32;
-        p.first = g->first / QBLOCK;
-        p.count = (g->count + QBLOCK - 1) / QBLOCK;
-        at = g->qblock;
-    }
-    if (p.data) p.data += at * (int64_t)dtype_size(p.type);
+    // The file of the weights and .master both hold the number with the most bits.
+    if (part <= PART_MASTER) part = s->master ? PART_MASTER : PART_WEIGHT;
+    const PartRow *row = &PART[part];
+    int n = row->per_number;
+    Piece p = { 0, row->type, g->first / n, (g->count + n - 1) / n };
+    memcpy(&p.data, (const char *)s + row->field, sizeof p.data);
+    if (p.data) p.data += (n > 1 ? g->qblock : g->offset) * (int64_t)dtype_size(p.type);
     return p;
 }
 
-void checkpoint_check_blocks(const Checkpoint *k) {
-    if (model_cuts_blocks(k->m))
-        die("8-bit optimizer state: this layout cuts blocks of 256 elements|choose --fsdp and --ep so that shards fall on whole blocks");
+void checkpoint_check_blocks(const Checkpoint *checkpoint) {
+    if (model_cuts_blocks(checkpoint->m))
+        die("8-bit optimizer state: this layout cuts blocks of 256 elements|"
+            "choose --fsdp and --ep so that shards fall on whole blocks");
 }
 
 unsigned checkpoint_state(const OptimizerState *s) {
@@ -152,24 +147,24 @@ unsigned checkpoint_state(const OptimizerState *s) {
 }
 
 // One line on a terminal that rewrites itself, for what takes longer than two seconds.
-void checkpoint_progress_start(Checkpoint *k, int64_t total) {
-    k->moved = 0;
-    k->to_move = total;
-    k->began = k->shown = now_seconds();
+void checkpoint_progress_start(Checkpoint *checkpoint, int64_t total) {
+    checkpoint->moved = 0;
+    checkpoint->to_move = total;
+    checkpoint->began = checkpoint->shown = now_seconds();
 }
 
-void checkpoint_progress(Checkpoint *k, const char *verb, int64_t bytes) {
-    k->moved += bytes;
+void checkpoint_progress(Checkpoint *checkpoint, const char *verb, int64_t bytes) {
+    checkpoint->moved += bytes;
     double now = now_seconds();
-    if (k->rank || now - k->shown < 2 || !isatty(2)) return;
-    k->shown = now;
-    fprintf(stderr, "\r%s %.1f ", verb, (double)k->moved / 1e9);
-    if (k->to_move) fprintf(stderr, "of %.1f ", (double)k->to_move / 1e9);
-    fprintf(stderr, "GB, %.2f GB/s ", (double)k->moved / 1e9 / (now - k->began));
+    if (checkpoint->rank || now - checkpoint->shown < 2 || !isatty(2)) return;
+    checkpoint->shown = now;
+    fprintf(stderr, "\r%s %.1f ", verb, (double)checkpoint->moved / 1e9);
+    if (checkpoint->to_move) fprintf(stderr, "of %.1f ", (double)checkpoint->to_move / 1e9);
+    fprintf(stderr, "GB, %.2f GB/s ", (double)checkpoint->moved / 1e9 / (now - checkpoint->began));
 }
 
-void checkpoint_progress_end(const Checkpoint *k) {
-    if (k->shown > k->began) fprintf(stderr, "\n");
+void checkpoint_progress_end(const Checkpoint *checkpoint) {
+    if (checkpoint->shown > checkpoint->began) fprintf(stderr, "\n");
 }
 
 // ---- where the tensors of a loaded model are ------------------------------------------------
@@ -182,14 +177,14 @@ static int has_shape(const SafeTensor *t, int n, const int64_t *shape) {
 
 // The tensor of weight w in either layout and the first element of w in it; 0 where neither is
 // there.
-static const SafeTensor *find_weight(const Checkpoint *k, const SafeTensors *s, const Weight *w,
-                                     int64_t *base) {
+static const SafeTensor *find_weight(const Checkpoint *checkpoint, const SafeTensors *s,
+                                     const Weight *w, int64_t *base) {
     int64_t shape[3] = { w->vector ? w->cols : w->rows, w->cols, 0 };
     int n = w->vector ? 1 : 2;
-    char fused[160], has[192], want[192];
+    char fused[FUSED_NAME], has[192], want[192];
     const SafeTensor *t = safetensors_find(s, w->name);
     *base = 0;
-    if (!t && checkpoint_fused(&k->m->c, w->name, fused, base, shape)) {
+    if (!t && checkpoint_fused(&checkpoint->m->c, w->name, fused, base, shape)) {
         t = safetensors_find(s, fused);
         n = 3;
     }
@@ -198,23 +193,25 @@ static const SafeTensor *find_weight(const Checkpoint *k, const SafeTensors *s, 
         SafeTensor wanted;
         wanted.n_dims = n;
         memcpy(wanted.shape, shape, sizeof shape);
-        die("%s: tensor %s has shape %s, config.json means %s|is this the config of this checkpoint?",
+        die("%s: tensor %s has shape %s, config.json means %s|"
+            "is this the config of this checkpoint?",
             s->path[t->file], t->name, safetensors_shape(t, has), safetensors_shape(&wanted, want));
     }
     if (t->type != DTYPE_F32 && t->type != DTYPE_BF16 && t->type != DTYPE_F16 &&
         t->type != DTYPE_F64)
-        die("%s: tensor %s: weights of dtype %s are not supported|use a checkpoint in F32, BF16 or F16",
+        die("%s: tensor %s: weights of dtype %s are not supported|"
+            "use a checkpoint in F32, BF16 or F16",
             s->path[t->file], t->name, dtype_name(t->type));
     return t;
 }
 
-static void warn_extra(const Checkpoint *k, const SafeTensors *s, const char *dir,
+static void warn_extra(const Checkpoint *checkpoint, const SafeTensors *s, const char *dir,
                        const char *used) {
     int n = 0, shown = 0;
     for (int i = 0; i < s->n; i++) {
         const char *name = s->tensor[i].name,
                    *inv = strstr(name, "rotary_emb.inv_freq"); // a table that old versions saved
-        if (used[i] || inv || (k->m->c.tied && !strcmp(name, "lm_head.weight"))) continue;
+        if (used[i] || inv || (checkpoint->m->c.tied && !strcmp(name, "lm_head.weight"))) continue;
         if (!n++)
             fprintf(stderr,
                     "warning: %s: tensors that this model has no place for are ignored:", dir);
@@ -228,49 +225,51 @@ static void warn_extra(const Checkpoint *k, const SafeTensors *s, const char *di
 
 // A tied model has no head of its own; a file may bring one all the same, and should then bring the
 // embedding again.
-static void check_tied(const Checkpoint *k, const SafeTensors *s, const char *dir) {
+static void check_tied(const Checkpoint *checkpoint, const SafeTensors *s, const char *dir) {
     const SafeTensor *head = safetensors_find(s, "lm_head.weight"),
                      *embed = safetensors_find(s, "model.embed_tokens.weight");
-    if (!k->m->c.tied || !head || !embed) return;
+    if (!checkpoint->m->c.tied || !head || !embed) return;
     int same = head->type == embed->type && head->bytes == embed->bytes;
     int64_t half = CHECKPOINT_STAGING / 2;
     for (int64_t at = 0; same && at < head->bytes; at += half) {
         int64_t n = head->bytes - at < half ? head->bytes - at : half;
-        safetensors_read(s, head, at, k->host, n);
-        safetensors_read(s, embed, at, k->host + half, n);
-        same = !memcmp(k->host, k->host + half, (size_t)n);
+        safetensors_read(s, head, at, checkpoint->host, n);
+        safetensors_read(s, embed, at, checkpoint->host + half, n);
+        same = !memcmp(checkpoint->host, checkpoint->host + half, (size_t)n);
     }
     if (!same)
-        fprintf(
-            stderr,
-            "warning: %s: lm_head.weight differs from model.embed_tokens.weight, but tie_word_embeddings is true: lm_head.weight is ignored\n",
-            dir);
+        fprintf(stderr,
+                "warning: %s: lm_head.weight differs from model.embed_tokens.weight, but "
+                "tie_word_embeddings is true: lm_head.weight is ignored\n",
+                dir);
 }
 
-// Fills place (k->n) and k->source.
-static void place_model(Checkpoint *k, const SafeTensors *s, const char *dir, Place *place) {
+// Fills place (checkpoint->n) and checkpoint->source.
+static void place_model(Checkpoint *checkpoint, const SafeTensors *s, const char *dir,
+                        Place *place) {
     char *used = (char *)xcalloc((size_t)s->n + 1, 1, "tensor list");
     const char *missing = 0;
     int n_missing = 0;
-    for (int i = 0; i < k->n; i++) {
+    for (int i = 0; i < checkpoint->n; i++) {
         int64_t base;
-        const SafeTensor *t = find_weight(k, s, &k->weight[i], &base);
+        const SafeTensor *t = find_weight(checkpoint, s, &checkpoint->weight[i], &base);
         if (!t) {
-            if (!n_missing++) missing = k->weight[i].name;
+            if (!n_missing++) missing = checkpoint->weight[i].name;
             continue;
         }
         used[t - s->tensor] = 1;
         place[i].file = t->file;
-        place[i].type = k->source[i] = t->type;
+        place[i].type = checkpoint->source[i] = t->type;
         place[i].at = t->at + base * (int64_t)dtype_size(t->type);
     }
     if (missing)
-        die("%s: tensor %s is missing (%d of %d are)|is the checkpoint complete, and is this its config.json?",
-            dir, missing, n_missing, k->n);
-    k->has_source = 1;
-    if (!k->rank) {
-        warn_extra(k, s, dir, used);
-        check_tied(k, s, dir);
+        die("%s: tensor %s is missing (%d of %d are)|"
+            "is the checkpoint complete, and is this its config.json?",
+            dir, missing, n_missing, checkpoint->n);
+    checkpoint->has_source = 1;
+    if (!checkpoint->rank) {
+        warn_extra(checkpoint, s, dir, used);
+        check_tied(checkpoint, s, dir);
     }
     free(used);
 }
@@ -303,37 +302,40 @@ typedef struct {
 
 // Reads one part of one segment into the shard. Weights go to the master first; the parameter is
 // the master rounded once, as after an update.
-static void read_piece(Checkpoint *k, const Source *source, Place place, Part part,
+static void read_piece(Checkpoint *checkpoint, const Source *source, Place place, Part part,
                        const OptimizerState *s, const Segment *g, const char *name) {
     Piece p = checkpoint_piece(part, s, g);
     int64_t size = (int64_t)dtype_size(place.type), step = CHECKPOINT_STAGING / 8;
     const Source *from = &source[place.file];
     for (int64_t i = 0; i < p.count; i += step) {
         int64_t n = p.count - i < step ? p.count - i : step, bad;
-        file_read_at(from->fd, from->path, place.at + (p.first + i) * size, k->host, n * size);
-        if (part == PART_WEIGHT && (bad = not_finite(k->host, place.type, n)) >= 0)
-            die("%s: tensor %s: element %lld is NaN or infinite|the checkpoint is damaged or its training diverged",
+        file_read_at(from->fd, from->path, place.at + (p.first + i) * size, checkpoint->host,
+                     n * size);
+        if (part == PART_WEIGHT && (bad = not_finite(checkpoint->host, place.type, n)) >= 0)
+            die("%s: tensor %s: element %lld is NaN or infinite|"
+                "the checkpoint is damaged or its training diverged",
                 from->path, name, (long long)(p.first + i + bad));
         char *dst = p.data + i * (int64_t)dtype_size(p.type);
         if (place.type == p.type)
-            device_upload(dst, k->host, (size_t)(n * size));
+            device_upload(dst, checkpoint->host, (size_t)(n * size));
         else {
-            device_upload(k->device, k->host, (size_t)(n * size));
-            convert(dst, p.type, k->device, place.type, (size_t)n);
+            device_upload(checkpoint->device, checkpoint->host, (size_t)(n * size));
+            convert(dst, p.type, checkpoint->device, place.type, (size_t)n);
         }
         if (part == PART_WEIGHT && s->master)
             convert(s->param + g->offset + i, DTYPE_FLOATX, dst, DTYPE_REAL, (size_t)n);
-        checkpoint_progress(k, "reading", n * size);
+        checkpoint_progress(checkpoint, "reading", n * size);
     }
 }
 
-static void read_part(Checkpoint *k, const Source *source, const Place *place, Part part,
+static void read_part(Checkpoint *checkpoint, const Source *source, const Place *place, Part part,
                       const OptimizerState *shard) {
-    for (int b = 0; b < k->m->n_blocks; b++)
-        for (int i = 0; i < k->m->block[b].n_segments; i++) {
-            const Segment *g = &k->m->block[b].segment[i];
-            int w = checkpoint_weight(k, g);
-            read_piece(k, source, place[w], part, &shard[b], g, k->weight[w].name);
+    for (int b = 0; b < checkpoint->m->n_blocks; b++)
+        for (int i = 0; i < checkpoint->m->block[b].n_segments; i++) {
+            const Segment *g = &checkpoint->m->block[b].segment[i];
+            int w = checkpoint_weight(checkpoint, g);
+            read_piece(checkpoint, source, place[w], part, &shard[b], g,
+                       checkpoint->weight[w].name);
         }
 }
 
@@ -349,7 +351,7 @@ static int is_attachment(const char *name) {
 
 // Saved in memory (a few megabytes): the folder that the model came from may be gone by the time of
 // a save, removed by --keep for one.
-static void load_attachments(Checkpoint *k, const char *dir) {
+static void load_attachments(Checkpoint *checkpoint, const char *dir) {
     DIR *d = opendir(dir);
     for (struct dirent *e; d && (e = readdir(d));) {
         struct stat st;
@@ -363,10 +365,10 @@ static void load_attachments(Checkpoint *k, const char *dir) {
                              (char *)xmalloc((size_t)st.st_size, "tokenizer file"), 0 };
             a.bytes = fread(a.data, 1, (size_t)st.st_size, f);
             fclose(f);
-            k->attachment =
-                (Attachment *)realloc(k->attachment, (size_t)(k->n_attachments + 1) * sizeof a);
-            if (!k->attachment) die("out of host memory for tokenizer files|free memory");
-            k->attachment[k->n_attachments++] = a;
+            checkpoint->attachment = (Attachment *)realloc(
+                checkpoint->attachment, (size_t)(checkpoint->n_attachments + 1) * sizeof a);
+            if (!checkpoint->attachment) die("out of host memory for tokenizer files|free memory");
+            checkpoint->attachment[checkpoint->n_attachments++] = a;
         }
         free(path);
     }
@@ -375,23 +377,26 @@ static void load_attachments(Checkpoint *k, const char *dir) {
 
 // ---- load and resume ------------------------------------------------------------------------
 // Where part p of every weight lies in the optimizer's file, which is file number `file`.
-static void place_state(const Checkpoint *k, const SafeTensors *s, int file, Part part, Dtype type,
+static void place_state(const Checkpoint *checkpoint, const SafeTensors *s, int file, Part part,
                         Place *place) {
-    for (int i = 0; i < k->n; i++) {
-        char *name = xasprintf("%s%s", k->weight[i].name, PART_SUFFIX[part]);
+    for (int i = 0; i < checkpoint->n; i++) {
+        char *name = xasprintf("%s%s", checkpoint->weight[i].name, PART[part].suffix);
         const SafeTensor *t = s->n_files ? safetensors_find(s, name) : 0;
         if (!t && part == PART_MASTER) {
             free(name);
             continue;
         }
         if (!t)
-            die("%s: %s is missing|the checkpoint was written by another optimizer, or by sgd without momentum: resume with that",
+            die("%s: %s is missing|"
+                "the checkpoint was written by another optimizer, or by sgd without momentum: "
+                "resume with that",
                 s->n_files ? s->path[0] : "optimizer.safetensors", name);
         int is_real = t->type == DTYPE_F32 || t->type == DTYPE_F64 ||
                       (part == PART_MASTER && t->type == DTYPE_BF16);
-        if (safetensors_elements(t) != checkpoint_part_elements(&k->weight[i], part) ||
-            (type == DTYPE_U8 ? t->type != DTYPE_U8 : !is_real))
-            die("%s: %s has another size or dtype than the model|the file belongs to another checkpoint",
+        if (safetensors_elements(t) != checkpoint_part_elements(&checkpoint->weight[i], part) ||
+            (PART[part].type == DTYPE_U8 ? t->type != DTYPE_U8 : !is_real))
+            die("%s: %s has another size or dtype than the model|"
+                "the file belongs to another checkpoint",
                 s->path[0], name);
         place[i].file = file;
         place[i].type = t->type;
@@ -400,7 +405,8 @@ static void place_state(const Checkpoint *k, const SafeTensors *s, int file, Par
     }
 }
 
-static void load(Checkpoint *k, const char *dir, const OptimizerState *shard, int with_state) {
+static void load(Checkpoint *checkpoint, const char *dir, const OptimizerState *shard,
+                 int with_state) {
     SafeTensors model = safetensors_open_folder(dir), state;
     memset(&state, 0, sizeof state);
     char *path = xasprintf("%s/optimizer.safetensors", dir);
@@ -412,42 +418,41 @@ static void load(Checkpoint *k, const char *dir, const OptimizerState *shard, in
     }
     source[model.n_files].fd = state.n_files ? state.fd[0] : -1;
     source[model.n_files].path = path;
-    Place *place = (Place *)xmalloc((size_t)k->n * sizeof *place, "tensor places");
-    if (!k->host) k->host = (char *)xmalloc(CHECKPOINT_STAGING, "checkpoint staging");
-    checkpoint_progress_start(k, 0);
-    place_model(k, &model, dir, place);
+    Place *place = (Place *)xmalloc((size_t)checkpoint->n * sizeof *place, "tensor places");
+    if (!checkpoint->host)
+        checkpoint->host = (char *)xmalloc(CHECKPOINT_STAGING, "checkpoint staging");
+    checkpoint_progress_start(checkpoint, 0);
+    place_model(checkpoint, &model, dir, place);
     if (with_state)
-        place_state(k, &state, model.n_files, PART_MASTER, DTYPE_REAL,
+        place_state(checkpoint, &state, model.n_files, PART_MASTER,
                     place); // more bits than the model file, where it is there
-    read_part(k, source, place, PART_WEIGHT, shard);
+    read_part(checkpoint, source, place, PART_WEIGHT, shard);
     if (with_state) {
         unsigned want = checkpoint_state(shard);
-        if (want & STATE_8BIT) checkpoint_check_blocks(k);
+        if (want & STATE_8BIT) checkpoint_check_blocks(checkpoint);
         for (Part part = PART_M; part < PARTS; part = (Part)(part + 1)) {
-            Dtype type = part == PART_M8 || part == PART_V8 ? DTYPE_U8 : DTYPE_F32;
-            if (!(want & (part == PART_M ? STATE_M : part == PART_V ? STATE_V : STATE_8BIT)))
-                continue;
-            place_state(k, &state, model.n_files, part, type, place);
-            read_part(k, source, place, part, shard);
+            if (!(want & PART[part].state)) continue;
+            place_state(checkpoint, &state, model.n_files, part, place);
+            read_part(checkpoint, source, place, part, shard);
         }
     }
     device_sync();
-    checkpoint_progress_end(k);
-    if (!k->rank && !k->n_attachments) load_attachments(k, dir);
+    checkpoint_progress_end(checkpoint);
+    if (!checkpoint->rank && !checkpoint->n_attachments) load_attachments(checkpoint, dir);
     safetensors_close(&model);
     safetensors_close(&state);
     free(source);
     free(place);
     free(path);
-    free(k->host);
-    k->host = 0;
+    free(checkpoint->host);
+    checkpoint->host = 0;
 }
 
-void checkpoint_load_model(Checkpoint *k, const char *dir, const OptimizerState *shard) {
-    load(k, dir, shard, 0);
+void checkpoint_load_model(Checkpoint *checkpoint, const char *dir, const OptimizerState *shard) {
+    load(checkpoint, dir, shard, 0);
 }
-void checkpoint_resume(Checkpoint *k, const char *dir, const OptimizerState *shard) {
-    load(k, dir, shard, 1);
+void checkpoint_resume(Checkpoint *checkpoint, const char *dir, const OptimizerState *shard) {
+    load(checkpoint, dir, shard, 1);
 }
 
 // ---- folders and trainer.json ---------------------------------------------------------------
@@ -473,7 +478,8 @@ struct cJSON *checkpoint_trainer(const char *dir) {
     fclose(f);
     cJSON *root = cJSON_Parse(text);
     if (!cJSON_IsObject(root))
-        die("%s: not valid JSON|the checkpoint is damaged: remove its folder and resume from the one before",
+        die("%s: not valid JSON|"
+            "the checkpoint is damaged: remove its folder and resume from the one before",
             path);
     free(text);
     free(path);
@@ -483,7 +489,8 @@ struct cJSON *checkpoint_trainer(const char *dir) {
 double trainer_number(const struct cJSON *trainer, const char *key) {
     const cJSON *v = cJSON_GetObjectItemCaseSensitive(trainer, key);
     if (!cJSON_IsNumber(v))
-        die("trainer.json: no number %s|the checkpoint was written by another version of this program",
+        die("trainer.json: no number %s|"
+            "the checkpoint was written by another version of this program",
             key);
     return v->valuedouble;
 }
@@ -491,7 +498,8 @@ double trainer_number(const struct cJSON *trainer, const char *key) {
 const char *trainer_text(const struct cJSON *trainer, const char *key) {
     const cJSON *v = cJSON_GetObjectItemCaseSensitive(trainer, key);
     if (!cJSON_IsString(v))
-        die("trainer.json: no text %s|the checkpoint was written by another version of this program",
+        die("trainer.json: no text %s|"
+            "the checkpoint was written by another version of this program",
             key);
     return v->valuestring;
 }

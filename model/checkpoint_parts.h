@@ -1,12 +1,13 @@
-// What checkpoint.c (reading) and checkpoint_save.c (writing) share: the list of the model's HF
-// tensors and how a segment finds its bytes.
+// What checkpoint.c (reading), checkpoint_save.c (writing) and dump.c share: the list of the
+// model's Hugging Face tensors, the parts that are kept of each, and how a segment finds its bytes.
 #ifndef MOE_CHECKPOINT_PARTS_H
 #define MOE_CHECKPOINT_PARTS_H
 #include "checkpoint.h"
 #include "safetensors.h"
 MOE_BEGIN_C
 
-// What a checkpoint keeps of one HF tensor; the optimizer's file names it <HF name><suffix>.
+// What a checkpoint keeps of one Hugging Face tensor. One row of PART says everything about a part;
+// reading, planning and writing have no other list.
 typedef enum {
     PART_WEIGHT,
     PART_MASTER,
@@ -18,7 +19,14 @@ typedef enum {
     PART_V_SCALE,
     PARTS
 } Part;
-extern const char *const PART_SUFFIX[PARTS];
+typedef struct {
+    const char *suffix; // optimizer.safetensors has the part as <HF name><suffix>
+    unsigned state;     // STATE_ bit of checkpoint_state() with which the part is kept
+    Dtype type;         // of its numbers in memory
+    int per_number;     // elements of the tensor that share one of its numbers
+    size_t field;       // offset of its pointer in OptimizerState
+} PartRow;
+extern const PartRow PART[PARTS];
 
 typedef struct {
     char *name;
@@ -71,29 +79,35 @@ struct Checkpoint {
     double began, shown;
 };
 
-// A piece of one part of one segment: where it lies in the rank's buffer and in the HF tensor, both
-// in elements of the part.
+// One part of one segment: its numbers in this rank's buffer, and where they begin in the part of
+// the whole Hugging Face tensor.
 typedef struct {
-    char *data;
+    char *data; // 0: this rank's state has no such part
     Dtype type;
     int64_t first, count;
 } Piece;
-// data 0 where this rank's state has no such part.
 Piece checkpoint_piece(Part part, const OptimizerState *s, const Segment *g);
-int checkpoint_weight(const Checkpoint *k, const Segment *g); // index of the segment's HF tensor
-// Fused name of an expert's tensor (into fused, 160 chars), where the expert begins in it, and its
-// shape; 0 for tensors that are no expert's.
-int checkpoint_fused(const Config *c, const char *name, char *fused, int64_t *base,
+// Returns the index of the segment's Hugging Face tensor in checkpoint->weight.
+int checkpoint_weight(const Checkpoint *checkpoint, const Segment *g);
+// Writes the fused name of an expert's tensor to `fused`, where the expert begins in it to `base`,
+// and the fused shape. Returns 0 for tensors that are no expert's.
+enum { FUSED_NAME = 160 };
+int checkpoint_fused(const Config *c, const char *name, char fused[FUSED_NAME], int64_t *base,
                      int64_t shape[3]);
-// Elements of a part of a weight.
+// Returns how many numbers a part of a weight has.
 int64_t checkpoint_part_elements(const Weight *w, Part part);
-// 8-bit state is addressed by whole 256-element blocks; dies where a cut goes through one.
-void checkpoint_check_blocks(const Checkpoint *k);
+// Ends the run where this layout cuts blocks of 8-bit state, which are read and written whole.
+void checkpoint_check_blocks(const Checkpoint *checkpoint);
 void checkpoint_plan_free(SavePlan *p);
-// Progress of a load or save on rank 0's terminal. total: bytes that will move, 0 where they are
-// not known beforehand.
-void checkpoint_progress_start(Checkpoint *k, int64_t total);
-void checkpoint_progress(Checkpoint *k, const char *verb, int64_t bytes);
-void checkpoint_progress_end(const Checkpoint *k);
+// Creates `path` at its full size with its header, synced. Returns 0 or errno.
+int checkpoint_create_file(const char *path, const OutFile *f);
+// Writes the numbers of `piece`, converted to the type of `place`, to their place in `fd`. Returns
+// 0 or errno.
+int checkpoint_write_piece(Checkpoint *checkpoint, int fd, Place place, Piece piece);
+// Show the progress of a load or save on rank 0's terminal. total: bytes that will move, 0 where
+// they are not known beforehand.
+void checkpoint_progress_start(Checkpoint *checkpoint, int64_t total);
+void checkpoint_progress(Checkpoint *checkpoint, const char *verb, int64_t bytes);
+void checkpoint_progress_end(const Checkpoint *checkpoint);
 MOE_END_C
 #endif

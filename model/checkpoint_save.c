@@ -38,10 +38,11 @@ static const char *torch_name(Dtype t) {
 }
 
 // ---- plan -----------------------------------------------------------------------------------
-static Dtype save_type(const Checkpoint *k, SaveDtype option, int weight) {
+static Dtype save_type(const Checkpoint *checkpoint, SaveDtype option, int weight) {
     if (option == SAVE_F32) return DTYPE_F32;
     if (option == SAVE_BF16) return DTYPE_BF16;
-    return option == SAVE_SOURCE && k->has_source ? k->source[weight] : DTYPE_FLOATX;
+    return option == SAVE_SOURCE && checkpoint->has_source ? checkpoint->source[weight]
+                                                           : DTYPE_FLOATX;
 }
 
 // Every number of type `has` is a number of type `to`.
@@ -69,20 +70,20 @@ typedef struct {
 } Home; // the tensor of the file that holds a weight, and where the weight begins in it
 
 // The model's tensors in the layout asked for, in table order, and each weight's home among them.
-static int model_tensors(const Checkpoint *k, SaveOptions o, SafeTensor *t, Home *home) {
+static int model_tensors(const Checkpoint *checkpoint, SaveOptions o, SafeTensor *t, Home *home) {
     int n = 0;
-    for (int i = 0; i < k->n; i++) {
-        const Weight *w = &k->weight[i];
-        char fused[160];
+    for (int i = 0; i < checkpoint->n; i++) {
+        const Weight *w = &checkpoint->weight[i];
+        char fused[FUSED_NAME];
         int64_t shape[3], base = 0;
-        if (o.fused && checkpoint_fused(&k->m->c, w->name, fused, &base, shape)) {
+        if (o.fused && checkpoint_fused(&checkpoint->m->c, w->name, fused, &base, shape)) {
             if (!base)
-                t[n++] = new_tensor(xasprintf("%s", fused), save_type(k, o.dtype, i), 3, shape[0],
-                                    shape[1], shape[2]);
+                t[n++] = new_tensor(xasprintf("%s", fused), save_type(checkpoint, o.dtype, i), 3,
+                                    shape[0], shape[1], shape[2]);
         } else
-            t[n++] =
-                new_tensor(xasprintf("%s", w->name), save_type(k, o.dtype, i), w->vector ? 1 : 2,
-                           w->vector ? w->cols : w->rows, w->vector ? 0 : w->cols, 0);
+            t[n++] = new_tensor(xasprintf("%s", w->name), save_type(checkpoint, o.dtype, i),
+                                w->vector ? 1 : 2, w->vector ? w->cols : w->rows,
+                                w->vector ? 0 : w->cols, 0);
         home[i].tensor = n - 1; // an expert's tensors follow one another in the table
         home[i].base = base;
     }
@@ -113,10 +114,10 @@ static void add_file(SavePlan *p, char *name, SafeTensor *t, int n) {
     p->bytes += f->bytes;
 }
 
-static void plan_model(const Checkpoint *k, SavePlan *p) {
-    Home *home = (Home *)xmalloc((size_t)k->n * sizeof *home, "save plan");
-    p->tensor = (SafeTensor *)xcalloc((size_t)k->n, sizeof *p->tensor, "save plan");
-    p->n_tensors = model_tensors(k, p->options, p->tensor, home);
+static void plan_model(const Checkpoint *checkpoint, SavePlan *p) {
+    Home *home = (Home *)xmalloc((size_t)checkpoint->n * sizeof *home, "save plan");
+    p->tensor = (SafeTensor *)xcalloc((size_t)checkpoint->n, sizeof *p->tensor, "save plan");
+    p->n_tensors = model_tensors(checkpoint, p->options, p->tensor, home);
     p->dtype = torch_name(p->tensor[0].type);
     p->n_model_files =
         cut_files(p->tensor, p->n_tensors,
@@ -132,8 +133,8 @@ static void plan_model(const Checkpoint *k, SavePlan *p) {
                  p->tensor + first, n);
         first += n;
     }
-    p->place[PART_WEIGHT] = (Place *)xmalloc((size_t)k->n * sizeof(Place), "save plan");
-    for (int i = 0; i < k->n; i++) {
+    p->place[PART_WEIGHT] = (Place *)xmalloc((size_t)checkpoint->n * sizeof(Place), "save plan");
+    for (int i = 0; i < checkpoint->n; i++) {
         const SafeTensor *t = &p->tensor[home[i].tensor];
         Place place = { t->file, t->type, t->at + home[i].base * (int64_t)dtype_size(t->type) };
         p->place[PART_WEIGHT][i] = place;
@@ -143,37 +144,33 @@ static void plan_model(const Checkpoint *k, SavePlan *p) {
 
 // optimizer.safetensors: what resuming needs and the model's files do not hold. A weight gets a
 // .master where its file type has fewer bits than training.
-static void plan_state(const Checkpoint *k, SavePlan *p, unsigned state) {
+static void plan_state(const Checkpoint *checkpoint, SavePlan *p, unsigned state) {
     Dtype trained = state & STATE_MASTER ? DTYPE_REAL : DTYPE_FLOATX;
-    SafeTensor *t = (SafeTensor *)xmalloc((size_t)k->n * PARTS * sizeof *t, "save plan");
+    SafeTensor *t = (SafeTensor *)xmalloc((size_t)checkpoint->n * PARTS * sizeof *t, "save plan");
     int n = 0;
     for (Part part = PART_MASTER; part < PARTS; part = (Part)(part + 1))
-        p->place[part] = (Place *)xmalloc((size_t)k->n * sizeof(Place), "save plan");
-    for (int i = 0; i < k->n; i++)
+        p->place[part] = (Place *)xmalloc((size_t)checkpoint->n * sizeof(Place), "save plan");
+    for (int i = 0; i < checkpoint->n; i++)
         for (Part part = PART_MASTER; part < PARTS; part = (Part)(part + 1)) {
-            const Weight *w = &k->weight[i];
-            int is_scale = part >= PART_M_SCALE, is_code = part == PART_M8 || part == PART_V8;
-            int wanted = part == PART_MASTER ? !holds(p->place[PART_WEIGHT][i].type, trained)
-                                             : (state & (part == PART_M   ? STATE_M
-                                                         : part == PART_V ? STATE_V
-                                                                          : STATE_8BIT)) != 0;
-            Dtype type = part == PART_MASTER ? trained
-                         : is_code           ? DTYPE_U8
-                         : is_scale          ? DTYPE_F32
-                                             : DTYPE_REAL;
-            Place place = { wanted ? p->n_model_files : -1, type,
-                            n }; // at: index for now, the offset once the file is laid out
+            const Weight *w = &checkpoint->weight[i];
+            int wanted = (state & PART[part].state) != 0;
+            if (part == PART_MASTER) wanted = !holds(p->place[PART_WEIGHT][i].type, trained);
+            // The place is an index for now, and the offset once the file is laid out.
+            Place place = { wanted ? p->n_model_files : -1,
+                            part == PART_MASTER ? trained : PART[part].type, n };
             p->place[part][i] = place;
             if (!wanted) continue;
-            int flat = w->vector || is_scale;
-            t[n++] = new_tensor(xasprintf("%s%s", w->name, PART_SUFFIX[part]), type, flat ? 1 : 2,
-                                flat ? checkpoint_part_elements(w, part) : w->rows,
-                                flat ? 0 : w->cols, 0);
+            char *name = xasprintf("%s%s", w->name, PART[part].suffix);
+            int64_t elements = checkpoint_part_elements(w, part);
+            if (w->vector || PART[part].per_number > 1)
+                t[n++] = new_tensor(name, place.type, 1, elements, 0, 0);
+            else
+                t[n++] = new_tensor(name, place.type, 2, w->rows, w->cols, 0);
         }
     add_file(p, xasprintf("optimizer.safetensors"), t,
              n); // without a tensor, too: a reader finds the same files in every checkpoint
     for (Part part = PART_MASTER; part < PARTS; part = (Part)(part + 1))
-        for (int i = 0; i < k->n; i++)
+        for (int i = 0; i < checkpoint->n; i++)
             if (p->place[part][i].file >= 0) p->place[part][i].at = t[p->place[part][i].at].at;
     for (int i = 0; i < n; i++) free(t[i].name);
     free(t);
@@ -195,33 +192,35 @@ void checkpoint_plan_free(SavePlan *p) {
 
 // Saving as the source was cannot bring back bits that training did not keep, and a model that was
 // initialised has no source.
-static void warn_source(Checkpoint *k, unsigned state) {
+static void warn_source(Checkpoint *checkpoint, unsigned state) {
     Dtype trained = state & STATE_MASTER ? DTYPE_REAL : DTYPE_FLOATX;
     int narrowed = 0;
-    for (int i = 0; k->has_source && i < k->n; i++) narrowed += !holds(trained, k->source[i]);
-    if (k->warned++ || k->rank) return;
-    if (!k->has_source)
+    for (int i = 0; checkpoint->has_source && i < checkpoint->n; i++)
+        narrowed += !holds(trained, checkpoint->source[i]);
+    if (checkpoint->warned++ || checkpoint->rank) return;
+    if (!checkpoint->has_source)
         fprintf(stderr, "warning: --save-dtype source: the model was not loaded, saving as %s\n",
                 dtype_name(DTYPE_FLOATX));
     else if (narrowed)
         fprintf(
             stderr,
-            "warning: --save-dtype source: %d of %d tensors had more bits than %s, in which this run keeps them\n",
-            narrowed, k->n, dtype_name(trained));
+            "warning: --save-dtype source: %d of %d tensors had more bits than %s, in which this "
+            "run keeps them\n",
+            narrowed, checkpoint->n, dtype_name(trained));
 }
 
-void checkpoint_save_plan(Checkpoint *k, const char *out, int64_t step, SaveOptions o,
+void checkpoint_save_plan(Checkpoint *checkpoint, const char *out, int64_t step, SaveOptions o,
                           unsigned state) {
-    SavePlan *p = &k->plan;
+    SavePlan *p = &checkpoint->plan;
     checkpoint_plan_free(p);
     p->options = o;
     p->step = step;
     p->out = xasprintf("%s", out);
     p->folder = xasprintf("%s/checkpoints/incomplete_step_%" PRId64, out, step);
-    if (state & STATE_8BIT) checkpoint_check_blocks(k);
-    if (o.dtype == SAVE_SOURCE) warn_source(k, state);
-    plan_model(k, p);
-    plan_state(k, p, state);
+    if (state & STATE_8BIT) checkpoint_check_blocks(checkpoint);
+    if (o.dtype == SAVE_SOURCE) warn_source(checkpoint, state);
+    plan_model(checkpoint, p);
+    plan_state(checkpoint, p, state);
 }
 
 // ---- begin ----------------------------------------------------------------------------------
@@ -229,7 +228,8 @@ void checkpoint_save_plan(Checkpoint *k, const char *out, int64_t step, SaveOpti
 static void fail(const SavePlan *p, const char *file, int error) MOE_NORETURN;
 static void fail(const SavePlan *p, const char *file, int error) {
     folder_remove(p->folder);
-    die("%s/%s: cannot write: %s|free disk space, lower --keep or choose another --out; earlier checkpoints are intact",
+    die("%s/%s: cannot write: %s|"
+        "free disk space, lower --keep or choose another --out; earlier checkpoints are intact",
         p->folder, file, strerror(error));
 }
 
@@ -241,86 +241,90 @@ static int open_file(const SavePlan *p, const OutFile *f, int flags) {
     return fd;
 }
 
-void checkpoint_save_begin(Checkpoint *k) {
-    SavePlan *p = &k->plan;
+int checkpoint_create_file(const char *path, const OutFile *f) {
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666), error = fd < 0 ? errno : 0;
+    // Takes the blocks now where the file system can: a full disk or quota shows before the first
+    // byte is written.
+    if (!error && fallocate(fd, 0, 0, (off_t)f->bytes) &&
+        (errno == ENOSPC || errno == EDQUOT || errno == EFBIG))
+        error = errno;
+    if (!error && ftruncate(fd, (off_t)f->bytes)) error = errno;
+    if (!error) error = file_write_at(fd, 0, f->header, (int64_t)f->header_bytes);
+    if (!error && fsync(fd)) error = errno;
+    if (fd >= 0 && close(fd) && !error) error = errno;
+    return error;
+}
+
+void checkpoint_save_begin(Checkpoint *checkpoint) {
+    SavePlan *p = &checkpoint->plan;
     char *dir = xasprintf("%s/checkpoints", p->out);
     folder_make(dir);
     int64_t room = folder_free_bytes(dir), need = p->bytes + SMALL_FILES;
-    for (int i = 0; i < k->n_attachments; i++) need += (int64_t)k->attachment[i].bytes;
+    for (int i = 0; i < checkpoint->n_attachments; i++)
+        need += (int64_t)checkpoint->attachment[i].bytes;
     if (room >= 0 && room < need)
-        die("%s: a checkpoint needs %.3f GB, the disk has %.3f GB free|free disk space, lower --keep or choose another --out; earlier checkpoints are intact",
+        die("%s: a checkpoint needs %.3f GB, the disk has %.3f GB free|"
+            "free disk space, lower --keep or choose another --out; earlier checkpoints are intact",
             dir, (double)need / 1e9, (double)room / 1e9);
     free(dir);
     free(folder_begin(p->out, p->step));
     for (int i = 0; i < p->n_files; i++) {
-        const OutFile *f = &p->file[i];
-        int fd = open_file(p, f, O_CREAT | O_TRUNC), error = 0;
-#ifdef __linux__
-        // Takes the blocks now where the file system can: a full disk or quota shows before the
-        // first byte is written.
-        if (fallocate(fd, 0, 0, (off_t)f->bytes) &&
-            (errno == ENOSPC || errno == EDQUOT || errno == EFBIG))
-            error = errno;
-#endif
-        if (!error && ftruncate(fd, (off_t)f->bytes)) error = errno;
-        if (!error) error = file_write_at(fd, 0, f->header, (int64_t)f->header_bytes);
-        if (!error && fsync(fd)) error = errno;
-        if (close(fd) && !error) error = errno;
-        if (error) fail(p, f->name, error);
+        char *path = xasprintf("%s/%s", p->folder, p->file[i].name);
+        int error = checkpoint_create_file(path, &p->file[i]);
+        if (error) fail(p, p->file[i].name, error);
+        free(path);
     }
 }
 
 // ---- shards ---------------------------------------------------------------------------------
-static void write_piece(Checkpoint *k, const int *fd, Place place, Part part,
-                        const OptimizerState *s, const Segment *g) {
-    Piece p = checkpoint_piece(part, s, g);
+int checkpoint_write_piece(Checkpoint *checkpoint, int fd, Place place, Piece p) {
     int64_t size = (int64_t)dtype_size(place.type), step = CHECKPOINT_STAGING / 8;
-    for (int64_t i = 0; i < p.count; i += step) {
+    int error = 0;
+    for (int64_t i = 0; i < p.count && !error; i += step) {
         int64_t n = p.count - i < step ? p.count - i : step;
         const void *src = p.data + i * (int64_t)dtype_size(p.type);
         if (place.type != p.type) {
-            convert(k->device, place.type, src, p.type, (size_t)n);
-            src = k->device;
+            convert(checkpoint->device, place.type, src, p.type, (size_t)n);
+            src = checkpoint->device;
         }
-        device_download(k->host, src, (size_t)(n * size));
-        int error =
-            file_write_at(fd[place.file], place.at + (p.first + i) * size, k->host, n * size);
-        if (error) fail(&k->plan, k->plan.file[place.file].name, error);
-        checkpoint_progress(k, "writing", n * size);
+        device_download(checkpoint->host, src, (size_t)(n * size));
+        error = file_write_at(fd, place.at + (p.first + i) * size, checkpoint->host, n * size);
+        checkpoint_progress(checkpoint, "writing", n * size);
     }
+    return error;
 }
 
-void checkpoint_save_shards(Checkpoint *k, const OptimizerState *shard) {
-    SavePlan *p = &k->plan;
-    if (!k->writer) return;
-    k->host = (char *)xmalloc(CHECKPOINT_STAGING, "checkpoint staging");
+void checkpoint_save_shards(Checkpoint *checkpoint, const OptimizerState *shard) {
+    SavePlan *p = &checkpoint->plan;
+    if (!checkpoint->writer) return;
+    checkpoint->host = (char *)xmalloc(CHECKPOINT_STAGING, "checkpoint staging");
     int *fd = (int *)xmalloc((size_t)p->n_files * sizeof *fd, "file list");
     for (int i = 0; i < p->n_files; i++) fd[i] = open_file(p, &p->file[i], 0);
     int64_t total = 0;
     for (int pass = 0; pass < 2; pass++) { // the first counts
-        if (pass) checkpoint_progress_start(k, total);
-        for (int b = 0; b < k->m->n_blocks; b++)
+        if (pass) checkpoint_progress_start(checkpoint, total);
+        for (int b = 0; b < checkpoint->m->n_blocks; b++)
             for (Part part = PART_WEIGHT; part < PARTS; part = (Part)(part + 1))
-                for (int i = 0; i < k->m->block[b].n_segments; i++) {
-                    const Segment *g = &k->m->block[b].segment[i];
-                    Place place = p->place[part][checkpoint_weight(k, g)];
+                for (int i = 0; i < checkpoint->m->block[b].n_segments; i++) {
+                    const Segment *g = &checkpoint->m->block[b].segment[i];
+                    Place place = p->place[part][checkpoint_weight(checkpoint, g)];
                     if (place.file < 0) continue;
-                    if (pass)
-                        write_piece(k, fd, place, part, &shard[b], g);
-                    else
-                        total += checkpoint_piece(part, &shard[b], g).count *
-                                 (int64_t)dtype_size(place.type);
+                    Piece piece = checkpoint_piece(part, &shard[b], g);
+                    total += piece.count * (int64_t)dtype_size(place.type);
+                    int error =
+                        pass ? checkpoint_write_piece(checkpoint, fd[place.file], place, piece) : 0;
+                    if (error) fail(p, p->file[place.file].name, error);
                 }
     }
-    checkpoint_progress_end(k);
+    checkpoint_progress_end(checkpoint);
     for (int i = 0; i < p->n_files; i++) {
         int error = fdatasync(fd[i]) ? errno : 0;
         if (close(fd[i]) && !error) error = errno;
         if (error) fail(p, p->file[i].name, error);
     }
     free(fd);
-    free(k->host);
-    k->host = 0;
+    free(checkpoint->host);
+    checkpoint->host = 0;
 }
 
 // ---- finish ---------------------------------------------------------------------------------
@@ -337,8 +341,8 @@ static void write_json(const SavePlan *p, const char *name, cJSON *root) {
     cJSON_Delete(root);
 }
 
-void checkpoint_save_finish(Checkpoint *k, const struct cJSON *trainer) {
-    SavePlan *p = &k->plan;
+void checkpoint_save_finish(Checkpoint *checkpoint, const struct cJSON *trainer) {
+    SavePlan *p = &checkpoint->plan;
     cJSON *index = cJSON_CreateObject(), *metadata = cJSON_AddObjectToObject(index, "metadata"),
           *map = cJSON_AddObjectToObject(index, "weight_map");
     double bytes = 0;
@@ -349,11 +353,12 @@ void checkpoint_save_finish(Checkpoint *k, const struct cJSON *trainer) {
     }
     cJSON_AddNumberToObject(metadata, "total_size", bytes);
     write_json(p, "model.safetensors.index.json", index);
-    char *config = config_export(&k->m->c, p->dtype);
+    char *config = config_export(&checkpoint->m->c, p->dtype);
     write_small(p, "config.json", config, strlen(config));
     cJSON_free(config);
-    for (int i = 0; i < k->n_attachments; i++)
-        write_small(p, k->attachment[i].name, k->attachment[i].data, k->attachment[i].bytes);
+    for (int i = 0; i < checkpoint->n_attachments; i++)
+        write_small(p, checkpoint->attachment[i].name, checkpoint->attachment[i].data,
+                    checkpoint->attachment[i].bytes);
     cJSON *root = trainer ? cJSON_Duplicate(trainer, 1) : cJSON_CreateObject();
     static const char *ours[] = { "step", "precision", "files" };
     for (int i = 0; i < 3; i++) cJSON_DeleteItemFromObjectCaseSensitive(root, ours[i]);
@@ -366,16 +371,16 @@ void checkpoint_save_finish(Checkpoint *k, const struct cJSON *trainer) {
     folder_publish(p->out, p->step, p->options.keep);
 }
 
-int64_t checkpoint_save(Checkpoint *k, const char *out, int64_t step, SaveOptions o,
+int64_t checkpoint_save(Checkpoint *checkpoint, const char *out, int64_t step, SaveOptions o,
                         const OptimizerState *shard, const struct cJSON *trainer) {
-    checkpoint_save_plan(k, out, step, o, checkpoint_state(shard));
-    int64_t bytes = k->plan.bytes;
-    if (!k->rank) checkpoint_save_begin(k);
-    if (k->all) comm_barrier(k->all);
-    checkpoint_save_shards(k, shard);
-    if (k->all) comm_barrier(k->all);
-    if (!k->rank) checkpoint_save_finish(k, trainer);
-    if (k->all) comm_barrier(k->all);
-    checkpoint_plan_free(&k->plan);
+    checkpoint_save_plan(checkpoint, out, step, o, checkpoint_state(shard));
+    int64_t bytes = checkpoint->plan.bytes;
+    if (!checkpoint->rank) checkpoint_save_begin(checkpoint);
+    if (checkpoint->all) comm_barrier(checkpoint->all);
+    checkpoint_save_shards(checkpoint, shard);
+    if (checkpoint->all) comm_barrier(checkpoint->all);
+    if (!checkpoint->rank) checkpoint_save_finish(checkpoint, trainer);
+    if (checkpoint->all) comm_barrier(checkpoint->all);
+    checkpoint_plan_free(&checkpoint->plan);
     return bytes;
 }

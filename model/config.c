@@ -96,7 +96,8 @@ static void check_rope(const Keys *k, const char *name) {
     if (!type) type = cJSON_GetObjectItemCaseSensitive(rope, "type");
     if (type && !cJSON_IsNull(type) &&
         (!cJSON_IsString(type) || strcmp(type->valuestring, "default")))
-        die("%s: %s.rope_type = \"%s\" is not supported, only \"default\"|rope scaling (yarn, linear, ...) changes the attention; train without it",
+        die("%s: %s.rope_type = \"%s\" is not supported, only \"default\"|"
+            "rope scaling (yarn, linear, ...) changes the attention; train without it",
             k->at, name, cJSON_IsString(type) ? type->valuestring : "?");
     if (!type && cJSON_GetObjectItemCaseSensitive(rope, "factor"))
         die("%s: %s scales positions, which is not supported|set it to null", k->at, name);
@@ -124,7 +125,8 @@ static void check_mathematics(const Keys *k) {
         die("%s: hidden_act = \"%s\" is not supported|only silu is", k->at,
             cJSON_IsString(v) ? v->valuestring : "?");
     if (boolean(k, "attention_bias", 0))
-        die("%s: attention_bias = true is not supported|qwen3_moe models have no biases; set it to false",
+        die("%s: attention_bias = true is not supported|"
+            "qwen3_moe models have no biases; set it to false",
             k->at);
     if (number(k, "attention_dropout", 0) != 0)
         die("%s: attention_dropout = %g is not supported|set it to 0", k->at,
@@ -133,10 +135,12 @@ static void check_mathematics(const Keys *k) {
     // given as null is no window.
     const cJSON *window = cJSON_GetObjectItemCaseSensitive(k->root, "sliding_window");
     if (boolean(k, "use_sliding_window", 0) && !(window && cJSON_IsNull(window)))
-        die("%s: use_sliding_window with sliding_window = %d is not supported|set use_sliding_window to false",
+        die("%s: use_sliding_window with sliding_window = %d is not supported|"
+            "set use_sliding_window to false",
             k->at, integer(k, "sliding_window", 4096, 1));
     if (get(k, "quantization_config"))
-        die("%s: quantization_config: quantized weights are not supported|start from the F32, BF16 or F16 checkpoint",
+        die("%s: quantization_config: quantized weights are not supported|"
+            "start from the F32, BF16 or F16 checkpoint",
             k->at);
     check_rope(k, "rope_parameters");
     check_rope(k, "rope_scaling");
@@ -161,7 +165,8 @@ Config config_read(const char *path) {
     c.H = integer(k, "num_attention_heads", 32, 1);
     c.KV = integer(k, "num_key_value_heads", 4, 1);
     if (!get(k, "head_dim") && c.C % c.H)
-        die("%s: hidden_size %d is not a multiple of num_attention_heads %d and head_dim is missing|add head_dim",
+        die("%s: hidden_size %d is not a multiple of num_attention_heads %d and head_dim is "
+            "missing|add head_dim",
             path, c.C, c.H);
     c.D = integer(k, "head_dim", c.C / c.H, 1);
     c.E = integer(k, get(k, "num_experts") ? "num_experts" : "num_local_experts", 128, 1);
@@ -183,7 +188,8 @@ Config config_read(const char *path) {
         die("%s: num_experts %d and num_local_experts %d differ|keep one of them", path, c.E,
             integer(k, "num_local_experts", 0, 1));
     if (c.H % c.KV)
-        die("%s: num_attention_heads %d is not a multiple of num_key_value_heads %d|correct one of them",
+        die("%s: num_attention_heads %d is not a multiple of num_key_value_heads %d|"
+            "correct one of them",
             path, c.H, c.KV);
     if (c.D % 2)
         die("%s: head_dim %d is odd, rotary embedding turns pairs|use an even head_dim", path, c.D);
@@ -200,7 +206,8 @@ Config config_read(const char *path) {
     if (!(c.rms_eps > 0))
         die("%s: rms_norm_eps = %g must be positive|correct this key", path, c.rms_eps);
     if (!(c.init_std >= 0) || !(c.aux_coef >= 0))
-        die("%s: initializer_range and router_aux_loss_coef must not be negative|correct these keys",
+        die("%s: initializer_range and router_aux_loss_coef must not be negative|"
+            "correct these keys",
             path);
 
     int sparse_step = integer(k, "decoder_sparse_step", 1, 1);

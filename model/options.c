@@ -1,4 +1,5 @@
-// The command line: see options.h.
+// The command line, from the table in options.h: parsing, checks of single values, help, JSON.
+// Errors name the option; an unknown one is compared with all names for a suggestion.
 #include "options.h"
 #include "../kernels/fail.h"
 #include <cjson/cJSON.h>
@@ -11,12 +12,14 @@ typedef enum { TEXT, INT, REAL, FLAG, CHOICE, FILES } OptionKind;
 typedef struct {
     const char *group, *name;
     OptionKind kind;
-    const char *value, *choices, *help;
+    const char *value;
+    double least, most;
+    const char *choices, *help;
     size_t at;
 } Option;
-#define OPTION_GROUP(title) { title, 0, TEXT, 0, 0, 0, 0 },
-#define OPTION_ROW(field, name, kind, value, choices, help) \
-    { 0, name, kind, value, choices, help, offsetof(Options, field) },
+#define OPTION_GROUP(title) { title, 0, TEXT, 0, 0, 0, 0, 0, 0 },
+#define OPTION_ROW(field, name, kind, value, least, most, choices, help) \
+    { 0, name, kind, value, least, most, choices, help, offsetof(Options, field) },
 static const Option table[] = { OPTION_TABLE(OPTION_GROUP, OPTION_ROW) };
 enum { ROWS = (int)(sizeof table / sizeof table[0]) };
 
@@ -76,24 +79,14 @@ int64_t options_count(const char *name, const char *value, int64_t total) {
     if (!strpbrk(value, ".eE")) return parse_int(name, value);
     double ratio = options_real(name, value);
     if (ratio < 0 || ratio > 1)
-        die("--%s %s: a ratio lies between 0 and 1|write a count without a point, or a ratio of --steps",
+        die("--%s %s: a ratio lies between 0 and 1|write a count without a point, or such a ratio",
             name, value);
     return (int64_t)ceil(
         ratio *
         (double)total); // as transformers, 0.07 of 100 is 8: the product in double is just above 7
 }
 
-// The choices for a hint: "a, b, c" (a bar would end the message there). Lives until the next call.
-static const char *choices_text(const Option *o) {
-    static char text[256];
-    size_t n = 0;
-    for (const char *p = *o->choices ? o->choices : "a number"; *p && n + 3 < sizeof text; p++) {
-        if (*p == '|') text[n++] = ',';
-        text[n++] = *p == '|' ? ' ' : *p;
-    }
-    text[n] = 0;
-    return text;
-}
+static const char *takes(const Option *o) { return *o->choices ? o->choices : "a number"; }
 
 static int parse_choice(const Option *o, const char *value) {
     int i = 0;
@@ -103,19 +96,48 @@ static int parse_choice(const Option *o, const char *value) {
         if (!p[n]) break;
         p += n + 1;
     }
-    die("--%s %s is not a choice|choose one of %s", o->name, value, choices_text(o));
+    die("--%s %s is not a choice|choose one of %s", o->name, value, o->choices);
+}
+
+static void check_bounds(const Option *o, const char *value, double x) {
+    if (x >= o->least && x <= o->most) return;
+    if (o->most == ANY)
+        die("--%s %s is out of range|give at least %.15g", o->name, value, o->least);
+    die("--%s %s is out of range|give %.15g to %s%.15g", o->name, value, o->least,
+        o->most == BELOW_1 ? "below " : "", o->most);
 }
 
 static void set(Options *options, const Option *o, const char *value) {
-    char *field = (char *)options + o->at;
+    void *field = (char *)options + o->at;
     switch (o->kind) {
     case TEXT: *(const char **)field = value; break;
-    case INT: *(int64_t *)field = parse_int(o->name, value); break;
-    case REAL: *(double *)field = options_real(o->name, value); break;
+    case INT:
+        *(int64_t *)field = parse_int(o->name, value);
+        check_bounds(o, value, (double)*(int64_t *)field);
+        break;
+    case REAL:
+        *(double *)field = options_real(o->name, value);
+        check_bounds(o, value, *(double *)field);
+        break;
     case FLAG: *(int *)field = !strcmp(value, "on"); break;
     case CHOICE: *(int *)field = parse_choice(o, value); break;
     case FILES: break;
     }
+}
+
+// Adds the values from argv[first] up to the next option to a list; returns where that is. given: a
+// value that was joined to the option's name by "=", or 0.
+static int add_files(FileList *list, const Option *o, char **argv, int first, int argc,
+                     const char *given) {
+    int end = first;
+    while (end < argc && strncmp(argv[end], "--", 2)) end++;
+    int n = list->n + end - first + (given != 0);
+    if (n == list->n) die("--%s needs a value|%s", o->name, takes(o));
+    list->name = (const char **)realloc((void *)list->name, (size_t)n * sizeof *list->name);
+    if (!list->name) die("out of host memory for --%s|free memory", o->name);
+    if (given) list->name[list->n++] = given;
+    for (int i = first; i < end; i++) list->name[list->n++] = argv[i];
+    return end;
 }
 
 Options options_parse(int argc, char **argv) {
@@ -124,53 +146,48 @@ Options options_parse(int argc, char **argv) {
     for (int i = 0; i < ROWS; i++)
         if (table[i].name) set(&options, &table[i], table[i].value);
     for (int i = 1; i < argc;) {
-        if (!strcmp(argv[i], "-h")) {
+        const char *word = argv[i++];
+        if (!strcmp(word, "-h")) {
             options.help = 1;
-            i++;
             continue;
         }
-        if (strncmp(argv[i], "--", 2))
-            die("%s is not an option|options begin with --; --help lists all", argv[i]);
-        const char *equals = strchr(argv[i], '=');
+        if (strncmp(word, "--", 2))
+            die("%s is not an option|options begin with --; --help lists all", word);
+        const char *equals = strchr(word, '='), *joined = equals ? equals + 1 : 0;
         char name[64];
-        snprintf(name, sizeof name, "%.*s", equals ? (int)(equals - argv[i] - 2) : 60, argv[i] + 2);
+        snprintf(name, sizeof name, "%.*s", equals ? (int)(equals - word - 2) : 60, word + 2);
         const Option *o = find(name);
-        const char *next = equals ? equals + 1 : i + 1 < argc ? argv[i + 1] : 0;
-        i++;
+        const char *next = i < argc ? argv[i] : 0, *value = joined ? joined : next;
         if (o->kind == FLAG) {
-            int given = next && (!strcmp(next, "on") || !strcmp(next, "off"));
-            if (equals && !given)
-                die("--%s=%s|this option stands alone, or takes on or off", o->name, next);
-            set(&options, o, given ? next : "on");
-            i += given && !equals;
+            int given = value && (!strcmp(value, "on") || !strcmp(value, "off"));
+            if (joined && !given)
+                die("--%s=%s|this option stands alone, or takes on or off", o->name, joined);
+            set(&options, o, given ? value : "on");
+            i += given && !joined;
         } else if (o->kind == FILES) {
-            FileList *list = (FileList *)((char *)&options + o->at);
-            int first = equals ? i - 1 : i, end = first;
-            while (end < argc && (end == first ? equals || strncmp(argv[end], "--", 2)
-                                               : strncmp(argv[end], "--", 2)))
-                end++;
-            if (end == first) die("--%s needs a value|%s", o->name, choices_text(o));
-            list->name = (const char **)realloc((void *)list->name,
-                                                (size_t)(list->n + end - first) * sizeof(char *));
-            if (!list->name) die("out of host memory for --%s|free memory", o->name);
-            for (int k = first; k < end; k++)
-                list->name[list->n++] = k == first && equals ? next : argv[k];
-            i = end;
+            i = add_files((FileList *)((char *)&options + o->at), o, argv, i, argc, joined);
         } else {
-            if (!next || (!equals && !strncmp(next, "--", 2)))
-                die("--%s needs a value|%s", o->name, choices_text(o));
-            set(&options, o, next);
-            i += !equals;
+            if (!value || (!joined && !strncmp(next, "--", 2)))
+                die("--%s needs a value|%s", o->name, takes(o));
+            set(&options, o, value);
+            i += !joined;
         }
     }
     return options;
 }
 
+void options_free(Options *o) {
+    free((void *)o->train.name);
+    free((void *)o->val.name);
+    memset(o, 0, sizeof *o);
+}
+
 void options_help(FILE *out) {
-    fprintf(
-        out,
-        "train_moe: trains Qwen3-MoE, every parameter.\n\n  ./train_moe --init model/configs/tiny.json --train text.txt --steps 200 --out runs/first\n"
-        "  mpirun -np 4 ./train_moe --model DIR --train 'shards/*.bin' --ep 2 --fsdp 2 --out runs/second\n");
+    fprintf(out, "train_moe: trains Qwen3-MoE, every parameter.\n\n"
+                 "  ./train_moe --init model/configs/tiny.json --train text.txt --steps 200 "
+                 "--out runs/first\n"
+                 "  mpirun -np 4 ./train_moe --model DIR --train 'shards/*.bin' --ep 2 --fsdp 2 "
+                 "--out runs/second\n");
     for (int i = 0; i < ROWS; i++) {
         const Option *o = &table[i];
         if (!o->name) {
@@ -184,37 +201,37 @@ void options_help(FILE *out) {
     }
 }
 
-const char *options_choice(const Options *options, const char *name) {
-    static char word[32];
+const char *options_choice(const Options *options, const char *name, char word[OPTION_WORD]) {
     const Option *o = find(name);
     const char *p = o->choices;
     for (int k = *(const int *)((const char *)options + o->at); k > 0; k--)
         p += strcspn(p, "|") + 1;
-    snprintf(word, sizeof word, "%.*s", (int)strcspn(p, "|"), p);
+    snprintf(word, OPTION_WORD, "%.*s", (int)strcspn(p, "|"), p);
     return word;
+}
+
+static cJSON *json_value(const Options *options, const Option *o) {
+    const void *field = (const char *)options + o->at;
+    char word[OPTION_WORD];
+    switch (o->kind) {
+    case TEXT: return cJSON_CreateString(*(const char *const *)field);
+    case INT: return cJSON_CreateNumber((double)*(const int64_t *)field);
+    case REAL: return cJSON_CreateNumber(*(const double *)field);
+    case FLAG: return cJSON_CreateBool(*(const int *)field);
+    case CHOICE: return cJSON_CreateString(options_choice(options, o->name, word));
+    case FILES: break;
+    }
+    const FileList *list = (const FileList *)field;
+    cJSON *array = cJSON_CreateArray();
+    for (int i = 0; i < list->n; i++)
+        cJSON_AddItemToArray(array, cJSON_CreateString(list->name[i]));
+    return array;
 }
 
 struct cJSON *options_json(const Options *options) {
     cJSON *json = cJSON_CreateObject();
-    for (int i = 0; i < ROWS; i++) {
-        const Option *o = &table[i];
-        if (!o->name || !strcmp(o->name, "help")) continue;
-        const char *field = (const char *)options + o->at;
-        if (o->kind == TEXT)
-            cJSON_AddStringToObject(json, o->name, *(const char *const *)field);
-        else if (o->kind == INT)
-            cJSON_AddNumberToObject(json, o->name, (double)*(const int64_t *)field);
-        else if (o->kind == REAL)
-            cJSON_AddNumberToObject(json, o->name, *(const double *)field);
-        else if (o->kind == FLAG)
-            cJSON_AddBoolToObject(json, o->name, *(const int *)field);
-        else if (o->kind == FILES) {
-            const FileList *list = (const FileList *)field;
-            cJSON *array = cJSON_AddArrayToObject(json, o->name);
-            for (int k = 0; k < list->n; k++)
-                cJSON_AddItemToArray(array, cJSON_CreateString(list->name[k]));
-        } else
-            cJSON_AddStringToObject(json, o->name, options_choice(options, o->name));
-    }
+    for (int i = 0; i < ROWS; i++)
+        if (table[i].name && strcmp(table[i].name, "help"))
+            cJSON_AddItemToObject(json, table[i].name, json_value(options, &table[i]));
     return json;
 }

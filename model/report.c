@@ -1,4 +1,5 @@
-// Screen and log: see report.h.
+// What a person and a plot see of a run: the screen, log.jsonl, run.json and the heat map of expert
+// load. Rank 0 prints and writes; the contracts are in report.h.
 #define _POSIX_C_SOURCE 200809L
 #include "report.h"
 #include "../kernels/fail.h"
@@ -118,31 +119,32 @@ void report_start(const Report *r, const Trainer *t, const Options *o, const cha
         fputs(rows, stdout);
         free(rows);
     }
-    printf(
-        "model      %s: %d layers (%d with experts), hidden %d, %d/%d heads of %d, vocabulary %d%s\n",
-        source, c->L, c->n_moe, c->C, c->H, c->KV, c->D, c->V, c->tied ? ", tied head" : "");
+    printf("model      %s: %d layers (%d with experts), hidden %d, %d/%d heads of %d, vocabulary "
+           "%d%s\n",
+           source, c->L, c->n_moe, c->C, c->H, c->KV, c->D, c->V, c->tied ? ", tied head" : "");
     if (c->n_moe)
         printf("experts    %d of width %d, top-%d%s\n", c->E, c->F, c->K,
                c->norm_topk ? ", scores renormalised" : "");
     if (c->n_moe && c->K == 1 && c->norm_topk)
-        printf(
-            "warning    top_k = 1 with norm_topk_prob: every score is 1 and the router gets no gradient from the language model\n");
+        printf("warning    top_k = 1 with norm_topk_prob: every score is 1 and the router gets no "
+               "gradient from the language model\n");
     printf("parameters %.0f, of which a token meets %.0f in matrix products\n", total, multiplied);
     print_files("train", train, t->o.T);
     print_files("val", val, t->o.T);
-    printf(
-        "update     %lld sequences of %d = %lld tokens; on each rank %d round%s of %d micro-batch%s of %d\n",
-        (long long)t->o.batch, t->o.T, (long long)t->o.batch * t->o.T, t->o.rounds,
-        t->o.rounds > 1 ? "s" : "", t->n_micro, t->n_micro > 1 ? "es" : "", t->R / t->o.T);
+    printf("update     %lld sequences of %d = %lld tokens; on each rank %d round%s of %d "
+           "micro-batch%s of %d\n",
+           (long long)t->o.batch, t->o.T, (long long)t->o.batch * t->o.T, t->o.rounds,
+           t->o.rounds > 1 ? "s" : "", t->n_micro, t->n_micro > 1 ? "es" : "", t->R / t->o.T);
     if (train && t->o.batch > loader_windows(train))
-        printf(
-            "warning    the training data has %lld windows, an update takes %lld: every update sees some of them twice\n",
-            (long long)loader_windows(train), (long long)t->o.batch);
+        printf("warning    the training data has %lld windows, an update takes %lld: every update "
+               "sees some of them twice\n",
+               (long long)loader_windows(train), (long long)t->o.batch);
+    char word[OPTION_WORD];
     printf("optimizer  %s, lr %g, weight decay %g, clip %g, update %s",
-           options_choice(o, "optimizer"), o->lr, o->weight_decay, o->grad_clip,
+           options_choice(o, "optimizer", word), o->lr, o->weight_decay, o->grad_clip,
            t->o.update_layer ? "layer (clips by the previous update's norm, the first is unclipped)"
                              : "end");
-    printf(", recompute %s\n", options_choice(o, "recompute"));
+    printf(", recompute %s\n", options_choice(o, "recompute", word));
     if (c->n_moe)
         printf("losses     cross entropy + %g * aux (%s; %d at perfect balance) + %g * z%s%s\n",
                t->o.aux_coef, t->o.aux_per_layer ? "mean of layers" : "pooled over layers", c->K,
@@ -150,7 +152,8 @@ void report_start(const Report *r, const Trainer *t, const Options *o, const cha
                t->o.balance_rate > 0 ? "; selection bias on (transformers will not apply it)" : "");
     if (r->peak > 0)
         printf(
-            "mfu        %.4g FLOP a token = 6 x %.0f parameters in matrix products + 12 x layers x heads x head_dim x T / 2; peak %.4g FLOP/s (%s)\n",
+            "mfu        %.4g FLOP a token = 6 x %.0f parameters in matrix products + 12 x layers "
+            "x heads x head_dim x T / 2; peak %.4g FLOP/s (%s)\n",
             r->flops_per_token, multiplied, r->peak,
             !strcmp(device_backend(), "cpu") ? "a short sgemm on this machine"
                                              : "dense, by device name");
@@ -169,6 +172,22 @@ static void print_eta(double seconds) {
         printf(" | ETA %d:%02d", (int)(s / 60), (int)(s % 60));
 }
 
+// The share of each expert in its layer's choices, a list per layer.
+static void log_expert_load(FILE *log, const Trainer *t) {
+    const Config *c = &t->m->c;
+    fprintf(log, ",\"expert_load\":");
+    for (int l = 0; l < c->n_moe; l++) {
+        const int64_t *count = t->host_count + (int64_t)l * c->E;
+        int64_t total = 0;
+        for (int e = 0; e < c->E; e++) total += count[e];
+        fputs(l ? ",[" : "[[", log);
+        for (int e = 0; e < c->E; e++)
+            fprintf(log, "%s%.4g", e ? "," : "", total ? (double)count[e] / (double)total : 0.0);
+        fputs("]", log);
+    }
+    fputs("]", log);
+}
+
 void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s, double seconds,
                  int with_experts) {
     if (!r->active) return;
@@ -184,9 +203,8 @@ void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s,
     printf(" | %.0f ms %.0f tok/s", 1e3 * seconds, rate);
     if (r->peak > 0) printf(" mfu %.1f%%", 100 * mfu);
     print_eta((now_seconds() - r->begin) / (double)(step - r->first) * (double)(r->steps - step));
-    printf("%s\n", !s->nonfinite         ? ""
-                   : t->o.skip_nonfinite ? " | SKIPPED: gradient not finite"
-                                         : " | gradient not finite");
+    if (s->nonfinite) printf(" | %sgradient not finite", t->o.skip_nonfinite ? "SKIPPED: " : "");
+    printf("\n");
     fflush(stdout);
     if (!r->log) return;
     fprintf(r->log, "{\"step\":%lld", (long long)step);
@@ -202,21 +220,7 @@ void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s,
     log_number(r->log, "expert_load_max", s->expert_load_max);
     fprintf(r->log, ",\"expert_dead\":%d", s->expert_dead);
     if (s->nonfinite && t->o.skip_nonfinite) fprintf(r->log, ",\"skipped\":true");
-    if (with_experts && c->n_moe) {
-        fprintf(r->log, ",\"expert_load\":[");
-        for (int l = 0; l < c->n_moe; l++) {
-            double total = 0;
-            for (int e = 0; e < c->E; e++) total += (double)t->host_count[(size_t)l * c->E + e];
-            for (int e = 0; e < c->E; e++)
-                fprintf(r->log, "%s%.4g",
-                        e   ? ","
-                        : l ? ",["
-                            : "[",
-                        total > 0 ? (double)t->host_count[(size_t)l * c->E + e] / total : 0);
-            fprintf(r->log, "]");
-        }
-        fprintf(r->log, "]");
-    }
+    if (with_experts && c->n_moe) log_expert_load(r->log, t);
     log_line_end(r);
 }
 
@@ -236,10 +240,10 @@ void report_heat_map(const Trainer *t, FILE *out) {
     enum { COLUMNS = 64 };
     int columns = c->E < COLUMNS ? c->E : COLUMNS;
     double positions = (double)t->R * t->n_micro * t->g->world * t->o.rounds;
-    fprintf(
-        out,
-        "expert load by layer (%d experts%s; ' ' none, '=' about the mean, '@' above 2.1x the mean)\n",
-        c->E, columns < c->E ? ", grouped" : "");
+    fprintf(out,
+            "expert load by layer (%d experts%s; ' ' none, '=' about the mean, '@' above 2.1x the "
+            "mean)\n",
+            c->E, columns < c->E ? ", grouped" : "");
     for (int l = 0, i = 0; l < c->L; l++) {
         if (!c->is_moe[l]) continue;
         const int64_t *count = t->host_count + (size_t)i * c->E;

@@ -80,7 +80,8 @@ char *safetensors_shape(const SafeTensor *t, char *text) {
 static int64_t whole(const cJSON *v, const char *path, const char *name, const char *what) {
     if (!cJSON_IsNumber(v) || !(v->valuedouble >= 0) || v->valuedouble > MAX_OFFSET ||
         v->valuedouble != (double)(int64_t)v->valuedouble)
-        die("%s: tensor %s: %s is not a list of whole numbers|the file is damaged, copy or download it again",
+        die("%s: tensor %s: %s is not a list of whole numbers|"
+            "the file is damaged, copy or download it again",
             path, name, what);
     return (int64_t)v->valuedouble;
 }
@@ -95,7 +96,8 @@ static SafeTensor parse_tensor(const cJSON *entry, const char *path, int file, i
                 *shape = cJSON_GetObjectItemCaseSensitive(entry, "shape"), *dim = 0;
     const cJSON *offsets = cJSON_GetObjectItemCaseSensitive(entry, "data_offsets");
     if (!cJSON_IsString(type) || !cJSON_IsArray(shape) || cJSON_GetArraySize(offsets) != 2)
-        die("%s: tensor %s: dtype, shape or data_offsets is missing|the file is damaged, copy or download it again",
+        die("%s: tensor %s: dtype, shape or data_offsets is missing|"
+            "the file is damaged, copy or download it again",
             path, name);
     int i = 0;
     while (i < N_TYPES && strcmp(TYPES[i].name, type->valuestring)) i++;
@@ -110,20 +112,23 @@ static SafeTensor parse_tensor(const cJSON *entry, const char *path, int file, i
     cJSON_ArrayForEach(dim, shape) {
         elements *= (double)(t.shape[t.n_dims++] = whole(dim, path, name, "shape"));
         if (elements > MAX_OFFSET / 8)
-            die("%s: tensor %s: shape of %.3g elements|the file is damaged, copy or download it again",
+            die("%s: tensor %s: shape of %.3g elements|"
+                "the file is damaged, copy or download it again",
                 path, name, elements);
     }
     int64_t begin = whole(cJSON_GetArrayItem(offsets, 0), path, name, "data_offsets"),
             end = whole(cJSON_GetArrayItem(offsets, 1), path, name, "data_offsets");
     if (begin > end || end > file_bytes - data_start)
-        die("%s: tensor %s: offsets [%lld, %lld) out of range, the file has %lld bytes of data|it was cut short: copy or download it again",
+        die("%s: tensor %s: offsets [%lld, %lld) out of range, the file has %lld bytes of data|"
+            "it was cut short: copy or download it again",
             path, name, (long long)begin, (long long)end, (long long)(file_bytes - data_start));
     t.bytes = end - begin;
     t.at = data_start + begin;
     t.file = file;
     char text[192];
     if (t.bytes != safetensors_elements(&t) * (int64_t)dtype_size(t.type))
-        die("%s: tensor %s: %lld bytes do not hold shape %s of %s|the file is damaged, copy or download it again",
+        die("%s: tensor %s: %lld bytes do not hold shape %s of %s|"
+            "the file is damaged, copy or download it again",
             path, name, (long long)t.bytes, safetensors_shape(&t, text), dtype_name(t.type));
     t.name = (char *)xmalloc(strlen(name) + 1, "tensor name");
     strcpy(t.name, name);
@@ -144,7 +149,8 @@ static void sort_names(SafeTensors *s) {
     qsort(s->tensor, (size_t)s->n, sizeof *s->tensor, by_name);
     for (int i = 1; i < s->n; i++)
         if (!strcmp(s->tensor[i - 1].name, s->tensor[i].name))
-            die("%s: tensor %s appears twice (again in %s)|the checkpoint is damaged, copy or download it again",
+            die("%s: tensor %s appears twice (again in %s)|"
+                "the checkpoint is damaged, copy or download it again",
                 s->path[s->tensor[i - 1].file], s->tensor[i].name, s->path[s->tensor[i].file]);
 }
 
@@ -190,7 +196,8 @@ static void add_file(SafeTensors *s, const char *path) {
     while (root && end < last && (*end == ' ' || *end == '\n' || *end == '\t' || *end == '\r'))
         end++;
     if (!root || end != last || !cJSON_IsObject(root))
-        die("%s: the header is not valid JSON (byte %lld)|the file is damaged, copy or download it again",
+        die("%s: the header is not valid JSON (byte %lld)|"
+            "the file is damaged, copy or download it again",
             path, (long long)(end - text));
     int first = s->n;
     SafeTensor *t = (SafeTensor *)realloc(
@@ -250,7 +257,8 @@ SafeTensors safetensors_open_folder(const char *dir) {
     if (!access(single, F_OK))
         add_file(&s, single); // as transformers: the single file wins
     else if (!(map = read_index(index)))
-        die("%s: neither model.safetensors nor model.safetensors.index.json is there|only safetensors are read; convert .bin checkpoints first",
+        die("%s: neither model.safetensors nor model.safetensors.index.json is there|"
+            "only safetensors are read; convert .bin checkpoints first",
             dir);
     const cJSON *entry = 0;
     char *last = 0;
@@ -272,7 +280,8 @@ SafeTensors safetensors_open_folder(const char *dir) {
         const SafeTensor *t = safetensors_find(&s, entry->string);
         const char *name = t ? strrchr(s.path[t->file], '/') + 1 : "";
         if (strcmp(name, entry->valuestring))
-            die("%s: tensor %s is not in %s|the checkpoint is incomplete, copy or download it again",
+            die("%s: tensor %s is not in %s|"
+                "the checkpoint is incomplete, copy or download it again",
                 index, entry->string, entry->valuestring);
     }
     cJSON_Delete(map);
@@ -337,7 +346,8 @@ char *safetensors_layout(SafeTensor *tensor, int n, size_t *header_bytes, int64_
     h[used++] = '}';
     while (used % 64) h[used++] = ' ';
     if (used - 8 > MAX_HEADER)
-        die("a safetensors header of %zu bytes exceeds the format's 100 MB|use more layers per file or the fused layout",
+        die("a safetensors header of %zu bytes exceeds the format's 100 MB|"
+            "use more layers per file or the fused layout",
             used);
     for (int i = 0; i < 8; i++) h[i] = (char)((uint64_t)(used - 8) >> (8 * i) & 255);
     for (int i = 0; i < n; i++) tensor[i].at += (int64_t)used;

@@ -11,7 +11,7 @@
 //   layer) each layer right behind its backward report                                    the one
 //   moment the host waits and reads (I11)
 #include "step.h"
-#include "dump.h"
+#include "checkpoint.h"
 #include "trace.h"
 #include "../kernels/fail.h"
 #include <math.h>

@@ -7,7 +7,6 @@
 #include "../../data/loader.h"
 #include "../../kernels/fail.h"
 #include "../../model/checkpoint.h"
-#include "../../model/dump.h"
 #include "../../model/safetensors.h"
 #include "../../model/step.h"
 #include <cjson/cJSON.h>

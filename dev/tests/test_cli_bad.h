@@ -75,7 +75,7 @@ static void bad_options(void) {
     bad("not a whole number", "--batch 4x is not a whole number", "$S --batch 4x");
     bad("not a number", "--lr fast is not a number", "$S --lr fast");
     bad("infinite number", "--lr inf is not a number", "$S --lr inf");
-    bad("bad choice", "choose one of sgd, adamw, adamw8bit", "$S --optimizer adam");
+    bad("bad choice", "choose one of sgd|adamw|adamw8bit", "$S --optimizer adam");
     bad("switch with a value", "--resume=maybe", "$S --resume=maybe");
     bad("stray word", "foo is not an option", "foo $S");
     bad("no model", "no model was given", "--train $T/text.txt");
@@ -83,11 +83,11 @@ static void bad_options(void) {
     bad("no training data", "no training data was given", "--init $T/config.json --steps 2");
     bad("no batch", "--batch -2 is out of range", "$S --batch -2");
     bad("negative steps", "--steps -1 is out of range", "$S --steps -1");
-    bad("beta2 of one", "lie in [0, 1)", "$S --beta2 1");
-    bad("negative learning rate", "cannot be negative", "$S --lr -1");
+    bad("beta2 of one", "--beta2 1 is out of range", "$S --beta2 1");
+    bad("negative learning rate", "--lr -1 is out of range", "$S --lr -1");
     bad("negative coefficients", "--aux-coef -1 cannot be negative", "$S --aux-coef -1");
-    bad("a seed that JSON rounds", "more than 15 digits", "$S --seed 9007199254740993");
-    bad("negative temperature", "cannot be negative", "$S --temperature -1");
+    bad("a seed that JSON rounds", "9007199254740993 is out of range", "$S --seed 9007199254740993");
+    bad("negative temperature", "--temperature -1 is out of range", "$S --temperature -1");
     bad("negative intervals", "--sample-every -1 is out of range", "$S --sample-every -1");
     bad("a plan for no ranks", "--world -8 is out of range", "$S --plan --world -8");
     bad("negative warmup", "--warmup -1 is negative", "$S --warmup -1");
@@ -231,9 +231,9 @@ static void bad_places(void) {
     bad("a folder that cannot be read", "cannot read the folder", "$S --steps 1 --out $T/loop");
     bad("a folder that cannot be made", "cannot create the folder",
         "$S --steps 1 --out /proc/nowhere/run");
-    bad("a dump that cannot be made", "cannot create the dump",
+    bad("a dump that cannot be made", "cannot write the dump",
         "$S --steps 1 --dump $T/nowhere/dump.safetensors");
-    bad("a dump onto a full device", "cannot make room for the dump",
+    bad("a dump onto a full device", "cannot write the dump",
         "$S --steps 1 --dump /dev/full");
     // a disk that fills up while a checkpoint is written: a limit on the size of files says so in
     // the same place. 24 MB, which the weights (15 MB) keep and the optimizer's state breaks; a
