@@ -64,8 +64,8 @@ include dev/mk/compile.mk
 -include $(OBJECTS:.o=.d) $(BUILD)/train_moe.d $(TESTS:%=$(BUILD)/%.d)
 
 # The model in plain loops, for reading: one compiler line, no detection.
-naive: dev/naive/train_naive.c dev/naive/naive.h
-	$(CC) -std=c11 -O2 -Wall -Wextra $< -lm -o $@
+naive: dev/naive/train_naive.c $(wildcard dev/naive/*.h)
+	$(CC) -std=c11 -O3 -ffast-math $< -lm -o $@
 
 # ---- tests ----------------------------------------------------------------------------------
 include dev/mk/tests.mk

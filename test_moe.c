@@ -188,11 +188,15 @@ static double total(const StepResult *s, const Setup *p) {
     return s->loss + p->step.aux_coef * s->aux + p->step.z_coef * s->z;
 }
 
-static void naive_run(NaiveBatch *b, Weights *all, int rounding) {
+// The naive model's update: gradients into all, and with rounding 1 rounded as it stores them.
+static void naive_run(NaiveBatch *b, const Config *config, Weights *all, int rounding) {
+    NaiveConfig c = naive_config(config);
     for (int i = 0; i < all->n; i++)
         memset(all->weight[i].g, 0, (size_t)all->weight[i].n * sizeof(double));
     naive_rounding = rounding;
-    naive_model(b, all);
+    naive_model(b, &c, all);
+    for (int i = 0; i < all->n; i++)
+        for (int64_t k = 0; k < all->weight[i].n; k++) all->weight[i].g[k] = Q(all->weight[i].g[k]);
 }
 
 // Logits and every gradient against the naive model. bf16: error at most twice the naive bf16
@@ -211,29 +215,23 @@ static void test_naive(const Fixture *f) {
     read_all(r, &truth, 0, 0, &equal);
     read_all(r, &naive, 0, 0, &equal);
     int *topk = read_routing(r);
-    NaiveBatch b = { c,
-                     f->B,
-                     f->T,
-                     f->aux_per_layer,
-                     f->ignore,
-                     f->aux_coef,
-                     f->z_coef,
-                     r->t->host_ids,
-                     r->t->host_targets,
-                     topk,
-                     0,
-                     0,
-                     0,
-                     0 },
-               rounded = b;
-    naive_run(&b, &truth, 0);
+    NaiveBatch b = { .B = f->B,
+                     .T = f->T,
+                     .ids = r->t->host_ids,
+                     .targets = r->t->host_targets,
+                     .topk = topk,
+                     .aux_coef = f->aux_coef,
+                     .z_coef = f->z_coef,
+                     .aux_per_layer = f->aux_per_layer };
+    NaiveBatch rounded = b;
+    naive_run(&b, c, &truth, 0);
     SafeTensors d = safetensors_open(dump);
     int64_t n;
     double *logits = read_tensor(&d, "logits", &n),
            bound = FP64 ? 1e-7 : 1e-5; // the dump is fp32, whatever the build
     double *e = (double *)xcalloc((size_t)truth.n, sizeof(double), "errors"), median = 0;
     if (BF16) {
-        naive_run(&rounded, &naive, 1);
+        naive_run(&rounded, c, &naive, 1);
         bound += 2 * distance(rounded.logits, b.logits, n);
         for (int i = 0; i < truth.n; i++) { // median by insertion
             double v = distance(naive.weight[i].g, truth.weight[i].g, truth.weight[i].n);

@@ -3,7 +3,7 @@
 // has: device_upload and device_download bring numbers in and out.
 #ifndef MOE_HARNESS_H
 #define MOE_HARNESS_H
-#include "naive.h"
+#include "../naive/naive.h"
 #include "../../data/loader.h"
 #include "../../kernels/fail.h"
 #include "../../model/checkpoint.h"
@@ -33,6 +33,31 @@ MOE_PRINTF(2, 3) static void check(int ok, const char *format, ...) {
         passed++;
     else
         failed++;
+}
+
+// ---- tensors of a whole model, in double: those of the naive model -----------------------------
+static NaiveConfig naive_config(const Config *c) {
+    NaiveConfig n = { c->V,    c->C,   c->L,       c->H,         c->KV,     c->D,
+                      c->E,    c->K,   c->F,       c->I,         c->is_moe, c->norm_topk,
+                      c->tied, c->pad, c->rms_eps, c->rope_theta };
+    return n;
+}
+static Weights weights_new(const Config *c) {
+    NaiveConfig n = naive_config(c);
+    return naive_weights(&n);
+}
+static void weights_free(Weights *all) {
+    for (int i = 0; i < all->n; i++) {
+        free(all->weight[i].w);
+        free(all->weight[i].g);
+    }
+    free(all->weight);
+    all->n = 0;
+}
+static int weights_find(const Weights *all, const char *name) {
+    for (int i = 0; i < all->n; i++)
+        if (!strcmp(all->weight[i].name, name)) return i;
+    die("no tensor %s|the naive model and the parameter table disagree", name);
 }
 
 // ---- fixtures: see dev/hf/README.md ---------------------------------------------------------

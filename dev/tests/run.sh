@@ -74,6 +74,7 @@ if [ "$what" = test ]; then
         suite data 120 "$dir/data/test_data" $script
         suite checkpoint 300 "$dir/model/test_checkpoint"
         suite "model fp32" 600 "$dir/test_moe"
+        suite "naive model" 120 env CC="$cc" sh dev/tests/test_naive.sh "$dir/train_moe"
         suite "command line" 900 "$dir/dev/tests/test_cli" "$dir/train_moe"
     fi
     # shellcheck disable=SC2086
