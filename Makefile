@@ -44,7 +44,7 @@ TRANSPORT_nccl = parallel/comm_nccl.cu parallel/comm_join.c parallel/comm_watch.
 PARALLEL = $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)) \
     parallel/comm_common.c
 MODEL = $(filter-out model/test_%,$(wildcard model/*.c))
-DATA = data/loader.c data/tokens.c
+DATA = data/loader.c data/shard.c data/tokens.c
 
 LIBRARY = $(KERNELS) $(MODEL) $(PARALLEL) $(TRANSPORT_$(COMM)) $(DATA)
 OBJECTS = $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(LIBRARY))))

@@ -321,10 +321,14 @@ static void fill_weights(Run *r, const char *resumed, const cJSON *trainer) {
         trainer_init(r->trainer);
 }
 
-static Loader *open_data(const FileList *files, const Options *o, uint64_t seed, int shuffle,
-                         const Config *c) {
-    if (!files->n) return 0;
-    return loader_open(files->name, files->n, (int)o->seq_len, seed, shuffle, c->V);
+static Loader *open_data(const FileList *files, const Options *o, const Config *c, int validation) {
+    LoaderOptions l = { (int)o->seq_len,
+                        validation ? 0 : (uint64_t)o->seed,
+                        validation ? 0 : o->shuffle,
+                        c->V,
+                        (LossMask)o->loss_mask,
+                        validation };
+    return files->n ? loader_open(files->name, files->n, l) : 0;
 }
 
 static Tokens *open_tokens(const Options *o) {
@@ -416,8 +420,8 @@ static void command_train(Options *o) {
     cJSON *trainer = resumed ? checkpoint_trainer(resumed) : 0;
     // Before anything under --out is touched.
     if (trainer) check_resumed(trainer, o, resumed, found);
-    r.data = open_data(&o->train, o, (uint64_t)o->seed, o->shuffle, &config);
-    r.val = open_data(&o->val, o, 0, 0, &config);
+    r.data = open_data(&o->train, o, &config, 0);
+    r.val = open_data(&o->val, o, &config, 1);
     r.tokens = open_tokens(o);
     double peak = device_peak_flops();
     r.trainer = trainer_create(&r.model, &r.grid, step_options(o, &config), optimizer_options(o), 0,

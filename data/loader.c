@@ -1,176 +1,48 @@
-// Token files as windows (loader.h). A window is read with open, fstat, pread and close. Keeping
-// descriptors open would end at the limit of open files: a set of 100 billion tokens has a thousand
-// shards. Mapping the files would turn a file that is truncated during the run, or an error of a
-// network file system, into SIGBUS instead of a message. fstat also notices that a file was
-// rewritten. Uses mix64 of kernels/random.h for the order.
+// Which window of which file a sequence number means (loader.h): the files that patterns name, the
+// sources of a mixture and their schedule, the order within a source. Reads windows through
+// shard.h; uses mix64 of kernels/random.h for the order.
 #define _POSIX_C_SOURCE 200809L
 #define _FILE_OFFSET_BITS 64
 #include "loader.h"
 #include "../kernels/fail.h"
 #include "../kernels/random.h"
-#include <errno.h>
-#include <fcntl.h>
+#include "shard.h"
 #include <glob.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
-enum { HEADER_BYTES = 1024, CHUNK_BYTES = 1 << 15, ROUNDS = 8 };
-static const uint32_t MAGIC_UINT16 = 20240520;
-static const uint32_t MAGIC_UINT32 = 20240801;
+enum { ROUNDS = 8 };
+static const uint64_t GOLDEN = 0x9e3779b97f4a7c15u; // 2^64 / golden ratio, splitmix64's increment
 // Read when files are opened, all of them together: a fraction of a second from the page cache.
 static const int64_t SCAN_BYTES = (int64_t)256 << 20;
 
-typedef struct {
-    char *name;
-    int64_t tokens;       // in the file
-    int64_t start;        // bytes before the first token: 0 or HEADER_BYTES
-    int64_t first_window; // number of its first window among the windows of all files
-    int width;            // bytes of a token: 1, 2 or 4
-    int states_largest;   // the header states the largest id
-    off_t size;           // a changed size or time is a changed file; inode and device numbers may
-    time_t modified;      // change under a file on a network mount
-} File;
-
 struct Loader {
-    File *files; // (n_files)
-    int n_files, seq_len, shuffle;
+    LoaderOptions o;
     uint32_t vocab;
-    uint64_t seed;
+    Shard *files; // (n_files)
+    int n_files, n_sources;
+    LoaderSource *source; // (n_sources)
     int64_t windows, tokens;
+    // The schedule of a mixture, which repeats after `period` windows: turn k of a period is number
+    // turn_number[k] of the quota[i] that source i = turn_source[k] has in it.
+    int64_t *quota; // (n_sources)
+    int64_t period; // the sum of the quotas
+    uint16_t *turn_source;
+    int32_t *turn_number;
 };
 
-// ---- reading --------------------------------------------------------------------------------
-static void read_exactly(int fd, const File *f, void *to, int64_t bytes, int64_t offset) {
-    for (int64_t done = 0; done < bytes;) {
-        ssize_t n = pread(fd, (char *)to + done, (size_t)(bytes - done), (off_t)(offset + done));
-        if (n < 0 && errno == EINTR) continue;
-        if (n < 0)
-            die("%s: cannot read %lld bytes at byte %lld: %s|check the disk or the mount", f->name,
-                (long long)bytes, (long long)offset, strerror(errno));
-        if (!n)
-            die("%s: ends at byte %lld, expected %lld more|the file was truncated: copy or "
-                "tokenize it again",
-                f->name, (long long)(offset + done), (long long)(bytes - done));
-        done += n;
-    }
-}
-
-static int file_open(const File *f) {
-    int fd = open(f->name, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-        die("%s: cannot open: %s|check the path given to --train or --val and its permissions",
-            f->name, strerror(errno));
-    return fd;
-}
-
-// The unsigned little-endian number at p, whatever the byte order of this machine.
-static int64_t number_at(const unsigned char *p, int width) {
-    int64_t value = 0;
-    for (int i = 0; i < width; i++) value |= (int64_t)p[i] << (8 * i);
-    return value;
-}
-
-// Checks tokens first to first + n - 1 of f and copies them to out (n) unless that is 0.
-static void read_ids(const Loader *loader, int fd, const File *f, int64_t first, int64_t n,
-                     int *out) {
-    unsigned char chunk[CHUNK_BYTES];
-    int64_t step = CHUNK_BYTES / f->width;
-    for (int64_t i = 0; i < n; i += step) {
-        int64_t count = n - i < step ? n - i : step;
-        read_exactly(fd, f, chunk, count * f->width, f->start + (first + i) * f->width);
-        for (int64_t k = 0; k < count; k++) {
-            int64_t id = number_at(chunk + k * f->width, f->width);
-            if (id >= loader->vocab)
-                die("%s: token %lld is id %lld, but the model's vocabulary has %u ids (0 to %u)|"
-                    "tokenize the text with this model's tokenizer, or use a config whose "
-                    "vocab_size is above %lld",
-                    f->name, (long long)(first + i + k), (long long)id, loader->vocab,
-                    loader->vocab - 1, (long long)id);
-            if (out) out[i + k] = (int)id;
-        }
-    }
-}
-
 // ---- the files ------------------------------------------------------------------------------
-static int ends_in(const char *name, const char *ending) {
-    size_t n = strlen(name);
-    size_t m = strlen(ending);
-    return n >= m && !strcmp(name + n - m, ending);
-}
-
-static void check_shard(const Loader *loader, File *f, int fd) {
-    unsigned char header[HEADER_BYTES];
-    if (f->size < HEADER_BYTES)
-        die("%s: %lld bytes are too short for a token shard, whose header has %d|give shards of "
-            "data/tokenize.py or .txt files",
-            f->name, (long long)f->size, HEADER_BYTES);
-    read_exactly(fd, f, header, HEADER_BYTES, 0);
-    uint32_t magic = (uint32_t)number_at(header, 4);
-    uint32_t version = (uint32_t)number_at(header + 4, 4);
-    if (magic != MAGIC_UINT16 && magic != MAGIC_UINT32)
-        die("%s: not a token shard: magic %u, expected %u (uint16) or %u (uint32)|tokenize it with "
-            "data/tokenize.py; plain text must be named .txt",
-            f->name, magic, MAGIC_UINT16, MAGIC_UINT32);
-    uint32_t expected = magic == MAGIC_UINT16 ? 1 : 7;
-    if (version != expected)
-        die("%s: shard version %u, expected %u for magic %u|tokenize the text again with "
-            "data/tokenize.py",
-            f->name, version, expected, magic);
-    f->width = magic == MAGIC_UINT16 ? 2 : 4;
-    f->start = HEADER_BYTES;
-    f->tokens = number_at(header + 8, 4);
-    if (!f->tokens)
-        die("%s: empty shard: its header says 0 tokens|remove it from --train or --val", f->name);
-    int64_t bytes = HEADER_BYTES + f->tokens * f->width;
-    if (f->size != bytes)
-        die("%s: %s: %lld bytes, but its header says %lld tokens of %d bytes, which are %lld|copy "
-            "or tokenize it again",
-            f->name, f->size < bytes ? "truncated" : "longer than it says", (long long)f->size,
-            (long long)f->tokens, f->width, (long long)bytes);
-    int64_t vocab = number_at(header + 12, 4);
-    int64_t largest = number_at(header + 16, 4);
-    f->states_largest = largest > 0 && largest < vocab;
-    if (f->states_largest && largest >= loader->vocab)
-        die("%s: its largest id is %lld (tokenizer of %lld ids), but the model's vocabulary has %u "
-            "ids|tokenize the text with this model's tokenizer, or use a config whose vocab_size "
-            "is above %lld",
-            f->name, (long long)largest, (long long)vocab, loader->vocab, (long long)largest);
-}
-
-static void check_file(const Loader *loader, File *f) {
-    int fd = file_open(f);
-    struct stat s;
-    if (fstat(fd, &s))
-        die("%s: cannot stat: %s|check the disk or the mount", f->name, strerror(errno));
-    if (!S_ISREG(s.st_mode))
-        die("%s: not a regular file|name the shards themselves, for example '%s/*.bin'", f->name,
-            f->name);
-    f->size = s.st_size;
-    f->modified = s.st_mtime;
-    if (ends_in(f->name, ".txt")) {
-        f->width = 1;
-        f->tokens = s.st_size;
-        f->states_largest = loader->vocab >= 256; // no byte is larger than 255
-        if (!f->tokens) die("%s: empty file|remove it from --train or --val", f->name);
-    } else
-        check_shard(loader, f, fd);
-    close(fd);
-}
-
 static int by_name(const void *a, const void *b) {
     return strcmp(*(char *const *)a, *(char *const *)b);
 }
 
 static void add_file(Loader *loader, const char *name) {
-    loader->files = (File *)realloc(loader->files, ((size_t)loader->n_files + 1) * sizeof(File));
+    loader->files = (Shard *)realloc(loader->files, ((size_t)loader->n_files + 1) * sizeof(Shard));
     if (!loader->files)
         die("out of host memory for the list of %d token files|name fewer files",
             loader->n_files + 1);
-    File *f = &loader->files[loader->n_files++];
-    memset(f, 0, sizeof *f);
-    f->name = xasprintf("%s", name);
+    loader->files[loader->n_files++] = shard_describe(name, loader->vocab);
 }
 
 // Adds the files that the pattern matches. A name that exists is taken as it is, brackets included.
@@ -194,15 +66,17 @@ static void add_files(Loader *loader, const char *pattern) {
     globfree(&found);
 }
 
-static void die_too_short(const Loader *loader, int64_t longest) {
-    const char *name = loader->files[0].name;
+static void die_too_short(const Loader *loader, const LoaderSource *s) {
+    int64_t longest = 0;
+    for (int i = s->first_file; i < s->first_file + s->files; i++)
+        if (loader->files[i].tokens > longest) longest = loader->files[i].tokens;
+    const char *name = loader->files[s->first_file].id.name;
     if (longest < 2)
         die("%s: 1 token is too little for an input and its target|give a longer text", name);
     die("%s%s: %lld tokens, at most %lld in one file; a window of --seq-len %d needs %lld (the "
         "inputs and one more target)|use --seq-len %lld or less, or more text",
-        name, loader->n_files > 1 ? " and the other files" : "", (long long)loader->tokens,
-        (long long)longest, loader->seq_len, (long long)loader->seq_len + 1,
-        (long long)longest - 1);
+        name, s->files > 1 ? " and the other files" : "", (long long)s->tokens, (long long)longest,
+        loader->o.seq_len, (long long)loader->o.seq_len + 1, (long long)longest - 1);
 }
 
 // Compares the first ids of every file that does not state its largest one with the vocabulary.
@@ -210,47 +84,240 @@ static void scan_ids(const Loader *loader) {
     int64_t unstated = 0;
     for (int i = 0; i < loader->n_files; i++) unstated += !loader->files[i].states_largest;
     for (int i = 0; i < loader->n_files; i++) {
-        const File *f = &loader->files[i];
-        if (f->states_largest) continue;
-        int64_t share = SCAN_BYTES / unstated / f->width;
-        int fd = file_open(f);
-        read_ids(loader, fd, f, 0, f->tokens < share ? f->tokens : share, 0);
-        close(fd);
+        const Shard *f = &loader->files[i];
+        if (!f->states_largest) shard_check_ids(f, SCAN_BYTES / unstated / f->width, loader->vocab);
     }
 }
 
-Loader *loader_open(const char *const *patterns, int n_patterns, int seq_len, uint64_t seed,
-                    int shuffle, int vocab) {
-    if (n_patterns < 1) die("no token file given|name shards or .txt files after --train");
-    if (seq_len < 1)
-        die("sequence length %d is not positive|set --seq-len to the window length in tokens",
-            seq_len);
-    if (vocab < 1)
-        die("vocabulary of %d ids is not positive|check vocab_size in the model's config", vocab);
-    Loader *loader = (Loader *)xcalloc(1, sizeof *loader, "the data loader");
-    loader->seq_len = seq_len;
-    loader->shuffle = shuffle;
-    loader->seed = seed;
-    loader->vocab = (uint32_t)vocab;
-    for (int p = 0; p < n_patterns; p++) add_files(loader, patterns[p]);
-
-    int64_t longest = 0;
-    for (int i = 0; i < loader->n_files; i++) {
-        File *f = &loader->files[i];
-        check_file(loader, f);
-        f->first_window = loader->windows;
-        loader->windows += (f->tokens - 1) / seq_len;
-        loader->tokens += f->tokens;
-        if (f->tokens > longest) longest = f->tokens;
+static void find_masks(Loader *loader, LoaderSource *s) {
+    if (loader->o.loss_mask == LOSS_MASK_OFF) return;
+    const Shard *with = 0;
+    const Shard *without = 0;
+    for (int i = s->first_file; i < s->first_file + s->files; i++) {
+        Shard *f = &loader->files[i];
+        shard_find_mask(f);
+        if (f->mask.name)
+            with = f;
+        else
+            without = f;
     }
-    if (!loader->windows) die_too_short(loader, longest);
+    if (without && loader->o.loss_mask == LOSS_MASK_REQUIRE)
+        die("%s: no loss mask, which --loss-mask require asks for|name shards x.bin with x.mask "
+            "beside each",
+            without->id.name);
+    if (with && without)
+        die("%s has a loss mask, but %s has none|give every shard its mask, or use --loss-mask off",
+            with->id.name, without->id.name);
+    s->masked = with != 0;
+}
+
+static void measure(Loader *loader, LoaderSource *s) {
+    int64_t T = loader->o.seq_len;
+    for (int i = s->first_file; i < s->first_file + s->files; i++) {
+        Shard *f = &loader->files[i];
+        f->first_window = s->windows;
+        s->windows += (f->tokens - 1) / T;
+        s->tokens += f->tokens;
+    }
+    if (!s->windows) die_too_short(loader, s);
+    find_masks(loader, s);
+    for (int i = s->first_file; i < s->first_file + s->files; i++) {
+        Shard *f = &loader->files[i];
+        int64_t n_targets = (f->tokens - 1) / T * T;
+        s->targets += s->masked ? shard_check_mask(f, n_targets) : n_targets;
+    }
+    loader->windows += s->windows;
+    loader->tokens += s->tokens;
+}
+
+// ---- sources --------------------------------------------------------------------------------
+typedef struct {
+    char *name;     // before the =, else 0
+    char *files;    // name or glob
+    int64_t weight; // in billionths, 0: none given
+    int source;
+} Pattern;
+
+enum { BILLION = 1000000000, MOST_PERIOD = 1000000, MOST_SOURCES = 1000 };
+
+static int matches_a_file(const char *pattern) {
+    struct stat s;
+    if (!stat(pattern, &s)) return 1;
+    glob_t found;
+    int some = !glob(pattern, GLOB_NOSORT, 0, &found) && found.gl_pathc;
+    globfree(&found);
+    return some;
+}
+
+// A weight in billionths. Weights are decimal numbers, so that shares are exact fractions.
+static int64_t parse_weight(const char *pattern, const char *text) {
+    int64_t value = 0;
+    int64_t unit = BILLION;
+    const char *p = text;
+    for (; *p >= '0' && *p <= '9' && value < (int64_t)BILLION * 1000000; p++)
+        value = 10 * value + (*p - '0') * unit;
+    if (*p == '.')
+        for (p++; *p >= '0' && *p <= '9' && unit > 1; p++) {
+            unit /= 10;
+            value += (*p - '0') * unit;
+        }
+    if (*p || !value)
+        die("'%s': %s is no weight|write a decimal number above 0 after the @, such as 0.25",
+            pattern, text);
+    return value;
+}
+
+static Pattern parse_pattern(const char *text) {
+    Pattern p = { 0, 0, 0, 0 };
+    p.files = xasprintf("%s", text);
+    if (matches_a_file(text)) return p;
+    char *at = strrchr(p.files, '@');
+    char *end = 0;
+    if (at && at[1]) strtod(at + 1, &end);
+    if (end && !*end) {
+        p.weight = parse_weight(text, at + 1);
+        *at = 0;
+        if (matches_a_file(p.files)) return p;
+    }
+    size_t n = strspn(p.files, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-");
+    if (n && p.files[n] == '=' && p.files[n + 1]) {
+        p.name = xasprintf("%.*s", (int)n, p.files);
+        memmove(p.files, p.files + n + 1, strlen(p.files + n));
+    }
+    return p;
+}
+
+// Says which patterns make a source together: those of one name, else each pattern for itself, and
+// all of them where nothing sets them apart. Returns the number of sources.
+static int group(Pattern *p, int n, int validation) {
+    int named = 0;
+    int weighted = 0;
+    for (int i = 0; i < n; i++) {
+        named += p[i].name != 0;
+        weighted += p[i].weight != 0;
+    }
+    if (validation && weighted)
+        die("--val has a weight|only --train mixes sources; name those of --val: web='web/*.bin'");
+    if (validation && named && named < n)
+        die("--val '%s' has no name, but others have one|write name=FILES for all or for none",
+            p[0].name ? p[n - 1].files : p[0].files);
+    if (!validation && named && !weighted)
+        die("--train has names, but no weights|write web='web/*.bin@0.7' to mix sources by weight");
+    int sources = 0;
+    for (int i = 0; i < n; i++) {
+        int k = 0; // an earlier pattern of the same source
+        while (k < i && (named || weighted) &&
+               !(p[i].name && p[k].name && !strcmp(p[i].name, p[k].name)))
+            k++;
+        p[i].source = k < i ? p[k].source : sources++;
+        if (k < i && p[i].weight && p[i].weight != p[k].weight)
+            die("'%s' has two weights|give the weight of a name once, or alike", p[i].name);
+    }
+    if (sources > MOST_SOURCES)
+        die("%d sources|mix at most %d; a glob is one source", sources, MOST_SOURCES);
+    return sources;
+}
+
+static int64_t greatest_divisor(int64_t a, int64_t b) { return b ? greatest_divisor(b, a % b) : a; }
+
+// The schedule of a mixture. With quotas u_i of a period of P windows, window number j = 0, 1, ...
+// of source i may be given from floor(j P / u_i) on and is due before ceil((j + 1) P / u_i). Giving
+// each place to the window that is due first meets all these dates, because the quotas fill the
+// period exactly (earliest deadline first is optimal for jobs of one unit on one machine: Liu and
+// Layland 1973; with these dates: Baruah et al. 1996). So source i has floor(n u_i / P) or
+// ceil(n u_i / P) of the first n windows.
+static void make_schedule(Loader *loader, const int64_t *weight) {
+    int n = loader->n_sources;
+    int64_t unit = 0;
+    loader->quota = (int64_t *)xcalloc((size_t)n, 2 * sizeof(int64_t), "the mixture");
+    int64_t *given = loader->quota + n;
+    for (int i = 0; i < n; i++) unit = greatest_divisor(weight[i], unit);
+    for (int i = 0; i < n; i++) {
+        loader->quota[i] = weight[i] / unit;
+        loader->period += loader->quota[i];
+        if (loader->period > MOST_PERIOD)
+            die("the weights of --train need more than %d windows to come out exactly|use fewer "
+                "digits, such as 0.333 and 0.667",
+                MOST_PERIOD);
+    }
+    int64_t P = loader->period;
+    loader->turn_source = (uint16_t *)xmalloc((size_t)P * sizeof(uint16_t), "the mixture");
+    loader->turn_number = (int32_t *)xmalloc((size_t)P * sizeof(int32_t), "the mixture");
+    for (int64_t turn = 0; turn < P; turn++) {
+        int next = -1;
+        int64_t first_due = 0;
+        for (int i = 0; i < n; i++) {
+            int64_t u = loader->quota[i];
+            int64_t due = ((given[i] + 1) * P + u - 1) / u;
+            if (given[i] * P / u <= turn && (next < 0 || due < first_due)) {
+                next = i;
+                first_due = due;
+            }
+        }
+        loader->turn_source[turn] = (uint16_t)next;
+        loader->turn_number[turn] = (int32_t)given[next]++;
+    }
+    for (int i = 0; i < n; i++) loader->source[i].share = (double)loader->quota[i] / (double)P;
+}
+
+static void add_sources(Loader *loader, Pattern *pattern, int n_patterns) {
+    int n = group(pattern, n_patterns, loader->o.validation);
+    int64_t *weight = (int64_t *)xcalloc((size_t)n, sizeof *weight, "the mixture");
+    loader->source = (LoaderSource *)xcalloc((size_t)n, sizeof(LoaderSource), "the mixture");
+    loader->n_sources = n;
+    for (int i = 0; i < n; i++) {
+        LoaderSource *s = &loader->source[i];
+        s->first_file = loader->n_files;
+        for (int k = 0; k < n_patterns; k++) {
+            const Pattern *p = &pattern[k];
+            if (p->source != i) continue;
+            const char *name = p->name ? p->name : p->files;
+            if (!s->name) s->name = xasprintf("%s", n > 1 || p->name ? name : "");
+            if (!weight[i]) weight[i] = p->weight;
+            add_files(loader, p->files);
+        }
+        if (!weight[i]) weight[i] = BILLION;
+        s->files = loader->n_files - s->first_file;
+        measure(loader, s);
+    }
+    make_schedule(loader, weight);
+    free(weight);
+}
+
+// ---- opening and closing --------------------------------------------------------------------
+Loader *loader_open(const char *const *patterns, int n_patterns, LoaderOptions options) {
+    if (n_patterns < 1) die("no token file given|name shards or .txt files after --train");
+    if (options.seq_len < 1)
+        die("sequence length %d is not positive|set --seq-len to the window length in tokens",
+            options.seq_len);
+    if (options.vocab < 1)
+        die("vocabulary of %d ids is not positive|check vocab_size in the model's config",
+            options.vocab);
+    Loader *loader = (Loader *)xcalloc(1, sizeof *loader, "the data loader");
+    loader->o = options;
+    loader->vocab = (uint32_t)options.vocab;
+    Pattern *pattern = (Pattern *)xcalloc((size_t)n_patterns, sizeof *pattern, "the patterns");
+    for (int i = 0; i < n_patterns; i++) pattern[i] = parse_pattern(patterns[i]);
+    add_sources(loader, pattern, n_patterns);
+    for (int i = 0; i < n_patterns; i++) {
+        free(pattern[i].name);
+        free(pattern[i].files);
+    }
+    free(pattern);
     scan_ids(loader);
     return loader;
 }
 
 void loader_close(Loader *loader) {
     if (!loader) return;
-    for (int i = 0; i < loader->n_files; i++) free(loader->files[i].name);
+    for (int i = 0; i < loader->n_files; i++) {
+        shard_free(&loader->files[i]);
+    }
+    for (int i = 0; i < loader->n_sources; i++) free((char *)loader->source[i].name);
+    free(loader->source);
+    free(loader->quota);
+    free(loader->turn_source);
+    free(loader->turn_number);
     free(loader->files);
     free(loader);
 }
@@ -258,24 +325,25 @@ void loader_close(Loader *loader) {
 int64_t loader_windows(const Loader *loader) { return loader->windows; }
 int64_t loader_tokens(const Loader *loader) { return loader->tokens; }
 int loader_files(const Loader *loader) { return loader->n_files; }
-const char *loader_file(const Loader *loader, int i) { return loader->files[i].name; }
+const char *loader_file(const Loader *loader, int i) { return loader->files[i].id.name; }
+int loader_sources(const Loader *loader) { return loader->n_sources; }
+const LoaderSource *loader_source(const Loader *loader, int i) { return &loader->source[i]; }
 
 // ---- the order ------------------------------------------------------------------------------
 // A Feistel round (L, R) -> (R, L ^ f(R)) can be undone whatever f is, so the network is a
 // bijection of [0, 4^h). Walking on while the value is n or more follows its cycle to the next
 // member of [0, n). This is still one-to-one, because walking back along the cycle undoes it.
 int64_t loader_permute(int64_t i, int64_t n, uint64_t seed, uint64_t epoch) {
-    const uint64_t golden = 0x9e3779b97f4a7c15u; // 2^64 / golden ratio, splitmix64's increment
     int h = 0;
     while (h < 31 && (int64_t)1 << (2 * h) < n) h++;
     uint64_t mask = ((uint64_t)1 << h) - 1;
-    uint64_t key = mix64(mix64(seed + golden) + epoch + golden);
+    uint64_t key = mix64(mix64(seed + GOLDEN) + epoch + GOLDEN);
     uint64_t x = (uint64_t)i;
     do {
         uint64_t left = x >> h;
         uint64_t right = x & mask;
         for (uint64_t r = 1; r <= ROUNDS; r++) {
-            uint64_t next = left ^ (mix64(key + r * golden + right) & mask);
+            uint64_t next = left ^ (mix64(key + r * GOLDEN + right) & mask);
             left = right;
             right = next;
         }
@@ -284,11 +352,11 @@ int64_t loader_permute(int64_t i, int64_t n, uint64_t seed, uint64_t epoch) {
     return (int64_t)x;
 }
 
-// The file that holds `window`: the last one whose first window is not above it. A file without
-// windows shares its first_window with the next file, so it is never that last one.
-static int file_of(const Loader *loader, int64_t window) {
-    int low = 0;
-    int high = loader->n_files - 1;
+// The file of a source that holds its `window`: the last one whose first window is not above it. A
+// file without windows shares its first_window with the next file, so it is never that last one.
+static int file_of(const Loader *loader, const LoaderSource *s, int64_t window) {
+    int low = s->first_file;
+    int high = s->first_file + s->files - 1;
     while (low < high) {
         int middle = low + (high - low + 1) / 2;
         if (loader->files[middle].first_window <= window)
@@ -302,26 +370,88 @@ static int file_of(const Loader *loader, int64_t window) {
 int loader_where(const Loader *loader, int64_t position, int64_t *first) {
     if (position < 0)
         die("sequence number %lld is negative|steps count from 0 here", (long long)position);
-    int64_t epoch = position / loader->windows;
-    int64_t window = position % loader->windows;
-    if (loader->shuffle)
-        window = loader_permute(window, loader->windows, loader->seed, (uint64_t)epoch);
-    int file = file_of(loader, window);
-    *first = (window - loader->files[file].first_window) * loader->seq_len;
+    int64_t turn = position % loader->period;
+    int i = loader->turn_source[turn];
+    const LoaderSource *s = &loader->source[i];
+    int64_t number = position / loader->period * loader->quota[i] + loader->turn_number[turn];
+    int64_t window = number % s->windows;
+    if (loader->o.shuffle)
+        window =
+            loader_permute(window, s->windows, loader->o.seed, (uint64_t)(number / s->windows));
+    int file = file_of(loader, s, window);
+    *first = (window - loader->files[file].first_window) * loader->o.seq_len;
     return file;
 }
 
+int64_t loader_count(const Loader *loader, int source, int64_t n) {
+    int64_t count = n / loader->period * loader->quota[source];
+    for (int64_t turn = 0; turn < n % loader->period; turn++)
+        count += loader->turn_source[turn] == source;
+    return count;
+}
+
+// ---- windows --------------------------------------------------------------------------------
 void loader_read(const Loader *loader, int64_t position, int *inputs, int *targets) {
-    int64_t first, T = loader->seq_len;
-    const File *f = &loader->files[loader_where(loader, position, &first)];
-    int fd = file_open(f);
-    struct stat s;
-    if (fstat(fd, &s) || s.st_size != f->size || s.st_mtime != f->modified)
-        die("%s: changed since the run started|leave token files alone while they are read; "
-            "restart with --resume",
-            f->name);
-    read_ids(loader, fd, f, first, T, inputs);
-    read_ids(loader, fd, f, first + T, 1, targets + T - 1);
-    close(fd);
-    memmove(targets, inputs + 1, (size_t)(T - 1) * sizeof *targets);
+    int64_t first;
+    int file = loader_where(loader, position, &first);
+    shard_read(&loader->files[file], first, loader->o.seq_len, loader->vocab, inputs, targets);
+}
+
+void loader_read_source(const Loader *loader, int source, int64_t window, int *inputs,
+                        int *targets) {
+    const Shard *f = &loader->files[file_of(loader, &loader->source[source], window)];
+    int64_t T = loader->o.seq_len;
+    shard_read(f, (window - f->first_window) * T, T, loader->vocab, inputs, targets);
+}
+
+static void print_source(FILE *out, const char *what, const Loader *loader, int first, int files,
+                         int64_t tokens, int64_t windows) {
+    fprintf(out, "%s%d file%s (%s%s), %lld tokens, %lld windows of %d", what, files,
+            files == 1 ? "" : "s", loader_file(loader, first), files > 1 ? ", ..." : "",
+            (long long)tokens, (long long)windows, loader->o.seq_len);
+}
+
+void loader_print(FILE *out, const char *what, const Loader *loader) {
+    char text[16];
+    int n = loader->n_sources;
+    double targets = 0;
+    int masked = 0;
+    for (int i = 0; i < n; i++) {
+        targets += (double)loader->source[i].targets;
+        masked |= loader->source[i].masked;
+    }
+    snprintf(text, sizeof text, "%-11s", what);
+    print_source(out, text, loader, 0, loader->n_files, loader->tokens, loader->windows);
+    double all = (double)loader->windows * loader->o.seq_len;
+    if (masked) fprintf(out, "; loss masks: %.1f %% of the targets count", 100 * targets / all);
+    fprintf(out, "\n");
+    for (int i = 0; i < n && n > 1; i++) {
+        const LoaderSource *s = &loader->source[i];
+        fprintf(out, "           %s: ", s->name);
+        if (!loader->o.validation) fprintf(out, "%.4g %% of the windows, ", 100 * s->share);
+        print_source(out, "", loader, s->first_file, s->files, s->tokens, s->windows);
+        double epoch = (double)s->windows * loader->o.seq_len;
+        if (s->masked)
+            fprintf(out, "; %.1f %% of its targets count", 100 * (double)s->targets / epoch);
+        fprintf(out, "\n");
+    }
+}
+
+const char *loader_changed(const Loader *loader, int64_t first, int64_t n) {
+    const char *name = 0;
+    for (int64_t position = first; !name && position < first + n; position++) {
+        int64_t token;
+        name = shard_changed(&loader->files[loader_where(loader, position, &token)]);
+    }
+    return name;
+}
+
+const char *loader_shared(const Loader *a, const Loader *b) {
+    for (int i = 0; i < b->n_files; i++)
+        for (int k = a == b ? i + 1 : 0; k < a->n_files; k++) {
+            const Identity *x = &a->files[k].id;
+            const Identity *y = &b->files[i].id;
+            if (x->device == y->device && x->inode == y->inode) return y->name;
+        }
+    return 0;
 }

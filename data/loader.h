@@ -25,35 +25,88 @@
 // compares the stated largest id and, where none is stated, the first 256 MiB / (number of such
 // files) of each such file: a small data set is refused before the first update, and a data set of
 // a terabyte does not delay it.
+//
+// Loss masks. A shard x.bin may have a file x.mask beside it that says which of its tokens count as
+// targets: 256 int32 (magic 20260520, version 1, number of tokens), then one byte for each token of
+// the shard, 1 = counts, 0 = does not. Masks are read completely by loader_open.
+//
+// Mixtures. A pattern may end in a weight, 'web/*.bin@0.7'. Each such pattern is then a source with
+// a permutation and epochs of its own, and a pattern without a weight is one of weight 1. Which
+// source gives window s depends on the weights and s alone: of the first n windows, source i has
+// n w_i rounded down or up, for every n (README.md derives the schedule). Without weights all files
+// are one source. A pattern may begin with a name, 'web=web/*.bin'. A pattern that names existing
+// files as it stands is taken as it stands, @ and = included.
 #ifndef MOE_LOADER_H
 #define MOE_LOADER_H
 #include "../kernels/types.h"
+#include <stdio.h>
 MOE_BEGIN_C
 typedef struct Loader Loader;
+typedef enum { LOSS_MASK_AUTO, LOSS_MASK_OFF, LOSS_MASK_REQUIRE } LossMask;
+
+typedef struct {
+    int seq_len; // T
+    uint64_t seed;
+    int shuffle; // 0: file order in every epoch
+    int vocab;   // ids must be below it
+    LossMask
+        loss_mask;  // AUTO uses the masks of a source if it has any, and dies if a shard has none
+    int validation; // names make the sources instead of weights, and weights are refused
+} LoaderOptions;
+
+typedef struct {
+    const char
+        *name;    // before the =, else the pattern without its weight; "" where it is the only one
+    double share; // of the windows
+    int first_file, files;   // its files are first_file to first_file + files - 1
+    int64_t tokens, windows; // windows >= 1: one epoch
+    int64_t targets;         // of one epoch, those that count; windows x T without masks
+    int masked;
+} LoaderSource;
 
 // Opens the files that `patterns` (n_patterns names or globs) match, in this order; the matches of
-// one glob are sorted bytewise. seq_len is T in tokens. shuffle 0 means file order in every epoch.
-// Dies when a pattern matches nothing, when a file is unreadable, empty, of another size than its
-// header says, of an unknown format or holds an id of at least `vocab`, and when no file has T + 1
-// tokens. Keeps no file open and no token in memory.
-Loader *loader_open(const char *const *patterns, int n_patterns, int seq_len, uint64_t seed,
-                    int shuffle, int vocab);
+// one glob are sorted bytewise. Dies when a pattern matches nothing, when a file is unreadable,
+// empty, of another size than its header says, of an unknown format or holds an id of at least
+// vocab, when a mask does not belong to its shard, and when a source has no file of T + 1 tokens.
+// Keeps no file open and no token in memory.
+Loader *loader_open(const char *const *patterns, int n_patterns, LoaderOptions options);
 // Frees the loader. Does nothing if it is 0.
 void loader_close(Loader *loader);
 
-int64_t loader_windows(const Loader *loader);         // W >= 1, all files
-int64_t loader_tokens(const Loader *loader);          // all files, with tokens that no window reads
-int loader_files(const Loader *loader);               // a file named twice counts twice
-const char *loader_file(const Loader *loader, int i); // lives as long as the loader
+int64_t loader_windows(const Loader *loader); // W, all sources
+int64_t loader_tokens(const Loader *loader);  // all files, with tokens that no window reads
+int loader_files(const Loader *loader);       // a file named twice counts twice
+// The pointers of these two live as long as the loader.
+const char *loader_file(const Loader *loader, int i);
+const LoaderSource *loader_source(const Loader *loader, int i);
+int loader_sources(const Loader *loader); // >= 1
 
-// Reads sequence number position >= 0 into inputs (T) and targets (T); targets[t] follows inputs[t]
-// in the file. Several threads may call it at once. Dies when the file cannot be read, is no longer
-// the one that was opened, or holds an id outside the vocabulary.
+// Reads sequence number position >= 0 into inputs (T) and targets (T). targets[t] follows inputs[t]
+// in the file, or is -1 where the mask says that it does not count. Several threads may call it at
+// once. Dies when the file cannot be read, is no longer the one that was opened, or holds an id
+// outside the vocabulary.
 void loader_read(const Loader *loader, int64_t position, int *inputs, int *targets);
+// Reads window 0 <= window < source's windows of one source in file order, likewise.
+void loader_read_source(const Loader *loader, int source, int64_t window, int *inputs,
+                        int *targets);
 
 // Returns the index of the file that sequence number `position` comes from, and in *first the place
 // of its first token in that file.
 int loader_where(const Loader *loader, int64_t position, int64_t *first);
+// Returns how many of the first n sequences come from the source.
+int64_t loader_count(const Loader *loader, int source, int64_t n);
+
+// Prints files, tokens, windows, the share of targets that count and the sources of a mixture, one
+// line each, the first of them after the word `what`.
+void loader_print(FILE *out, const char *what, const Loader *loader);
+
+// Returns the name of a file that sequences first to first + n - 1 would read and that is gone or
+// no longer the one that was opened, or 0. A file whose time of change is new, but not its size nor
+// samples of its contents, is still the same.
+const char *loader_changed(const Loader *loader, int64_t first, int64_t n);
+// Returns the name of a file of b that a also has, under whatever name, or 0. With a = b: of a file
+// that it has twice.
+const char *loader_shared(const Loader *a, const Loader *b);
 
 // Returns the image of i under the bijection of [0, n) that belongs to (seed, epoch): a balanced
 // Feistel network of 8 rounds on [0, 4^h) with the least h such that 4^h >= n, walked until the

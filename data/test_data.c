@@ -72,7 +72,8 @@ static const char *write_shard(const char *name, int width, int64_t count, int64
 }
 
 static Loader *open_one(const char *path, int T, uint64_t seed, int shuffle, int vocab) {
-    return loader_open(&path, 1, T, seed, shuffle, vocab);
+    LoaderOptions o = { T, seed, shuffle, vocab, LOSS_MASK_AUTO, 0 };
+    return loader_open(&path, 1, o);
 }
 
 // ---- windows --------------------------------------------------------------------------------
@@ -134,7 +135,8 @@ static void test_files(void) {
     write_shard("part_[4].bin", 2, 11, -1, 4000, 1, 0, 0); // 1 window; the name is a pattern, too
     const char *a[] = { path_of("part_[0-9]*.bin"), path_of("part_[4].bin"),
                         path_of("part_2.bin") };
-    Loader *l = loader_open(a, 3, 10, 0, 0, 5000);
+    LoaderOptions o = { 10, 0, 0, 5000, LOSS_MASK_AUTO, 0 };
+    Loader *l = loader_open(a, 3, o);
     static const int first[] = { 1000, 1010, 1020, 2000, 2010, 4000, 2000, 2010 };
     int good = loader_files(l) == 5 && loader_windows(l) == 8 &&
                loader_tokens(l) == 35 + 21 + 10 + 11 + 21;
@@ -148,7 +150,7 @@ static void test_files(void) {
           "loader_where names the file and the token");
     loader_close(l);
     write_shard("part_9.bin", 2, 3, -1, 0, 1, 0, 0); // the last file may be too short as well
-    l = loader_open(a, 1, 10, 0, 0, 5000);
+    l = loader_open(a, 1, o);
     check(loader_windows(l) == 5 && is_window(l, 4, 10, 2010, 1),
           "the last of several files is too short for a window");
     loader_close(l);
@@ -240,7 +242,7 @@ static void test_order(void) {
     loader_close(l);
 }
 
-// ---- errors ---------------------------------------------------------------------------------
+// ---- what ends a run -----------------------------------------------------------------------
 typedef struct {
     const char *path;
     int T, vocab;
@@ -304,6 +306,222 @@ static void loader_dies(const char *path, int T, int vocab, int64_t read, const 
     dies(try_loader, &c, a, b, what);
 }
 
+// ---- loss masks -----------------------------------------------------------------------------
+// The mask of `count` tokens in which token i has the byte bytes[i % n]; its header says `says`.
+static const char *write_mask(const char *name, int64_t count, int64_t says, const char *bytes,
+                              int n) {
+    unsigned char *data = xcalloc(1024 + (size_t)count, 1, "a test mask");
+    put32(data, 20260520);
+    put32(data + 4, 1);
+    put32(data + 8, (uint32_t)says);
+    for (int64_t i = 0; i < count; i++) data[1024 + i] = (unsigned char)bytes[i % n];
+    const char *path = write_bytes(name, data, 1024 + (size_t)count);
+    free(data);
+    return path;
+}
+
+typedef struct {
+    const char *pattern[4];
+    int n;
+    LoaderOptions o;
+} Opening;
+
+static void try_open(const void *p) {
+    const Opening *c = p;
+    loader_close(loader_open(c->pattern, c->n, c->o));
+}
+
+// Whether the targets of a window are first + 1, first + 2, ..., where the byte of the token is 1.
+static int is_masked_window(const Loader *l, int64_t position, int T, int first, const char *bytes,
+                            int n) {
+    int inputs[256], targets[256];
+    loader_read(l, position, inputs, targets);
+    for (int t = 0; t < T; t++) {
+        int target = bytes[(first + t + 1) % n] ? first + t + 1 : -1;
+        if (inputs[t] != first + t || targets[t] != target) return 0;
+    }
+    return 1;
+}
+
+static void test_masks(void) {
+    static const char bytes[] = { 0, 1, 1, 0, 0, 1, 0 };
+    const char *path = write_shard("m/one.bin", 2, 60, -1, 0, 1, 0, 0);
+    write_mask("m/one.mask", 60, 60, bytes, 7);
+    Opening c = { { path }, 1, { 8, 0, 0, 1000, LOSS_MASK_AUTO, 0 } };
+    Loader *l = loader_open(c.pattern, 1, c.o);
+    int good = loader_source(l, 0)->masked;
+    int64_t counted = 0;
+    for (int w = 0; w < 7; w++) good = good && is_masked_window(l, w, 8, 8 * w, bytes, 7);
+    for (int i = 1; i <= 56; i++) counted += bytes[i % 7];
+    check(good && loader_source(l, 0)->targets == counted,
+          "loss mask: targets whose own token has a 0 are -1, the others stay; their number");
+    int inputs[8], targets[8];
+    loader_read_source(l, 0, 3, inputs, targets);
+    check(inputs[0] == 24 && targets[0] == (bytes[25 % 7] ? 25 : -1) && inputs[7] == 31,
+          "loader_read_source reads one window of one source, masked");
+    loader_close(l);
+    c.o.loss_mask = LOSS_MASK_OFF;
+    l = loader_open(c.pattern, 1, c.o);
+    check(is_window(l, 3, 8, 24, 1) && !loader_source(l, 0)->masked &&
+              loader_source(l, 0)->targets == 56,
+          "--loss-mask off: every target counts");
+    loader_close(l);
+
+    c.o.loss_mask = LOSS_MASK_AUTO;
+    c.pattern[0] = path_of("m/*.bin");
+    write_shard("m/two.bin", 2, 60, -1, 0, 1, 0, 0);
+    dies(try_open, &c, "m/one.bin has a loss mask", "m/two.bin has none",
+         "error: a mask for one shard of two");
+    c.o.loss_mask = LOSS_MASK_REQUIRE;
+    dies(try_open, &c, "m/two.bin: no loss mask", "require", "error: a required mask is missing");
+    c.o.loss_mask = LOSS_MASK_AUTO;
+    write_mask("m/two.mask", 59, 59, bytes, 7);
+    dies(try_open, &c, "m/two.mask: states 59 tokens", "60 tokens",
+         "error: a mask one token short");
+    write_mask("m/two.mask", 61, 60, bytes, 7);
+    dies(try_open, &c, "has 61 bytes", "60 tokens", "error: a mask longer than it says");
+    static const char bad[] = { 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2 };
+    write_mask("m/two.mask", 60, 60, bad, 60);
+    dies(try_open, &c, "byte of token 59 is 2", "not 0 or 1",
+         "error: a byte that is 2, after the last window");
+    write_bytes("m/two.mask", bad, 40);
+    dies(try_open, &c, "40 bytes", "too short for a loss mask", "error: a mask without its header");
+    write_shard("m/two.mask", 2, 60, -1, 0, 1, 0, 0);
+    dies(try_open, &c, "not a loss mask", "20260520", "error: a shard given as a mask");
+    unlink(path_of("m/two.mask"));
+    if (mkdir(path_of("m/two.mask"), 0700)) exit(2);
+    dies(try_open, &c, "m/two.mask: not a regular file", "", "error: a mask that is a folder");
+    rmdir(path_of("m/two.mask"));
+}
+
+// ---- mixtures -------------------------------------------------------------------------------
+// Whether the sources are within one window of their shares after every n, each reads its own
+// windows in order of its own (seed, epoch), and loader_count agrees.
+static int follows_shares(const Opening *c, const double *weight, int sources, int T, int n) {
+    Loader *l = loader_open(c->pattern, c->n, c->o);
+    int64_t count[4] = { 0 };
+    double total = 0;
+    int good = loader_sources(l) == sources;
+    for (int i = 0; i < sources; i++) total += weight[i];
+    for (int s = 0; good && s < n; s++) {
+        int64_t first;
+        int file = loader_where(l, s, &first);
+        int i = 0;
+        while (i + 1 < sources && file >= loader_source(l, i + 1)->first_file) i++;
+        const LoaderSource *source = loader_source(l, i);
+        int64_t W = source->windows;
+        int64_t window = count[i] % W;
+        if (c->o.shuffle) window = loader_permute(window, W, c->o.seed, (uint64_t)(count[i] / W));
+        good = first == window * T && source->files == 1; // one file each here
+        count[i]++;
+        for (int k = 0; k < sources; k++) {
+            double share = (s + 1) * weight[k] / total;
+            good = good && (double)count[k] > share - 1 && (double)count[k] < share + 1;
+            if (s % 7 == 0) good = good && loader_count(l, k, s + 1) == count[k];
+        }
+    }
+    loader_close(l);
+    return good;
+}
+
+static void test_mixtures(void) {
+    write_shard("a.bin", 2, 10 * 8 + 1, -1, 0, 1, 0, 0);
+    write_shard("b.bin", 2, 3 * 8 + 1, -1, 1000, 1, 0, 0);
+    write_shard("c@0.5", 2, 7 * 8 + 1, -1, 2000, 1, 0, 0); // a name that ends like a weight
+    char *a = xasprintf("%s@0.7", path_of("[a].bin"));
+    char *b = xasprintf("b=%s@.2", path_of("b.bin"));
+    char *third = xasprintf("%s@0.1", path_of("c@0.5"));
+    Opening c = { { a, b, third }, 3, { 8, 42, 1, 4000, LOSS_MASK_AUTO, 0 } };
+    static const double weights[] = { 0.7, 0.2, 0.1 };
+    check(follows_shares(&c, weights, 3, 8, 1000),
+          "mixture: after every n windows each source is within one of its share; own epochs");
+    Loader *l = loader_open(c.pattern, 3, c.o);
+    check(strstr(loader_source(l, 0)->name, "[a].bin") && !strcmp(loader_source(l, 1)->name, "b") &&
+              loader_source(l, 2)->share == 0.1 && loader_windows(l) == 20,
+          "mixture: names, shares, windows");
+    loader_close(l);
+    c.o.shuffle = 0;
+    int good = 1;
+    uint64_t random = 1;
+    for (int trial = 0; trial < 60; trial++) {
+        double w[3];
+        char *p[3];
+        for (int i = 0; i < 3; i++) {
+            random = random * 6364136223846793005u + 1442695040888963407u;
+            int weight = 1 + (int)(random >> 33) % (trial < 30 ? 9 : 5000);
+            static const char *const files[] = { "[a].bin", "b.bin", "c@0.5" };
+            w[i] = weight;
+            p[i] = xasprintf("%s@%d", path_of(files[i]), weight);
+            c.pattern[i] = p[i];
+        }
+        good = good && follows_shares(&c, w, 3, 8, trial < 30 ? 200 : 12000);
+        for (int i = 0; i < 3; i++) free(p[i]);
+    }
+    check(good, "mixture: the same for 60 random triples of weights, over whole periods");
+    c.pattern[0] = path_of("a.bin");
+    c.pattern[1] = b;
+    static const double bare[] = { 1, 0.2 };
+    c.n = 2;
+    check(follows_shares(&c, bare, 2, 8, 300), "mixture: a pattern without a weight weighs 1");
+    c.pattern[1] = path_of("c@0.5");
+    l = loader_open(c.pattern, 2, c.o);
+    check(loader_sources(l) == 1 && loader_files(l) == 2 && loader_windows(l) == 17,
+          "a file whose name ends in @0.5 opens as it stands, and is no mixture");
+    const char *twice[] = { path_of("b.bin"), path_of("a.bin"), path_of("m/../a.bin") };
+    Loader *again = loader_open(twice, 3, c.o);
+    check(!loader_shared(l, l) && !strcmp(loader_shared(l, again), twice[1]) &&
+              !strcmp(loader_shared(again, again), twice[1]),
+          "loader_shared: the same file under another name");
+    loader_close(again);
+    loader_close(l);
+
+    const char *bad[] = { "@0", "@-1", "@1e-3", "@0.0000000001", "@nan" };
+    for (int i = 0; i < 5; i++) {
+        char *p = xasprintf("%s%s", path_of("[a].bin"), bad[i]);
+        c.pattern[0] = p;
+        c.n = 1;
+        dies(try_open, &c, "is no weight", bad[i] + 1, "error: a weight that is none");
+        free(p);
+    }
+    char *first = xasprintf("%s@1", path_of("[a].bin"));
+    char *second = xasprintf("%s@1000000.000000001", path_of("[b].bin"));
+    c.pattern[0] = first;
+    c.pattern[1] = second;
+    c.n = 2;
+    dies(try_open, &c, "more than 1000000 windows", "fewer digits",
+         "error: weights that never come out exactly");
+    c.o.validation = 1;
+    dies(try_open, &c, "--val has a weight", "", "error: a weight in --val");
+    free(first);
+    free(second);
+    first = xasprintf("web=%s", path_of("[a].bin"));
+    second = xasprintf("code=%s", path_of("b.bin"));
+    c.pattern[0] = first;
+    c.pattern[1] = second;
+    l = loader_open(c.pattern, 2, c.o);
+    check(loader_sources(l) == 2 && !strcmp(loader_source(l, 0)->name, "web") &&
+              !strcmp(loader_source(l, 1)->name, "code"),
+          "--val: names make sources");
+    int inputs[8], targets[8];
+    loader_read_source(l, 1, 2, inputs, targets);
+    check(inputs[0] == 1016 && targets[7] == 1024, "--val: a window of the second source");
+    loader_close(l);
+    c.pattern[2] = path_of("c@0.5");
+    c.n = 3;
+    dies(try_open, &c, "has no name", "c@0.5", "error: a name for some of --val");
+    c.o.validation = 0;
+    c.n = 2;
+    dies(try_open, &c, "--train has names, but no weights", "", "error: names without weights");
+    free(first);
+    free(second);
+    free(a);
+    free(b);
+    free(third);
+}
+
+// ---- errors ---------------------------------------------------------------------------------
 static void test_errors(void) {
     unsigned char junk[2000] = { 0 };
     loader_dies(path_of("nothing_*.bin"), 4, 9, -1, "no file matches", "nothing_*.bin",
@@ -363,6 +581,22 @@ static void cut_under(const void *p) {
     loader_read(l, 1, inputs, targets);
 }
 
+// A new time of change alone is no change of the data; new contents of the same size are.
+static void test_touched(void) {
+    const char *path = write_shard("touched.bin", 2, 50, -1, 0, 1, 0, 0);
+    static const struct timespec then[2] = { { 1000000000, 0 }, { 1000000000, 0 } };
+    Loader *l = open_one(path, 4, 0, 0, 2000);
+    if (utimensat(AT_FDCWD, path, then, 0)) exit(2);
+    check(!loader_changed(l, 0, 12) && is_window(l, 2, 4, 8, 1),
+          "a file that was only touched is read on");
+    write_shard("touched.bin", 2, 50, -1, 1, 1, 0, 0);
+    const char *changed = loader_changed(l, 3, 1);
+    check(changed && !strcmp(changed, path), "new contents of the same size are noticed");
+    unlink(path);
+    check(loader_changed(l, 3, 1) != 0, "a file that is gone is noticed");
+    loader_close(l);
+}
+
 static void remove_under(const void *p) {
     Loader *l = open_one(p, 4, 0, 0, 2000);
     int inputs[4], targets[4];
@@ -371,6 +605,7 @@ static void remove_under(const void *p) {
 }
 
 static void test_changes(void) {
+    test_touched();
     dies(cut_under, write_shard("under.bin", 2, 50, -1, 0, 1, 0, 0), "changed since", "under.bin",
          "error: a file truncated under the run");
     dies(remove_under, write_shard("gone.bin", 2, 50, -1, 0, 1, 0, 0), "cannot open", "gone.bin",
@@ -605,7 +840,7 @@ static int run(const char *script, const char *options) {
 // Whether the shards hold these tokens; the last one of each shard is read as a target only.
 static int same(const char *pattern, const int *expected, int n) {
     const char *p = path_of(pattern);
-    Loader *l = loader_open(&p, 1, 1, 0, 0, 257);
+    Loader *l = open_one(p, 1, 0, 0, 257);
     int good = loader_tokens(l) == n, at = 0;
     for (int64_t w = 0; good && w < loader_windows(l); w++) {
         int input, target;
@@ -666,6 +901,9 @@ int main(int argc, char **argv) {
     test_windows();
     test_files();
     test_order();
+    if (mkdir(path_of("m"), 0700)) return 2;
+    test_masks();
+    test_mixtures();
     test_errors();
     test_changes();
     test_large();

@@ -92,7 +92,8 @@ static Trainer *start(Model *m, Grid *grid, const Bench *b, const char *dir) {
 static void bench_step(Model *m, const Bench *b, const char *dir, const char *tokens) {
     Grid grid;
     Trainer *t = start(m, &grid, b, dir);
-    Loader *data = loader_open(&tokens, 1, b->T, 1, 0, m->c.V);
+    LoaderOptions options = { b->T, 1, 0, m->c.V, LOSS_MASK_AUTO, 0 };
+    Loader *data = loader_open(&tokens, 1, options);
     double *seconds = (double *)xmalloc(3 * (size_t)b->steps * sizeof(double), "timings"),
            *peak = seconds + b->steps, *share = peak + b->steps;
     double flops = config_flops_per_token(&m->c, b->T) * b->T * b->batch, before = 0, load = 0,

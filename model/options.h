@@ -30,8 +30,8 @@ typedef struct {
     X(init, "init", TEXT, "", 0, 0, "CONFIG.json",                                                \
       "start from random weights with the shape of a Hugging Face config")                        \
     X(train, "train", FILES, "", 0, 0, "FILE...",                                                 \
-      "token shards (quoted globs too), or .txt files: a byte is a token")                        \
-    X(val, "val", FILES, "", 0, 0, "FILE...", "validation data, likewise")                        \
+      "token shards or .txt (bytes), globs too; mixed by weight: 'a/*.bin@0.7' b.bin@0.3")        \
+    X(val, "val", FILES, "", 0, 0, "FILE...", "validation data; name=FILE... for parts")          \
     X(tokens, "tokens", TEXT, "", 0, 0, "FILE.vocab",                                             \
       "text of each token id, for samples (default: the table beside --train)")                   \
     X(seq_len, "seq-len", INT, "0", 0, MANY, "T",                                                 \
@@ -44,6 +44,8 @@ typedef struct {
       "passes over the layers per update, for batches larger than memory")                        \
     X(shuffle, "shuffle", CHOICE, "on", 0, 0, "off|on",                                           \
       "order of sequences: a permutation by (seed, epoch), or file order")                        \
+    X(loss_mask, "loss-mask", CHOICE, "auto", 0, 0, "auto|off|require",                           \
+      "which tokens are targets: the file x.mask beside each shard x.bin says it")                \
     X(ignore_target, "ignore-target", INT, "-1", -MANY, MANY, "ID",                               \
       "targets equal to this id do not count")                                                    \
     X(seed, "seed", INT, "1337", -DIGITS_15, DIGITS_15, "N",                                      \

@@ -96,14 +96,6 @@ static void write_run(const char *out, const Options *o, const Trainer *t) {
     free(path);
 }
 
-static void print_files(const char *what, const Loader *data, int T) {
-    if (!data) return;
-    printf("%-10s %d file%s (%s%s), %lld tokens, %lld windows of %d\n", what, loader_files(data),
-           loader_files(data) == 1 ? "" : "s", loader_file(data, 0),
-           loader_files(data) > 1 ? ", ..." : "", (long long)loader_tokens(data),
-           (long long)loader_windows(data), T);
-}
-
 void report_start(const Report *r, const Trainer *t, const Options *o, const char *source,
                   const Loader *train, const Loader *val) {
     if (!r->active) return;
@@ -129,8 +121,8 @@ void report_start(const Report *r, const Trainer *t, const Options *o, const cha
         printf("warning    top_k = 1 with norm_topk_prob: every score is 1 and the router gets no "
                "gradient from the language model\n");
     printf("parameters %.0f, of which a token meets %.0f in matrix products\n", total, multiplied);
-    print_files("train", train, t->o.T);
-    print_files("val", val, t->o.T);
+    if (train) loader_print(stdout, "train", train);
+    if (val) loader_print(stdout, "val", val);
     printf("update     %lld sequences of %d = %lld tokens; on each rank %d round%s of %d "
            "micro-batch%s of %d\n",
            (long long)t->o.batch, t->o.T, (long long)t->o.batch * t->o.T, t->o.rounds,

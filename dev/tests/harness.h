@@ -211,7 +211,8 @@ static Run *run_open(const Fixture *f, const Layout *l, const Setup *s) {
     r->g = l && l->dp ? grid_build(&config, l->dp, l->fsdp, l->ep, l->dispatch, l->heads)
                       : solo_grid();
     r->m = model_build(config, grid_shard_spec(&r->g));
-    r->data = loader_open(&s->tokens, 1, s->step.T, 1, 0, config.V);
+    LoaderOptions data = { s->step.T, 1, 0, config.V, LOSS_MASK_AUTO, 0 };
+    r->data = loader_open(&s->tokens, 1, data);
     r->t = trainer_create(&r->m, &r->g, s->step, s->opt, 0, 0);
     r->lr = s->opt.lr;
     r->staging = arena_counting("checkpoint");

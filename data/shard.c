@@ -1,0 +1,281 @@
+// Token files and loss masks (shard.h; the formats are in loader.h). A file is read with open,
+// fstat, pread and close. Keeping descriptors open would end at the limit of open files: a set of
+// 100 billion tokens has a thousand shards. Mapping the files would turn a file that is truncated
+// during the run, or an error of a network file system, into SIGBUS instead of a message.
+#define _POSIX_C_SOURCE 200809L
+#define _FILE_OFFSET_BITS 64
+#include "shard.h"
+#include "../kernels/fail.h"
+#include "../kernels/random.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum { HEADER_BYTES = 1024, CHUNK_BYTES = 1 << 15, SAMPLES = 16, SAMPLE_BYTES = 4096 };
+static const uint32_t MAGIC_UINT16 = 20240520;
+static const uint32_t MAGIC_UINT32 = 20240801;
+static const uint32_t MAGIC_MASK = 20260520;
+
+// ---- reading --------------------------------------------------------------------------------
+static void read_exactly(int fd, const char *name, void *to, int64_t bytes, int64_t offset) {
+    for (int64_t done = 0; done < bytes;) {
+        ssize_t n = pread(fd, (char *)to + done, (size_t)(bytes - done), (off_t)(offset + done));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0)
+            die("%s: cannot read %lld bytes at byte %lld: %s|check the disk or the mount", name,
+                (long long)bytes, (long long)offset, strerror(errno));
+        if (!n)
+            die("%s: ends at byte %lld, expected %lld more|the file was truncated: copy or "
+                "tokenize it again",
+                name, (long long)(offset + done), (long long)(bytes - done));
+        done += n;
+    }
+}
+
+static uint64_t sample_file(int fd, const char *name, int64_t size) {
+    unsigned char piece[SAMPLE_BYTES];
+    uint64_t hash = (uint64_t)size;
+    for (int i = 0; i < SAMPLES; i++) {
+        int64_t last = size > SAMPLE_BYTES ? size - SAMPLE_BYTES : 0;
+        int64_t bytes = size < SAMPLE_BYTES ? size : SAMPLE_BYTES;
+        read_exactly(fd, name, piece, bytes, last / (SAMPLES - 1) * i);
+        for (int64_t k = 0; k < bytes; k++) hash = (hash ^ piece[k]) * 0x100000001b3u;
+        hash = mix64(hash);
+        if (!last) break;
+    }
+    return hash;
+}
+
+// Opens a file that was described before. Returns -1 where it cannot be opened, with errno, and
+// where it is no longer the same, with errno 0. The time of change alone does not matter.
+static int try_open(const Identity *id) {
+    int fd = open(id->name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    struct stat s;
+    if (fd < 0) return -1;
+    int same = !fstat(fd, &s) && S_ISREG(s.st_mode) && s.st_size == id->size;
+    int touched = same && (s.st_mtim.tv_sec != id->modified.tv_sec ||
+                           s.st_mtim.tv_nsec != id->modified.tv_nsec);
+    if (touched) same = sample_file(fd, id->name, s.st_size) == id->samples;
+    if (same) return fd;
+    close(fd);
+    errno = 0;
+    return -1;
+}
+
+static MOE_NORETURN void die_unopened(const char *name) {
+    die("%s: cannot open: %s|check the path given to --train or --val and its permissions", name,
+        strerror(errno));
+}
+
+static int open_same(const Identity *id) {
+    int fd = try_open(id);
+    if (fd < 0 && errno) die_unopened(id->name);
+    if (fd < 0)
+        die("%s: changed since the run started|leave token files alone while they are read; "
+            "restart with --resume",
+            id->name);
+    return fd;
+}
+
+// The unsigned little-endian number at p, whatever the byte order of this machine.
+static int64_t number_at(const unsigned char *p, int width) {
+    int64_t value = 0;
+    for (int i = 0; i < width; i++) value |= (int64_t)p[i] << (8 * i);
+    return value;
+}
+
+// Checks tokens first to first + n - 1 of f and copies them to out (n) unless that is 0.
+static void read_ids(int fd, const Shard *f, int64_t first, int64_t n, uint32_t vocab, int *out) {
+    unsigned char chunk[CHUNK_BYTES];
+    int64_t step = CHUNK_BYTES / f->width;
+    for (int64_t i = 0; i < n; i += step) {
+        int64_t count = n - i < step ? n - i : step;
+        read_exactly(fd, f->id.name, chunk, count * f->width, f->start + (first + i) * f->width);
+        for (int64_t k = 0; k < count; k++) {
+            int64_t id = number_at(chunk + k * f->width, f->width);
+            if (id >= vocab)
+                die("%s: token %lld is id %lld, but the model's vocabulary has %u ids (0 to %u)|"
+                    "tokenize the text with this model's tokenizer, or use a config whose "
+                    "vocab_size is above %lld",
+                    f->id.name, (long long)(first + i + k), (long long)id, vocab, vocab - 1,
+                    (long long)id);
+            if (out) out[i + k] = (int)id;
+        }
+    }
+}
+
+// Sets the targets that do not count to -1: those among tokens first to first + n - 1 whose byte in
+// the mask is 0. Returns the number of those that count. targets (n) may be 0.
+static int64_t read_mask(int fd, const Shard *f, int64_t first, int64_t n, int *targets) {
+    unsigned char chunk[CHUNK_BYTES];
+    int64_t counted = 0;
+    for (int64_t i = 0; i < n; i += CHUNK_BYTES) {
+        int64_t bytes = n - i < CHUNK_BYTES ? n - i : CHUNK_BYTES;
+        read_exactly(fd, f->mask.name, chunk, bytes, HEADER_BYTES + first + i);
+        for (int64_t k = 0; k < bytes; k++) {
+            if (chunk[k] > 1)
+                die("%s: the byte of token %lld is %d, not 0 or 1|write the mask again, or use "
+                    "--loss-mask off",
+                    f->mask.name, (long long)(first + i + k), chunk[k]);
+            counted += chunk[k];
+            if (targets && !chunk[k]) targets[i + k] = -1;
+        }
+    }
+    return counted;
+}
+
+// ---- the files ------------------------------------------------------------------------------
+static int ends_in(const char *name, const char *ending) {
+    size_t n = strlen(name);
+    size_t m = strlen(ending);
+    return n >= m && !strcmp(name + n - m, ending);
+}
+
+static void check_header(Shard *f, int fd, uint32_t vocab) {
+    unsigned char header[HEADER_BYTES];
+    if (f->id.size < HEADER_BYTES)
+        die("%s: %lld bytes are too short for a token shard, whose header has %d|give shards of "
+            "data/tokenize.py or .txt files",
+            f->id.name, (long long)f->id.size, HEADER_BYTES);
+    read_exactly(fd, f->id.name, header, HEADER_BYTES, 0);
+    uint32_t magic = (uint32_t)number_at(header, 4);
+    uint32_t version = (uint32_t)number_at(header + 4, 4);
+    if (magic != MAGIC_UINT16 && magic != MAGIC_UINT32)
+        die("%s: not a token shard: magic %u, expected %u (uint16) or %u (uint32)|tokenize it with "
+            "data/tokenize.py; plain text must be named .txt",
+            f->id.name, magic, MAGIC_UINT16, MAGIC_UINT32);
+    uint32_t expected = magic == MAGIC_UINT16 ? 1 : 7;
+    if (version != expected)
+        die("%s: shard version %u, expected %u for magic %u|tokenize the text again with "
+            "data/tokenize.py",
+            f->id.name, version, expected, magic);
+    f->width = magic == MAGIC_UINT16 ? 2 : 4;
+    f->start = HEADER_BYTES;
+    f->tokens = number_at(header + 8, 4);
+    if (!f->tokens)
+        die("%s: empty shard: its header says 0 tokens|remove it from --train or --val",
+            f->id.name);
+    int64_t bytes = HEADER_BYTES + f->tokens * f->width;
+    if (f->id.size != bytes)
+        die("%s: %s: %lld bytes, but its header says %lld tokens of %d bytes, which are %lld|copy "
+            "or tokenize it again",
+            f->id.name, f->id.size < bytes ? "truncated" : "longer than it says",
+            (long long)f->id.size, (long long)f->tokens, f->width, (long long)bytes);
+    int64_t stated_vocab = number_at(header + 12, 4);
+    int64_t largest = number_at(header + 16, 4);
+    f->states_largest = largest > 0 && largest < stated_vocab;
+    if (f->states_largest && largest >= vocab)
+        die("%s: its largest id is %lld (tokenizer of %lld ids), but the model's vocabulary has %u "
+            "ids|tokenize the text with this model's tokenizer, or use a config whose vocab_size "
+            "is above %lld",
+            f->id.name, (long long)largest, (long long)stated_vocab, vocab, (long long)largest);
+}
+
+// Opens the file and notes what tells it apart. The caller closes it.
+static int identify(Identity *id) {
+    int fd = open(id->name, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // opening a FIFO must not wait
+    struct stat s;
+    if (fd < 0) die_unopened(id->name);
+    if (fstat(fd, &s))
+        die("%s: cannot stat: %s|check the disk or the mount", id->name, strerror(errno));
+    if (!S_ISREG(s.st_mode))
+        die("%s: not a regular file|name the shards themselves, for example '%s/*.bin'", id->name,
+            id->name);
+    id->size = s.st_size;
+    id->modified = s.st_mtim;
+    id->device = s.st_dev;
+    id->inode = s.st_ino;
+    id->samples = sample_file(fd, id->name, s.st_size);
+    return fd;
+}
+
+Shard shard_describe(const char *name, uint32_t vocab) {
+    Shard f;
+    memset(&f, 0, sizeof f);
+    f.id.name = xasprintf("%s", name);
+    int fd = identify(&f.id);
+    if (ends_in(name, ".txt")) {
+        f.width = 1;
+        f.tokens = f.id.size;
+        f.states_largest = vocab >= 256; // no byte is larger than 255
+        if (!f.tokens) die("%s: empty file|remove it from --train or --val", name);
+    } else
+        check_header(&f, fd, vocab);
+    close(fd);
+    return f;
+}
+
+void shard_free(Shard *f) {
+    free(f->id.name);
+    free(f->mask.name);
+}
+
+void shard_check_ids(const Shard *f, int64_t n, uint32_t vocab) {
+    int fd = open_same(&f->id);
+    read_ids(fd, f, 0, f->tokens < n ? f->tokens : n, vocab, 0);
+    close(fd);
+}
+
+void shard_find_mask(Shard *f) {
+    if (!ends_in(f->id.name, ".bin")) return;
+    f->mask.name = xasprintf("%.*s.mask", (int)strlen(f->id.name) - 4, f->id.name);
+    struct stat s;
+    if (!stat(f->mask.name, &s)) return;
+    if (errno != ENOENT)
+        die("%s: cannot stat: %s|check the disk or the mount, or use --loss-mask off", f->mask.name,
+            strerror(errno));
+    free(f->mask.name);
+    f->mask.name = 0;
+}
+
+int64_t shard_check_mask(Shard *f, int64_t n_targets) {
+    unsigned char header[HEADER_BYTES];
+    const char *name = f->mask.name;
+    int fd = identify(&f->mask);
+    if (f->mask.size < HEADER_BYTES)
+        die("%s: %lld bytes are too short for a loss mask, whose header has %d|write it again, or "
+            "use --loss-mask off",
+            name, (long long)f->mask.size, HEADER_BYTES);
+    read_exactly(fd, name, header, HEADER_BYTES, 0);
+    if (number_at(header, 4) != MAGIC_MASK || number_at(header + 4, 4) != 1)
+        die("%s: not a loss mask: magic %lld version %lld, expected %u version 1|write it again, "
+            "or use --loss-mask off",
+            name, (long long)number_at(header, 4), (long long)number_at(header + 4, 4), MAGIC_MASK);
+    int64_t stated = number_at(header + 8, 4);
+    if (stated != f->tokens || f->mask.size != HEADER_BYTES + stated)
+        die("%s: states %lld tokens and has %lld bytes for them, but %s has %lld tokens|a mask has "
+            "one byte for each token: write it again, or use --loss-mask off",
+            name, (long long)stated, (long long)(f->mask.size - HEADER_BYTES), f->id.name,
+            (long long)f->tokens);
+    read_mask(fd, f, 0, 1, 0);
+    int64_t counted = read_mask(fd, f, 1, n_targets, 0);
+    read_mask(fd, f, 1 + n_targets, f->tokens - 1 - n_targets, 0);
+    close(fd);
+    return counted;
+}
+
+void shard_read(const Shard *f, int64_t first, int64_t T, uint32_t vocab, int *inputs,
+                int *targets) {
+    int fd = open_same(&f->id);
+    read_ids(fd, f, first, T, vocab, inputs);
+    read_ids(fd, f, first + T, 1, vocab, targets + T - 1);
+    close(fd);
+    memmove(targets, inputs + 1, (size_t)(T - 1) * sizeof *targets);
+    if (!f->mask.name) return;
+    fd = open_same(&f->mask);
+    read_mask(fd, f, first + 1, T, targets);
+    close(fd);
+}
+
+const char *shard_changed(const Shard *f) {
+    const Identity *part[] = { &f->id, &f->mask };
+    for (int i = 0; i < 2 && part[i]->name; i++) {
+        int fd = try_open(part[i]);
+        if (fd < 0) return part[i]->name;
+        close(fd);
+    }
+    return 0;
+}
