@@ -246,16 +246,16 @@ static void kernels(const Config *c, const Trainer *t, const Bench *b, Arena *ar
     KERNEL("linear_backward_weight k, v", 2 * L, 2 * RC * KV, 0,
            linear_backward_weight(dW, k, h, 0, R, KV, C));
     KERNEL("qk_norm_rope_forward", L, 0, 2.0 * R * (Q + KV) * x,
-           qk_norm_rope_forward(qn, kn, q, k, w, w, cosine, sine, (real)1e-6, R, T, c->H, c->KV,
+           qk_norm_rope_forward(qn, kn, q, k, w, w, cosine, sine, 0, (real)1e-6, R, T, c->H, c->KV,
                                 c->D));
     KERNEL("qk_norm_rope_backward", L, 0, 3.0 * R * (Q + KV) * x,
-           qk_norm_rope_backward(dq, dk, dw, dw + c->D, qn, kn, q, k, w, w, cosine, sine,
+           qk_norm_rope_backward(dq, dk, dw, dw + c->D, qn, kn, q, k, w, w, cosine, sine, 0,
                                  (real)1e-6, 0, R, T, c->H, c->KV, c->D));
     KERNEL("attention_forward (causal half)", L, 2.0 * R * T * Q, 0,
-           attention_forward(o, lse, qn, kn, v, workspace, B, T, c->H, c->KV, c->D));
-    KERNEL(
-        "attention_backward (causal half)", L, 4.0 * R * T * Q, 0,
-        attention_backward(dq, dk, dv, q, o, lse, qn, kn, v, workspace, B, T, c->H, c->KV, c->D));
+           attention_forward(o, lse, qn, kn, v, 0, workspace, B, T, c->H, c->KV, c->D));
+    KERNEL("attention_backward (causal half)", L, 4.0 * R * T * Q, 0,
+           attention_backward(dq, dk, dv, q, o, lse, qn, kn, v, 0, workspace, B, T, c->H, c->KV,
+                              c->D));
     KERNEL("router_forward", L, 2 * RC * E, 0,
            router_forward(z, topk, score, stats, h, Wr, 0, c->norm_topk, R, C, E, K));
     router_share(share, stats.count, R, 1, E);

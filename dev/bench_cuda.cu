@@ -198,10 +198,10 @@ static void dense(const Shape *s, Arena *a) {
     BENCH("linear_backward_weight_kv", "", linear_backward_weight(dW, k, x, 0, R, W, C));
     BENCH("linear_backward_weight_o", "", linear_backward_weight(dW, dy, q, 0, R, C, Q));
     BENCH("qk_norm_rope_forward", "",
-          qk_norm_rope_forward(qn, kn, q, k, w, w, cosine, sine, 1e-6f, R, T, H, KV, D));
+          qk_norm_rope_forward(qn, kn, q, k, w, w, cosine, sine, 0, 1e-6f, R, T, H, KV, D));
     BENCH("qk_norm_rope_backward", "",
-          qk_norm_rope_backward(dq, dk, dw, dw + D, qn, kn, q, k, w, w, cosine, sine, 1e-6f, 0, R,
-                                T, H, KV, D));
+          qk_norm_rope_backward(dq, dk, dw, dw + D, qn, kn, q, k, w, w, cosine, sine, 0, 1e-6f, 0,
+                                R, T, H, KV, D));
     static const char *const attention[] = {
 #ifdef MOE_CUDNN
         "cudnn",
@@ -211,11 +211,12 @@ static void dense(const Shape *s, Arena *a) {
     for (const char *name : attention) {
         attention_select(name);
         if (only && strstr("attention_backward", only))
-            attention_forward(o, lse, qn, kn, v, workspace, s->B, T, H, KV, D);
+            attention_forward(o, lse, qn, kn, v, 0, workspace, s->B, T, H, KV, D);
         BENCH("attention_forward", name,
-              attention_forward(o, lse, qn, kn, v, workspace, s->B, T, H, KV, D));
-        BENCH("attention_backward", name,
-              attention_backward(dq, dk, dv, q, o, lse, qn, kn, v, workspace, s->B, T, H, KV, D));
+              attention_forward(o, lse, qn, kn, v, 0, workspace, s->B, T, H, KV, D));
+        BENCH(
+            "attention_backward", name,
+            attention_backward(dq, dk, dv, q, o, lse, qn, kn, v, 0, workspace, s->B, T, H, KV, D));
     }
 }
 

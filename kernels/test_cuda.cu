@@ -31,8 +31,9 @@ TWIN(cross_entropy)
 TWIN(rmsnorm_forward)
 TWIN(rmsnorm_backward)
 TWIN(linear_forward)
-TWIN(linear_backward_input) TWIN(linear_backward_input_add) TWIN(linear_backward_weight) TWIN(add)
-    TWIN(rope_table) TWIN(qk_norm_rope_forward) TWIN(qk_norm_rope_backward) TWIN(attention_forward)
+TWIN(linear_backward_input)
+TWIN(linear_backward_input_add) TWIN(linear_backward_weight) TWIN(add) TWIN(rope_table)
+    TWIN(qk_norm_rope_forward) TWIN(qk_norm_rope_backward) TWIN(attention_forward)
         TWIN(attention_backward) TWIN(attention_workspace) TWIN(router_forward)
             TWIN(router_backward_add) TWIN(router_share) TWIN(row_index_bound) TWIN(row_index_build)
                 TWIN(row_index_dense) TWIN(experts_up) TWIN(experts_down) TWIN(rows_weighted_sum)
@@ -313,14 +314,16 @@ static void test_qk_norm_rope(int B, int T, int H, int KV, int D) {
     EACH_WORLD(w) {
         CALL(w, rope_table, cosines.r(w), sines.r(w), 1e6, T, D);
         CALL(w, qk_norm_rope_forward, qn.x(w), kn.x(w), q.x(w), k.x(w), wq.x(w), wk.x(w),
-             cosines.r(w), sines.r(w), 1e-6f, R, T, H, KV, D);
+             cosines.r(w), sines.r(w), 0, 1e-6f, R, T, H, KV, D);
         CALL(w, qk_norm_rope_backward, dq2.x(w), dk2.x(w), unused.g(w), dwk.g(w), dq.x(w), dkn.x(w),
-             q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w), 1e-6f, 0, R, T, H, KV, D);
-        CALL(w, qk_norm_rope_backward, dq.x(w), dk.x(w), dwq.g(w), dwk.g(w), dq.x(w), dkn.x(w),
-             q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w), 1e-6f, w * 0, R, T, H, KV,
+             q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w), 0, 1e-6f, 0, R, T, H, KV,
              D);
+        CALL(w, qk_norm_rope_backward, dq.x(w), dk.x(w), dwq.g(w), dwk.g(w), dq.x(w), dkn.x(w),
+             q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w), 0, 1e-6f, w * 0, R, T, H,
+             KV, D);
         CALL(w, qk_norm_rope_backward, dq2.x(w), dk2.x(w), dwq.g(w), dwk.g(w), qn.x(w), kn.x(w),
-             q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w), 1e-6f, 1, R, T, H, KV, D);
+             q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w), 0, 1e-6f, 1, R, T, H, KV,
+             D);
     }
     compare("cos", cosines), compare("sin", sines), compare("q", qn), compare("k", kn),
         compare("dq in place", dq), compare("dk", dk), compare("dwq accumulated", dwq);
@@ -344,14 +347,14 @@ static void test_attention(const char *kernel, int B, int T, int H, int KV, int 
     if (largest > bytes) bytes = largest;
     Buffer workspace = output(BYTE, bytes);
     EACH_WORLD(w) {
-        CALL(w, attention_forward, o.x(w), lse.r(w), q.x(w), k.x(w), v.x(w), workspace.memory[w], B,
-             T, H, KV, D);
+        CALL(w, attention_forward, o.x(w), lse.r(w), q.x(w), k.x(w), v.x(w), 0, workspace.memory[w],
+             B, T, H, KV, D);
         CALL(w, attention_backward, dq.x(w), dk.x(w), dv.x(w), d_o.x(w), o.x(w), lse.r(w), q.x(w),
-             k.x(w), v.x(w), workspace.memory[w], B, T, H, KV, D);
+             k.x(w), v.x(w), 0, workspace.memory[w], B, T, H, KV, D);
     }
     attention_backward(again_q.x(CUDA), again_k.x(CUDA), again_v.x(CUDA), d_o.x(CUDA), o.x(CUDA),
-                       lse.r(CUDA), q.x(CUDA), k.x(CUDA), v.x(CUDA), workspace.memory[CUDA], B, T,
-                       H, KV, D);
+                       lse.r(CUDA), q.x(CUDA), k.x(CUDA), v.x(CUDA), 0, workspace.memory[CUDA], B,
+                       T, H, KV, D);
     compare("o", o), compare("lse", lse), compare("dq", dq), compare("dk", dk), compare("dv", dv);
     exact_numbers("dq again (I8)", read(again_q, CUDA), read(dq, CUDA)),
         exact_numbers("dk again (I8)", read(again_k, CUDA), read(dk, CUDA));

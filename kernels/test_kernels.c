@@ -341,8 +341,8 @@ typedef struct {
 } Heads;
 static double heads_loss(void *context) {
     Heads *h = context;
-    qk_norm_rope_forward(h->qn, h->kn, h->q, h->k, h->wq, h->wk, h->c, h->s, (real)EPS, h->R, h->T,
-                         h->H, h->KV, h->D);
+    qk_norm_rope_forward(h->qn, h->kn, h->q, h->k, h->wq, h->wk, h->c, h->s, 0, (real)EPS, h->R,
+                         h->T, h->H, h->KV, h->D);
     double s = 0;
     for (int64_t i = 0; i < (int64_t)h->R * h->H * h->D; i++)
         s += (double)load(h->qn + i) * h->gq[i];
@@ -412,7 +412,7 @@ static void test_heads(int B, int T, int H, int KV, int D) {
         naive_heads(qn[b], dq[b], dwq[b], q, wq, gq, h.c, h.s, R, T, H, D);
         naive_heads(kn[b], dk[b], dwk[b], k, wk, gk, h.c, h.s, R, T, KV, D);
     }
-    qk_norm_rope_forward(h.qn, h.kn, h.q, h.k, h.wq, h.wk, h.c, h.s, (real)EPS, R, T, H, KV, D);
+    qk_norm_rope_forward(h.qn, h.kn, h.q, h.k, h.wq, h.wk, h.c, h.s, 0, (real)EPS, R, T, H, KV, D);
     check_close("qk norm rope: q", from_x(h.qn, nq), qn[0], qn[1], nq, 1);
     check_close("qk norm rope: k", from_x(h.kn, nk), kn[0], kn[1], nk, 1);
     for (int mode = 0; mode < 4; mode++) { // written or added; own buffers or in place
@@ -422,8 +422,8 @@ static void test_heads(int B, int T, int H, int KV, int D) {
                *dkx = mode & 2 ? gkx : TEST_TAKE(floatX, nk);
         gradX *a = accumulate ? test_grad(old, nd) : TEST_TAKE(gradX, nd),
               *b = accumulate ? test_grad(old, nd) : TEST_TAKE(gradX, nd);
-        qk_norm_rope_backward(dqx, dkx, a, b, gqx, gkx, h.q, h.k, h.wq, h.wk, h.c, h.s, (real)EPS,
-                              accumulate, R, T, H, KV, D);
+        qk_norm_rope_backward(dqx, dkx, a, b, gqx, gkx, h.q, h.k, h.wq, h.wk, h.c, h.s, 0,
+                              (real)EPS, accumulate, R, T, H, KV, D);
         check_close("qk norm rope: dq", from_x(dqx, nq), dq[0], dq[1], nq, 1);
         check_close("qk norm rope: dk", from_x(dkx, nk), dk[0], dk[1], nk, 1);
         if (accumulate)
@@ -441,6 +441,35 @@ static void test_heads(int B, int T, int H, int KV, int D) {
             check_gradient("qk norm rope: dwk", (double *)b, (double *)h.wk, nd, 40, heads_loss,
                            &h);
         }
+    }
+    // Positions given by hand = the same rows of the tables in that order.
+    int *position = TEST_TAKE(int, R);
+    real *c = TEST_TAKE(real, R * D / 2), *sine = TEST_TAKE(real, R * D / 2);
+    floatX *forward = TEST_TAKE(floatX, nq), *same = TEST_TAKE(floatX, nk);
+    for (int r = 0; r < R; r++) {
+        position[r] = (int)(r * 7 % T);
+        memcpy(c + (int64_t)r * D / 2, h.c + (int64_t)position[r] * D / 2,
+               (size_t)D / 2 * sizeof *c);
+        memcpy(sine + (int64_t)r * D / 2, h.s + (int64_t)position[r] * D / 2,
+               (size_t)D / 2 * sizeof *c);
+    }
+    floatX *saved_dq = 0;
+    for (int way = 0; way < 2; way++) {
+        gradX *a = TEST_TAKE(gradX, nd), *b = TEST_TAKE(gradX, nd);
+        floatX *dqx = test_x(gq, nq), *dkx = test_x(gk, nk),
+               *want[] = { h.qn, h.kn, forward, same };
+        qk_norm_rope_forward(way ? forward : h.qn, way ? same : h.kn, h.q, h.k, h.wq, h.wk,
+                             way ? h.c : c, way ? h.s : sine, way ? position : 0, (real)EPS, R,
+                             way ? T : R, H, KV, D);
+        qk_norm_rope_backward(dqx, dkx, a, b, dqx, dkx, h.q, h.k, h.wq, h.wk, way ? h.c : c,
+                              way ? h.s : sine, way ? position : 0, (real)EPS, 0, R, way ? T : R, H,
+                              KV, D);
+        if (way) {
+            compare(!memcmp(want[0], want[2], nq * sizeof(floatX)), "qk norm rope: q by position");
+            compare(!memcmp(want[1], want[3], nk * sizeof(floatX)), "qk norm rope: k by position");
+            compare(!memcmp(dqx, saved_dq, nq * sizeof(floatX)), "qk norm rope: dq by position");
+        }
+        if (!way) saved_dq = dqx;
     }
     test_release("qk norm rope");
 }
@@ -526,12 +555,14 @@ typedef struct {
     floatX *q, *k, *v, *o;
     real *lse;
     void *workspace;
+    const int *position;
     const double *d_o;
     int B, T, H, KV, D;
 } Attention;
 static double attention_loss(void *context) {
     Attention *c = context;
-    attention_forward(c->o, c->lse, c->q, c->k, c->v, c->workspace, c->B, c->T, c->H, c->KV, c->D);
+    attention_forward(c->o, c->lse, c->q, c->k, c->v, c->position, c->workspace, c->B, c->T, c->H,
+                      c->KV, c->D);
     double s = 0;
     for (int64_t i = 0; i < (int64_t)c->B * c->T * c->H * c->D; i++)
         s += (double)load(c->o + i) * c->d_o[i];
@@ -539,7 +570,7 @@ static double attention_loss(void *context) {
 }
 static void naive_attention(double *o, double *lse, double *dq, double *dk, double *dv,
                             const double *d_o, const double *q, const double *k, const double *v,
-                            int B, int T, int H, int KV, int D) {
+                            const int *position, int B, int T, int H, int KV, int D) {
     double scale = 1 / sqrt(D), *p = TEST_TAKE(double, T), *ds = TEST_TAKE(double, T);
     memset(dk, 0, (size_t)(B * T * KV * D) * sizeof *dk);
     memset(dv, 0, (size_t)(B * T * KV * D) * sizeof *dv);
@@ -548,22 +579,23 @@ static void naive_attention(double *o, double *lse, double *dq, double *dk, doub
             for (int t = 0; t < T; t++) {
                 int64_t row = ((int64_t)(b * T + t) * H + h) * D,
                         key0 = ((int64_t)b * T * KV + h / (H / KV)) * D, step = (int64_t)KV * D;
+                int first = position ? t - position[b * T + t] : 0;
                 double most = -INFINITY, sum = 0, delta = 0;
-                for (int j = 0; j <= t; j++) {
+                for (int j = first; j <= t; j++) {
                     p[j] = Q(Q(test_dot(q + row, k + key0 + j * step, (size_t)D)) * scale);
                     most = fmax(most, p[j]);
                 }
-                for (int j = 0; j <= t; j++) sum += exp(p[j] - most);
+                for (int j = first; j <= t; j++) sum += exp(p[j] - most);
                 lse[(b * H + h) * T + t] = most + log(sum);
-                for (int j = 0; j <= t; j++) {
+                for (int j = first; j <= t; j++) {
                     p[j] = Q(exp(p[j] - most) / sum);
                     ds[j] = Q(test_dot(d_o + row, v + key0 + j * step, (size_t)D));
                     delta += p[j] * ds[j];
                 }
-                for (int j = 0; j <= t; j++) ds[j] = Q(p[j] * (ds[j] - delta));
+                for (int j = first; j <= t; j++) ds[j] = Q(p[j] * (ds[j] - delta));
                 for (int i = 0; i < D; i++) {
                     double out = 0, dqi = 0;
-                    for (int j = 0; j <= t; j++) {
+                    for (int j = first; j <= t; j++) {
                         out += p[j] * v[key0 + j * step + i];
                         dqi += ds[j] * k[key0 + j * step + i];
                         dv[key0 + j * step + i] += p[j] * d_o[row + i];
@@ -575,7 +607,22 @@ static void naive_attention(double *o, double *lse, double *dq, double *dk, doub
             }
     for (int64_t i = 0; i < (int64_t)B * T * KV * D; i++) dk[i] = Q(dk[i]), dv[i] = Q(dv[i]);
 }
-static void test_attention_shape(int B, int T, int H, int KV, int D, double dispatch) {
+// Documents of these lengths one after another, another one first in each sequence.
+static int *document_positions(int B, int T) {
+    const int lengths[] = { 1, 290, 3, 17, 1, 1, 64 };
+    int *position = TEST_TAKE(int, B *T);
+    for (int b = 0; b < B; b++)
+        for (int t = 0, at = 0, d = b; t < T; t++, at++) {
+            if (at == lengths[d % 7]) {
+                at = 0;
+                d++;
+            }
+            position[b * T + t] = at;
+        }
+    return position;
+}
+static void test_attention_shape(int B, int T, int H, int KV, int D, double dispatch,
+                                 int documents) {
     size_t nq = (size_t)(B * T * H * D), nk = (size_t)(B * T * KV * D), nl = (size_t)(B * H * T);
     double *q = test_random(nq, dispatch, 0), *k = test_random(nk, dispatch, 0),
            *v = test_random(nk, 1, 0), *d_o = test_random(nq, 1, 0);
@@ -584,9 +631,10 @@ static void test_attention_shape(int B, int T, int H, int KV, int D, double disp
     TAKE2(dk, nk);
     TAKE2(dv, nk);
     TAKE2(lse, nl);
+    const int *position = documents ? document_positions(B, T) : 0;
     BOTH {
         int b = test_rounding;
-        naive_attention(o[b], lse[b], dq[b], dk[b], dv[b], d_o, q, k, v, B, T, H, KV, D);
+        naive_attention(o[b], lse[b], dq[b], dk[b], dv[b], d_o, q, k, v, position, B, T, H, KV, D);
     }
     Attention c = { test_x(q, nq),
                     test_x(k, nk),
@@ -594,6 +642,7 @@ static void test_attention_shape(int B, int T, int H, int KV, int D, double disp
                     TEST_TAKE(floatX, nq),
                     TEST_TAKE(real, nl),
                     test_take(attention_workspace(B, T, H, KV, D)),
+                    position,
                     d_o,
                     B,
                     T,
@@ -601,12 +650,13 @@ static void test_attention_shape(int B, int T, int H, int KV, int D, double disp
                     KV,
                     D };
     floatX *dqx = TEST_TAKE(floatX, nq), *dkx = TEST_TAKE(floatX, nk), *dvx = TEST_TAKE(floatX, nk);
-    attention_forward(c.o, c.lse, c.q, c.k, c.v, c.workspace, B, T, H, KV, D);
+    attention_forward(c.o, c.lse, c.q, c.k, c.v, position, c.workspace, B, T, H, KV, D);
     memset(c.workspace, 0xff, attention_workspace(B, T, H, KV, D)); // nothing survives in it
-    attention_backward(dqx, dkx, dvx, test_x(d_o, nq), c.o, c.lse, c.q, c.k, c.v, c.workspace, B, T,
-                       H, KV, D);
+    attention_backward(dqx, dkx, dvx, test_x(d_o, nq), c.o, c.lse, c.q, c.k, c.v, position,
+                       c.workspace, B, T, H, KV, D);
     char name[64];
-    snprintf(name, sizeof name, "attention %d x %d, %d/%d heads of %d:", B, T, H, KV, D);
+    snprintf(name, sizeof name, "attention %d x %d, %d/%d heads of %d%s:", B, T, H, KV, D,
+             documents ? ", documents" : "");
     const char *what[] = { "o", "lse", "dq", "dk", "dv" };
     const double *got[] = { from_x(c.o, nq), from_real(c.lse, nl), from_x(dqx, nq), from_x(dkx, nk),
                             from_x(dvx, nk) };
@@ -625,17 +675,56 @@ static void test_attention_shape(int B, int T, int H, int KV, int D, double disp
     }
     test_release("attention");
 }
+// Numbers of document 1 must not reach a bit of document 2, whatever they are.
+static void test_documents_apart(void) {
+    enum { T = 300, FIRST = 40, H = 4, KV = 2, D = 8 };
+    size_t nq = (size_t)T * H * D, nk = (size_t)T * KV * D;
+    int position[T];
+    for (int t = 0; t < T; t++) position[t] = t < FIRST ? t : t - FIRST;
+    double *data[] = { test_random(nq, 1, 0), test_random(nk, 1, 0), test_random(nk, 1, 0),
+                       test_random(nq, 1, 0) };
+    floatX *result[2][4];
+    for (int version = 0; version < 2; version++) {
+        if (version) // other numbers for the first document
+            for (int i = 0; i < 4; i++)
+                for (size_t j = 0; j < (i % 3 ? nk : nq) / T * FIRST; j++) data[i][j] *= -3;
+        floatX *q = test_x(data[0], nq), *k = test_x(data[1], nk), *v = test_x(data[2], nk),
+               *d_o = test_x(data[3], nq), *o = TEST_TAKE(floatX, nq), **to = result[version];
+        real *lse = TEST_TAKE(real, H * T);
+        void *workspace = test_take(attention_workspace(1, T, H, KV, D));
+        for (int i = 0; i < 4; i++) to[i] = TEST_TAKE(floatX, i < 2 ? nq : nk);
+        attention_forward(to[0], lse, q, k, v, position, workspace, 1, T, H, KV, D);
+        memcpy(o, to[0], nq * sizeof *o);
+        attention_backward(to[1], to[2], to[3], d_o, o, lse, q, k, v, position, workspace, 1, T, H,
+                           KV, D);
+    }
+    for (int i = 0; i < 4; i++) {
+        size_t row = (i < 2 ? nq : nk) / T, skip = row * FIRST;
+        compare(
+            !memcmp(result[0][i] + skip, result[1][i] + skip, row * (T - FIRST) * sizeof(floatX)) &&
+                memcmp(result[0][i], result[1][i], skip * sizeof(floatX)),
+            "documents apart: %s", (const char *[]){ "o", "dq", "dk", "dv" }[i]);
+    }
+    test_release("documents apart");
+}
 static void test_attention(void) {
-    attention_select("auto"), attention_select("blas");
-    test_attention_shape(2, 7, 4, 2, 6, 1), test_attention_shape(1, 1, 2, 2, 4, 1),
-        test_attention_shape(2, 70, 4, 1, 8, 1), test_attention_shape(1, 40, 3, 3, 2, 2);
-    test_attention_shape(1, 300, 2, 1, 8,
-                         1); // two blocks of keys, three of queries, the last ones ragged
-    test_attention_shape(1, 530, 2, 2, 16,
-                         3); // three blocks of keys, sharp rows: the running maximum moves
-    test_attention_shape(2, 129, 16, 1, 4, 1), test_attention_shape(1, 64, 4, 2, 64, 1),
-        test_attention_shape(0, 8, 2, 1, 4, 1);
-    test_group("attention, forward and backward, groups of 1 to 16 heads");
+    attention_select("auto");
+    attention_select("blas");
+    for (int documents = 0; documents < 2; documents++) {
+        test_attention_shape(2, 7, 4, 2, 6, 1, documents);
+        test_attention_shape(1, 1, 2, 2, 4, 1, documents);
+        test_attention_shape(2, 70, 4, 1, 8, 1, documents);
+        test_attention_shape(1, 40, 3, 3, 2, 2, documents);
+        // Two blocks of keys, three of queries, the last ones ragged.
+        test_attention_shape(1, 300, 2, 1, 8, 1, documents);
+        // Three blocks of keys, sharp rows: the running maximum moves.
+        test_attention_shape(1, 530, 2, 2, 16, 3, documents);
+        test_attention_shape(2, 129, 16, 1, 4, 1, documents);
+        test_attention_shape(1, 64, 4, 2, 64, 1, documents);
+        test_attention_shape(0, 8, 2, 1, 4, 1, documents);
+    }
+    test_documents_apart();
+    test_group("attention, forward and backward, groups of 1 to 16 heads, documents");
 }
 
 // ---- the same bits whatever the number of threads (I8) --------------------------------------
@@ -693,15 +782,15 @@ static void run_everything(uint64_t out[6]) {
     real *lse = TEST_TAKE(real, R * H), *c = TEST_TAKE(real, T * D / 2),
          *s = TEST_TAKE(real, T * D / 2);
     void *workspace = test_take(attention_workspace(B, T, H, KV, D));
-    attention_forward(o, lse, q, k, v, workspace, B, T, H, KV, D);
-    attention_backward(dq, dk, dv, g, o, lse, q, k, v, workspace, B, T, H, KV, D);
+    attention_forward(o, lse, q, k, v, 0, workspace, B, T, H, KV, D);
+    attention_backward(dq, dk, dv, g, o, lse, q, k, v, 0, workspace, B, T, H, KV, D);
     HASH(o, NQ), HASH(lse, R * H), HASH(dq, NQ), HASH(dk, NK), HASH(dv, NK);
     out[4] = h, h = 0;
     rope_table(c, s, 1e4, T, D);
-    qk_norm_rope_forward(o, dk, q, k, w, w + D, c, s, (real)EPS, R, T, H, KV, D);
+    qk_norm_rope_forward(o, dk, q, k, w, w + D, c, s, 0, (real)EPS, R, T, H, KV, D);
     HASH(o, NQ), HASH(dk, NK);
-    qk_norm_rope_backward(dq, dk, dw, dw + D, dq, dk, q, k, w, w + D, c, s, (real)EPS, 0, R, T, H,
-                          KV, D);
+    qk_norm_rope_backward(dq, dk, dw, dw + D, dq, dk, q, k, w, w + D, c, s, 0, (real)EPS, 0, R, T,
+                          H, KV, D);
     HASH(dq, NQ), HASH(dk, NK), HASH(dw, 2 * D), HASH(c, T * D / 2), HASH(s, T * D / 2);
     out[5] = h;
     test_release("threads");

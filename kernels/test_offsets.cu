@@ -321,21 +321,22 @@ static void test_attention() {
     std::vector<floatX> vq = some_x(NQ), vd = some_x(NQ), vk = some_x(NK), vv = some_x(NK);
     put(q + LAST * NQ, vq), put(qn, vq), put(d_o + LAST * NQ, vd), put(d_on, vd),
         put(k + LAST * NK, vk), put(kn, vk), put(v + LAST * NK, vv), put(vn, vv);
-    attention_forward(o, lse, q, k, v, workspace, B, T, H, KV, D),
-        attention_forward(on, lse_n, qn, kn, vn, workspace, 1, T, H, KV, D);
-    attention_backward(dq, dk, dv, d_o, o, lse, q, k, v, workspace, B, T, H, KV, D),
-        attention_backward(dqn, dkn, dvn, d_on, on, lse_n, qn, kn, vn, workspace, 1, T, H, KV, D);
+    attention_forward(o, lse, q, k, v, 0, workspace, B, T, H, KV, D),
+        attention_forward(on, lse_n, qn, kn, vn, 0, workspace, 1, T, H, KV, D);
+    attention_backward(dq, dk, dv, d_o, o, lse, q, k, v, 0, workspace, B, T, H, KV, D),
+        attention_backward(dqn, dkn, dvn, d_on, on, lse_n, qn, kn, vn, 0, workspace, 1, T, H, KV,
+                           D);
     same("o", o + LAST * NQ, on, NQ), same("lse", lse + LAST * NL, lse_n, NL),
         same("dq", dq + LAST * NQ, dqn, NQ), same("dk", dk + LAST * NK, dkn, NK),
         same("dv", dv + LAST * NK, dvn, NK);
     rope_table(cosines, sines, 1e6, T, D);
-    qk_norm_rope_forward(o, dk, q, k, wq, wk, cosines, sines, 1e-6f, B * T, T, H, KV, D),
-        qk_norm_rope_forward(on, dkn, qn, kn, wq, wk, cosines, sines, 1e-6f, T, T, H, KV, D);
+    qk_norm_rope_forward(o, dk, q, k, wq, wk, cosines, sines, 0, 1e-6f, B * T, T, H, KV, D),
+        qk_norm_rope_forward(on, dkn, qn, kn, wq, wk, cosines, sines, 0, 1e-6f, T, T, H, KV, D);
     same("q normed", o + LAST * NQ, on, NQ), same("k normed", dk + LAST * NK, dkn, NK);
-    qk_norm_rope_backward(dq, dk, dw, dw, d_o, v, q, k, wq, wk, cosines, sines, 1e-6f, 0, B * T, T,
-                          H, KV, D);
-    qk_norm_rope_backward(dqn, dkn, dw, dw, d_on, vn, qn, kn, wq, wk, cosines, sines, 1e-6f, 0, T,
+    qk_norm_rope_backward(dq, dk, dw, dw, d_o, v, q, k, wq, wk, cosines, sines, 0, 1e-6f, 0, B * T,
                           T, H, KV, D);
+    qk_norm_rope_backward(dqn, dkn, dw, dw, d_on, vn, qn, kn, wq, wk, cosines, sines, 0, 1e-6f, 0,
+                          T, T, H, KV, D);
     same("dq through the norm", dq + LAST * NQ, dqn, NQ),
         same("dk through the norm", dk + LAST * NK, dkn, NK);
     end();

@@ -196,10 +196,10 @@ static void attention_part(Workspace *w, Saved *kept, const LayerWeights *p) {
     linear_forward(kept->q, h, p->q, w->attention_rows, Q, c->C);
     linear_forward(kept->k, h, p->k, w->attention_rows, KV, c->C);
     linear_forward(kept->v, h, p->v, w->attention_rows, KV, c->C);
-    qk_norm_rope_forward(w->qn, w->kn, kept->q, kept->k, p->q_norm, p->k_norm, w->cos, w->sin,
+    qk_norm_rope_forward(w->qn, w->kn, kept->q, kept->k, p->q_norm, p->k_norm, w->cos, w->sin, 0,
                          (real)c->rms_eps, w->attention_rows, w->T, w->local_heads,
                          w->local_kv_heads, c->D);
-    attention_forward(kept->o, kept->lse, w->qn, w->kn, kept->v, w->attention,
+    attention_forward(kept->o, kept->lse, w->qn, w->kn, kept->v, 0, w->attention,
                       w->attention_rows / w->T, w->T, w->local_heads, w->local_kv_heads, c->D);
     linear_forward(heads_target(w->heads, kept->mid), kept->o, p->o, w->attention_rows, c->C, Q);
     heads_reduce(w->heads, kept->mid);
@@ -301,14 +301,14 @@ void layer_backward_finish(Workspace *w, InFlight *s, Saved *kept, int layer, co
     const floatX *h = heads_gather(w->heads, w->h), *d_mid = heads_reduce_adjoint(w->heads, dx);
     linear_backward_input(w->d_o, d_mid, p->o, w->attention_rows, c->C, Q);
     linear_backward_weight(d->o, d_mid, kept->o, accumulate_qkvo, w->attention_rows, c->C, Q);
-    qk_norm_rope_forward(w->qn, w->kn, kept->q, kept->k, p->q_norm, p->k_norm, w->cos, w->sin,
+    qk_norm_rope_forward(w->qn, w->kn, kept->q, kept->k, p->q_norm, p->k_norm, w->cos, w->sin, 0,
                          (real)c->rms_eps, w->attention_rows, w->T, w->local_heads,
                          w->local_kv_heads, c->D);
-    attention_backward(w->dq, w->dk, w->dv, w->d_o, kept->o, kept->lse, w->qn, w->kn, kept->v,
+    attention_backward(w->dq, w->dk, w->dv, w->d_o, kept->o, kept->lse, w->qn, w->kn, kept->v, 0,
                        w->attention, w->attention_rows / w->T, w->T, w->local_heads,
                        w->local_kv_heads, c->D);
     qk_norm_rope_backward(w->dq, w->dk, d->q_norm, d->k_norm, w->dq, w->dk, kept->q, kept->k,
-                          p->q_norm, p->k_norm, w->cos, w->sin, (real)c->rms_eps, accumulate,
+                          p->q_norm, p->k_norm, w->cos, w->sin, 0, (real)c->rms_eps, accumulate,
                           w->attention_rows, w->T, w->local_heads, w->local_kv_heads, c->D);
     linear_backward_weight(d->q, w->dq, h, accumulate_qkvo, w->attention_rows, Q, c->C);
     linear_backward_weight(d->k, w->dk, h, accumulate_qkvo, w->attention_rows, KV, c->C);

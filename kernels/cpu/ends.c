@@ -2,7 +2,7 @@
 // gradient in one pass.
 #include "math.h"
 
-void embed_forward(floatX *out, const int *ids, const floatX *W, int R, int C) {
+void embed_forward(floatX *out, const int *ids, const floatX *W, int64_t R, int64_t C) {
     kernel_begin("embed_forward", 0);
     PARALLEL_FOR
     for (int r = 0; r < R; r++)
@@ -11,8 +11,8 @@ void embed_forward(floatX *out, const int *ids, const floatX *W, int R, int C) {
 // out_r = W[id_r]  =>  dW_v = sum over r with id_r = v of dx_r. Threads share the columns, not the
 // rows: every element sums its positions in ascending order (I8) and no two threads write the same
 // row's element.
-void embed_backward(gradX *dW, const floatX *dx, const int *ids, int accumulate, int pad, int R,
-                    int V, int C) {
+void embed_backward(gradX *dW, const floatX *dx, const int *ids, int accumulate, int pad, int64_t R,
+                    int64_t V, int64_t C) {
     kernel_begin("embed_backward", 0);
     enum { STRIP = 64 }; // columns of an item: one or more cache lines of every row
     if (!accumulate) device_zero(dW, (size_t)V * (size_t)C * sizeof *dW);
@@ -31,7 +31,7 @@ void embed_backward(gradX *dW, const floatX *dx, const int *ids, int accumulate,
 // With m = max_j x_j and s = sum_j e^(x_j - m):  -log p_t = log s + m - x_t,  d/dx_j of it = e^(x_j
 // - m) / s - [j = t]. e^(x - m) goes to a row of scratch, so that bf16 logits are read once and
 // rounded once.
-static double cross_entropy_row(floatX *x, int target, real seed, int backward, int V) {
+static double cross_entropy_row(floatX *x, int target, real seed, int backward, int64_t V) {
     if (target < 0) {
         if (backward) memset(x, 0, (size_t)V * sizeof *x);
         return 0;
@@ -51,7 +51,7 @@ static double cross_entropy_row(floatX *x, int target, real seed, int backward, 
     return log(total) + ((double)most - (double)at_target);
 }
 void cross_entropy(floatX *logits, double *loss_sum, const int *targets, real seed, int backward,
-                   int N, int V) {
+                   int64_t N, int64_t V) {
     kernel_begin("cross_entropy", 0);
     double *loss = SCRATCH(SCRATCH_SHARED, double, N), sum = 0;
     PARALLEL_FOR

@@ -61,7 +61,7 @@ static Task *row_tasks(const RowIndex *plan, int *count) {
 // Column blocks of the hidden width for every expert, empty ones too: 512 wide; 64 where one expert
 // holds more than an eighth of all rows, so that routing collapse (or a dense MLP, which is one
 // expert) still feeds all threads.
-static Task *column_tasks(const RowIndex *plan, int C, int *count) {
+static Task *column_tasks(const RowIndex *plan, int64_t C, int *count) {
     const int *start = plan->expert_row;
     Task *task = SCRATCH(SCRATCH_SHARED, Task, plan->E * div_up(C, 64) + 1);
     int n = 0;
@@ -76,7 +76,7 @@ static Task *column_tasks(const RowIndex *plan, int C, int *count) {
 }
 // panel (rows,width) = columns [column, column + width) of the pool rows of row_token[0..rows),
 // zeros for padding.
-static void gather(floatX *panel, const floatX *pool, const int *row_token, int rows, int C,
+static void gather(floatX *panel, const floatX *pool, const int *row_token, int rows, int64_t C,
                    int column, int width) {
     size_t bytes = (size_t)width * sizeof(floatX);
     for (int r = 0; r < rows; r++, panel += width) {
@@ -88,7 +88,7 @@ static void gather(floatX *panel, const floatX *pool, const int *row_token, int 
 }
 
 void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,
-                int C, int F) {
+                int64_t C, int64_t F) {
     kernel_begin("experts_up", 2 * expert_flops(plan, C, F));
     int count;
     Task *tasks = row_tasks(plan, &count);
@@ -116,8 +116,8 @@ void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, cons
         }
     }
 }
-void experts_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *plan, int C,
-                  int F) {
+void experts_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *plan, int64_t C,
+                  int64_t F) {
     kernel_begin("experts_down", expert_flops(plan, C, F));
     int count;
     Task *tasks = row_tasks(plan, &count);
@@ -141,7 +141,7 @@ static int slot_of(const RowIndex *plan, int token, int row) {
 //   of <g, a>; g holds the products then.
 // a is what forward stored: rounded once to floatX. dH may be H: stripes go through local arrays,
 // which also tells the compiler that nothing overlaps.
-static real swiglu_backward(floatX *dH, floatX *sA, real *g, const floatX *H, real score, int F,
+static real swiglu_backward(floatX *dH, floatX *sA, real *g, const floatX *H, real score, int64_t F,
                             int width) {
     enum { STRIPE = 64 };
     real gate[STRIPE], up[STRIPE], weighted[STRIPE];
@@ -162,7 +162,7 @@ static real swiglu_backward(floatX *dH, floatX *sA, real *g, const floatX *H, re
 }
 void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *dpool,
                            const floatX *H, const floatX *W2, const real *score,
-                           const RowIndex *plan, int C, int F) {
+                           const RowIndex *plan, int64_t C, int64_t F) {
     kernel_begin("experts_down_backward", expert_flops(plan, C, F));
     int count, K = plan->K;
     Task *tasks = row_tasks(plan, &count);
@@ -201,7 +201,7 @@ void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *d
     }
 }
 void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const RowIndex *plan,
-                         int C, int F) {
+                         int64_t C, int64_t F) {
     kernel_begin("experts_up_backward", 2 * expert_flops(plan, C, F));
     int count;
     Task *tasks = row_tasks(plan, &count);
@@ -216,8 +216,8 @@ void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const R
 // so that a task gathers only its own columns of the pool (dW1) and of its gradient (dW2) and owns
 // its piece of the result. Equal steps of at most REDUCE rows are added in row order.
 void experts_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool,
-                   const floatX *dH, const floatX *sA, const RowIndex *plan, int accumulate, int C,
-                   int F) {
+                   const floatX *dH, const floatX *sA, const RowIndex *plan, int accumulate,
+                   int64_t C, int64_t F) {
     kernel_begin("experts_wgrad", 3 * expert_flops(plan, C, F));
     int count;
     Task *tasks = column_tasks(plan, C, &count);

@@ -5,7 +5,7 @@
 #include <stdio.h>
 
 static int smaller(int a, int b) { return a < b ? a : b; }
-static void clear(real *C, int64_t ldc, int m, int n) {
+static void clear(real *C, int64_t ldc, int64_t m, int64_t n) {
     for (int i = 0; i < m; i++) memset(C + i * ldc, 0, (size_t)n * sizeof(real));
 }
 
@@ -32,8 +32,8 @@ const char *gemm_library(void) {
     snprintf(text, sizeof text, "%s, core %s", name, openblas_get_corename());
     return text;
 }
-void gemm(int ta, int tb, int m, int n, int k, const real *A, int64_t lda, const real *B,
-          int64_t ldb, real beta, real *C, int64_t ldc) {
+void gemm(int ta, int tb, int64_t m, int64_t n, int64_t k, const real *A, int64_t lda,
+          const real *B, int64_t ldb, real beta, real *C, int64_t ldc) {
     if (m == 0 || n == 0) return;
     if (k == 0) {
         if (beta == 0) clear(C, ldc, m, n);
@@ -84,7 +84,7 @@ static const real *at(const real *A, int64_t lda, int transposed, int row, int c
 }
 // Strips of `width` rows of op(A) (or columns of op(B), handed over transposed):
 // out[strip][p][width].
-static void pack(real *out, const real *A, int64_t lda, int transposed, int rows, int k,
+static void pack(real *out, const real *A, int64_t lda, int transposed, int rows, int64_t k,
                  int width) {
     for (int i0 = 0; i0 < rows; i0 += width) {
         int w = smaller(width, rows - i0);
@@ -100,7 +100,7 @@ static void pack(real *out, const real *A, int64_t lda, int transposed, int rows
 }
 // c (MR,NR) = a b over k, both packed; the two vectors of each row of c are separate variables of
 // the loop so that they live in registers.
-static void micro_kernel(real *c, const real *a, const real *b, int k) {
+static void micro_kernel(real *c, const real *a, const real *b, int64_t k) {
     Vector c0[MR], c1[MR];
     for (int i = 0; i < MR; i++) c0[i] = c1[i] = (Vector){ 0 };
     for (int p = 0; p < k; p++, a += MR, b += NR) {
@@ -116,8 +116,8 @@ static void micro_kernel(real *c, const real *a, const real *b, int k) {
         *(Vector *)(c + i * NR + LANES) = c1[i];
     }
 }
-void gemm(int ta, int tb, int m, int n, int k, const real *A, int64_t lda, const real *B,
-          int64_t ldb, real beta, real *C, int64_t ldc) {
+void gemm(int ta, int tb, int64_t m, int64_t n, int64_t k, const real *A, int64_t lda,
+          const real *B, int64_t ldb, real beta, real *C, int64_t ldc) {
     if (m == 0 || n == 0) return;
     if (beta == 0) clear(C, ldc, m, n);
     int kc = smaller(KC, k), nc = (int)div_up(smaller(NC, n), NR) * NR;
@@ -155,8 +155,9 @@ static void widen(real *out, const floatX *A, int64_t lda, int transposed, int r
     for (int i = 0; i < lines; i++) load_row(out + (int64_t)i * length, from + i * lda, length);
 }
 // real result in C, or floatX result in X
-static void gemm_blocks(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda,
-                        const floatX *B, int64_t ldb, real beta, real *C, floatX *X, int64_t ldc) {
+static void gemm_blocks(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A,
+                        int64_t lda, const floatX *B, int64_t ldb, real beta, real *C, floatX *X,
+                        int64_t ldc) {
     size_t a_size = (size_t)BLOCK_M * BLOCK_K, b_size = (size_t)BLOCK_K * BLOCK_N,
            c_size = X ? (size_t)BLOCK_M * BLOCK_N : 0;
     real *a = SCRATCH(SCRATCH_PANEL, real, a_size + b_size + c_size), *b = a + a_size,
@@ -183,21 +184,21 @@ static void gemm_blocks(int ta, int tb, int m, int n, int k, const floatX *A, in
                     store_row(X + (i + r) * ldc + j, c + (int64_t)r * nj, nj);
         }
 }
-void gemm_x(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B,
-            int64_t ldb, real beta, real *C, int64_t ldc) {
+void gemm_x(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int64_t lda,
+            const floatX *B, int64_t ldb, real beta, real *C, int64_t ldc) {
     gemm_blocks(ta, tb, m, n, k, A, lda, B, ldb, beta, C, 0, ldc);
 }
-void gemm_xx(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B,
-             int64_t ldb, real beta, floatX *C, int64_t ldc) {
+void gemm_xx(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int64_t lda,
+             const floatX *B, int64_t ldb, real beta, floatX *C, int64_t ldc) {
     gemm_blocks(ta, tb, m, n, k, A, lda, B, ldb, beta, 0, C, ldc);
 }
 #else
-void gemm_x(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B,
-            int64_t ldb, real beta, real *C, int64_t ldc) {
+void gemm_x(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int64_t lda,
+            const floatX *B, int64_t ldb, real beta, real *C, int64_t ldc) {
     gemm(ta, tb, m, n, k, &A->v, lda, &B->v, ldb, beta, C, ldc);
 }
-void gemm_xx(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B,
-             int64_t ldb, real beta, floatX *C, int64_t ldc) {
+void gemm_xx(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int64_t lda,
+             const floatX *B, int64_t ldb, real beta, floatX *C, int64_t ldc) {
     gemm(ta, tb, m, n, k, &A->v, lda, &B->v, ldb, beta, &C->v, ldc);
 }
 #endif
@@ -212,7 +213,7 @@ static const double TILE_MIN_FLOP = 2e6; // some 20 microseconds: less is not wo
 static int halved(int side) {
     return (int)div_up(div_up(side, 2), 16) * 16;
 } // multiples of 16 keep the micro-kernels' edges rare
-static void gemm_tile(int m, int n, int k, int *tile_m, int *tile_n) {
+static void gemm_tile(int64_t m, int64_t n, int64_t k, int *tile_m, int *tile_n) {
     int tm = smaller(TILE_LARGE, m > 0 ? m : 1), tn = smaller(TILE_LARGE, n > 0 ? n : 1);
     for (;;) {
         int64_t tiles = div_up(m, tm) * div_up(n, tn);
@@ -227,8 +228,8 @@ static void gemm_tile(int m, int n, int k, int *tile_m, int *tile_n) {
     }
     *tile_m = tm, *tile_n = tn;
 }
-static void gemm_parallel(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda,
-                          const floatX *B, int64_t ldb, real beta, real *C, floatX *X,
+static void gemm_parallel(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A,
+                          int64_t lda, const floatX *B, int64_t ldb, real beta, real *C, floatX *X,
                           int64_t ldc) {
     int tm, tn;
     gemm_tile(m, n, k, &tm, &tn);
@@ -243,11 +244,11 @@ static void gemm_parallel(int ta, int tb, int m, int n, int k, const floatX *A, 
             gemm_x(ta, tb, mi, nj, k, a, lda, b, ldb, beta, C + i * ldc + j, ldc);
     }
 }
-void gemm_parallel_x(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda,
+void gemm_parallel_x(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int64_t lda,
                      const floatX *B, int64_t ldb, real beta, real *C, int64_t ldc) {
     gemm_parallel(ta, tb, m, n, k, A, lda, B, ldb, beta, C, 0, ldc);
 }
-void gemm_parallel_xx(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda,
+void gemm_parallel_xx(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int64_t lda,
                       const floatX *B, int64_t ldb, real beta, floatX *C, int64_t ldc) {
     gemm_parallel(ta, tb, m, n, k, A, lda, B, ldb, beta, 0, C, ldc);
 }

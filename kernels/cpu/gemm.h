@@ -11,20 +11,20 @@
 #include "math.h"
 MOE_BEGIN_C
 // reals, one thread
-void gemm(int ta, int tb, int m, int n, int k, const real *A, int64_t lda, const real *B,
-          int64_t ldb, real beta, real *C, int64_t ldc);
+void gemm(int ta, int tb, int64_t m, int64_t n, int64_t k, const real *A, int64_t lda,
+          const real *B, int64_t ldb, real beta, real *C, int64_t ldc);
 // floatX operands, real result, one thread. fp32, fp64: gemm itself. bf16: panels are widened to
 // fp32 scratch, blocks of 256 x 512 x 512.
-void gemm_x(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B,
-            int64_t ldb, real beta, real *C, int64_t ldc);
+void gemm_x(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int64_t lda,
+            const floatX *B, int64_t ldb, real beta, real *C, int64_t ldc);
 // The same with the result rounded once to floatX (beta = 1: C is added before the rounding).
-void gemm_xx(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda, const floatX *B,
-             int64_t ldb, real beta, floatX *C, int64_t ldc);
+void gemm_xx(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int64_t lda,
+             const floatX *B, int64_t ldb, real beta, floatX *C, int64_t ldc);
 // All threads: C is cut into tiles whose size depends on m, n, k alone (I8), each computed by one
 // thread. Not from parallel loops.
-void gemm_parallel_x(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda,
+void gemm_parallel_x(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int64_t lda,
                      const floatX *B, int64_t ldb, real beta, real *C, int64_t ldc);
-void gemm_parallel_xx(int ta, int tb, int m, int n, int k, const floatX *A, int64_t lda,
+void gemm_parallel_xx(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int64_t lda,
                       const floatX *B, int64_t ldb, real beta, floatX *C, int64_t ldc);
 // One BLAS thread from now on, whatever the environment says; the library's name and core type
 // ("OpenBLAS 0.3.21 SkylakeX") for the report.

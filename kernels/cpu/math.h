@@ -38,6 +38,14 @@ static inline int thread_count(void) {
     return 1;
 #endif
 }
+// 0 .. thread_count() - 1 within a parallel loop.
+static inline int thread_index(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
 // `bytes` of memory that belong to the calling thread until it asks for the same slot again;
 // 64-byte aligned, contents undefined, grown on demand and never shrunk (I10: nothing is allocated
 // once every shape was seen). Slots keep nested users apart.

@@ -12,8 +12,8 @@ static real inverse_rms(const real *x, real eps, int n) {
 }
 
 // ---- RMSNorm of rows ------------------------------------------------------------------------
-void rmsnorm_forward(floatX *y, real *rstd, const floatX *x, const floatX *w, real eps, int R,
-                     int C) {
+void rmsnorm_forward(floatX *y, real *rstd, const floatX *x, const floatX *w, real eps, int64_t R,
+                     int64_t C) {
     kernel_begin("rmsnorm_forward", 0);
     PARALLEL_FOR
     for (int row = 0; row < R; row++) {
@@ -25,8 +25,8 @@ void rmsnorm_forward(floatX *y, real *rstd, const floatX *x, const floatX *w, re
     }
 }
 void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const floatX *dy,
-                      const floatX *x, const floatX *w, const real *rstd, int accumulate, int R,
-                      int C) {
+                      const floatX *x, const floatX *w, const real *rstd, int accumulate, int64_t R,
+                      int64_t C) {
     kernel_begin("rmsnorm_backward", 0);
     // dw: threads share the columns and walk down all rows. Sums of 64 rows are added to the total:
     // two short sums err less than a long one.
@@ -71,7 +71,7 @@ void add(floatX *out, const floatX *a, const floatX *b, size_t n) {
 }
 
 // ---- heads: RMSNorm, then rotation ----------------------------------------------------------
-void rope_table(real *cos_table, real *sin_table, double theta, int T, int D) {
+void rope_table(real *cos_table, real *sin_table, double theta, int64_t T, int64_t D) {
     int half = D / 2;
     PARALLEL_FOR
     for (int t = 0; t < T; t++)
@@ -85,7 +85,7 @@ void rope_table(real *cos_table, real *sin_table, double theta, int T, int D) {
 // Pair (j, j + D/2) turns by angle a_j: y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin. The backward
 // turns by -a_j.
 static void head_forward(floatX *y, const floatX *x, const real *w, const real *c, const real *s,
-                         real eps, int D, real *buffer) {
+                         real eps, int64_t D, real *buffer) {
     int half = D / 2;
     const real *v = view_row(x, buffer, D);
     real r = inverse_rms(v, eps, D);
@@ -97,7 +97,7 @@ static void head_forward(floatX *y, const floatX *x, const real *w, const real *
 }
 // dx may be dy: dy is consumed before dx is written. dw (D) is added to. buffer (3D).
 static void head_backward(floatX *dx, real *dw, const floatX *dy, const floatX *x, const real *w,
-                          const real *c, const real *s, real eps, int D, real *buffer) {
+                          const real *c, const real *s, real eps, int64_t D, real *buffer) {
     int half = D / 2;
     real *n = buffer + D, *t = buffer + 2 * (int64_t)D;
     const real *v = view_row(x, buffer, D);
@@ -117,13 +117,14 @@ static void head_backward(floatX *dx, real *dw, const floatX *dy, const floatX *
 }
 void qk_norm_rope_forward(floatX *qn, floatX *kn, const floatX *q, const floatX *k,
                           const floatX *wq, const floatX *wk, const real *cos_table,
-                          const real *sin_table, real eps, int R, int T, int H, int KV, int D) {
+                          const real *sin_table, const int *position, real eps, int64_t R,
+                          int64_t T, int64_t H, int64_t KV, int64_t D) {
     kernel_begin("qk_norm_rope_forward", 0);
     PARALLEL_FOR
     for (int row = 0; row < R; row++) {
         real *buffer = SCRATCH(SCRATCH_LOCAL, real, 3 * (size_t)D);
-        const real *c = cos_table + (int64_t)(row % T) * (D / 2),
-                   *s = sin_table + (int64_t)(row % T) * (D / 2);
+        int64_t t = position ? position[row] : row % T;
+        const real *c = cos_table + t * (D / 2), *s = sin_table + t * (D / 2);
         const real *weight_q = view_row(wq, buffer + D, D),
                    *weight_k = view_row(wk, buffer + 2 * (int64_t)D, D);
         for (int h = 0; h < H; h++) {
@@ -138,8 +139,9 @@ void qk_norm_rope_forward(floatX *qn, floatX *kn, const floatX *q, const floatX 
 }
 void qk_norm_rope_backward(floatX *dq, floatX *dk, gradX *dwq, gradX *dwk, const floatX *dqn,
                            const floatX *dkn, const floatX *q, const floatX *k, const floatX *wq,
-                           const floatX *wk, const real *cos_table, const real *sin_table, real eps,
-                           int accumulate, int R, int T, int H, int KV, int D) {
+                           const floatX *wk, const real *cos_table, const real *sin_table,
+                           const int *position, real eps, int accumulate, int64_t R, int64_t T,
+                           int64_t H, int64_t KV, int64_t D) {
     kernel_begin("qk_norm_rope_backward", 0);
     // Weight gradients: rows are cut into SLICES (I8: always), each with its own sums, added in
     // order at the end.
@@ -154,8 +156,8 @@ void qk_norm_rope_backward(floatX *dq, floatX *dk, gradX *dwq, gradX *dwk, const
         memset(sum_q, 0, 2 * (size_t)D * sizeof(real));
         int last = (int)((int64_t)R * (slice + 1) / SLICES);
         for (int row = (int)((int64_t)R * slice / SLICES); row < last; row++) {
-            const real *c = cos_table + (int64_t)(row % T) * (D / 2),
-                       *s = sin_table + (int64_t)(row % T) * (D / 2);
+            int64_t t = position ? position[row] : row % T;
+            const real *c = cos_table + t * (D / 2), *s = sin_table + t * (D / 2);
             for (int h = 0; h < H; h++) {
                 int64_t at = ((int64_t)row * H + h) * D;
                 head_backward(dq + at, sum_q, dqn + at, q + at, weight_q, c, s, eps, D, buffer);

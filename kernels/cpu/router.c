@@ -18,7 +18,7 @@ enum {
 }; // rows of a task; columns of a dW task; rows of a step along its reduction
 
 // p (E) = softmax(z); returns log sum exp z. A NaN among z makes all of p NaN.
-static real softmax(real *p, const real *z, int E) {
+static real softmax(real *p, const real *z, int64_t E) {
     real top = row_max(z, E);
     for (int e = 0; e < E; e++) p[e] = exp_real(z[e] - top);
     real sum = row_sum(p, E);
@@ -28,7 +28,8 @@ static real softmax(real *p, const real *z, int E) {
 // The K largest of p + bias by (value descending, id ascending), written in ascending id. A strict
 // comparison keeps the lower id of equals; NaN is never larger than anything and is displaced by
 // nothing, so rows of NaN choose the lowest ids.
-static void select_top(int *topk, real *value, const real *p, const real *bias, int E, int K) {
+static void select_top(int *topk, real *value, const real *p, const real *bias, int64_t E,
+                       int64_t K) {
     for (int e = 0; e < E; e++) {
         real v = bias ? p[e] + bias[e] : p[e];
         int n = e < K ? e : K;
@@ -45,7 +46,8 @@ static void select_top(int *topk, real *value, const real *p, const real *bias, 
     }
 }
 void router_forward(real *logits, int *topk, real *score, RouterStats stats, const floatX *u,
-                    const floatX *W, const real *bias, int normalize, int R, int C, int E, int K) {
+                    const floatX *W, const real *bias, int normalize, int64_t R, int64_t C,
+                    int64_t E, int64_t K) {
     kernel_begin("router_forward", 2.0 * R * C * E);
     int chunks = (int)div_up(R, CHUNK),
         width = 2 * E + 2; // a chunk's statistics: E probabilities, E counts, lse^2, entropy
@@ -86,7 +88,7 @@ void router_forward(real *logits, int *topk, real *score, RouterStats stats, con
 
 static void logits_backward(real *dz, real *p, real *fp, const real *dscore, const real *z,
                             const int *ids, const real *score, const double *f, double aux_scale,
-                            double z_scale, int normalize, int E, int K) {
+                            double z_scale, int normalize, int64_t E, int64_t K) {
     real lse = softmax(p, z, E), c = 0, mean = 0;
     for (int k = 0; k < K; k++) c += (normalize ? score[k] : p[ids[k]]) * dscore[k];
     real common = (real)(2 * z_scale * lse) - (normalize ? 0 : c);
@@ -100,7 +102,8 @@ static void logits_backward(real *dz, real *p, real *fp, const real *dscore, con
         dz[ids[k]] += normalize ? score[k] * (dscore[k] - c) : p[ids[k]] * dscore[k];
 }
 // du (rows,C) += dz (rows,E) W; w: W as reals.
-static void add_input_gradient(floatX *du, const real *dz, const real *w, int rows, int C, int E) {
+static void add_input_gradient(floatX *du, const real *dz, const real *w, int rows, int64_t C,
+                               int64_t E) {
 #if defined(MOE_BF16)
     real *sum = SCRATCH(SCRATCH_LOCAL2, real, (int64_t)rows * C);
     load_row(sum, du, (int64_t)rows * C);
@@ -113,7 +116,7 @@ static void add_input_gradient(floatX *du, const real *dz, const real *w, int ro
 void router_backward_add(floatX *du, gradX *dW, real *dz, const real *dscore, const real *logits,
                          const int *topk, const real *score, const floatX *u, const floatX *W,
                          const double *f, double aux_scale, double z_scale, int normalize,
-                         int accumulate, int R, int C, int E, int K) {
+                         int accumulate, int64_t R, int64_t C, int64_t E, int64_t K) {
     kernel_begin("router_backward_add", 4.0 * R * C * E);
 #if defined(MOE_BF16)
     real *copy = SCRATCH(SCRATCH_SHARED, real, (int64_t)E * C);
@@ -143,7 +146,7 @@ void router_backward_add(floatX *du, gradX *dW, real *dz, const real *dscore, co
         }
     }
 }
-void router_share(double *f, const int64_t *count, double positions, int n_layers, int E) {
+void router_share(double *f, const int64_t *count, double positions, int64_t n_layers, int64_t E) {
     kernel_begin("router_share", 0);
     for (int e = 0; e < E; e++) {
         int64_t total = 0;

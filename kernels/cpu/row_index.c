@@ -11,16 +11,16 @@
 // row, every further one costs it `tile` rows more. So give one row to each of E' = min(E,N)
 // experts, then spend what is left in pieces of `tile`, at most floor((P-1)/tile) an expert. With
 // tile 1 this is N.
-int row_index_bound(int P, int K, int E_local) {
+int64_t row_index_bound(int64_t P, int64_t K, int64_t E_local) {
     int64_t tile = device_row_tile(), choices = (int64_t)P * lesser(K, E_local),
             experts = lesser(E_local, choices);
     if (choices <= 0) return 0;
     int64_t further = lesser((choices - experts) / tile, experts * ((P - 1) / tile)),
             rows = (experts + further) * tile;
     if (rows > INT_MAX)
-        die("%lld expert rows for a pool of %d tokens|use a smaller --micro-batch", (long long)rows,
-            P);
-    return (int)rows;
+        die("%lld expert rows for a pool of %lld tokens|use a smaller --micro-batch",
+            (long long)rows, (long long)P);
+    return rows;
 }
 // A stable counting sort by expert: count, cumulate (each expert padded to the tile), then hand out
 // rows in pool order.
@@ -56,18 +56,19 @@ void row_index_build(RowIndex *plan, const int *choice, const int *n_pool, int f
     }
     for (int64_t i = n; i < (int64_t)P * K; i++) plan->token_row[i] = -1;
 }
-void row_index_dense(RowIndex *plan, int R) {
+void row_index_dense(RowIndex *plan, int64_t R) {
     int rows = (int)div_up(R, device_row_tile()) * device_row_tile();
     if (R > plan->P || rows > plan->M || plan->K != 1 || plan->E != 1)
-        die("a dense plan of %d tokens where P = %d, M = %d, K = %d, E = %d|it needs P >= R, M >= row_index_bound(R, 1, 1), K = E = 1",
-            R, plan->P, plan->M, plan->K, plan->E);
+        die("a dense index of %lld tokens where P = %lld, M = %lld, K = %lld, E = %lld|it needs P >= R, M >= row_index_bound(R, 1, 1), K = E = 1",
+            (long long)R, (long long)plan->P, (long long)plan->M, (long long)plan->K,
+            (long long)plan->E);
     plan->expert_row[0] = 0, plan->expert_row[1] = rows;
     for (int m = 0; m < plan->M; m++) plan->row_token[m] = m < R ? m : -1;
     for (int p = 0; p < plan->P; p++) plan->token_row[p] = p < R ? p : -1;
 }
 
 // ---- gather and its adjoint -----------------------------------------------------------------
-void rows_gather(void *out, const void *in, const int *index, int n, size_t row_bytes) {
+void rows_gather(void *out, const void *in, const int *index, int64_t n, size_t row_bytes) {
     kernel_begin("rows_gather", 0);
     PARALLEL_FOR
     for (int i = 0; i < n; i++) {
@@ -81,8 +82,8 @@ void rows_gather(void *out, const void *in, const int *index, int n, size_t row_
 // out_r = sum over j of weight_rj in[index_rj], in the order of j, in stripes that stay in
 // registers and the first cache level.
 enum { STRIPE = 256 };
-static void sum_row(floatX *out, const floatX *in, const int *index, const real *weight, int J,
-                    int C) {
+static void sum_row(floatX *out, const floatX *in, const int *index, const real *weight, int64_t J,
+                    int64_t C) {
     for (int c = 0; c < C; c += STRIPE) {
         int width = (int)lesser(STRIPE, C - c);
         real sum[STRIPE] = { 0 };
@@ -96,7 +97,7 @@ static void sum_row(floatX *out, const floatX *in, const int *index, const real 
     }
 }
 void rows_weighted_sum(floatX *out, const floatX *Y, const real *score, const RowIndex *plan,
-                       int C) {
+                       int64_t C) {
     kernel_begin("rows_weighted_sum", 0);
     int K = plan->K;
     PARALLEL_FOR
@@ -104,12 +105,12 @@ void rows_weighted_sum(floatX *out, const floatX *Y, const real *score, const Ro
         sum_row(out + (int64_t)p * C, Y, plan->token_row + (int64_t)p * K,
                 score ? score + (int64_t)p * K : 0, K, C);
 }
-void rows_sum(floatX *out, const floatX *in, const int *index, int R, int J, int C) {
+void rows_sum(floatX *out, const floatX *in, const int *index, int64_t R, int64_t J, int64_t C) {
     kernel_begin("rows_sum", 0);
     PARALLEL_FOR
     for (int r = 0; r < R; r++) sum_row(out + (int64_t)r * C, in, index + (int64_t)r * J, 0, J, C);
 }
-void rows_sum_real(real *out, const real *in, const int *index, int R, int J, int C) {
+void rows_sum_real(real *out, const real *in, const int *index, int64_t R, int64_t J, int64_t C) {
     kernel_begin("rows_sum_real", 0);
     PARALLEL_FOR
     for (int r = 0; r < R; r++) {

@@ -31,7 +31,8 @@ void attention_select(const char *name) {
         die("the CUDA backend of this build has no attention kernel \"%s\"|choose --attention-kernel %s",
             name, hint);
 }
-size_t attention_workspace(int B, int T, int H, int KV, int D) { // delta (B,H,T)
+size_t attention_workspace(int64_t B, int64_t T, int64_t H, int64_t KV,
+                           int64_t D) { // delta (B,H,T)
     size_t bytes = (size_t)B * (size_t)T * (size_t)H * sizeof(float);
     (void)KV, (void)D;
 #ifdef CUDNN_OR_FLASH
@@ -41,8 +42,10 @@ size_t attention_workspace(int B, int T, int H, int KV, int D) { // delta (B,H,T
     return bytes;
 }
 void attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, const floatX *v,
-                       void *workspace, int B, int T, int H, int KV, int D) {
+                       const int *position, void *workspace, int64_t B, int64_t T, int64_t H,
+                       int64_t KV, int64_t D) {
     kernel_begin("attention_forward", 2.0 * B * T * T * H * D);
+    no_positions(position);
     (void)workspace;
     if (!B || !T) return;
 #ifdef CUDNN_OR_FLASH
@@ -54,8 +57,10 @@ void attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, c
 }
 void attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o, const floatX *o,
                         const real *lse, const floatX *q, const floatX *k, const floatX *v,
-                        void *workspace, int B, int T, int H, int KV, int D) {
+                        const int *position, void *workspace, int64_t B, int64_t T, int64_t H,
+                        int64_t KV, int64_t D) {
     kernel_begin("attention_backward", 5.0 * B * T * T * H * D);
+    no_positions(position);
     if (!B || !T) return;
 #ifdef CUDNN_OR_FLASH
     if (use_cudnn && cudnn_attention_backward(dq, dk, dv, d_o, o, lse, q, k, v, workspace, B, T, H,

@@ -14,7 +14,7 @@ static __global__ void embed_kernel(floatX *out, const int *ids, const floatX *W
         *(int4 *)(out + row * C + column) = *(const int4 *)(W + (int64_t)ids[row] * C + column);
     }
 }
-void embed_forward(floatX *out, const int *ids, const floatX *W, int R, int C) {
+void embed_forward(floatX *out, const int *ids, const floatX *W, int64_t R, int64_t C) {
     kernel_begin("embed_forward", 0);
     require_packs("hidden_size", C);
     int64_t packs = (int64_t)R * (C / PACK);
@@ -70,8 +70,8 @@ static __global__ void embed_backward_kernel(gradX *dW, const floatX *dx, const 
         *(float4 *)(to + l) = four;
     }
 }
-void embed_backward(gradX *dW, const floatX *dx, const int *ids, int accumulate, int pad, int R,
-                    int V, int C) {
+void embed_backward(gradX *dW, const floatX *dx, const int *ids, int accumulate, int pad, int64_t R,
+                    int64_t V, int64_t C) {
     kernel_begin("embed_backward", 0);
     require_packs("hidden_size", C);
     if (!accumulate) device_zero(dW, (size_t)V * (size_t)C * sizeof *dW);
@@ -82,7 +82,8 @@ void embed_backward(gradX *dW, const floatX *dx, const int *ids, int accumulate,
         *start = scratch + counts;
     int *order[2] = { start + 257, start + 257 + R }, pass = 0;
     for (int shift = 0; shift == 0 || (V - 1) >> shift > 0; shift += 8, pass++) {
-        DigitSource source = { pass ? order[(pass + 1) % 2] : 0, ids, order[pass % 2], R, shift };
+        DigitSource source = { pass ? order[(pass + 1) % 2] : 0, ids, order[pass % 2], (int)R,
+                               shift };
         stable_sort(scratch, start, source, 256, R, 1);
     }
     int threads = C / PACK < 256 ? (int)div_up(C / PACK, 32) * 32 : 256;
@@ -165,7 +166,7 @@ static __global__ void loss_kernel(double *loss_sum, const double *loss, int N) 
     if (threadIdx.x == 0) loss_sum[0] += sum;
 }
 void cross_entropy(floatX *logits, double *loss_sum, const int *targets, real seed, int backward,
-                   int N, int V) {
+                   int64_t N, int64_t V) {
     kernel_begin("cross_entropy", 0);
     if (N == 0) return;
     double *loss = (double *)device_scratch(SCRATCH_PARTIAL, (size_t)N * sizeof(double));

@@ -53,7 +53,7 @@ static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     int column_tiles = (F + 63) / 64, tile = blockIdx.x / column_tiles,
         f0 = blockIdx.x % column_tiles * 64, m0 = tile * TILE, e = expert_of_tile(plan, tile);
     if (e < 0) return;
-    Operand a = { pool, plan.row_token, C, plan.M, C, 0 },
+    Operand a = { pool, plan.row_token, C, (int)plan.M, C, 0 },
             b = { W1 + (int64_t)e * 2 * F * C, 0, C, F, C, F };
     Accumulator acc;
     tile_product<false, false, true>(acc, shared, a, b, m0, f0, 0, C);
@@ -86,7 +86,7 @@ static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
         n0 = blockIdx.x % column_tiles * TILE, m0 = tile * TILE;
     int e = expert_of_tile(plan, tile);
     if (e < 0) return;
-    Operand a = { in, 0, K, plan.M, K, 0 },
+    Operand a = { in, 0, K, (int)plan.M, K, 0 },
             b = { W + (int64_t)e * N * K, 0, TRANSPOSED ? N : K, TRANSPOSED ? K : N,
                   TRANSPOSED ? N : K,     0 };
     Accumulator acc;
@@ -111,7 +111,7 @@ static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
         f0 = blockIdx.x % column_tiles * TILE, m0 = tile * TILE;
     int e = expert_of_tile(plan, tile);
     if (e < 0) return;
-    Operand a = { dpool, plan.row_token, C, plan.M, C, 0 },
+    Operand a = { dpool, plan.row_token, C, (int)plan.M, C, 0 },
             b = { W2 + (int64_t)e * C * F, 0, F, C, F, 0 };
     Accumulator acc;
     tile_product<false, true, false>(acc, shared, a, b, m0, f0, 0, C);
@@ -232,7 +232,7 @@ static unsigned tiles(const RowIndex *plan, int columns, int width, int C, int F
     return (unsigned)((int64_t)(plan->M / TILE) * div_up(columns, width));
 }
 void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,
-                int C, int F) {
+                int64_t C, int64_t F) {
     kernel_begin("experts_up", 2 * expert_flops(plan, C, F));
     unsigned blocks = tiles(plan, F, 64, C, F);
     if (!blocks) return;
@@ -241,8 +241,8 @@ void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, cons
     up_kernel<<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(H, A, pool, W1, *plan, C, F);
     LAUNCHED();
 }
-void experts_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *plan, int C,
-                  int F) {
+void experts_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *plan, int64_t C,
+                  int64_t F) {
     kernel_begin("experts_down", expert_flops(plan, C, F));
     unsigned blocks = tiles(plan, C, TILE, C, F);
     if (!blocks) return;
@@ -263,7 +263,7 @@ static void down_backward(floatX *dH, floatX *sA, float *partial, const floatX *
 }
 void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *dpool,
                            const floatX *H, const floatX *W2, const real *score,
-                           const RowIndex *plan, int C, int F) {
+                           const RowIndex *plan, int64_t C, int64_t F) {
     kernel_begin("experts_down_backward", expert_flops(plan, C, F));
     unsigned blocks = tiles(plan, F, TILE, C, F);
     int column_tiles = (int)div_up(F, TILE);
@@ -284,7 +284,7 @@ void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *d
     LAUNCHED();
 }
 void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const RowIndex *plan,
-                         int C, int F) {
+                         int64_t C, int64_t F) {
     kernel_begin("experts_up_backward", 2 * expert_flops(plan, C, F));
     unsigned blocks = tiles(plan, C, TILE, C, F);
     if (!blocks) return;
@@ -295,8 +295,8 @@ void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const R
     LAUNCHED();
 }
 void experts_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool,
-                   const floatX *dH, const floatX *sA, const RowIndex *plan, int accumulate, int C,
-                   int F) {
+                   const floatX *dH, const floatX *sA, const RowIndex *plan, int accumulate,
+                   int64_t C, int64_t F) {
     kernel_begin("experts_wgrad", 3 * expert_flops(plan, C, F));
     require_packs("hidden_size", C);
     require_packs("the expert width", F);

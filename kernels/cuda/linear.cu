@@ -138,20 +138,22 @@ void gemm(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int6
                                 &p->algorithm, workspace, WORKSPACE, compute_stream()));
 }
 
-void linear_forward(floatX *y, const floatX *x, const floatX *W, int R, int O, int N) {
+void linear_forward(floatX *y, const floatX *x, const floatX *W, int64_t R, int64_t O, int64_t N) {
     kernel_begin("linear_forward", 2.0 * R * O * N);
     gemm(0, 1, R, O, N, x, N, W, 0, y, 0);
 }
-void linear_backward_input(floatX *dx, const floatX *dy, const floatX *W, int R, int O, int N) {
+void linear_backward_input(floatX *dx, const floatX *dy, const floatX *W, int64_t R, int64_t O,
+                           int64_t N) {
     kernel_begin("linear_backward_input", 2.0 * R * O * N);
     gemm(0, 0, R, N, O, dy, O, W, 0, dx, 0);
 }
-void linear_backward_input_add(floatX *dx, const floatX *dy, const floatX *W, int R, int O, int N) {
+void linear_backward_input_add(floatX *dx, const floatX *dy, const floatX *W, int64_t R, int64_t O,
+                               int64_t N) {
     kernel_begin("linear_backward_input_add", 2.0 * R * O * N);
     gemm(0, 0, R, N, O, dy, O, W, 1, dx, 0);
 }
-void linear_backward_weight(gradX *dW, const floatX *dy, const floatX *x, int accumulate, int R,
-                            int O, int N) {
+void linear_backward_weight(gradX *dW, const floatX *dy, const floatX *x, int accumulate, int64_t R,
+                            int64_t O, int64_t N) {
     kernel_begin("linear_backward_weight", 2.0 * R * O * N);
     gemm(1, 0, O, N, R, dy, O, x, accumulate ? 1 : 0, dW, 1);
 }

@@ -31,8 +31,8 @@ static __global__ void rmsnorm_kernel(floatX *y, real *rstd, const floatX *x, co
         store_n(y + row * C + j, v);
     }
 }
-void rmsnorm_forward(floatX *y, real *rstd, const floatX *x, const floatX *w, real eps, int R,
-                     int C) {
+void rmsnorm_forward(floatX *y, real *rstd, const floatX *x, const floatX *w, real eps, int64_t R,
+                     int64_t C) {
     kernel_begin("rmsnorm_forward", 0);
     require_packs("the width of a norm", C);
     if (R == 0) return;
@@ -112,8 +112,8 @@ void column_sums(gradX *out, const float *partial, int rows, int n, int accumula
     LAUNCHED();
 }
 void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const floatX *dy,
-                      const floatX *x, const floatX *w, const real *rstd, int accumulate, int R,
-                      int C) {
+                      const floatX *x, const floatX *w, const real *rstd, int accumulate, int64_t R,
+                      int64_t C) {
     kernel_begin("rmsnorm_backward", 0);
     const int BLOCKS = 1024; // about one wave of an H200; a constant, so that the order of sums
                              // depends on shapes alone
@@ -137,7 +137,7 @@ void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const float
     else if (C <= WIDEST)
         RMSNORM_BACKWARD(WIDEST / 256 / PACK);
     else
-        die("a norm of width %d|at most %d on this backend", C, WIDEST);
+        die("a norm of width %d|at most %d on this backend", (int)C, WIDEST);
     LAUNCHED();
     column_sums(dw, partial, blocks, C, accumulate);
 }
@@ -173,7 +173,7 @@ static __global__ void rope_kernel(real *cos_table, real *sin_table, double thet
     cos_table[i] = (float)cos((double)angle);
     sin_table[i] = (float)sin((double)angle);
 }
-void rope_table(real *cos_table, real *sin_table, double theta, int T, int D) {
+void rope_table(real *cos_table, real *sin_table, double theta, int64_t T, int64_t D) {
     int64_t n = (int64_t)T * (D / 2);
     if (n == 0) return;
     rope_kernel<<<grid_for(n, 256), 256, 0, compute_stream()>>>(cos_table, sin_table, theta, T, D);
@@ -266,6 +266,10 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
         partial[(int64_t)blockIdx.x * D + i] = sum;
     }
 }
+void no_positions(const int *position) {
+    if (position)
+        die("the CUDA backend has no documents within a sequence|use --documents join, or BACKEND=cpu");
+}
 static void qk_forward(floatX *y, const floatX *x, const floatX *w, const real *cos_table,
                        const real *sin_table, real eps, int R, int T, int H, int D) {
     int width = head_lanes(D), group = HEAD_THREADS / width;
@@ -295,16 +299,20 @@ static void qk_backward(floatX *dx, gradX *dw, const floatX *dy, const floatX *x
 }
 void qk_norm_rope_forward(floatX *qn, floatX *kn, const floatX *q, const floatX *k,
                           const floatX *wq, const floatX *wk, const real *cos_table,
-                          const real *sin_table, real eps, int R, int T, int H, int KV, int D) {
+                          const real *sin_table, const int *position, real eps, int64_t R,
+                          int64_t T, int64_t H, int64_t KV, int64_t D) {
     kernel_begin("qk_norm_rope_forward", 0);
+    no_positions(position);
     qk_forward(qn, q, wq, cos_table, sin_table, eps, R, T, H, D);
     qk_forward(kn, k, wk, cos_table, sin_table, eps, R, T, KV, D);
 }
 void qk_norm_rope_backward(floatX *dq, floatX *dk, gradX *dwq, gradX *dwk, const floatX *dqn,
                            const floatX *dkn, const floatX *q, const floatX *k, const floatX *wq,
-                           const floatX *wk, const real *cos_table, const real *sin_table, real eps,
-                           int accumulate, int R, int T, int H, int KV, int D) {
+                           const floatX *wk, const real *cos_table, const real *sin_table,
+                           const int *position, real eps, int accumulate, int64_t R, int64_t T,
+                           int64_t H, int64_t KV, int64_t D) {
     kernel_begin("qk_norm_rope_backward", 0);
+    no_positions(position);
     qk_backward(dq, dwq, dqn, q, wq, cos_table, sin_table, eps, accumulate, R, T, H, D);
     qk_backward(dk, dwk, dkn, k, wk, cos_table, sin_table, eps, accumulate, R, T, KV, D);
 }

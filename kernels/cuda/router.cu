@@ -148,7 +148,8 @@ static void check_experts(int E, int K) {
             E_MAX);
 }
 void router_forward(real *logits, int *topk, real *score, RouterStats stats, const floatX *u,
-                    const floatX *W, const real *bias, int normalize, int R, int C, int E, int K) {
+                    const floatX *W, const real *bias, int normalize, int64_t R, int64_t C,
+                    int64_t E, int64_t K) {
     kernel_begin("router_forward", 2.0 * R * C * E);
     check_experts(E, K);
     if (R == 0) return;
@@ -204,7 +205,7 @@ static __global__ void __launch_bounds__(WARPS * 32)
 void router_backward_add(floatX *du, gradX *dW, real *dz, const real *dscore, const real *logits,
                          const int *topk, const real *score, const floatX *u, const floatX *W,
                          const double *f, double aux_scale, double z_scale, int normalize,
-                         int accumulate, int R, int C, int E, int K) {
+                         int accumulate, int64_t R, int64_t C, int64_t E, int64_t K) {
     kernel_begin("router_backward_add", 4.0 * R * C * E);
     check_experts(E, K);
     if (R == 0) return gemm(1, 0, E, C, 0, u, E, u, accumulate, dW, 1);
@@ -237,7 +238,7 @@ static __global__ void share_kernel(double *f, const int64_t *count, double posi
     for (int l = 0; l < n_layers; l++) total += count[(int64_t)l * E + e];
     f[e] = (double)total / positions;
 }
-void router_share(double *f, const int64_t *count, double positions, int n_layers, int E) {
+void router_share(double *f, const int64_t *count, double positions, int64_t n_layers, int64_t E) {
     kernel_begin("router_share", 0);
     if (E == 0) return;
     share_kernel<<<grid_for(E, 64), 64, 0, compute_stream()>>>(f, count, positions, n_layers, E);

@@ -8,24 +8,24 @@
 // of tiles), and tiles are cheapest where they are nearly empty: a first tile costs an expert one
 // row, every further one costs it `tile` rows more. So give one row to each of E' = min(E,N)
 // experts, then spend what is left in pieces of `tile`, at most floor((P-1)/tile) an expert.
-int row_index_bound(int P, int K, int E_local) {
-    int64_t tile = device_row_tile(), choices = (int64_t)P * (K < E_local ? K : E_local),
+int64_t row_index_bound(int64_t P, int64_t K, int64_t E_local) {
+    int64_t tile = device_row_tile(), choices = P * (K < E_local ? K : E_local),
             experts = E_local < choices ? E_local : choices;
     if (choices <= 0) return 0;
     int64_t by_choices = (choices - experts) / tile, by_expert = experts * ((P - 1) / tile);
     int64_t rows = (experts + (by_choices < by_expert ? by_choices : by_expert)) * tile;
     if (rows > INT_MAX)
-        die("%lld expert rows for a pool of %d tokens|use a smaller --micro-batch", (long long)rows,
-            P);
-    return (int)rows;
+        die("%lld expert rows for a pool of %lld tokens|use a smaller --micro-batch",
+            (long long)rows, (long long)P);
+    return rows;
 }
 
 struct ChoiceSource {
     RowIndex plan;
     const int *choice, *n_pool;
     int first;
-    __device__ int count() const { return n_pool && *n_pool < plan.P ? *n_pool : plan.P; }
-    __device__ int keys() const { return plan.K; }
+    __device__ int count() const { return n_pool && *n_pool < plan.P ? *n_pool : (int)plan.P; }
+    __device__ int keys() const { return (int)plan.K; }
     __device__ int key(int i, int k) const {
         int c = choice[(int64_t)i * plan.K + k], e = c - first;
         return c >= 0 && e >= 0 && e < plan.E ? e : -1;
@@ -54,11 +54,12 @@ static __global__ void dense_kernel(RowIndex plan, int R, int rows) {
     if (i < plan.M) plan.row_token[i] = i < R ? i : -1;
     if (i < plan.P) plan.token_row[i] = i < R ? i : -1;
 }
-void row_index_dense(RowIndex *plan, int R) {
+void row_index_dense(RowIndex *plan, int64_t R) {
     int rows = (int)div_up(R, device_row_tile()) * device_row_tile();
     if (R > plan->P || rows > plan->M || plan->K != 1 || plan->E != 1)
-        die("a dense plan of %d tokens where P = %d, M = %d, K = %d, E = %d|it needs P >= R, M >= row_index_bound(R, 1, 1), K = E = 1",
-            R, plan->P, plan->M, plan->K, plan->E);
+        die("a dense index of %lld tokens where P = %lld, M = %lld, K = %lld, E = %lld|it needs P >= R, M >= row_index_bound(R, 1, 1), K = E = 1",
+            (long long)R, (long long)plan->P, (long long)plan->M, (long long)plan->K,
+            (long long)plan->E);
     int n = plan->M > plan->P ? plan->M : plan->P;
     dense_kernel<<<grid_for(n > 0 ? n : 1, 256), 256, 0, compute_stream()>>>(*plan, R, rows);
     LAUNCHED();

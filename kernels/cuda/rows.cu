@@ -52,11 +52,11 @@ static void sum_rows(floatX *out, const floatX *in, const int *index, const real
     LAUNCHED();
 }
 void rows_weighted_sum(floatX *out, const floatX *Y, const real *score, const RowIndex *plan,
-                       int C) {
+                       int64_t C) {
     kernel_begin("rows_weighted_sum", 0);
     sum_rows(out, Y, plan->token_row, score, plan->P, plan->K, C);
 }
-void rows_sum(floatX *out, const floatX *in, const int *index, int R, int J, int C) {
+void rows_sum(floatX *out, const floatX *in, const int *index, int64_t R, int64_t J, int64_t C) {
     kernel_begin("rows_sum", 0);
     sum_rows(out, in, index, 0, R, J, C);
 }
@@ -75,7 +75,7 @@ static __global__ void sum_real_kernel(real *out, const real *in, const int *ind
         out[i] = sum;
     }
 }
-void rows_sum_real(real *out, const real *in, const int *index, int R, int J, int C) {
+void rows_sum_real(real *out, const real *in, const int *index, int64_t R, int64_t J, int64_t C) {
     kernel_begin("rows_sum_real", 0);
     int64_t n = (int64_t)R * C;
     if (n == 0) return;
@@ -103,7 +103,7 @@ static void gather(void *out, const void *in, const int *index, int64_t n, size_
         (Word *)out, (const Word *)in, index, words, per_row);
     LAUNCHED();
 }
-void rows_gather(void *out, const void *in, const int *index, int n, size_t row_bytes) {
+void rows_gather(void *out, const void *in, const int *index, int64_t n, size_t row_bytes) {
     kernel_begin("rows_gather", 0);
     if (row_bytes % 4) die("rows of %zu bytes cannot be gathered|a multiple of 4", row_bytes);
     if ((row_bytes | (size_t)out | (size_t)in) % 16 == 0)
