@@ -255,9 +255,18 @@ static void save(Run *r, int64_t step) {
 }
 
 static void evaluate(Run *r, int64_t step) {
-    int64_t wanted = r->o->eval_batches * r->o->batch, have = loader_windows(r->val);
-    report_evaluation(&r->report, step,
-                      trainer_evaluate(r->trainer, r->val, wanted < have ? wanted : have));
+    int n = loader_sources(r->val);
+    double *loss = (double *)xmalloc((size_t)n * sizeof(double), "validation losses");
+    double sum = 0, all = 0, targets;
+    for (int i = 0; i < n; i++) {
+        int64_t wanted = r->o->eval_batches * r->o->batch;
+        int64_t have = loader_source(r->val, i)->windows;
+        loss[i] = trainer_evaluate(r->trainer, r->val, i, wanted < have ? wanted : have, &targets);
+        if (targets > 0) sum += loss[i] * targets;
+        all += targets;
+    }
+    report_evaluation(&r->report, step, n > 1 ? sum / all : loss[0], r->val, loss);
+    free(loss);
 }
 
 // 1 at every multiple of an interval; an interval of 0 is never.
@@ -296,6 +305,7 @@ static void train(Run *r) {
         if (r->val && asked != SIGNAL_END && (last || due(step, o->eval_every))) evaluate(r, step);
         if (asked != SIGNAL_END && due(step, o->sample_every))
             generate(t, r->tokens, o->prompt, 128, o->temperature, step);
+        if (last || asked == SIGNAL_END) report_sources(&r->report, step, r->data, step * o->batch);
         if (*o->out && (last || asked || due(step, o->save_every))) save(r, step);
         if (asked != SIGNAL_END) continue;
         if (t->g->rank == 0)

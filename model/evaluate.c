@@ -7,7 +7,8 @@
 
 // Windows behind n_windows, which the last pass may reach, count nothing: every rank makes the same
 // passes (I2).
-double trainer_evaluate(Trainer *t, Loader *data, int64_t n_windows) {
+double trainer_evaluate(Trainer *t, Loader *data, int source, int64_t n_windows,
+                        double *n_targets) {
     int T = t->o.T, per_rank = t->n_micro * t->R / T;
     int64_t per_pass = (int64_t)per_rank * t->g->data_ranks, valid = 0;
     int *ids = (int *)xcalloc((size_t)per_rank * (size_t)T, 2 * sizeof(int), "validation tokens"),
@@ -17,7 +18,7 @@ double trainer_evaluate(Trainer *t, Loader *data, int64_t n_windows) {
         for (int s = 0; s < per_rank; s++) {
             int64_t window = first + (int64_t)t->g->data_rank * per_rank + s;
             int *id = ids + (size_t)s * (size_t)T, *target = targets + (size_t)s * (size_t)T;
-            loader_read(data, window < n_windows ? window : 0, id, target);
+            loader_read_source(data, source, window < n_windows ? window : 0, id, target);
             for (int i = 0; i < T; i++) {
                 if (window >= n_windows || target[i] == t->o.ignore_target) target[i] = -1;
                 valid += target[i] >= 0;
@@ -32,6 +33,7 @@ double trainer_evaluate(Trainer *t, Loader *data, int64_t n_windows) {
     comm_wait(all_reduce_start(t->g->all, t->loss_sum, 1, DTYPE_F64, STREAM_EXCHANGE));
     double sum, n = comm_sum(t->g->all, (double)valid);
     device_download(&sum, t->loss_sum, sizeof sum);
+    if (n_targets) *n_targets = n;
     return sum / n;
 }
 

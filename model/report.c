@@ -76,7 +76,30 @@ void report_close(Report *r) {
 }
 
 // ---- start ----------------------------------------------------------------------------------
-static void write_run(const char *out, const Options *o, const Trainer *t) {
+// The files of --train or --val as they were found: what a run trained on, source by source.
+static void add_data(cJSON *run, const char *key, const Loader *data) {
+    if (!data) return;
+    cJSON *list = cJSON_AddArrayToObject(run, key);
+    for (int i = 0; i < loader_sources(data); i++) {
+        const LoaderSource *s = loader_source(data, i);
+        cJSON *source = cJSON_CreateObject();
+        cJSON_AddItemToArray(list, source);
+        if (*s->name) cJSON_AddStringToObject(source, "name", s->name);
+        cJSON_AddNumberToObject(source, "share", s->share);
+        cJSON_AddNumberToObject(source, "tokens", (double)s->tokens);
+        cJSON_AddNumberToObject(source, "windows", (double)s->windows);
+        cJSON_AddNumberToObject(source, "targets", (double)s->targets);
+        cJSON_AddBoolToObject(source, "masked", s->masked);
+        cJSON *files = cJSON_AddArrayToObject(source, "files");
+        for (int k = 0; k < s->files; k++) {
+            const char *name = loader_file(data, s->first_file + k);
+            cJSON_AddItemToArray(files, cJSON_CreateString(name));
+        }
+    }
+}
+
+static void write_run(const char *out, const Options *o, const Trainer *t, const Loader *train,
+                      const Loader *val) {
     cJSON *run = cJSON_CreateObject(), *config = cJSON_Parse(t->m->c.json);
     cJSON_AddStringToObject(run, "commit", MOE_COMMIT);
     cJSON_AddStringToObject(run, "backend", device_backend());
@@ -87,6 +110,8 @@ static void write_run(const char *out, const Options *o, const Trainer *t) {
     cJSON_AddNumberToObject(run, "aux_coef", t->o.aux_coef);
     cJSON_AddItemToObject(run, "options", options_json(o));
     if (config) cJSON_AddItemToObject(run, "config", config);
+    add_data(run, "train_data", train);
+    add_data(run, "val_data", val);
     char *text = cJSON_Print(run), *path = xasprintf("%s/run.json", out);
     FILE *f = fopen(path, "w");
     if (!f || fputs(text, f) < 0 || fputs("\n", f) < 0 || fclose(f))
@@ -123,6 +148,10 @@ void report_start(const Report *r, const Trainer *t, const Options *o, const cha
     printf("parameters %.0f, of which a token meets %.0f in matrix products\n", total, multiplied);
     if (train) loader_print(stdout, "train", train);
     if (val) loader_print(stdout, "val", val);
+    const char *twice = train ? loader_shared(train, train) : 0;
+    const char *seen = train && val ? loader_shared(train, val) : 0;
+    if (twice) printf("warning    %s is given twice in --train\n", twice);
+    if (seen) printf("warning    %s is given in --val, but also in --train\n", seen);
     printf("update     %lld sequences of %d = %lld tokens; on each rank %d round%s of %d "
            "micro-batch%s of %d\n",
            (long long)t->o.batch, t->o.T, (long long)t->o.batch * t->o.T, t->o.rounds,
@@ -152,7 +181,7 @@ void report_start(const Report *r, const Trainer *t, const Options *o, const cha
     else
         printf("mfu        not printed: the peak of this device is not known\n");
     fflush(stdout);
-    if (*o->out) write_run(o->out, o, t);
+    if (*o->out) write_run(o->out, o, t, train, val);
 }
 
 // ---- updates --------------------------------------------------------------------------------
@@ -216,13 +245,44 @@ void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s,
     log_line_end(r);
 }
 
-void report_evaluation(Report *r, int64_t step, double loss) {
+void report_evaluation(Report *r, int64_t step, double loss, const Loader *val,
+                       const double *part) {
     if (!r->active) return;
-    printf("val  %lld/%lld | val_loss %.4f\n", (long long)step, (long long)r->steps, loss);
+    int n = loader_sources(val) > 1 ? loader_sources(val) : 0;
+    printf("val  %lld/%lld | val_loss %.4f", (long long)step, (long long)r->steps, loss);
+    for (int i = 0; i < n; i++) printf(" | %s %.4f", loader_source(val, i)->name, part[i]);
+    printf("\n");
     fflush(stdout);
     if (!r->log) return;
     fprintf(r->log, "{\"step\":%lld", (long long)step);
     log_number(r->log, "val_loss", loss);
+    for (int i = 0; i < n; i++) {
+        char *key = xasprintf("val_loss.%s", loader_source(val, i)->name);
+        log_number(r->log, key, part[i]);
+        free(key);
+    }
+    log_line_end(r);
+}
+
+void report_sources(Report *r, int64_t step, const Loader *data, int64_t windows) {
+    int n = loader_sources(data);
+    if (!r->active || n < 2) return;
+    if (r->log) fprintf(r->log, "{\"step\":%lld,\"sources\":{", (long long)step);
+    for (int i = 0; i < n; i++) {
+        const LoaderSource *s = loader_source(data, i);
+        int64_t given = loader_count(data, i, windows);
+        double epochs = (double)given / (double)s->windows;
+        printf("source     %s: %lld windows, %.3g epochs\n", s->name, (long long)given, epochs);
+        if (!r->log) continue;
+        cJSON *name = cJSON_CreateString(s->name);
+        char *quoted = cJSON_PrintUnformatted(name);
+        fprintf(r->log, "%s%s:{\"windows\":%lld,\"epochs\":%.9g}", i ? "," : "", quoted,
+                (long long)given, epochs);
+        free(quoted);
+        cJSON_Delete(name);
+    }
+    if (!r->log) return;
+    fprintf(r->log, "}");
     log_line_end(r);
 }
 

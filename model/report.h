@@ -27,8 +27,11 @@ void report_start(const Report *r, const Trainer *t, const Options *o, const cha
 // Prints and logs one update that took `seconds`; with_experts: with the load of every expert.
 void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s, double seconds,
                  int with_experts);
-// Prints and logs a validation loss.
-void report_evaluation(Report *r, int64_t step, double loss);
+// Prints and logs how many of the first `windows` sequences each source of a mixture gave. Does
+// nothing for a single source.
+void report_sources(Report *r, int64_t step, const Loader *data, int64_t windows);
+// Prints and logs a validation loss and, where val has several sources, that of each (part).
+void report_evaluation(Report *r, int64_t step, double loss, const Loader *val, const double *part);
 // Prints a line per MoE layer: the load of every expert (or of groups of experts) as shades in
 // steps of a quarter of the mean, then max/mean, dead experts, entropy of the router in bits.
 void report_heat_map(const Trainer *t, FILE *out);

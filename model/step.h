@@ -106,7 +106,7 @@ StepResult trainer_step(Trainer *t, Loader *data, int64_t update, double lr);
 void trainer_die_nonfinite(Trainer *t, int64_t update);
 // Mean cross entropy over the first n_windows windows of data, in file order; the same on every
 // layout.
-double trainer_evaluate(Trainer *t, Loader *data, int64_t n_windows);
+double trainer_evaluate(Trainer *t, Loader *data, int source, int64_t n_windows, double *n_targets);
 // Parts of an update that evaluation shares: the first n_micro micro-batches of t->ids to the
 // head's input, and the loss sum (round, N: training only).
 void step_forward(Trainer *t, int n_micro, int training);
