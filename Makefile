@@ -19,7 +19,8 @@ PYTHON ?= python3
 QUIET = $(if $(V),,@)
 
 # Goals that compile nothing look at nothing.
-PLAIN_GOALS = help walk deps clean quickstart doctor naive compare-hf gpu-check format format-check
+PLAIN_GOALS = help walk deps clean quickstart doctor naive compare-hf gpu-check format format-check \
+    prose-check
 NO_DETECT := $(if $(filter-out $(PLAIN_GOALS),$(MAKECMDGOALS)),,1)
 
 .PHONY: help walk deps detect quickstart doctor naive compare-hf gpu-check bench-cpu clean FORCE

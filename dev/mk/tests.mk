@@ -1,5 +1,5 @@
 # Tests that need no GPU: each target ends with 'N passed, N failed'.
-.PHONY: test test-full test-mutations test-mutations-cuda format format-check
+.PHONY: test test-full test-mutations test-mutations-cuda format format-check prose-check
 test:
 	@CC=$(CC) sh dev/tests/run.sh test
 test-full:
@@ -17,3 +17,8 @@ format:
 	@$(CLANG_FORMAT) -i $(FORMATTED)
 format-check:
 	@sh dev/format_check.sh $(CLANG_FORMAT) $(FORMATTED)
+
+# The chapters: width of prose and tables, links, invariants that README.md defines.
+PROSE = $(shell git ls-files '*.md' ':!dev/results')
+prose-check:
+	@sh dev/prose_check.sh $(PROSE)
