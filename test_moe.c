@@ -39,7 +39,7 @@ static int *read_routing(const Run *r) {
         *to = topk;
     for (int l = 0; l < c->L; l++) {
         if (!c->is_moe[l]) continue;
-        device_download(to, r->t->kept[l].topk, (size_t)R * (size_t)c->K * sizeof(int));
+        device_download(to, r->t->act.saved[l].topk, (size_t)R * (size_t)c->K * sizeof(int));
         to += R * c->K;
     }
     return topk;
@@ -217,8 +217,8 @@ static void test_naive(const Fixture *f) {
     int *topk = read_routing(r);
     NaiveBatch b = { .B = f->B,
                      .T = f->T,
-                     .ids = r->t->host_ids,
-                     .targets = r->t->host_targets,
+                     .ids = r->t->tokens.host_ids,
+                     .targets = r->t->tokens.host_targets,
                      .topk = topk,
                      .aux_coef = f->aux_coef,
                      .z_coef = f->z_coef,
@@ -484,7 +484,7 @@ static void test_auto(const Fixture *f) {
     const int steps = quick ? 2 : 3;
     Outcome base = outcome_of(f, 0, &s, steps);
     Run *r = run_open(f, 0, &s);
-    size_t store = r->t->store_size, used = r->t->arena.used;
+    size_t store = r->t->act.store_size, used = r->t->arena.used;
     run_close(r);
     s.step.recompute = RECOMPUTE_AUTO;
     s.step.memory = used - store / 2;
@@ -518,7 +518,7 @@ static void test_utilisation(const Fixture *f) {
         double factor = 1;
         if (sscanf(a.weight[i].name, "model.layers.%d.mlp.experts.%d.", &layer, &expert) == 2) {
             for (int l = 0; l < layer; l++) moe += c->is_moe[l];
-            int64_t count = plain->t->host_count[(size_t)moe * c->E + expert];
+            int64_t count = plain->t->router.host_count[(size_t)moe * c->E + expert];
             if (count)
                 factor = (double)f->B * f->T * c->K / c->E / (double)count;
             else
@@ -547,16 +547,16 @@ static void test_bias(const Fixture *f) {
     double mean = (double)f->B * f->T * c->K / c->E, dispatch[2] = { 0, 0 };
     run_step(r, 1, 0, 0);
     for (int i = 0; i < c->n_moe * c->E; i++) {
-        double count = (double)r->t->host_count[i];
-        wrong += r->t->host_bias[i] != (float)(0.005 * ((mean > count) - (mean < count)));
+        double count = (double)r->t->router.host_count[i];
+        wrong += r->t->router.host_bias[i] != (float)(0.005 * ((mean > count) - (mean < count)));
         dispatch[0] += (count - mean) * (count - mean);
     }
     for (int k = 0; k < 60; k++) {
         run_step(r, 1, 0, 0);
         for (int i = 0; i < c->n_moe * c->E; i++)
             if (k >= 50)
-                dispatch[1] += ((double)r->t->host_count[i] - mean) *
-                               ((double)r->t->host_count[i] - mean) / 10;
+                dispatch[1] += ((double)r->t->router.host_count[i] - mean) *
+                               ((double)r->t->router.host_count[i] - mean) / 10;
     }
     check(
         !wrong && dispatch[1] < 0.7 * dispatch[0],
@@ -654,7 +654,7 @@ static void forward_only(const Fixture *f, int micro_batch) {
     double *logits = read_tensor(&d, "logits", &n), worst = 0,
            *wide = (double *)xcalloc((size_t)V, sizeof(double), "logits");
     float *got = (float *)xcalloc((size_t)V, sizeof(float), "logits");
-    trainer_logits(r->t, r->t->host_ids, length, got);
+    trainer_logits(r->t, r->t->tokens.host_ids, length, got);
     for (int v = 0; v < V; v++) wide[v] = (double)got[v];
     worst = distance(wide, logits + (size_t)(length - 1) * (size_t)V, V);
     check(

@@ -190,10 +190,10 @@ static void check_resumed(const cJSON *trainer, const Options *o, const char *di
 
 static void restore_trainer(Trainer *t, const cJSON *trainer) {
     t->updates = (int64_t)trainer_number(trainer, "updates");
-    t->previous_norm = trainer_number(trainer, "previous_norm");
+    t->norms.previous = trainer_number(trainer, "previous_norm");
     const cJSON *bias = cJSON_GetObjectItemCaseSensitive(trainer, "router_bias");
     size_t n = (size_t)t->m->c.n_moe * (size_t)t->m->c.E;
-    if (!t->bias || !bias) return;
+    if (!t->router.bias || !bias) return;
     if ((size_t)cJSON_GetArraySize(bias) != n)
         die("trainer.json has %d router biases, the model needs %zu|"
             "the checkpoint is of another model",
@@ -230,11 +230,11 @@ static cJSON *trainer_json(const Run *r) {
     cJSON_AddNumberToObject(trainer, "shuffle", o->shuffle);
     cJSON_AddStringToObject(trainer, "optimizer", options_choice(o, "optimizer", word));
     cJSON_AddNumberToObject(trainer, "updates", (double)t->updates);
-    cJSON_AddNumberToObject(trainer, "previous_norm", t->previous_norm);
-    if (!t->bias) return trainer;
+    cJSON_AddNumberToObject(trainer, "previous_norm", t->norms.previous);
+    if (!t->router.bias) return trainer;
     cJSON *bias = cJSON_AddArrayToObject(trainer, "router_bias");
     for (int i = 0; i < t->m->c.n_moe * t->m->c.E; i++)
-        cJSON_AddItemToArray(bias, cJSON_CreateNumber((double)t->host_bias[i]));
+        cJSON_AddItemToArray(bias, cJSON_CreateNumber((double)t->router.host_bias[i]));
     return trainer;
 }
 
@@ -249,8 +249,9 @@ static void save(Run *r, int64_t step) {
     if (t->g->rank) return;
     printf("saved %s/checkpoints/step_%lld: %.1f MB in %.2f s%s\n", o->out, (long long)step,
            (double)bytes / 1e6, now_seconds() - begin,
-           t->bias ? " (the selection bias is in trainer.json; transformers will not apply it)"
-                   : "");
+           t->router.bias
+               ? " (the selection bias is in trainer.json; transformers will not apply it)"
+               : "");
     fflush(stdout);
 }
 

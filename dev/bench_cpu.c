@@ -171,7 +171,7 @@ static floatX *normal(Arena *a, size_t n, uint64_t key) {
 static void kernels(const Config *c, const Trainer *t, const Bench *b, Arena *arena) {
     const int T = b->T, B = b->batch, R = T * B, C = c->C, Q = c->H * c->D, KV = c->KV * c->D,
               E = c->E, K = c->K, F = c->F, V = c->V, M = row_index_bound(R, K, E);
-    const int chunk = t->head_chunk < R ? t->head_chunk : R;
+    const int chunk = t->head.chunk < R ? t->head.chunk : R;
     const double L = c->n_moe, chunks = (double)R / chunk, x = sizeof(floatX), g = sizeof(gradX);
     const double RC = (double)R * C, rows = (double)R * K;
     floatX *h = normal(arena, (size_t)R * C, 1), *y = normal(arena, (size_t)R * C, 2),

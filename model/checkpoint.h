@@ -21,7 +21,7 @@
 // that (removed by the next checkpoint_find) or the finished folder.
 #ifndef MOE_CHECKPOINT_H
 #define MOE_CHECKPOINT_H
-#include "params.h"
+#include "model.h"
 #include "../parallel/comm.h"
 struct cJSON;
 struct Trainer;
@@ -99,7 +99,8 @@ void checkpoint_save_finish(Checkpoint *checkpoint, const struct cJSON *trainer)
 typedef struct Dump Dump;
 // Creates the file on rank 0 and opens it on all ranks. Ends the run where it cannot be made.
 Dump *dump_open(const char *path, const struct Trainer *t);
-// Writes `rows` rows of t->logits, which begin at row `row` of this rank's tokens of the update.
+// Writes `rows` rows of t->head.logits, which begin at row `row` of this rank's tokens of the
+// update.
 void dump_logits(Dump *d, const struct Trainer *t, int64_t row, int rows);
 // Writes this rank's shard of a block's final gradient.
 void dump_gradient(Dump *d, const struct Trainer *t, int block, const gradX *grad);

@@ -6,7 +6,7 @@
 // rope_parameters). A field that changes the mathematics and that this program does not compute
 // ends the run by name: a silently ignored window or scaling would train another model.
 #define _POSIX_C_SOURCE 200809L
-#include "config.h"
+#include "model.h"
 #include "../kernels/fail.h"
 #include <cjson/cJSON.h>
 #include <errno.h>

@@ -86,8 +86,8 @@ static void write_numbers(Dump *d, int i, int64_t first, const void *data, Dtype
 void dump_logits(Dump *d, const Trainer *t, int64_t row, int rows) {
     // Where tokens are replicated, one rank of the group writes them.
     if (t->g->data_ranks < t->g->world && t->g->ep_rank) return;
-    int64_t V = t->m->c.V, first = t->g->data_rank * t->local_sequences * t->o.T + row;
-    write_numbers(d, LOGITS, first * V, t->logits, DTYPE_FLOATX, rows * V);
+    int64_t V = t->m->c.V, first = t->g->data_rank * t->tokens.sequences * t->o.T + row;
+    write_numbers(d, LOGITS, first * V, t->head.logits, DTYPE_FLOATX, rows * V);
 }
 
 void dump_gradient(Dump *d, const Trainer *t, int block, const gradX *grad) {

@@ -1,66 +1,68 @@
-// Forward alone: validation loss and the logits that sampling needs. The same kernels and
-// collectives as training, on all ranks.
+// Forward alone: the validation loss and the logits that sampling needs, by the same kernels and
+// collectives as training, on all ranks. Contracts in step.h.
 #include "step.h"
 #include "../kernels/fail.h"
 #include <stdlib.h>
-#include <string.h>
 
-// Windows behind n_windows, which the last pass may reach, count nothing: every rank makes the same
-// passes (I2).
+// Reads `sequences` windows of a source from `first` on. Windows from n_windows on, which the last
+// pass may reach, count nothing. Returns the targets that count.
+static int64_t read_windows(const Trainer *t, Loader *data, int source, int64_t first,
+                            int64_t sequences, int64_t n_windows, int *ids, int *targets) {
+    int64_t T = t->o.T, valid = 0;
+    for (int64_t s = 0; s < sequences; s++) {
+        int counts = first + s < n_windows;
+        int *target = targets + s * T;
+        loader_read_source(data, source, counts ? first + s : 0, ids + s * T, target);
+        for (int64_t i = 0; i < T; i++) {
+            if (!counts || target[i] == t->o.ignore_target) target[i] = -1;
+            valid += target[i] >= 0;
+        }
+    }
+    return valid;
+}
+
+// Every rank makes the same number of passes (I2, collectives do not depend on data).
 double trainer_evaluate(Trainer *t, Loader *data, int source, int64_t n_windows,
                         double *n_targets) {
-    int T = t->o.T, per_rank = t->n_micro * t->R / T;
-    int64_t per_pass = (int64_t)per_rank * t->g->data_ranks, valid = 0;
-    int *ids = (int *)xcalloc((size_t)per_rank * (size_t)T, 2 * sizeof(int), "validation tokens"),
-        *targets = ids + (size_t)per_rank * (size_t)T;
-    device_zero(t->loss_sum, sizeof(double));
-    for (int64_t first = 0; first < n_windows; first += per_pass) {
-        for (int s = 0; s < per_rank; s++) {
-            int64_t window = first + (int64_t)t->g->data_rank * per_rank + s;
-            int *id = ids + (size_t)s * (size_t)T, *target = targets + (size_t)s * (size_t)T;
-            loader_read_source(data, source, window < n_windows ? window : 0, id, target);
-            for (int i = 0; i < T; i++) {
-                if (window >= n_windows || target[i] == t->o.ignore_target) target[i] = -1;
-                valid += target[i] >= 0;
-            }
-        }
-        device_upload(t->ids, ids, (size_t)per_rank * (size_t)T * sizeof(int));
-        device_upload(t->targets, targets, (size_t)per_rank * (size_t)T * sizeof(int));
+    int64_t tokens = t->n_micro * t->R, sequences = tokens / t->o.T, valid = 0;
+    size_t bytes = (size_t)tokens * sizeof(int);
+    int *ids = (int *)xmalloc(2 * bytes, "validation tokens"), *targets = ids + tokens;
+    device_zero(t->head.loss_sum, sizeof(double));
+    for (int64_t pass = 0; pass < n_windows; pass += sequences * t->g->data_ranks) {
+        int64_t first = pass + t->g->data_rank * sequences;
+        valid += read_windows(t, data, source, first, sequences, n_windows, ids, targets);
+        device_upload(t->tokens.ids, ids, bytes);
+        device_upload(t->tokens.targets, targets, bytes);
         step_forward(t, t->n_micro, 0);
-        step_head(t, 0, 0, 0);
+        step_head(t, 0, 0);
     }
     free(ids);
-    comm_wait(all_reduce_start(t->g->all, t->loss_sum, 1, DTYPE_F64, STREAM_EXCHANGE));
+    comm_wait(all_reduce_start(t->g->all, t->head.loss_sum, 1, DTYPE_F64, STREAM_EXCHANGE));
     double sum, n = comm_sum(t->g->all, (double)valid);
-    device_download(&sum, t->loss_sum, sizeof sum);
+    device_download(&sum, t->head.loss_sum, sizeof sum);
     if (n_targets) *n_targets = n;
     return sum / n;
 }
 
-// One sequence in the first row block of a micro-batch; the other sequences repeat token 0 and are
-// ignored. No cache of keys and values: sampling is for looking at a model, not for serving it.
+// The sequence is the first of a micro-batch; what follows it repeats token 0, which causal
+// attention keeps out of its logits. No cache of keys and values: sampling is for looking at a
+// model.
 void trainer_logits(Trainer *t, const int *ids, int length, float *logits) {
     const Config *c = &t->m->c;
+    Head *h = &t->head;
     int *padded = (int *)xcalloc((size_t)t->R, sizeof(int), "prompt");
     memcpy(padded, ids, (size_t)length * sizeof(int));
-    device_upload(t->ids, padded, (size_t)t->R * sizeof(int));
+    device_upload(t->tokens.ids, padded, (size_t)t->R * sizeof(int));
     free(padded);
     step_forward(t, 1, 0);
-    const Param *norm = model_param(t->m, P_FINAL_NORM, c->L),
-                *matrix =
-                    c->tied ? model_param(t->m, P_EMBED, -1) : model_param(t->m, P_HEAD, c->L);
-    int block = c->tied ? t->m->embed_block : t->m->head_block;
-    const floatX *wn = fsdp_get(t->fsdp, t->m->head_block) + norm->offset,
-                 *wh = fsdp_get(t->fsdp, block) + matrix->offset;
-    rmsnorm_forward(t->yf, t->head_rstd,
-                    t->kept[(size_t)c->L * (size_t)t->n_micro].x +
-                        (size_t)(length - 1) * (size_t)c->C,
-                    wn, (real)c->rms_eps, 1, c->C);
-    linear_forward(t->logits, t->yf, wh, 1, c->V, c->C);
-    fsdp_release(t->fsdp, t->m->head_block);
-    if (c->tied) fsdp_release(t->fsdp, t->m->embed_block);
-    floatX *staged = (floatX *)xmalloc((size_t)c->V * sizeof(floatX), "logits");
-    device_download(staged, t->logits, (size_t)c->V * sizeof(floatX));
+    HeadPointers p = head_get(t, 0);
+    const floatX *x = saved_of(t, c->L, 0)->x + (int64_t)(length - 1) * c->C;
+    rmsnorm_forward(h->x, h->rstd, x, p.norm, (real)c->rms_eps, 1, c->C);
+    linear_forward(h->logits, h->x, p.matrix, 1, c->V, c->C);
+    head_release(t);
+    size_t bytes = (size_t)c->V * sizeof(floatX);
+    floatX *staged = (floatX *)xmalloc(bytes, "logits");
+    device_download(staged, h->logits, bytes);
     for (int v = 0; v < c->V; v++) logits[v] = floatx_to_float(staged[v]);
     free(staged);
 }

@@ -1,4 +1,5 @@
-// Sampling: see generate.h.
+// Text from the model in training: one forward pass a token (trainer_logits), one draw from its
+// logits. Offers generate.
 #include "generate.h"
 #include "../kernels/fail.h"
 #include "../kernels/random.h"
@@ -26,44 +27,62 @@ static int sample(const float *logits, int usable, double temperature, double un
     return best;
 }
 
+// The tokens of the prompt with room for n more; *length of them are filled in, at least one.
+static int *encode_prompt(const Tokens *tokens, const char *prompt, int V, int n, int64_t *length) {
+    int64_t count = tokens_encode(tokens, 0, 0, prompt, strlen(prompt));
+    int *ids = (int *)xmalloc((size_t)(count + n + 1) * sizeof(int), "sample");
+    tokens_encode(tokens, ids, count, prompt, strlen(prompt));
+    for (int64_t i = 0; i < count; i++)
+        if (ids[i] >= V)
+            die("the prompt has token %d, the vocabulary %d entries|"
+                "use the decode table of this model (--tokens)",
+                ids[i], V);
+    int end = tokens_eot(tokens);
+    if (!count) ids[count++] = end >= 0 && end < V ? end : '\n';
+    *length = count;
+    return ids;
+}
+
+// Bytes of a character whose last ones are in the next token wait here.
+typedef struct {
+    char held[4];
+    size_t n;
+} Output;
+
+static void print_token(Output *out, const Tokens *tokens, int id) {
+    size_t bytes;
+    const char *piece = tokens_piece(tokens, id, &bytes);
+    if (id == tokens_eot(tokens)) {
+        piece = "<|endoftext|>";
+        bytes = strlen(piece);
+    }
+    for (size_t i = 0; piece && i < bytes; i++) {
+        out->held[out->n++] = piece[i];
+        size_t done = tokens_print(stdout, out->held, out->n, 1);
+        out->n -= done;
+        memmove(out->held, out->held + done, out->n);
+    }
+    fflush(stdout);
+}
+
 void generate(Trainer *t, const Tokens *tokens, const char *prompt, int n, double temperature,
               int64_t step) {
-    const Config *c = &t->m->c;
-    int T = t->o.T, usable = tokens_vocab(tokens) < c->V
-                                 ? tokens_vocab(tokens)
-                                 : c->V; // rows of the vocabulary without a token are never drawn
-    int64_t length = tokens_encode(tokens, 0, 0, prompt, strlen(prompt)), total;
-    int *ids = (int *)xmalloc((size_t)(length + n + 1) * sizeof(int), "sample");
-    tokens_encode(tokens, ids, length, prompt, strlen(prompt));
-    for (int64_t i = 0; i < length; i++)
-        if (ids[i] >= c->V)
-            die("the prompt has token %d, the vocabulary %d entries|use the decode table of this model (--tokens)",
-                ids[i], c->V);
-    if (!length)
-        ids[length++] =
-            tokens_eot(tokens) >= 0 && tokens_eot(tokens) < c->V ? tokens_eot(tokens) : '\n';
-    float *logits = (float *)xmalloc((size_t)c->V * sizeof(float), "logits");
-    char held[4]; // bytes of a character whose last ones are in the next token
-    size_t n_held = 0;
-    if (t->g->rank == 0) printf("sample> %s", prompt);
-    for (total = length + n; length < total; length++) {
+    int V = t->m->c.V, T = t->o.T, speaks = t->g->rank == 0;
+    // Rows of the vocabulary without a token are never drawn.
+    int usable = tokens_vocab(tokens) < V ? tokens_vocab(tokens) : V;
+    int64_t length;
+    int *ids = encode_prompt(tokens, prompt, V, n, &length);
+    float *logits = (float *)xmalloc((size_t)V * sizeof(float), "logits");
+    Output out = { { 0 }, 0 };
+    if (speaks) printf("sample> %s", prompt);
+    for (int64_t total = length + n; length < total; length++) {
         int64_t first = length > T ? length - T : 0;
         trainer_logits(t, ids + first, (int)(length - first), logits);
         ids[length] = sample(logits, usable, temperature, draw(t->o.seed, step, length));
-        size_t bytes;
-        const char *piece = tokens_piece(tokens, ids[length], &bytes);
-        if (t->g->rank == 0) {
-            if (ids[length] == tokens_eot(tokens)) piece = "<|endoftext|>", bytes = strlen(piece);
-            for (size_t i = 0; piece && i < bytes; i++) {
-                held[n_held++] = piece[i];
-                size_t done = tokens_print(stdout, held, n_held, 1);
-                memmove(held, held + done, n_held -= done);
-            }
-            fflush(stdout);
-        }
+        if (speaks) print_token(&out, tokens, ids[length]);
     }
-    if (t->g->rank == 0) {
-        tokens_print(stdout, held, n_held, 0);
+    if (speaks) {
+        tokens_print(stdout, out.held, out.n, 0);
         printf("\n");
         fflush(stdout);
     }

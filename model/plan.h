@@ -1,6 +1,6 @@
 // --plan: what a layout needs and costs, from the config alone. Memory is the allocator run on a
 // counting arena, so it cannot disagree with the program; bytes sent follow the calls of
-// model/step.c one by one (tests compare them with what is measured); times are a roofline, printed
+// model/step.c one by one (tests compare them with what is measured); time is a roofline, printed
 // with its assumptions.
 #ifndef MOE_PLAN_H
 #define MOE_PLAN_H
@@ -25,35 +25,36 @@ typedef enum {
 typedef struct {
     double bytes[SEND_KINDS];
 } Traffic;
-// What only a run knows, or a guess of it.
+// What only a run knows (Trainer.counts), or a guess of it.
 typedef struct {
-    double sent,
-        received; // token copies in the forward dispatch of a micro-batch, mean over MoE layers and
-                  // micro-batches: measured (Trainer), plan_uniform_rows(), plan_most_rows()
-    double respread; // share of the sent ones that backward dispatches again, because what arrived
-                     // was not kept
-    double reattended; // share of (layer, micro-batch) pairs whose attention is recomputed
+    double sent, received; // token copies in the forward dispatch of a micro-batch, mean over MoE
+                           // layers and micro-batches
+    double respread;       // share of those sent that backward dispatches again (pool not saved)
+    double reattended;     // share of (layer, micro-batch) pairs whose attention is computed again
 } Routing;
+// Computes the bytes from the sizes of the collectives.
 Traffic plan_traffic(const Model *m, const Grid *g, const StepOptions *o, Routing routing);
-double plan_uniform_rows(const Config *c, const Grid *g, int R); // every expert set equally likely
-double plan_most_rows(const Config *c, const Grid *g, int R);    // no routing sends more
+// Return the copies that a rank sends for R tokens where every set of K experts is equally likely,
+// and the most that any routing asks for.
+double plan_uniform_rows(const Config *c, const Grid *g, int64_t R);
+double plan_most_rows(const Config *c, const Grid *g, int64_t R);
 
 typedef struct {
     const char *name;
-    double flops,
-        memory_bandwidth; // model FLOP/s of a whole update's bf16 kernels, bytes/s of copies
-    double memory;        // bytes that a program can use
-    double link, network; // bytes/s per rank and direction: inside a node, between nodes
+    double flops;            // model FLOP/s of a whole update's bf16 kernels
+    double memory_bandwidth; // bytes/s of copies
+    double memory;           // bytes that a program can use
+    double link, network;    // bytes/s per rank and direction: inside a node, between nodes
     int per_node;
 } Machine;
-// By name (h200, h100, a100, b200, cpu), dies naming the choices.
+// Finds a machine by name (h200, h100, a100, b200, cpu). Dies naming the choices.
 Machine plan_machine(const char *name);
 
-// For the 8-bit optimizer: dies where the layout cuts a block of its state, naming layouts of the
-// same number of ranks that do not.
+// Dies where the layout cuts a 256-element block of the 8-bit optimizer's state, naming layouts of
+// the same number of ranks that do not.
 void plan_check_blocks(const Config *c, const Grid *g);
-// Prints the plan of one layout: memory, traffic (uniform, and the most that routing could ask
-// for), time by roofline, what limits, warnings; then the best layouts of this world that fit.
+// Prints the plan of one layout: memory, traffic, time, what limits it, warnings; then the best
+// layouts of this world that fit.
 void plan_print(FILE *out, const Config *c, const Grid *g, StepOptions o, OptimizerOptions opt,
                 const Machine *machine);
 MOE_END_C

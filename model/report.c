@@ -155,7 +155,8 @@ void report_start(const Report *r, const Trainer *t, const Options *o, const cha
     printf("update     %lld sequences of %d = %lld tokens; on each rank %d round%s of %d "
            "micro-batch%s of %d\n",
            (long long)t->o.batch, t->o.T, (long long)t->o.batch * t->o.T, t->o.rounds,
-           t->o.rounds > 1 ? "s" : "", t->n_micro, t->n_micro > 1 ? "es" : "", t->R / t->o.T);
+           t->o.rounds > 1 ? "s" : "", t->n_micro, t->n_micro > 1 ? "es" : "",
+           (int)((int)((int)((int)(t->R / t->o.T)))));
     if (train && t->o.batch > loader_windows(train))
         printf("warning    the training data has %lld windows, an update takes %lld: every update "
                "sees some of them twice\n",
@@ -198,7 +199,7 @@ static void log_expert_load(FILE *log, const Trainer *t) {
     const Config *c = &t->m->c;
     fprintf(log, ",\"expert_load\":");
     for (int l = 0; l < c->n_moe; l++) {
-        const int64_t *count = t->host_count + (int64_t)l * c->E;
+        const int64_t *count = t->router.host_count + (int64_t)l * c->E;
         int64_t total = 0;
         for (int e = 0; e < c->E; e++) total += count[e];
         fputs(l ? ",[" : "[[", log);
@@ -298,7 +299,7 @@ void report_heat_map(const Trainer *t, FILE *out) {
             c->E, columns < c->E ? ", grouped" : "");
     for (int l = 0, i = 0; l < c->L; l++) {
         if (!c->is_moe[l]) continue;
-        const int64_t *count = t->host_count + (size_t)i * c->E;
+        const int64_t *count = t->router.host_count + (size_t)i * c->E;
         int64_t total = 0, most = 0;
         int dead = 0;
         for (int e = 0; e < c->E; e++) {
@@ -318,7 +319,7 @@ void report_heat_map(const Trainer *t, FILE *out) {
         }
         fprintf(out, "] max/mean %.2f, dead %d, entropy %.2f of %.2f bits\n",
                 total ? (double)most * c->E / (double)total : 0, dead,
-                t->host_z[2 * i + 1] / positions / log(2), log2(c->E));
+                t->router.host_z[2 * i + 1] / positions / log(2), log2(c->E));
         i++;
     }
     fflush(out);

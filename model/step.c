@@ -1,15 +1,15 @@
-// One update, top to bottom (DESIGN 4):
+// One update, top to bottom:
 //
-//   tokens                                    this rank's windows of the update; N = valid targets
-//   of all ranks (I1) for each round:
-//     forward    layer 0 .. L-1:              gather(l+1) in flight; every micro-batch through
-//     layer l balance                                 router statistics summed over the ranks: the
-//     auxiliary losses are exact over the round head       in chunks of tokens:         logits,
-//     loss and dlogits in one pass backward   layer L-1 .. 0:              gather(l-1) in flight;
-//     every micro-batch back through layer l; reduce(l)
-//   update                                    norm, clip, optimizer: at the end, or (--update
-//   layer) each layer right behind its backward report                                    the one
-//   moment the host waits and reads (I11)
+//   tokens      this rank's windows; N = targets that count, of all ranks (I1, one gradient rule)
+//   in each round:
+//     forward   layers 0 .. L-1: weights of l+1 on their way; every micro-batch through layer l
+//     router    statistics summed over the ranks: the auxiliary losses are exact over the round
+//     head      in chunks of tokens: logits, loss and dlogits in one pass
+//     backward  layers L-1 .. 0: weights of l-1 on their way; every micro-batch back through layer
+//               l, whose gradient is then on its way to its shards
+//   update      norm, clip, optimizer: at the end, or (--update layer) a layer at a time in
+//   backward report      the one moment at which the host waits and reads (I11, the host does not
+//   wait)
 #include "step.h"
 #include "checkpoint.h"
 #include "trace.h"
@@ -17,18 +17,16 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 // ---- tokens ---------------------------------------------------------------------------------
-// Reads this rank's contiguous part of the update's windows. Returns N: valid targets over all
-// ranks, replicas included (I1).
+// Reads this rank's contiguous part of the update's windows. Returns N, targets of all ranks.
 static double read_tokens(Trainer *t, Loader *data, int64_t update) {
-    int T = t->o.T;
-    int64_t first = (update - 1) * t->o.batch + t->g->data_rank * t->local_sequences, valid = 0;
-    for (int64_t s = 0; s < t->local_sequences; s++) {
-        int *target = t->host_targets + s * T;
-        loader_read(data, first + s, t->host_ids + s * T, target);
-        for (int i = 0; i < T; i++) {
+    int64_t T = t->o.T, valid = 0;
+    int64_t first = (update - 1) * t->o.batch + t->g->data_rank * t->tokens.sequences;
+    for (int64_t s = 0; s < t->tokens.sequences; s++) {
+        int *target = t->tokens.host_targets + s * T;
+        loader_read(data, first + s, t->tokens.host_ids + s * T, target);
+        for (int64_t i = 0; i < T; i++) {
             if (target[i] == t->o.ignore_target) target[i] = -1;
             valid += target[i] >= 0;
         }
@@ -36,497 +34,443 @@ static double read_tokens(Trainer *t, Loader *data, int64_t update) {
     return comm_sum(t->g->all, (double)valid);
 }
 
-static void upload_round(Trainer *t, int round) {
-    size_t n = (size_t)t->n_micro * (size_t)t->R;
-    device_upload(t->ids, t->host_ids + (size_t)round * n, n * sizeof(int));
-    device_upload(t->targets, t->host_targets + (size_t)round * n, n * sizeof(int));
+static void upload_round(Trainer *t) {
+    int64_t n = t->n_micro * t->R, first = t->round * n;
+    device_upload(t->tokens.ids, t->tokens.host_ids + first, (size_t)n * sizeof(int));
+    device_upload(t->tokens.targets, t->tokens.host_targets + first, (size_t)n * sizeof(int));
 }
 
-// ---- the store: activations at their actual size, bumped in forward, all free again at the next
-// round ----
-static char *store_take(Trainer *t, size_t bytes) {
-    if (t->store_used + bytes > t->store_size) return 0;
-    char *p = t->store + t->store_used;
-    t->store_used += bytes;
+// ---- parts of a micro-batch, blocks of a layer ----------------------------------------------
+int *micro_ids(const Trainer *t, int micro) { return t->tokens.ids + micro * t->R; }
+floatX *micro_dx(const Trainer *t, int micro) { return t->act.dx + micro * t->R * t->m->c.C; }
+InFlight *in_flight_of(const Trainer *t, int micro) {
+    return &t->in_flight[micro % t->n_in_flight];
+}
+Saved *saved_of(const Trainer *t, int layer, int micro) {
+    return &t->act.saved[(int64_t)layer * t->n_micro + micro];
+}
+
+typedef struct { // blocks first .. first + count - 1: the dense one, then the local one
+    int first, count;
+} LayerBlocks;
+static LayerBlocks blocks_of(const Model *m, int layer) {
+    LayerBlocks b = { m->embed_block, 1 };
+    if (layer == m->c.L) b.first = m->head_block;
+    if (layer < 0 || layer == m->c.L) return b;
+    b.first = m->dense_block[layer];
+    b.count = m->local_block[layer] >= 0 ? 2 : 1;
+    return b;
+}
+
+static void gather_layer(Trainer *t, int layer) {
+    if (layer < 0 || layer > t->m->c.L) return;
+    LayerBlocks b = blocks_of(t->m, layer);
+    for (int i = 0; i < b.count; i++) fsdp_gather(t->fsdp, b.first + i);
+}
+
+static LayerWeights get_layer(Trainer *t, int layer) {
+    LayerBlocks b = blocks_of(t->m, layer);
+    const floatX *dense = fsdp_get(t->fsdp, b.first);
+    return layer_weights(t->m, layer, dense, b.count > 1 ? fsdp_get(t->fsdp, b.first + 1) : 0);
+}
+
+static LayerGrads get_layer_grads(Trainer *t, int layer) {
+    LayerBlocks b = blocks_of(t->m, layer);
+    gradX *dense = fsdp_grad(t->fsdp, b.first);
+    return layer_grads(t->m, layer, dense, b.count > 1 ? fsdp_grad(t->fsdp, b.first + 1) : 0);
+}
+
+static void release_layer(Trainer *t, int layer) {
+    LayerBlocks b = blocks_of(t->m, layer);
+    for (int i = 0; i < b.count; i++) fsdp_release(t->fsdp, b.first + i);
+}
+
+static void reduce_layer(Trainer *t, int layer) {
+    LayerBlocks b = blocks_of(t->m, layer);
+    for (int i = 0; i < b.count; i++) fsdp_reduce(t->fsdp, b.first + i, t->round > 0);
+}
+
+// Tells whether a kernel adds to a block's gradient: after the first micro-batch, and after the
+// first round if the buffer is the final one (I5, who adds is in the contract).
+static int accumulates(Trainer *t, int block, int micro) {
+    return micro > 0 || (t->round > 0 && fsdp_accumulates_in_place(t->fsdp, block));
+}
+
+// ---- saved activations ----------------------------------------------------------------------
+// Appends to the store, whose whole memory is free again at the next round; 0 if it is full.
+static char *store_append(Trainer *t, size_t bytes) {
+    Activations *a = &t->act;
+    if (a->store_used + bytes > a->store_size) return 0;
+    char *p = a->store + a->store_used;
+    a->store_used += bytes;
     return p;
 }
 
-static void place_attention(Trainer *t, Saved *k, const InFlight *s, int training) {
-    int keep = training && t->o.recompute != RECOMPUTE_LAYER;
-    saved_attention_place(k, &t->work, s,
-                          keep ? store_take(t, saved_attention_bytes(&t->work)) : 0);
+static void place_attention(Trainer *t, Saved *s, const InFlight *f, int training) {
+    int save = training && t->o.recompute != RECOMPUTE_LAYER;
+    size_t bytes = saved_attention_bytes(&t->work);
+    saved_attention_place(s, &t->work, f, save ? store_append(t, bytes) : 0);
 }
 
-// The size is the largest of any rank of the ep group, so all of them keep or recompute alike:
-// recomputing dispatches again (I2).
-static void place_experts(Trainer *t, Saved *k, const InFlight *s, int layer, int training) {
-    const DispatchLoad *load = t->m->c.is_moe[layer] ? dispatch_load(s->exchange) : 0;
+// The size is the largest of any rank of the ep group, so that all of them save or recompute alike:
+// to recompute is to dispatch again (I2, collectives do not depend on data).
+static void place_experts(Trainer *t, Saved *s, const InFlight *f, int layer, int training) {
+    const DispatchLoad *load = t->m->c.is_moe[layer] ? dispatch_load(f->dispatcher) : 0;
     int64_t rows = t->work.dense.M, pool = 0;
     if (load) {
         rows = load->rows_max;
         pool = load->pool_max;
     }
-    int keep = training && (t->o.recompute == RECOMPUTE_NONE || t->o.recompute == RECOMPUTE_AUTO);
-    saved_expert_place(k, &t->work, layer, rows, pool,
-                       keep ? store_take(t, saved_expert_bytes(&t->work, layer, rows, pool)) : 0);
+    int save = training && (t->o.recompute == RECOMPUTE_NONE || t->o.recompute == RECOMPUTE_AUTO);
+    size_t bytes = saved_expert_bytes(&t->work, layer, rows, pool);
+    saved_expert_place(s, &t->work, layer, rows, pool, save ? store_append(t, bytes) : 0);
     if (!training) return;
+    SavedCounts *n = &t->counts;
     if (load) {
-        t->sent_rows += load->sent_rows;
-        t->received_rows += load->received_rows;
-        t->redispatched_rows += k->has_experts ? 0 : load->sent_rows;
+        n->sent += load->sent_rows;
+        n->received += load->received_rows;
+        n->redispatched += s->has_experts ? 0 : load->sent_rows;
     }
-    t->reattended += !k->has_attention;
-    if (k->has_attention && k->has_experts)
-        t->kept_all++;
-    else if (k->has_attention)
-        t->kept_attention++;
-    else
-        t->kept_none++;
+    n->reattended += !s->has_attention;
+    n->all += s->has_attention && s->has_experts;
+    n->attention += s->has_attention && !s->has_experts;
+    n->none += !s->has_attention;
 }
 
-// ---- blocks ---------------------------------------------------------------------------------
-static void gather_layer(Trainer *t, int layer) {
-    if (layer < 0 || layer >= t->m->c.L) return;
-    fsdp_gather(t->fsdp, t->m->dense_block[layer]);
-    if (t->m->local_block[layer] >= 0) fsdp_gather(t->fsdp, t->m->local_block[layer]);
-}
-
-static LayerWeights get_layer(Trainer *t, int layer) {
-    const floatX *dense = fsdp_get(t->fsdp, t->m->dense_block[layer]);
-    const floatX *local =
-        t->m->local_block[layer] >= 0 ? fsdp_get(t->fsdp, t->m->local_block[layer]) : 0;
-    return layer_weights(t->m, layer, dense, local);
-}
-
-static void release_layer(Trainer *t, int layer) {
-    fsdp_release(t->fsdp, t->m->dense_block[layer]);
-    if (t->m->local_block[layer] >= 0) fsdp_release(t->fsdp, t->m->local_block[layer]);
-}
-
-// Whether a kernel adds to the gradient of a block: behind the first micro-batch, and behind the
-// first round where the buffer is the final one (I5).
-static int accumulates(Trainer *t, int block, int micro, int round) {
-    return micro > 0 || (round > 0 && fsdp_accumulates_in_place(t->fsdp, block));
-}
-
-static int moe_index(const Config *c, int layer) {
-    int n = 0;
-    for (int l = 0; l < layer; l++) n += c->is_moe[l];
-    return n;
-}
-
-static RouterStats layer_stats(Trainer *t, int layer) {
-    const Config *c = &t->m->c;
-    size_t i = (size_t)moe_index(c, layer);
-    RouterStats s = { t->count + i * (size_t)c->E, t->prob + i * (size_t)c->E, t->zstat + 2 * i };
+// ---- the pipeline ---------------------------------------------------------------------------
+// Where tokens travel, up to three micro-batches are in a layer at once, each in another stage:
+// while the tokens of one are on their way to the experts, those of the one before are computed,
+// and the results of the one before that return.
+//
+//   pass          0     1     2     3     4           _start    ends when its dispatch has started
+//   enters        m0    m1    m2                      _experts  between dispatch and combine
+//   computes            m0    m1    m2                _finish   begins by waiting for its combine
+//   leaves                    m0    m1    m2
+//
+// Without travel a micro-batch enters, computes and leaves in one pass. -1 = none.
+typedef struct {
+    int enters, computes, leaves;
+} Stages;
+static int stage_lag(const Trainer *t) { return t->n_in_flight > 1; }
+static int passes(const Trainer *t, int n) { return n + 2 * stage_lag(t); }
+static int micro_or_none(int micro, int n) { return micro >= 0 && micro < n ? micro : -1; }
+static Stages stages_at(const Trainer *t, int pass, int n) {
+    int lag = stage_lag(t);
+    Stages s = { micro_or_none(pass, n), micro_or_none(pass - lag, n),
+                 micro_or_none(pass - 2 * lag, n) };
     return s;
 }
 
 // ---- forward --------------------------------------------------------------------------------
-// From t->ids to the head's input kept[L]. The three stages of up to three micro-batches overlap:
-// while m is between dispatch and combine, m+1 starts and m-1 ends.
+static void layer_forward(Trainer *t, int l, int n, int training) {
+    const RouterStats none = { 0, 0, 0 };
+    RouterStats stats = training ? router_totals_of(t, l) : none;
+    const real *bias = router_bias_of(t, l);
+    LayerWeights p = get_layer(t, l);
+    Workspace *w = &t->work;
+    for (int pass = 0; pass < passes(t, n); pass++) {
+        Stages at = stages_at(t, pass, n);
+        if (at.enters >= 0) {
+            InFlight *f = in_flight_of(t, at.enters);
+            Saved *s = saved_of(t, l, at.enters);
+            place_attention(t, s, f, training);
+            layer_forward_start(w, f, s, l, &p, stats, bias);
+            place_experts(t, s, f, l, training);
+        }
+        if (at.computes >= 0)
+            layer_forward_experts(w, in_flight_of(t, at.computes), saved_of(t, l, at.computes), l,
+                                  &p);
+        if (at.leaves >= 0) {
+            floatX *out = saved_of(t, l + 1, at.leaves)->x;
+            layer_forward_finish(w, in_flight_of(t, at.leaves), saved_of(t, l, at.leaves), l, out);
+            if (t->trace && training) trace_forward(t, l, at.leaves);
+        }
+    }
+    release_layer(t, l);
+}
+
 void step_forward(Trainer *t, int n, int training) {
     const Config *c = &t->m->c;
-    int lag1 = t->n_slots > 1 ? 1 : 0, lag2 = 2 * lag1;
-    const RouterStats none = { 0, 0, 0 };
-    t->store_used = 0;
+    t->act.store_used = 0;
     gather_layer(t, 0);
     const floatX *embedding = fsdp_get(t->fsdp, t->m->embed_block);
     for (int m = 0; m < n; m++)
-        embed_forward(t->kept[m].x, t->ids + (size_t)m * (size_t)t->R, embedding, t->R, c->C);
+        embed_forward(saved_of(t, 0, m)->x, micro_ids(t, m), embedding, t->R, c->C);
     fsdp_release(t->fsdp, t->m->embed_block);
     for (int l = 0; l < c->L; l++) {
         gather_layer(t, l + 1);
-        if (l + 1 == c->L) fsdp_gather(t->fsdp, t->m->head_block);
-        LayerWeights w = get_layer(t, l);
-        RouterStats stats = training && c->is_moe[l] ? layer_stats(t, l) : none;
-        const real *bias =
-            t->bias && c->is_moe[l] ? t->bias + (size_t)moe_index(c, l) * (size_t)c->E : 0;
-        Saved *kept = t->kept + (size_t)l * (size_t)t->n_micro;
         comm_where(-1, l, "forward");
-        for (int i = 0; i < n + lag2; i++) {
-            int m = i, m1 = i - lag1, m2 = i - lag2;
-            if (m < n) {
-                InFlight *s = &t->slot[m % t->n_slots];
-                place_attention(t, &kept[m], s, training);
-                layer_forward_start(&t->work, s, &kept[m], l, &w, stats, bias);
-                place_experts(t, &kept[m], s, l, training);
-            }
-            if (m1 >= 0 && m1 < n)
-                layer_forward_experts(&t->work, &t->slot[m1 % t->n_slots], &kept[m1], l, &w);
-            if (m2 >= 0 && m2 < n)
-                layer_forward_finish(&t->work, &t->slot[m2 % t->n_slots], &kept[m2], l,
-                                     kept[t->n_micro + m2].x);
-            if (t->trace && training && m2 >= 0 && m2 < n) trace_forward(t, l, m2);
-        }
-        release_layer(t, l);
+        layer_forward(t, l, n, training);
     }
-}
-
-// ---- balance --------------------------------------------------------------------------------
-static double round_positions(const Trainer *t) { return (double)t->R * t->n_micro * t->g->world; }
-
-// Sums counts and probabilities of the round over the ranks; the shares f follow, pooled over
-// layers as HF does, or layer by layer.
-static void balance(Trainer *t) {
-    const Config *c = &t->m->c;
-    if (!c->n_moe) return;
-    size_t E = (size_t)c->n_moe * (size_t)c->E;
-    comm_where(-1, -1, "router statistics");
-    comm_wait(all_reduce_start(t->g->all, t->count, E, DTYPE_I64, STREAM_EXCHANGE));
-    comm_wait(all_reduce_start(t->g->all, t->prob, E, DTYPE_F64, STREAM_EXCHANGE));
-    comm_wait(
-        all_reduce_start(t->g->all, t->zstat, 2 * (size_t)c->n_moe, DTYPE_F64, STREAM_EXCHANGE));
-    if (!t->o.aux_per_layer) {
-        router_share(t->share, t->count, round_positions(t) * c->n_moe, c->n_moe, c->E);
-        return;
-    }
-    for (int i = 0; i < c->n_moe; i++)
-        router_share(t->share + (size_t)i * (size_t)c->E, t->count + (size_t)i * (size_t)c->E,
-                     round_positions(t), 1, c->E);
-}
-
-static RouterLoss router_loss(const Trainer *t, int layer) {
-    const Config *c = &t->m->c;
-    double pooled =
-        round_positions(t) * c->n_moe *
-        t->o.rounds; // the update's aux is the mean of its rounds'; z is one mean over all
-    RouterLoss r = { t->share +
-                         (t->o.aux_per_layer ? (size_t)moe_index(c, layer) * (size_t)c->E : 0),
-                     t->o.aux_coef * c->E / pooled, t->o.z_coef / pooled };
-    return r;
 }
 
 // ---- head -----------------------------------------------------------------------------------
-// Loss and, in training, dx and the gradients of norm and head. The [tokens, V] logits exist for
-// one chunk at a time.
-void step_head(Trainer *t, int training, int round, double N) {
+HeadPointers head_get(Trainer *t, int training) {
+    const Model *m = t->m;
+    int tied = m->c.tied, matrix_block = tied ? m->embed_block : m->head_block;
+    const Param *matrix = tied ? model_param(m, P_EMBED, -1) : model_param(m, P_HEAD, m->c.L);
+    const Param *norm = model_param(m, P_FINAL_NORM, m->c.L);
+    HeadPointers p = { 0, 0, 0, 0, matrix_block };
+    p.norm = fsdp_get(t->fsdp, m->head_block) + norm->offset;
+    p.matrix = fsdp_get(t->fsdp, matrix_block) + matrix->offset;
+    if (!training) return p;
+    p.dnorm = fsdp_grad(t->fsdp, m->head_block) + norm->offset;
+    p.dmatrix = fsdp_grad(t->fsdp, matrix_block) + matrix->offset;
+    return p;
+}
+
+void head_release(Trainer *t) {
+    fsdp_release(t->fsdp, t->m->head_block);
+    if (t->m->c.tied) fsdp_release(t->fsdp, t->m->embed_block);
+}
+
+// Rows [row, row + n) of a micro-batch. first: no chunk of this round was before it.
+static void head_chunk(Trainer *t, const HeadPointers *p, int micro, int64_t row, int64_t n,
+                       int first, int training, real seed) {
     const Config *c = &t->m->c;
-    Model *m = t->m;
-    int matrix_block = c->tied ? m->embed_block : m->head_block;
-    const Param *norm = model_param(m, P_FINAL_NORM, c->L),
-                *matrix = c->tied ? model_param(m, P_EMBED, -1) : model_param(m, P_HEAD, c->L);
-    comm_where(-1, c->L, "head");
-    const floatX *wn = fsdp_get(t->fsdp, m->head_block) + norm->offset,
-                 *wh = fsdp_get(t->fsdp, matrix_block) + matrix->offset;
-    gradX *dn = training ? fsdp_grad(t->fsdp, m->head_block) + norm->offset : 0,
-          *dh = training ? fsdp_grad(t->fsdp, matrix_block) + matrix->offset : 0;
+    Head *h = &t->head;
+    const floatX *x = saved_of(t, c->L, micro)->x + row * c->C;
+    rmsnorm_forward(h->x, h->rstd, x, p->norm, (real)c->rms_eps, n, c->C);
+    linear_forward(h->logits, h->x, p->matrix, n, c->V, c->C);
+    if (t->dump && training)
+        dump_logits(t->dump, t, ((int64_t)t->round * t->n_micro + micro) * t->R + row, (int)n);
+    const int *targets = t->tokens.targets + micro * t->R + row;
+    cross_entropy(h->logits, h->loss_sum, targets, seed, training, n, c->V);
+    if (!training) return;
+    linear_backward_weight(p->dmatrix, h->logits, h->x, accumulates(t, p->matrix_block, !first), n,
+                           c->V, c->C);
+    linear_backward_input(h->dx, h->logits, p->matrix, n, c->V, c->C);
+    rmsnorm_backward(micro_dx(t, micro) + row * c->C, p->dnorm, 0, h->dx, x, p->norm, h->rstd,
+                     accumulates(t, t->m->head_block, !first), n, c->C);
+}
+
+void step_head(Trainer *t, int training, double N) {
+    comm_where(-1, t->m->c.L, "head");
+    HeadPointers p = head_get(t, training);
+    if (training) gather_layer(t, t->m->c.L - 1);
     real seed = (real)(N > 0 ? 1 / N : 0);
-    if (training) gather_layer(t, c->L - 1);
-    for (int i = 0, pass = 0; i < t->n_micro; i++) {
-        Saved *kept = &t->kept[(size_t)c->L * (size_t)t->n_micro + (size_t)i];
-        for (int row = 0; row < t->R; row += t->head_chunk, pass++) {
-            int n = t->R - row < t->head_chunk ? t->R - row : t->head_chunk;
-            const floatX *x = kept->x + (size_t)row * (size_t)c->C;
-            rmsnorm_forward(t->yf, t->head_rstd, x, wn, (real)c->rms_eps, n, c->C);
-            linear_forward(t->logits, t->yf, wh, n, c->V, c->C);
-            if (t->dump && training)
-                dump_logits(t->dump, t, ((int64_t)round * t->n_micro + i) * t->R + row, n);
-            cross_entropy(t->logits, t->loss_sum, t->targets + (size_t)i * (size_t)t->R + row, seed,
-                          training, n, c->V);
-            if (!training) continue;
-            floatX *dx = t->dx + ((size_t)i * (size_t)t->R + (size_t)row) * (size_t)c->C;
-            linear_backward_weight(dh, t->logits, t->yf, accumulates(t, matrix_block, pass, round),
-                                   n, c->V, c->C);
-            linear_backward_input(t->dyf, t->logits, wh, n, c->V, c->C);
-            rmsnorm_backward(dx, dn, 0, t->dyf, x, wn, t->head_rstd,
-                             accumulates(t, m->head_block, pass, round), n, c->C);
+    for (int m = 0; m < t->n_micro; m++)
+        for (int64_t row = 0; row < t->R; row += t->head.chunk) {
+            int64_t n = t->R - row < t->head.chunk ? t->R - row : t->head.chunk;
+            head_chunk(t, &p, m, row, n, m == 0 && row == 0, training, seed);
         }
-    }
-    fsdp_release(t->fsdp, m->head_block);
-    if (c->tied) fsdp_release(t->fsdp, m->embed_block);
+    head_release(t);
 }
 
 // ---- update ---------------------------------------------------------------------------------
-// Squares of a block's final gradient into block_sum; the dump sees it, and utilisation scaling is
-// applied, before.
+// --expert-grad-scale: an expert's gradient times mean count / own count.
+static void scale_by_use(Trainer *t, const Block *b, gradX *grad) {
+    int E = t->m->c.E;
+    size_t bytes = (size_t)b->n_segments * sizeof(float);
+    float *factor = (float *)xmalloc(bytes + 1, "utilisation factors");
+    const int64_t *count = t->router.host_count + (int64_t)t->m->moe_index[b->layer] * E;
+    double mean = 0;
+    for (int e = 0; e < E; e++) mean += (double)count[e] / E;
+    for (int i = 0; i < b->n_segments; i++) {
+        const Param *p = &t->m->param[b->segment_param[i]];
+        int e = p->first + b->segment_slice[i] / p->parts;
+        factor[i] = p->kind == EXPERT && count[e] > 0 ? (float)(mean / (double)count[e]) : 1.0f;
+    }
+    device_upload(t->norms.factor, factor, bytes);
+    gradient_scale(grad, b->segment, b->n_segments, t->norms.factor);
+    free(factor);
+}
+
+// Sums the squares of a block's final gradient.
 static const gradX *finish_gradient(Trainer *t, int block) {
     const Block *b = &t->m->block[block];
     gradX *grad = fsdp_grad_shard(t->fsdp, block);
-    if (t->o.expert_grad_scale && b->local) {
-        const Config *c = &t->m->c;
-        float *factor =
-            (float *)xmalloc((size_t)b->n_segments * sizeof(float) + 1, "utilisation factors");
-        const int64_t *count = t->host_count + (size_t)moe_index(c, b->layer) * (size_t)c->E;
-        double mean = 0;
-        for (int e = 0; e < c->E; e++) mean += (double)count[e] / c->E;
-        for (int i = 0; i < b->n_segments; i++) {
-            const Param *p = &t->m->param[b->segment_param[i]];
-            int e = p->first + b->segment_slice[i] / p->parts;
-            factor[i] = p->kind == EXPERT && count[e] > 0 ? (float)(mean / (double)count[e]) : 1.0f;
-        }
-        device_upload(t->factor, factor, (size_t)b->n_segments * sizeof(float));
-        gradient_scale(grad, b->segment, b->n_segments, t->factor);
-        free(factor);
-    }
+    if (t->o.expert_grad_scale && b->local && t->m->c.is_moe[b->layer]) scale_by_use(t, b, grad);
     if (t->dump) dump_gradient(t->dump, t, block, grad);
-    gradient_squares(t->segment_sum, grad, b->segment, b->n_segments);
-    sum_in_order(t->block_sum + block, t->segment_sum, b->n_segments);
+    gradient_squares(t->norms.segments, grad, b->segment, b->n_segments);
+    sum_in_order(t->norms.blocks + block, t->norms.segments, b->n_segments);
     return grad;
 }
 
-// --update layer: steps the blocks of a layer (-1 embedding, L head) inside backward. Clipped by
-// the previous update's norm; a non-finite gradient leaves it untouched.
-static void update_layer(Trainer *t, int layer, int64_t update, double lr) {
-    const Model *m = t->m;
-    double clip = t->o.clip, previous = t->previous_norm,
-           scale =
-               clip > 0 && previous >= 0 && previous + 1e-6 > clip ? clip / (previous + 1e-6) : 1;
-    int first = layer < 0         ? m->embed_block
-                : layer == m->c.L ? m->head_block
-                                  : m->dense_block[layer],
-        n = 1;
-    if (layer >= 0 && layer < m->c.L && m->local_block[layer] >= 0) n = 2;
-    const gradX *grad[2];
-    for (int i = 0; i < n; i++) grad[i] = finish_gradient(t, first + i);
-    comm_where(-1, layer, "finite check");
-    comm_wait(all_reduce_start(t->g->dense_group, t->block_sum + first, (size_t)n, DTYPE_F64,
+static void sum_squares(Trainer *t, int first, int n) {
+    comm_wait(all_reduce_start(t->g->dense_group, t->norms.blocks + first, (size_t)n, DTYPE_F64,
                                STREAM_GATHER));
-    clip_scale(t->norm, t->finite, t->block_sum + first, n, 0);
-    for (int i = 0; i < n; i++) {
-        optimizer_step(&t->optimizer, first + i, grad[i], lr, t->updates + 1, update, scale,
-                       t->finite);
-        fsdp_grad_done(t->fsdp, first + i);
-    }
 }
 
-// --update end: norm over every unique number, once; then all blocks.
+static void step_block(Trainer *t, int block, const gradX *grad, int64_t update, double lr,
+                       double factor, const real *device_factor) {
+    optimizer_step(&t->optimizer, block, grad, lr, t->updates + 1, update, factor, device_factor);
+    fsdp_grad_done(t->fsdp, block);
+}
+
+// The factor by which --update layer clips: the norm of this update is not known yet.
+static double clip_by_previous(const Trainer *t) {
+    double clip = t->o.clip, norm = t->norms.previous + 1e-6;
+    return clip > 0 && t->norms.previous >= 0 && norm > clip ? clip / norm : 1;
+}
+
+// --update layer: steps the blocks of a layer (-1 embedding, L head) inside backward. A gradient
+// that is not finite leaves them untouched.
+static void update_layer(Trainer *t, int layer, int64_t update, double lr) {
+    LayerBlocks b = blocks_of(t->m, layer);
+    const gradX *grad[2];
+    for (int i = 0; i < b.count; i++) grad[i] = finish_gradient(t, b.first + i);
+    comm_where(-1, layer, "finite check");
+    sum_squares(t, b.first, b.count);
+    clip_scale(t->norms.norm, t->norms.finite, t->norms.blocks + b.first, b.count, 0);
+    for (int i = 0; i < b.count; i++)
+        step_block(t, b.first + i, grad[i], update, lr, clip_by_previous(t), t->norms.finite);
+}
+
+// --update end: the norm over every unique number, once; then all blocks.
 static void update_all(Trainer *t, int64_t update, double lr) {
     int n = t->m->n_blocks;
     for (int b = 0; b < n; b++) finish_gradient(t, b);
     comm_where(-1, -1, "gradient norm");
-    comm_wait(
-        all_reduce_start(t->g->dense_group, t->block_sum, (size_t)n, DTYPE_F64, STREAM_GATHER));
-    clip_scale(t->norm, t->scale, t->block_sum, n, t->o.clip);
-    for (int b = 0; b < n; b++) {
-        optimizer_step(&t->optimizer, b, fsdp_grad_shard(t->fsdp, b), lr, t->updates + 1, update, 1,
-                       t->scale);
-        fsdp_grad_done(t->fsdp, b);
-    }
+    sum_squares(t, 0, n);
+    clip_scale(t->norms.norm, t->norms.clip, t->norms.blocks, n, t->o.clip);
+    for (int b = 0; b < n; b++)
+        step_block(t, b, fsdp_grad_shard(t->fsdp, b), update, lr, 1, t->norms.clip);
 }
 
 // ---- backward -------------------------------------------------------------------------------
-static void reduce_layer(Trainer *t, int layer, int round) {
-    fsdp_reduce(t->fsdp, t->m->dense_block[layer], round > 0);
-    if (t->m->local_block[layer] >= 0) fsdp_reduce(t->fsdp, t->m->local_block[layer], round > 0);
+static void layer_backward(Trainer *t, int l) {
+    const Model *m = t->m;
+    Workspace *w = &t->work;
+    LayerWeights p = get_layer(t, l);
+    LayerGrads d = get_layer_grads(t, l);
+    RouterLoss loss = router_loss_of(t, l);
+    int dense = m->dense_block[l];
+    int experts = m->c.is_moe[l] ? m->local_block[l] : dense;
+    int qkvo = m->shard_spec.split_heads ? m->local_block[l] : dense;
+    for (int pass = 0; pass < passes(t, t->n_micro); pass++) {
+        Stages at = stages_at(t, pass, t->n_micro);
+        if (at.enters >= 0) {
+            InFlight *f = in_flight_of(t, at.enters);
+            Saved *s = saved_of(t, l, at.enters);
+            if (!s->has_attention) saved_attention_place(s, w, f, 0);
+            layer_backward_start(w, f, s, l, &p, micro_dx(t, at.enters));
+        }
+        if (at.computes >= 0)
+            layer_backward_experts(w, in_flight_of(t, at.computes), saved_of(t, l, at.computes), l,
+                                   &p, &d, micro_dx(t, at.computes),
+                                   accumulates(t, experts, at.computes));
+        if (at.leaves >= 0) {
+            layer_backward_finish(w, in_flight_of(t, at.leaves), saved_of(t, l, at.leaves), l, &p,
+                                  &d, &loss, micro_dx(t, at.leaves),
+                                  accumulates(t, dense, at.leaves),
+                                  accumulates(t, qkvo, at.leaves));
+            if (t->trace) trace_backward(t, l, at.leaves);
+        }
+    }
+    release_layer(t, l);
 }
 
-// With --update layer the reduction of a layer runs under the backward of the next one down, and
-// the layer is stepped behind that; in one process, where there is nothing to wait for, at once:
-// one layer's gradient is alive.
-static void step_backward(Trainer *t, int round, int64_t update, double lr) {
+static void embedding_backward(Trainer *t) {
     const Config *c = &t->m->c;
-    Model *m = t->m;
-    int n = t->n_micro, lag1 = t->n_slots > 1 ? 1 : 0, lag2 = 2 * lag1;
-    int behind = fsdp_reduces(t->fsdp);
-    fsdp_reduce(t->fsdp, m->head_block, round > 0);
-    if (t->o.update_layer && !behind) update_layer(t, c->L, update, lr);
-    for (int l = c->L - 1; l >= 0; l--) {
+    int block = t->m->embed_block;
+    gradX *de = fsdp_grad(t->fsdp, block);
+    for (int m = 0; m < t->n_micro; m++) // a tied head has written its part before
+        embed_backward(de, micro_dx(t, m), micro_ids(t, m), c->tied || accumulates(t, block, m),
+                       c->pad, t->R, c->V, c->C);
+}
+
+// With --update layer a layer's reduction runs under the backward of the next one down, and the
+// layer is stepped after that. In one process there is nothing to wait for: it is stepped at once,
+// and one layer's gradient is alive.
+static void step_backward(Trainer *t, int64_t update, double lr) {
+    int L = t->m->c.L, later = fsdp_reduces(t->fsdp);
+    reduce_layer(t, L);
+    if (t->o.update_layer && !later) update_layer(t, L, update, lr);
+    for (int l = L - 1; l >= 0; l--) {
         gather_layer(t, l - 1);
-        LayerWeights w = get_layer(t, l);
-        int local = m->local_block[l] >= 0 ? m->local_block[l] : m->dense_block[l];
-        LayerGrads d = layer_grads(m, l, fsdp_grad(t->fsdp, m->dense_block[l]),
-                                   m->local_block[l] >= 0 ? fsdp_grad(t->fsdp, local) : 0);
-        RouterLoss loss = router_loss(t, l);
-        Saved *kept = t->kept + (size_t)l * (size_t)n;
         comm_where(-1, l, "backward");
-        for (int i = 0; i < n + lag2; i++) {
-            int k = i, k1 = i - lag1, k2 = i - lag2;
-            if (k < n) {
-                InFlight *s = &t->slot[k % t->n_slots];
-                if (!kept[k].has_attention) saved_attention_place(&kept[k], &t->work, s, 0);
-                layer_backward_start(&t->work, s, &kept[k], l, &w,
-                                     t->dx + (size_t)k * (size_t)t->R * (size_t)c->C);
-            }
-            if (k1 >= 0 && k1 < n)
-                layer_backward_experts(
-                    &t->work, &t->slot[k1 % t->n_slots], &kept[k1], l, &w, &d,
-                    t->dx + (size_t)k1 * (size_t)t->R * (size_t)c->C,
-                    accumulates(t, c->is_moe[l] ? local : m->dense_block[l], k1, round));
-            if (k2 >= 0 && k2 < n) {
-                floatX *dx = t->dx + (size_t)k2 * (size_t)t->R * (size_t)c->C;
-                layer_backward_finish(
-                    &t->work, &t->slot[k2 % t->n_slots], &kept[k2], l, &w, &d, &loss, dx,
-                    accumulates(t, m->dense_block[l], k2, round),
-                    accumulates(t, m->shard_spec.split_heads ? local : m->dense_block[l], k2,
-                                round));
-                if (t->trace) trace_backward(t, l, k2);
-            }
-        }
-        release_layer(t, l);
-        reduce_layer(t, l, round);
-        if (t->o.update_layer) update_layer(t, l + behind, update, lr);
+        layer_backward(t, l);
+        reduce_layer(t, l);
+        if (t->o.update_layer) update_layer(t, l + later, update, lr);
     }
-    gradX *de = fsdp_grad(t->fsdp, m->embed_block);
-    for (int k = 0; k < n; k++)
-        embed_backward(
-            de, t->dx + (size_t)k * (size_t)t->R * (size_t)c->C, t->ids + (size_t)k * (size_t)t->R,
-            c->tied || accumulates(t, m->embed_block, k, round), c->pad, t->R, c->V, c->C);
-    fsdp_reduce(t->fsdp, m->embed_block, round > 0);
+    embedding_backward(t);
+    reduce_layer(t, -1);
     if (!t->o.update_layer) return;
-    if (behind) update_layer(t, 0, update, lr);
+    if (later) update_layer(t, 0, update, lr);
     update_layer(t, -1, update, lr);
 }
 
 // ---- report ---------------------------------------------------------------------------------
-// Adds a round's statistics to the update's; the value of aux is the mean over rounds.
-static double collect_statistics(Trainer *t) {
-    const Config *c = &t->m->c;
-    size_t E = (size_t)c->n_moe * (size_t)c->E;
-    if (!E) return 0;
-    int64_t *count = t->host_count + E;
-    double *prob = t->host_prob + E, *z = t->host_z + 2 * c->n_moe, positions = round_positions(t),
-           aux = 0;
-    device_download(count, t->count, E * sizeof(int64_t));
-    device_download(prob, t->prob, E * sizeof(double));
-    device_download(z, t->zstat, 2 * (size_t)c->n_moe * sizeof(double));
-    for (int e = 0; e < c->E; e++) {
-        double f = 0, p = 0;
-        for (int l = 0; l < c->n_moe; l++) {
-            double fl = (double)count[(size_t)l * c->E + e] / positions,
-                   pl = prob[(size_t)l * c->E + e] / positions;
-            if (t->o.aux_per_layer) aux += c->E * fl * pl / c->n_moe;
-            f += fl / c->n_moe;
-            p += pl / c->n_moe;
-        }
-        if (!t->o.aux_per_layer) aux += c->E * f * p;
-    }
-    for (size_t i = 0; i < E; i++) {
-        t->host_count[i] += count[i];
-        t->host_prob[i] += prob[i];
-    }
-    for (int i = 0; i < 2 * c->n_moe; i++) t->host_z[i] += z[i];
-    return aux;
-}
-
-static void clear_statistics(Trainer *t, int host) {
-    const Config *c = &t->m->c;
-    size_t E = (size_t)c->n_moe * (size_t)c->E;
-    device_zero(t->count, E * sizeof(int64_t));
-    device_zero(t->prob, E * sizeof(double));
-    device_zero(t->zstat, 2 * (size_t)c->n_moe * sizeof(double));
-    if (!host) return;
-    memset(t->host_count, 0, E * sizeof(int64_t));
-    memset(t->host_prob, 0, E * sizeof(double));
-    memset(t->host_z, 0, 2 * (size_t)c->n_moe * sizeof(double));
-}
-
-// --balance bias: an expert with less than its share becomes easier to select (never heavier in the
-// sum), the same integers and so the same bits on all ranks.
-static void update_bias(Trainer *t) {
-    const Config *c = &t->m->c;
-    size_t E = (size_t)c->n_moe * (size_t)c->E;
-    for (int l = 0; l < c->n_moe; l++) {
-        const int64_t *count = t->host_count + (size_t)l * c->E;
-        int64_t total = 0;
-        for (int e = 0; e < c->E; e++) total += count[e];
-        for (int e = 0; e < c->E; e++) {
-            int64_t below = total - count[e] * c->E;
-            t->host_bias[(size_t)l * c->E + e] +=
-                (float)(t->o.balance_rate * ((below > 0) - (below < 0)));
-        }
-    }
-    trainer_set_bias(t, t->host_bias, E);
-}
-
-void trainer_set_bias(Trainer *t, const float *bias, size_t n) {
-    real *value = (real *)xmalloc(n * sizeof(real), "router bias");
-    for (size_t i = 0; i < n; i++) {
-        t->host_bias[i] = bias[i];
-        value[i] = (real)bias[i];
-    }
-    device_upload(t->bias, value, n * sizeof(real));
-    free(value);
-}
-
-// Names the first block of backward whose gradient is not finite: what lies below it got its
-// gradient from there.
+// The first block of backward is the one to name: what lies below it got its gradient from there.
 void trainer_die_nonfinite(Trainer *t, int64_t update) {
     const Model *m = t->m;
+    int b = m->n_blocks - 1;
+    while (b >= 0 && isfinite(t->norms.host_blocks[b])) b--;
+    if (b < 0)
+        die("update %lld: the gradient norm is not finite, though every part of it is|"
+            "lower --lr, or use --skip-nonfinite on",
+            (long long)update);
+    int layer = m->block[b].layer;
     char part[64] = "the embedding";
-    for (int b = m->n_blocks - 1; b >= 0; b--) {
-        if (isfinite(t->host_block_sum[b])) continue;
-        int layer = m->block[b].layer;
-        if (layer == m->c.L)
-            strcpy(part, "the head");
-        else if (layer >= 0)
-            snprintf(part, sizeof part, "layer %d (%s)", layer,
-                     m->block[b].local ? "experts" : "attention, norms and router");
-        die("update %lld: the gradient of %s is not finite; %s|lower --lr, check data and checkpoint, or use --skip-nonfinite on",
-            (long long)update, part,
-            t->o.update_layer ? "this layer and those below it are unchanged"
-                              : "no weight was changed by this update");
-    }
-    die("update %lld: the gradient norm is not finite, though every part of it is|lower --lr, or use --skip-nonfinite on",
-        (long long)update);
+    if (layer == m->c.L)
+        strcpy(part, "the head");
+    else if (layer >= 0)
+        snprintf(part, sizeof part, "layer %d (%s)", layer,
+                 m->block[b].local ? "experts" : "attention, norms and router");
+    die("update %lld: the gradient of %s is not finite; %s|"
+        "lower --lr, check data and checkpoint, or use --skip-nonfinite on",
+        (long long)update, part,
+        t->o.update_layer ? "this layer and those below it are unchanged"
+                          : "no weight was changed by this update");
+}
+
+// The norm decides what every rank does next: it must be the same number everywhere.
+static void check_same_norm(const Trainer *t, real norm, int64_t update) {
+    int64_t bits = 0;
+    memcpy(&bits, &norm, sizeof norm);
+    if (comm_max(t->g->all, bits) != bits || comm_max(t->g->all, -bits) != -bits)
+        die("update %lld: ranks hold different gradient norms (this one %.9g)|"
+            "a collective is broken: run with --check-comm on",
+            (long long)update, (double)norm);
 }
 
 static StepResult report(Trainer *t, int64_t update, double lr, double N, double aux) {
-    const Config *c = &t->m->c;
+    Norms *norms = &t->norms;
+    int n_blocks = t->m->n_blocks;
     StepResult r;
     memset(&r, 0, sizeof r);
     double loss_sum;
     real norm;
     comm_where(-1, -1, "loss");
-    comm_wait(all_reduce_start(t->g->all, t->loss_sum, 1, DTYPE_F64, STREAM_EXCHANGE));
-    if (t->o.update_layer) clip_scale(t->norm, t->finite, t->block_sum, t->m->n_blocks, 0);
-    device_download(&loss_sum, t->loss_sum, sizeof loss_sum);
-    device_download(&norm, t->norm, sizeof norm);
-    device_download(t->host_block_sum, t->block_sum, (size_t)t->m->n_blocks * sizeof(double));
+    comm_wait(all_reduce_start(t->g->all, t->head.loss_sum, 1, DTYPE_F64, STREAM_EXCHANGE));
+    if (t->o.update_layer) clip_scale(norms->norm, norms->finite, norms->blocks, n_blocks, 0);
+    device_download(&loss_sum, t->head.loss_sum, sizeof loss_sum);
+    device_download(&norm, norms->norm, sizeof norm);
+    device_download(norms->host_blocks, norms->blocks, (size_t)n_blocks * sizeof(double));
     r.loss = N > 0 ? loss_sum / N : NAN;
     r.aux = aux / t->o.rounds;
     r.grad_norm = (double)norm;
     r.lr = lr;
     r.tokens = t->o.batch * t->o.T;
     r.valid = (int64_t)(N / (t->g->world / t->g->data_ranks));
-    double positions = round_positions(t) * t->o.rounds;
-    for (int l = 0; l < c->n_moe; l++) {
-        int64_t most = 0, total = 0;
-        for (int e = 0; e < c->E; e++) {
-            int64_t n = t->host_count[(size_t)l * c->E + e];
-            r.expert_dead += n == 0;
-            total += n;
-            if (n > most) most = n;
-        }
-        double load = total ? (double)most * c->E / (double)total : 0;
-        if (load > r.expert_load_max) r.expert_load_max = load;
-        r.z += t->host_z[2 * l] / (positions * c->n_moe);
-    }
-    int64_t bits =
-        0; // the norm decides what every rank does next: it must be the same number everywhere
-    memcpy(&bits, &norm, sizeof norm);
-    if (comm_max(t->g->all, bits) != bits || comm_max(t->g->all, -bits) != -bits)
-        die("update %lld: ranks hold different gradient norms (this one %.9g)|a collective is broken: run with --check-comm on",
-            (long long)update, (double)norm);
+    router_totals_report(t, &r);
+    check_same_norm(t, norm, update);
     if (!isfinite(r.grad_norm)) {
         r.nonfinite = 1;
         return r;
     }
     t->updates++;
-    t->previous_norm = r.grad_norm;
-    if (t->bias) update_bias(t);
+    norms->previous = r.grad_norm;
+    if (t->router.bias) router_bias_update(t);
     return r;
 }
 
 StepResult trainer_step(Trainer *t, Loader *data, int64_t update, double lr) {
     comm_where(update, -1, "tokens");
     double N = read_tokens(t, data, update), aux = 0;
-    device_zero(t->loss_sum, sizeof(double));
-    t->kept_all = t->kept_attention = t->kept_none = 0;
-    t->sent_rows = t->received_rows = t->redispatched_rows = t->reattended = 0;
-    clear_statistics(t, 1);
-    for (int round = 0; round < t->o.rounds; round++) {
-        if (round) clear_statistics(t, 0);
-        t->round = round;
-        upload_round(t, round);
+    device_zero(t->head.loss_sum, sizeof(double));
+    memset(&t->counts, 0, sizeof t->counts);
+    for (t->round = 0; t->round < t->o.rounds; t->round++) {
+        router_totals_clear(t, t->round == 0);
+        upload_round(t);
         step_forward(t, t->n_micro, 1);
-        balance(t);
-        step_head(t, 1, round, N);
-        if (t->o.expert_grad_scale)
-            aux += collect_statistics(
-                t); // its factors need the counts on the host; everybody else reads them at the end
-        step_backward(t, round, update, lr);
-        if (!t->o.expert_grad_scale) aux += collect_statistics(t);
+        router_totals_sum(t);
+        step_head(t, 1, N);
+        // --expert-grad-scale needs the counts before backward; else they are read after it.
+        if (t->o.expert_grad_scale) aux += router_totals_collect(t);
+        step_backward(t, update, lr);
+        if (!t->o.expert_grad_scale) aux += router_totals_collect(t);
     }
     if (!t->o.update_layer) update_all(t, update, lr);
     StepResult r = report(t, update, lr, N, aux);

@@ -1,5 +1,5 @@
-// The update: the only place that gathers weights, reduces gradients and steps the optimizer
-// (DESIGN 4). Layer-major: layers outside, micro-batches inside, both ways.
+// The update: the only place that gathers weights, reduces gradients and steps the optimizer.
+// Layers outside, micro-batches inside, in both directions.
 #ifndef MOE_STEP_H
 #define MOE_STEP_H
 #include "layer.h"
@@ -16,32 +16,74 @@ typedef struct {
     int micro_batch; // sequences of a micro-batch on a rank; 0 = all that a round has
     int rounds;
     Recompute recompute;
-    int update_layer; // --update layer: step a layer inside backward, clipping by the previous
-                      // step's norm
+    int update_layer; // step a layer inside backward, clipped by the norm of the update before
     double clip;      // gradient norm, 0 = no clipping
     double aux_coef, z_coef;
-    int aux_per_layer; // --aux-pool layer: mean of per-layer values instead of one pooled statistic
-    int ignore_target; // this id does not count as a target; -1 = none
+    int aux_per_layer;     // aux is the mean of the layers' values, not one pooled statistic
+    int ignore_target;     // this id does not count as a target; -1 = none
     int skip_nonfinite;    // a non-finite gradient skips the update instead of ending the run
-    int expert_grad_scale; // experts' gradients times mean count / own count, after the sum
-    double balance_rate;   // auxiliary-loss-free balancing: bias += rate * sign(mean - count) after
-                           // each update; 0 = off
-    size_t
-        memory; // bytes that may be used in all, for RECOMPUTE_AUTO; 0 = what device_memory() says
+    int expert_grad_scale; // an expert's gradient is multiplied by mean count / own count
+    double balance_rate;   // bias += rate * sign(mean count - count) after an update; 0 = off
+    size_t memory;         // bytes to use for RECOMPUTE_AUTO; 0 = what device_memory() says
     uint64_t seed;
 } StepOptions;
 
 typedef struct { // what one update tells, equal on all ranks
     double loss, aux, z, grad_norm, lr;
     int64_t tokens, valid;  // distinct positions, and targets that count
-    int nonfinite;          // 1: the gradient is not finite, so nothing was changed; without
-                            // --skip-nonfinite the run ends (trainer_die_nonfinite)
+    int nonfinite;          // 1: the gradient is not finite, and nothing was changed
     int expert_dead;        // (layer, expert) pairs without a token
     double expert_load_max; // max / mean of the worst layer
 } StepResult;
 
-typedef struct Dump Dump;   // dump.h
+typedef struct Dump Dump;   // checkpoint.h
 typedef struct Trace Trace; // trace.h
+
+typedef struct {                  // tokens of this rank
+    int64_t sequences;            // of the update
+    int *ids, *targets;           // (n_micro,R) device: the round
+    int *host_ids, *host_targets; // (sequences,T): the update
+} TokenBuffers;
+
+typedef struct {                   // what the layers leave for backward
+    Saved *saved;                  // (L+1,n_micro); row L has x alone: the head's input
+    floatX *dx;                    // (n_micro,R,C) running gradient of every micro-batch
+    char *store;                   // saved groups at their actual size, appended in forward
+    size_t store_size, store_used; // bytes
+} Activations;
+
+typedef struct {              // what became of them in this update, on this rank
+    int all, attention, none; // (layer, micro-batch) pairs by the groups that were saved
+    int64_t sent, received;   // rows of forward dispatches to and from other ranks
+    int64_t redispatched;     // of those sent, rows that backward dispatches again
+    int64_t reattended;       // pairs whose attention is computed again
+} SavedCounts;
+
+typedef struct {             // logits exist for one chunk of tokens at a time
+    int chunk;               // tokens
+    floatX *x, *dx, *logits; // (chunk,C) normed (chunk,C) (chunk,V)
+    real *rstd;              // (chunk)
+    double *loss_sum;        // (1)
+} Head;
+
+typedef struct {                       // statistics of the router; n = MoE layers
+    int64_t *count;                    // (n,E) device: choices in this round
+    double *prob, *z;                  // (n,E) (n,2) device: see RouterStats
+    double *share;                     // (n,E), or (1,E) pooled: see RouterLoss
+    real *bias;                        // (n,E) device, 0 = off
+    int64_t *host_count, *round_count; // (n,E) of the update, of a round
+    double *host_prob, *round_prob;    // (n,E)
+    double *host_z, *round_z;          // (n,2)
+    float *host_bias;                  // (n,E)
+} RouterTotals;
+
+typedef struct {                // device, but host_blocks and previous
+    double *segments, *blocks;  // (most segments) (n_blocks): squares of the gradient
+    real *norm, *clip, *finite; // (1) each; clip and finite: factor of the gradient, NaN = skip
+    float *factor;              // (most segments) of --expert-grad-scale
+    double *host_blocks;        // (n_blocks)
+    double previous;            // norm of the update before, unclipped; < 0: none yet
+} Norms;
 
 typedef struct Trainer {
     Model *m;
@@ -50,71 +92,89 @@ typedef struct Trainer {
     Fsdp *fsdp;
     Optimizer optimizer;
     Arena arena;
+    int64_t R;           // rows of a micro-batch
+    int n_micro, round;  // micro-batches of a round; the round under way
+    int n_in_flight;     // micro-batches in flight at once
+    InFlight *in_flight; // (n_in_flight)
     Workspace work;
-    int n_micro, n_slots, R; // micro-batches of a round, in flight at once, rows of each
-    int round;               // the one under way
-    InFlight *slot;          // (n_slots)
-    Saved *kept;             // (L+1, n_micro); row L: input of the head
-    char *store;             // activations kept at their actual size, bumped in forward
-    size_t store_size, store_used;
-    int kept_all, kept_attention,
-        kept_none; // of this update: (layer, micro-batch) pairs by what was kept
-    int64_t sent_rows, received_rows, redispatched_rows,
-        reattended; // of this update: rows sent and received by forward dispatches, those sent that
-                    // backward dispatches again; pairs whose attention is recomputed
-    floatX *dx;     // (n_micro, R, C) running gradient of every micro-batch
-    floatX *yf, *logits, *dyf;    // head: (chunk,C) (chunk,V) (chunk,C)
-    real *head_rstd;              // (chunk)
-    int head_chunk;               // tokens of a head pass
-    int *ids, *targets;           // (n_micro, R) device
-    int *host_ids, *host_targets; // this rank's part of the whole update, (local_sequences, T)
-    int64_t local_sequences;
-    int64_t *count; // (n_moe,E) device: choices in this round, summed over ranks after forward
-    double *prob, *zstat;        // (n_moe,E) (n_moe,2)
-    double *share;               // (n_moe,E), or (1,E) pooled
-    real *bias;                  // (n_moe,E) device, 0 = off
-    double *loss_sum;            // (1)
-    double *segment_sum;         // (largest number of segments)
-    double *block_sum;           // (n_blocks) squares of each block's gradient
-    real *norm, *scale, *finite; // (1) each, device
-    float *factor;               // (segments) utilisation factors
-    // host side of the same, valid after an update
-    int64_t *host_count;        // (n_moe,E) of the whole update
-    double *host_prob, *host_z; // (n_moe,E) (n_moe,2)
-    double *host_block_sum;
-    float *host_bias;     // (n_moe,E)
-    int64_t updates;      // made so far (t of the optimizer: skipped ones do not count)
-    double previous_norm; // unclipped, of the previous update; < 0: none yet
-    Dump *dump;           // 0, or writes this update's logits and gradients
-    Trace *trace;         // 0, or follows one token of this update
+    TokenBuffers tokens;
+    Activations act;
+    SavedCounts counts;
+    Head head;
+    RouterTotals router;
+    Norms norms;
+    int64_t updates; // made so far (t of the optimizer: skipped ones do not count)
+    Dump *dump;      // 0, or writes this update's logits and gradients
+    Trace *trace;    // 0, or follows one token of this update
 } Trainer;
 
-// Counts, then allocates everything (I10). With plan_only the table is printed and nothing is
-// allocated. report: where the byte table goes, 0 = silent. The model's weights are zero
-// afterwards: trainer_init or a checkpoint fills them.
+// ---- trainer.c ------------------------------------------------------------------------------
+// Counts, then allocates everything; with plan_only it only counts. Prints the byte table to
+// `report` if it is not 0. All weights are zero until trainer_init or a checkpoint fills them. Dies
+// where the options do not divide the batch or contradict each other.
 Trainer *trainer_create(Model *m, Grid *g, StepOptions o, OptimizerOptions opt, int plan_only,
-                        FILE *report_file);
+                        FILE *report);
 void trainer_free(Trainer *t);
-// Random weights as Hugging Face initialises: N(0, init_std), norms one, pad row of the embedding
-// zero.
+// Fills the weights as transformers initialises them: N(0, init_std), norms one, the embedding's
+// pad row zero.
 void trainer_init(Trainer *t);
-// One update from windows [ (update-1) * batch, update * batch ) of data. Ends the run (or skips)
-// on a non-finite gradient, on all ranks together.
+
+// ---- step.c ---------------------------------------------------------------------------------
+// Makes one update from windows [(update - 1) * batch, update * batch) of data. Leaves everything
+// unchanged, on all ranks alike, if the gradient is not finite.
 StepResult trainer_step(Trainer *t, Loader *data, int64_t update, double lr);
-// Ends the run where a step found a gradient that is not finite, naming the first block of backward
-// that has one.
+// Ends the run after such an update, naming the first block of backward that is not finite.
 void trainer_die_nonfinite(Trainer *t, int64_t update);
-// Mean cross entropy over the first n_windows windows of data, in file order; the same on every
-// layout.
-double trainer_evaluate(Trainer *t, Loader *data, int source, int64_t n_windows, double *n_targets);
-// Parts of an update that evaluation shares: the first n_micro micro-batches of t->ids to the
-// head's input, and the loss sum (round, N: training only).
-void step_forward(Trainer *t, int n_micro, int training);
-void step_head(Trainer *t, int training, int round, double N);
-// Logits of the token after ids[length - 1] into logits (V), fp32; ids (length <= T) and logits are
-// host memory. Every rank calls it with the same ids and gets the same numbers.
-void trainer_logits(Trainer *t, const int *ids, int length, float *logits);
-// The balancing bias (n_moe,E) of a resumed run, from host memory; n = n_moe * E.
+// Runs the first n micro-batches of the tokens through all layers. training: saves activations.
+void step_forward(Trainer *t, int n, int training);
+// Adds the losses of all micro-batches to head.loss_sum. training: computes act.dx and the head's
+// gradients with the loss seed 1/N (I1, one gradient rule); N is not used without it.
+void step_head(Trainer *t, int training, double N);
+// The final norm and the head's matrix (a tied one is the embedding), and their gradients.
+typedef struct {
+    const floatX *norm, *matrix; // (C) (V,C)
+    gradX *dnorm, *dmatrix;      // 0 unless training
+    int matrix_block;
+} HeadPointers;
+// Gathers them, and gives them back.
+HeadPointers head_get(Trainer *t, int training);
+void head_release(Trainer *t);
+// Address the parts of a micro-batch.
+int *micro_ids(const Trainer *t, int micro);             // (R)
+floatX *micro_dx(const Trainer *t, int micro);           // (R,C)
+Saved *saved_of(const Trainer *t, int layer, int micro); // layer L: the head's input
+InFlight *in_flight_of(const Trainer *t, int micro);
+
+// ---- router_totals.c ------------------------------------------------------------------------
+// Takes the device's part from the arena, which may be counting.
+void router_totals_create(RouterTotals *r, const Model *m, int with_bias, Arena *arena);
+void router_totals_create_host(RouterTotals *r, const Model *m);
+void router_totals_free(RouterTotals *r);
+// Clears a round's statistics, and the update's with it if `update` is 1.
+void router_totals_clear(Trainer *t, int update);
+// Points to the statistics of a layer for router_forward; all 0 in a dense layer.
+RouterStats router_totals_of(const Trainer *t, int layer);
+const real *router_bias_of(const Trainer *t, int layer); // (E), or 0
+// Sums the round's statistics over the ranks and computes the shares f from them.
+void router_totals_sum(Trainer *t);
+// Returns what the router's backward in a layer needs from them.
+RouterLoss router_loss_of(const Trainer *t, int layer);
+// Adds the round's statistics to the update's on the host. Returns the round's auxiliary loss.
+double router_totals_collect(Trainer *t);
+// Fills in z, expert_dead and expert_load_max from the update's.
+void router_totals_report(const Trainer *t, StepResult *r);
+// Moves the selection bias by the update's counts (--balance bias).
+void router_bias_update(Trainer *t);
+// Sets the selection bias (n) from host memory; n = MoE layers * E.
 void trainer_set_bias(Trainer *t, const float *bias, size_t n);
+
+// ---- evaluate.c -----------------------------------------------------------------------------
+// Returns the mean cross entropy over the first n_windows windows of a source of data, in file
+// order, the same on every layout; and in *n_targets, if it is not 0, the targets that it is a mean
+// of.
+double trainer_evaluate(Trainer *t, Loader *data, int source, int64_t n_windows, double *n_targets);
+// Computes the logits (V) of the token after ids[length - 1], length <= T, both in host memory.
+// Every rank calls it with the same ids and gets the same numbers.
+void trainer_logits(Trainer *t, const int *ids, int length, float *logits);
 MOE_END_C
 #endif

@@ -1,5 +1,5 @@
 // Checkpoints, configs and the safetensors format: numbered checks, alone on one process.
-//   cc -std=c11 -o test_checkpoint model/test_checkpoint.c model/config.c model/params.c
+//   cc -std=c11 -o test_checkpoint model/test_checkpoint.c model/config.c model/model.c
 //   model/safetensors.c model/checkpoint*.c kernels/fail.c kernels/cpu/*.c
 //      parallel/comm_none.c parallel/comm_common.c -lcjson -lm;   ./test_checkpoint [folder with
 //      fixtures]

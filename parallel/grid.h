@@ -3,7 +3,7 @@
 #ifndef MOE_GRID_H
 #define MOE_GRID_H
 #include "comm.h"
-#include "../model/params.h"
+#include "../model/model.h"
 MOE_BEGIN_C
 typedef enum { DISPATCH_ALLTOALL, DISPATCH_ALLGATHER, DISPATCH_ALLREDUCE } Dispatch;
 typedef struct {

@@ -251,8 +251,8 @@ static void test_changing(const Fixture *f, const Config *c, int batch, int upda
             trainer_set_bias(r->t, bias, n);
             StepResult a = run_step(one, i, 0, 0), b = run_step(r, i, 0, 0);
             worst = fmax(worst, fmax(relative(b.loss, a.loss), relative(b.grad_norm, a.grad_norm)));
-            unchanged += !memcmp(before, r->t->host_count, n * sizeof(int64_t));
-            memcpy(before, r->t->host_count, n * sizeof(int64_t));
+            unchanged += !memcmp(before, r->t->router.host_count, n * sizeof(int64_t));
+            memcpy(before, r->t->router.host_count, n * sizeof(int64_t));
             if (i == 5) early = resident_pages();
         }
         late = resident_pages();
@@ -322,7 +322,7 @@ static void test_head_chunks(const Fixture *f) {
         char *path = xasprintf("%s/head%d.safetensors", temporary, comm_world_rank());
         o[k]->all = weights_new(&r->m.c);
         o[k]->steps = 1;
-        if (k) r->t->head_chunk = 24;
+        if (k) r->t->head.chunk = 24;
         o[k]->r[0] = run_step(r, 1, r->lr, path);
         read_dump(path, o[k]);
         read_all(r, &o[k]->all, 0, 0, &o[k]->equal);

@@ -366,9 +366,9 @@ static Outcome outcome_of(const Fixture *f, const Layout *l, const Setup *s, int
     for (int i = 0; i < steps; i++) {
         o.r[i] = run_step(r, i + 1, r->lr, i ? 0 : path);
         if (i == 0) {
-            o.kept_all = r->t->kept_all;
-            o.kept_attention = r->t->kept_attention;
-            o.kept_none = r->t->kept_none;
+            o.kept_all = r->t->counts.all;
+            o.kept_attention = r->t->counts.attention;
+            o.kept_none = r->t->counts.none;
         }
     }
     read_dump(path, &o);

@@ -18,9 +18,11 @@ static int traffic_equal(const Run *r, char *text, size_t size) {
     const Trainer *t = r->t;
     const Grid *g = &r->g;
     double micro = (double)t->n_micro * t->o.rounds, dispatches = micro * r->m.c.n_moe;
-    Routing routing = { (double)t->sent_rows / dispatches, (double)t->received_rows / dispatches,
-                        t->sent_rows ? (double)t->redispatched_rows / (double)t->sent_rows : 0,
-                        (double)t->reattended / (micro * r->m.c.L) };
+    Routing routing = { (double)t->counts.sent / dispatches,
+                        (double)t->counts.received / dispatches,
+                        t->counts.sent ? (double)t->counts.redispatched / (double)t->counts.sent
+                                       : 0,
+                        (double)t->counts.reattended / (micro * r->m.c.L) };
     Traffic plan = plan_traffic(&r->m, g, &t->o, routing);
     const double *b = plan.bytes;
     // The norm travels in the dense group, all other statistics in the group of all.
@@ -76,7 +78,7 @@ static void test_traffic(const Fixture *f, int quick) {
                               r->g.all };
             for (int k = 0; k < 5; k++) group_bytes(group[k]);
             // auto with half the store: some pairs are kept, others recomputed
-            if (recompute == RECOMPUTE_AUTO) r->t->store_size /= 2;
+            if (recompute == RECOMPUTE_AUTO) r->t->act.store_size /= 2;
             run_step(r, 1, r->lr, 0);
             char text[256] = "";
             int equal = traffic_equal(r, text, sizeof text),

@@ -1,5 +1,6 @@
-// The parameter table becomes parameters, blocks and segments: see params.h.
-#include "params.h"
+// The parameter table (model.h) becomes parameters, blocks and segments: what this rank holds of
+// each Hugging Face tensor, and where. Offers model_build, the look-ups, and a layer's pointers.
+#include "model.h"
 #include "../kernels/fail.h"
 #include "../kernels/random.h"
 #include <stdio.h>
@@ -68,12 +69,14 @@ void param_hf_name(const Param *p, int slice, char *name) {
     int n = 0;
     if (p->layer >= 0 && strncmp(p->hf[0], "model.", 6) && strncmp(p->hf[0], "lm_head", 7))
         n = sprintf(name, "model.layers.%d.", p->layer);
-    const char *pattern = p->hf[slice % p->parts], *hole = strstr(pattern, "%d");
+    const char *pattern = p->hf[slice % p->parts];
+    const char *hole = strstr(pattern, "%d");
     if (hole)
-        sprintf(name + n, "%.*s%d%s", (int)(hole - pattern), pattern, p->first + slice / p->parts,
-                hole + 2);
+        n += sprintf(name + n, "%.*s%d%s", (int)(hole - pattern), pattern,
+                     p->first + slice / p->parts, hole + 2);
     else
-        strcpy(name + n, pattern);
+        n += sprintf(name + n, "%s", pattern);
+    strcpy(name + n, ".weight");
 }
 
 void model_visit(const Config *c, TensorVisit visit, void *context) {
@@ -209,10 +212,14 @@ Model model_build(Config c, ShardSpec shard_spec) {
     m.block = (Block *)xcalloc((size_t)(2 * c.L + 2), sizeof(Block), "block table");
     m.dense_block = (int *)xcalloc((size_t)c.L, sizeof(int), "block table");
     m.local_block = (int *)xcalloc((size_t)c.L, sizeof(int), "block table");
+    m.moe_index = (int *)xcalloc((size_t)c.L, sizeof(int), "block table");
+    int moe_layers = 0;
+    for (int l = 0; l < c.L; l++) m.moe_index[l] = c.is_moe[l] ? moe_layers++ : -1;
     Param row[P_COUNT];
     for (int layer = -1; layer <= c.L; layer++) {
-        int n = layer_params(row, &c, shard_spec, layer), dense = add_block(&m, row, n, layer, 0),
-            local = add_block(&m, row, n, layer, 1);
+        int n = layer_params(row, &c, shard_spec, layer);
+        int dense = add_block(&m, row, n, layer, 0);
+        int local = add_block(&m, row, n, layer, 1);
         if (layer < 0)
             m.embed_block = dense;
         else if (layer == c.L)
@@ -236,18 +243,70 @@ void model_free(Model *m) {
     free(m->block);
     free(m->dense_block);
     free(m->local_block);
+    free(m->moe_index);
     config_free(&m->c);
     memset(m, 0, sizeof *m);
 }
 
-const Param *model_param(const Model *m, ParamId id, int layer) {
-    int b[2] = { layer < 0         ? m->embed_block
-                 : layer == m->c.L ? m->head_block
-                                   : m->dense_block[layer],
-                 layer < 0 || layer == m->c.L ? -1 : m->local_block[layer] };
-    for (int j = 0; j < 2; j++)
-        for (int i = 0; b[j] >= 0 && i < m->block[b[j]].n_params; i++)
-            if (m->param[m->block[b[j]].first_param + i].id == id)
-                return &m->param[m->block[b[j]].first_param + i];
+static const Param *find_in_block(const Model *m, ParamId id, int block) {
+    if (block < 0) return 0;
+    const Param *first = &m->param[m->block[block].first_param];
+    for (int i = 0; i < m->block[block].n_params; i++)
+        if (first[i].id == id) return &first[i];
     return 0;
+}
+
+const Param *model_param(const Model *m, ParamId id, int layer) {
+    if (layer < 0) return find_in_block(m, id, m->embed_block);
+    if (layer == m->c.L) return find_in_block(m, id, m->head_block);
+    const Param *dense = find_in_block(m, id, m->dense_block[layer]);
+    return dense ? dense : find_in_block(m, id, m->local_block[layer]);
+}
+
+// ---- a layer's pointers ---------------------------------------------------------------------
+static const floatX *weight_of(const Model *m, ParamId id, int layer, const floatX *dense,
+                               const floatX *local) {
+    const Param *p = model_param(m, id, layer);
+    if (!p) return 0;
+    return (m->block[p->block].local ? local : dense) + p->offset;
+}
+
+LayerWeights layer_weights(const Model *m, int layer, const floatX *dense, const floatX *local) {
+    int moe = m->c.is_moe[layer];
+    LayerWeights w;
+    w.attn_norm = weight_of(m, P_ATTN_NORM, layer, dense, local);
+    w.mlp_norm = weight_of(m, P_MLP_NORM, layer, dense, local);
+    w.q = weight_of(m, P_Q, layer, dense, local);
+    w.k = weight_of(m, P_KEY, layer, dense, local);
+    w.v = weight_of(m, P_VALUE, layer, dense, local);
+    w.q_norm = weight_of(m, P_Q_NORM, layer, dense, local);
+    w.k_norm = weight_of(m, P_K_NORM, layer, dense, local);
+    w.o = weight_of(m, P_O, layer, dense, local);
+    w.router = weight_of(m, P_ROUTER, layer, dense, local);
+    w.up = weight_of(m, moe ? P_EXPERT_UP : P_MLP_UP, layer, dense, local);
+    w.down = weight_of(m, moe ? P_EXPERT_DOWN : P_MLP_DOWN, layer, dense, local);
+    return w;
+}
+
+static gradX *grad_of(const Model *m, ParamId id, int layer, gradX *dense, gradX *local) {
+    const Param *p = model_param(m, id, layer);
+    if (!p) return 0;
+    return (m->block[p->block].local ? local : dense) + p->offset;
+}
+
+LayerGrads layer_grads(const Model *m, int layer, gradX *dense, gradX *local) {
+    int moe = m->c.is_moe[layer];
+    LayerGrads d;
+    d.attn_norm = grad_of(m, P_ATTN_NORM, layer, dense, local);
+    d.mlp_norm = grad_of(m, P_MLP_NORM, layer, dense, local);
+    d.q = grad_of(m, P_Q, layer, dense, local);
+    d.k = grad_of(m, P_KEY, layer, dense, local);
+    d.v = grad_of(m, P_VALUE, layer, dense, local);
+    d.q_norm = grad_of(m, P_Q_NORM, layer, dense, local);
+    d.k_norm = grad_of(m, P_K_NORM, layer, dense, local);
+    d.o = grad_of(m, P_O, layer, dense, local);
+    d.router = grad_of(m, P_ROUTER, layer, dense, local);
+    d.up = grad_of(m, moe ? P_EXPERT_UP : P_MLP_UP, layer, dense, local);
+    d.down = grad_of(m, moe ? P_EXPERT_DOWN : P_MLP_DOWN, layer, dense, local);
+    return d;
 }
