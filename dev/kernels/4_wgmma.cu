@@ -47,8 +47,8 @@ static __global__ void __launch_bounds__(128)
         ptx_wgmma_hold(acc);
         ptx_wgmma_fence();
         for (int k = 0; k < 4; k++)
-            ptx_wgmma<256>(acc, ptx_wgmma_desc(tile->x + 32 * k, 0, 1024, 128),
-                           ptx_wgmma_desc(tile->w + 32 * k, 0, 1024, 128), 1);
+            ptx_wgmma<256>(acc, ptx_wgmma_desc(tile->x + 32 * k, LBO_K_MAJOR, 1024, 128),
+                           ptx_wgmma_desc(tile->w + 32 * k, LBO_K_MAJOR, 1024, 128), 1);
         ptx_wgmma_commit();
         ptx_wgmma_wait<0>();
         ptx_wgmma_hold(acc);

@@ -103,12 +103,13 @@ static __device__ __forceinline__ void multiply_stages(float (&acc)[N / 2], S *s
         ptx_wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; k++) // 16 of k: 32 bytes within the rows, or 16 rows
-            ptx_wgmma<N, A_MN, B_MN>(acc,
-                                     ptx_wgmma_desc(a + k * (A_MN ? 16 * ROW_BYTES : 32),
-                                                    BLOCK_BYTES, 8 * ROW_BYTES, 128),
-                                     ptx_wgmma_desc(b + k * (B_MN ? 16 * ROW_BYTES : 32),
-                                                    BLOCK_BYTES, 8 * ROW_BYTES, 128),
-                                     1);
+            ptx_wgmma<N, A_MN, B_MN>(
+                acc,
+                ptx_wgmma_desc(a + k * (A_MN ? 16 * ROW_BYTES : 32),
+                               A_MN ? BLOCK_BYTES : LBO_K_MAJOR, 8 * ROW_BYTES, 128),
+                ptx_wgmma_desc(b + k * (B_MN ? 16 * ROW_BYTES : 32),
+                               B_MN ? BLOCK_BYTES : LBO_K_MAJOR, 8 * ROW_BYTES, 128),
+                1);
         ptx_wgmma_commit();
         ptx_wgmma_wait<1>();
         if (step > 0 && threadIdx.x % 32 == 0) ptx_mbar_arrive(&s->empty[before]);

@@ -234,6 +234,14 @@ PTX_FN void ptx_cp_async_commit() {
 template <int N> PTX_FN void ptx_cp_async_wait() {
     PTX(cuemu::cp_async_wait(N), asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"));
 }
+// Arrives once at `bar` when all cp.async that this thread has issued are complete, without waiting
+// for them. The barrier's count includes this arrival. The copies are ordinary writes: a thread
+// that has waited for the barrier fences before it gives them to wgmma or TMA.
+PTX_FN void ptx_cp_async_mbar_arrive_noinc(uint64_t *bar) {
+    PTX(cuemu::cp_async_mbar_arrive_noinc(bar),
+        asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::PTX_S(bar)
+                     : "memory"));
+}
 
 // ---- warp matrix instructions
 #ifdef CUEMU
@@ -344,11 +352,18 @@ template <int N> PTX_FN void ptx_wgmma_hold(float (&d)[N]) {
     for (int i = 0; i < N; i++) PTX((void)d[i], asm volatile("" : "+f"(d[i])::"memory"));
 }
 
-// Shared-memory matrix descriptor; swizzle in bytes: 128, 64, 32 or 0. With S = swizzle:
-//   K-major (rows of S bytes along K):    sbo = distance of 8-row groups (8*S when dense), lbo
-//   unused MN-major (rows of S bytes along M/N): sbo = distance of 8-k groups, lbo = distance of
-//   S/2-element groups along M/N no swizzle (8 x 16-byte core matrices): sbo = distance along M/N,
-//   lbo = distance along K
+// Makes the shared-memory matrix descriptor of an operand; swizzle in bytes: 128, 64, 32 or 0. Both
+// distances are in bytes. With S = swizzle:
+//
+//   K-major (rows of S bytes along K)      sbo: from one group of 8 rows to the next (8 S when
+//   dense),
+//                                          lbo: 16 (LBO_K_MAJOR; the instruction takes it for 1
+//                                          unit)
+//   MN-major (rows of S bytes along M/N)   sbo: from one group of 8 k to the next,
+//                                          lbo: from one group of S/2 elements along M/N to the
+//                                          next
+//   no swizzle (8 x 16-byte matrices)      sbo: along M/N, lbo: along K
+enum { LBO_K_MAJOR = 16 };
 PTX_FN uint64_t ptx_wgmma_desc(const void *p, uint32_t lbo, uint32_t sbo, int swizzle) {
     uint64_t mode = swizzle == 128 ? 1 : swizzle == 64 ? 2 : swizzle == 32 ? 3 : 0;
     return (uint64_t)((ptx_smem(p) & 0x3FFFF) >> 4) | (uint64_t)(lbo >> 4 & 0x3FFF) << 16 |

@@ -35,6 +35,7 @@ void bulk_wait(int pending, bool read_only);
 void cp_async(void *smem, const void *global, int bytes, int valid_bytes);
 void cp_async_commit();
 void cp_async_wait(int pending);
+void cp_async_mbar_arrive_noinc(uint64_t *bar);
 
 // ---- wgmma (src/wgmma.cpp); n = columns, d = n/2 accumulators of this thread, a = 4 registers or
 // nullptr
