@@ -22,7 +22,10 @@ for mode in "$@"; do
     lazy)
         run "bf16 streams late" CUEMU_LAZY=1 "$build/plain-bf16/kernels/test_cuda"
         for seed in 2 77; do run "bf16 streams late, seed $seed" CUEMU_LAZY=$seed "$build/plain-bf16/kernels/test_cuda" -experts; done     # which use one stream, and most of the time
-        run "bf16 copies early" CUEMU_ASYNC=early CUEMU_RANDOM=5 "$build/plain-bf16/kernels/test_cuda";;
+        run "bf16 copies early" CUEMU_ASYNC=early CUEMU_RANDOM=5 "$build/plain-bf16/kernels/test_cuda"
+        for seed in 1 2 3; do      # threads in random order with copies as late as allowed: fences and arrivals that nothing orders
+            for what in attention experts; do run "bf16 random order $seed, $what" CUEMU_RANDOM=$seed "$build/plain-bf16/kernels/test_cuda" $what; done
+        done;;
     tsan)
         run "bf16 tsan" "$build/tsan-bf16/kernels/test_cuda"     # and copies to shared memory as early as allowed: into a buffer that is still read
         for what in attention experts; do run "bf16 tsan, copies early, $what" CUEMU_ASYNC=early "$build/tsan-bf16/kernels/test_cuda" $what; done;;
