@@ -1,21 +1,27 @@
 #!/usr/bin/env python3
-"""Text -> token shards for train_moe: python3 data/tokenize.py --out PREFIX FILE...
+"""Text or conversations -> token shards for train_moe: python3 data/tokenize.py --out PREFIX FILE...
 
 Writes PREFIX_train_000000.bin, ... (and PREFIX_val_*.bin with --val-fraction) in llm.c's shard format, and PREFIX.vocab, the decode table
 that samples are printed with. data/README.md has both formats byte by byte.
 
 Without --tokenizer a token is a byte (0..255) and 256 is the end of text: vocabulary 257, nothing to install. With --tokenizer it is any
-Hugging Face tokenizer.json, through the `tokenizers` package. One file is one document, and so is one line of a .jsonl file; the
-end-of-text id follows every document. Files of any size: only a few MiB of text are held at a time.
+Hugging Face tokenizer.json, through the `tokenizers` package. One file is one document, and so is one line of a .jsonl file, one element
+of a .json array and one row of a .parquet file; any of them may be compressed (.gz, .bz2, .xz, .zst). The end-of-text id follows every
+document. Files of any size: only a few MiB of text are held at a time.
+
+With --chat every record is a conversation, {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "completion": ...}, or
+a plain {"text": ...}. It is rendered with the chat template that stands beside the tokenizer, and PREFIX_train_000000.mask, ... say
+which tokens count in training: those that the assistant wrote, and the end-of-turn token after them. Needs Jinja2.
 """
 import os
 import sys
 if __name__ == "__main__" and sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
-    del sys.path[0]         # a script's folder comes first in the search path, and the standard library has its own `tokenize`
+    sys.path.append(sys.path.pop(0))    # a script's folder comes first in the search path, but the standard library has its own `tokenize`
 import argparse
 import array
 import codecs
 import glob
+import importlib
 import json
 import time
 
@@ -23,6 +29,7 @@ HEADER_WORDS = 256
 MAGIC_UINT16, VERSION_UINT16 = 20240520, 1
 MAGIC_UINT32, VERSION_UINT32 = 20240801, 7
 MAGIC_TABLE, NO_EOT = 20240328, 0xFFFFFFFF
+MAGIC_MASK, VERSION_MASK = 20260520, 1
 PIECE = 256 << 10           # bytes of text in one call of a tokenizer, about
 BATCH = PIECE * max(8, 2 * (os.cpu_count() or 1))       # bytes of text in one batch of calls, which run in parallel
 EOT_NAMES = ["<|endoftext|>", "<|end_of_text|>", "<|eot|>", "</s>", "<eos>"]
@@ -114,28 +121,94 @@ class HuggingFace:
             ids = array.array(self.code, encoding.ids)
             yield little_endian(ids), max(ids, default=0)
 
+    def encode_chats(self, chats):
+        """Ids of each (text, spans) and one byte a token, 1 inside the spans; spans None: everything counts."""
+        import chat_template
+        for (_, spans), encoding in zip(chats, self.tokenizer.encode_batch([text for text, _ in chats], add_special_tokens=False)):
+            n = len(encoding.ids)
+            yield array.array(self.code, encoding.ids), bytes([1]) * n if spans is None else chat_template.mark(encoding.offsets, spans, n)
+
 
 # ------------------------------------------------------------------------------------------------------------------- input
+SIGNATURES = [(b"PK\x03\x04", "a zip archive"), (b"%PDF", "a PDF"), (b"\x93NUMPY", "a numpy array"), (b"ARROW1", "an arrow file"),
+              (b"7z\xbc\xaf", "a 7z archive"), (b"GGUF", "a GGUF model"), (b"\x7fELF", "a program"), (b"\x89PNG", "a picture"), (b"SQLite", "a database"),
+              (MAGIC_UINT16.to_bytes(4, "little"), "a token shard"), (MAGIC_UINT32.to_bytes(4, "little"), "a token shard"),
+              (MAGIC_MASK.to_bytes(4, "little"), "a loss mask"), (MAGIC_TABLE.to_bytes(4, "little"), "a decode table")]
+PACKED = [(b"\x1f\x8b", "gzip"), (b"BZh", "bz2"), (b"\xfd7zXZ\0", "lzma"), (b"\x28\xb5\x2f\xfd", "zstandard")]
+
+
+class Input:
+    """A file by what is in it: kind text, lines, array or parquet, `size` in bytes (unpacked) or records."""
+
+    def __init__(self, path, lines):
+        self.path, self.packed = path, None
+        with open(path, "rb") as f:
+            head = f.read(512)
+        name = path
+        for signature, module in PACKED:
+            if head.startswith(signature):
+                self.packed = needs(module, path)
+                name = os.path.splitext(path)[0]
+                with self.open() as f:
+                    head = f.read(512)
+        for signature, what in SIGNATURES + [(s, "a packed file inside a packed file") for s, _ in PACKED]:
+            if head.startswith(signature):
+                fail(f"{path}: is {what}, not text", "give text, .jsonl, .json or .parquet, plain or packed with gzip, bz2, xz or zstd")
+        if head[257:262] == b"ustar":
+            fail(f"{path}: is a tar archive, not text", "unpack it first")
+        if head.startswith(b"PAR1"):
+            if self.packed:
+                fail(f"{path}: is a packed parquet file", "unpack it first")
+            self.kind = "parquet"
+            self.table = needs("pyarrow.parquet", path).ParquetFile(path)
+            self.size = self.table.metadata.num_rows
+        elif name.endswith(".json") and head.lstrip().startswith(b"["):
+            self.kind = "array"
+            with self.open() as f:
+                try:
+                    self.records = json.load(f)
+                except ValueError as e:
+                    fail(f"{path}: no JSON array: {e}", "give valid JSON, or name it .txt to read it as text")
+            self.size = len(self.records)
+        else:
+            self.kind = "lines" if lines or name.endswith((".jsonl", ".json", ".ndjson")) else "text"
+            self.size = os.path.getsize(path) if not self.packed else self.count()
+
+    def open(self):
+        return self.packed.open(self.path, "rb") if self.packed else open(self.path, "rb")
+
+    def count(self):
+        with self.open() as f:
+            return sum(map(len, iter(lambda: f.read(1 << 20), b"")))
+
+
+def needs(module, path):
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        fail(f"{path}: reading it needs the Python package {module.split('.')[0]}", f"python3 -m pip install {module.split('.')[0]}, or unpack it first")
+
+
 class Reader:
     """Documents of the files as pieces: yields (split, piece in bytes or None at the end of a document)."""
 
-    def __init__(self, args, as_text, progress):
+    def __init__(self, args, as_text, progress, chat):
         self.args, self.as_text, self.progress, self.repaired, self.documents = args, as_text, progress, set(), 0
+        self.chat = chat
 
-    def documents_of(self, path):
-        size = os.path.getsize(path)
-        if self.args.jsonl or path.endswith(".jsonl"):
-            yield from self.lines(path, size)
-        elif size:
-            cut = self.cut(path, size)
-            yield from self.text(path, "train", 0, cut)
-            yield from self.text(path, "val", cut, size)
+    def documents_of(self, file):
+        if file.kind != "text" or self.chat:
+            yield from self.records(file)
+        elif file.size:
+            cut = self.cut(file, file.size)
+            yield from self.text(file, "train", 0, cut)
+            yield from self.text(file, "val", cut, file.size)
 
-    def cut(self, path, size):
+    def cut(self, file, size):
         """Where the held-out last part begins: after a line end, else at a character."""
         if not self.args.val_fraction:
             return size
-        with open(path, "rb") as f:
+        with file.open() as f:
             at = f.seek(int(size * (1 - self.args.val_fraction)))
             ahead = f.read(1 << 16)
         line = ahead.find(b"\n") + 1
@@ -144,12 +217,13 @@ class Reader:
         character = next((i for i, b in enumerate(ahead) if b & 0xC0 != 0x80), 0)
         return at + character
 
-    def text(self, path, split, begin, end):
+    def text(self, file, split, begin, end):
         if begin == end:
             return
         decoder = codecs.getincrementaldecoder("utf-8")("replace") if self.as_text else None
         rest = ""
-        with open(path, "rb") as f:
+        path = file.path
+        with file.open() as f:
             f.seek(begin)
             while begin < end:
                 data = f.read(min(PIECE, end - begin))
@@ -183,25 +257,79 @@ class Reader:
             if at + 1 < len(text) and not text[at + 1].isspace():
                 return at + 1
 
-    def lines(self, path, size):
-        cut, at = size * (1 - self.args.val_fraction), 0
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                split = "val" if at >= cut else "train"
-                at += len(line)
-                self.progress.add(len(line))
-                if not line.strip():
-                    continue
-                try:
-                    text = json.loads(line)[self.args.key]
-                    data = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace").encode()
-                except (ValueError, KeyError, TypeError, AttributeError) as e:
-                    fail(f"{path}: line {number}: no JSON object with a text under \"{self.args.key}\": {e!r}",
-                         "name the key with --key; every line must be one JSON object")
-                if data:
-                    self.documents += 1
-                    yield split, data
-                    yield split, None
+    def numbered(self, file):
+        """(where, split, record) of every record; a line that is no JSON is an error."""
+        cut, at = file.size * (1 - self.args.val_fraction), 0
+        if file.kind == "lines" or file.kind == "text":
+            with file.open() as f:
+                for number, line in enumerate(f, 1):
+                    split = "val" if at >= cut else "train"
+                    at += len(line)
+                    self.progress.add(len(line))
+                    if not line.strip():
+                        continue
+                    try:
+                        record = json.loads(line)
+                    except ValueError as e:
+                        fail(f"{file.path}: line {number}: not JSON: {e}", "every line must be one JSON object")
+                    yield f"line {number}", split, record
+            return
+        rows = file.records if file.kind == "array" else (row for batch in file.table.iter_batches(1000) for row in batch.to_pylist())
+        for number, record in enumerate(rows, 1):
+            self.progress.add(1)
+            yield f"{'element' if file.kind == 'array' else 'row'} {number}", "val" if number > cut else "train", record
+
+    def records(self, file):
+        key = self.args.key
+        for where, split, record in self.numbered(file):
+            if self.chat:
+                yield split, self.chat.read(file.path, where, record)
+                self.documents += 1
+                yield split, None
+                continue
+            try:
+                text = record if isinstance(record, str) else record[key]
+                data = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace").encode()
+            except (KeyError, TypeError, AttributeError) as e:
+                fail(f"{file.path}: {where}: no object with a text under \"{key}\": {e!r}",
+                     "name the key with --key, or use --chat for conversations")
+            if data:
+                self.documents += 1
+                yield split, data
+                yield split, None
+
+
+class Conversations:
+    """Reads records as conversations: (text, spans of the assistant's turns; None where all of it counts)."""
+
+    def __init__(self, args, tokenizer):
+        import chat_template
+        self.module, self.silent = chat_template, 0
+        try:
+            text, special = chat_template.load_template(os.path.dirname(os.path.abspath(args.tokenizer)), args.chat_template)
+        except (OSError, ValueError, KeyError) as e:
+            fail(f"the chat template cannot be read: {e}", "check chat_template.jinja or tokenizer_config.json beside the tokenizer")
+        if not isinstance(text, str):
+            fail(f"no chat template beside {args.tokenizer}", "put chat_template.jinja or tokenizer_config.json there, or use --chat-template FILE")
+        try:
+            self.chat = chat_template.Chat(text, special, [t["content"] for t in tokenizer.spec.get("added_tokens") or []])
+        except ImportError:
+            fail("--chat needs the Python package jinja2", "python3 -m pip install jinja2")
+        except Exception as e:          # a template that does not compile raises what it likes
+            fail(f"the chat template does not work: {e}", "check it with transformers")
+        if not self.chat.end:
+            print("warning: the chat template ends no assistant turn with an added token: the end of a turn is not learnt", file=sys.stderr)
+
+    def read(self, path, where, record):
+        try:
+            messages, counted, tools = self.module.conversation(record)
+            if isinstance(messages, str):
+                return messages, None
+            text, spans = self.chat.turns(messages, counted, tools)
+        except self.module.Refused as e:
+            fail(f"{path}: {where}: {e}", "see data/README.md, \"Conversations\"")
+        self.silent += not spans
+        return text, spans
 
 
 class Progress:
@@ -229,13 +357,13 @@ class Progress:
 
 # ------------------------------------------------------------------------------------------------------------------ output
 class Shards:
-    """One split's shards under temporary names; each header is written when its counts are known."""
+    """One split's shards, and with `masked` their loss masks, under temporary names; each header is written when its counts are known."""
 
-    def __init__(self, prefix, split, width, vocab, limit):
-        self.prefix, self.split, self.width, self.vocab, self.limit = prefix, split, width, vocab, limit
-        self.file, self.names, self.counts, self.largest = None, [], [], []
+    def __init__(self, prefix, split, width, vocab, limit, masked):
+        self.prefix, self.split, self.width, self.vocab, self.limit, self.masked = prefix, split, width, vocab, limit, masked
+        self.file, self.mask, self.names, self.counts, self.largest, self.targets = None, None, [], [], [], 0
 
-    def write(self, data, largest):
+    def write(self, data, largest, marks=None):
         at = 0
         while at < len(data):
             if not self.file:
@@ -244,9 +372,16 @@ class Shards:
                 self.largest.append(0)
                 self.file = open(self.names[-1] + ".tmp", "wb")
                 self.file.write(bytes(4 * HEADER_WORDS))
+                if self.masked:
+                    self.mask = open(mask_name(self.names[-1]) + ".tmp", "wb")
+                    self.mask.write(bytes(4 * HEADER_WORDS))
             room = (self.limit - self.counts[-1]) * self.width
             part = data[at:at + room]
             self.file.write(part)
+            if self.masked:
+                piece = marks[at // self.width:(at + len(part)) // self.width]
+                self.mask.write(piece)
+                self.targets += sum(piece)
             self.counts[-1] += len(part) // self.width
             # a piece that is cut between two shards states its own largest id in both: an upper bound would refuse a good shard
             whole = len(part) == len(data)
@@ -258,12 +393,25 @@ class Shards:
     def close(self):
         if self.file:
             magic, version = (MAGIC_UINT16, VERSION_UINT16) if self.width == 2 else (MAGIC_UINT32, VERSION_UINT32)
-            self.file.seek(0)
-            self.file.write(header(magic, version, self.counts[-1], self.vocab, self.largest[-1]))
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            self.file = None
+            self.finish(self.file, header(magic, version, self.counts[-1], self.vocab, self.largest[-1]))
+            if self.mask:
+                self.finish(self.mask, header(MAGIC_MASK, VERSION_MASK, self.counts[-1]))
+            self.file = self.mask = None
+
+    @staticmethod
+    def finish(file, start):
+        file.seek(0)
+        file.write(start)
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+
+    def all_names(self):
+        return self.names + [mask_name(name) for name in self.names if self.masked]
+
+
+def mask_name(shard):
+    return shard[:-len(".bin")] + ".mask"
 
 
 def numbers(data, width):
@@ -305,7 +453,7 @@ def write_table(name, entries, eot, added):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("files", nargs="*", metavar="FILE", help="text (UTF-8), or .jsonl; none: write the decode table only")
+    p.add_argument("files", nargs="*", metavar="FILE", help="text (UTF-8), .jsonl, .json or .parquet, also packed; none: write the decode table only")
     p.add_argument("--out", required=True, metavar="PREFIX", help="what the names of all written files begin with")
     p.add_argument("--tokenizer", metavar="FILE", help="a Hugging Face tokenizer.json (default: bytes)")
     p.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="tokens in a shard (default 100,000,000)")
@@ -314,18 +462,32 @@ def main():
     p.add_argument("--eot", type=int, metavar="ID", help="end-of-text id (default: the tokenizer's <|endoftext|>, ...; bytes: 256)")
     p.add_argument("--jsonl", action="store_true", help="every FILE is JSON lines, whatever its name")
     p.add_argument("--key", default="text", help="where a line of .jsonl has its text (default: text)")
+    p.add_argument("--chat", action="store_true", help="records are conversations; the assistant's tokens are what counts in training")
+    p.add_argument("--chat-template", metavar="FILE", help="with --chat: the Jinja template (default: the one beside the tokenizer)")
+    p.add_argument("--max-len", type=int, metavar="N", help="with --chat: conversations of more than N tokens are too long")
+    p.add_argument("--too-long", choices=["drop", "cut"], default="drop", help="what happens to them (default: drop)")
     p.add_argument("--force", action="store_true", help="replace the files of an earlier run with this PREFIX")
     args = p.parse_args()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):      # text that the terminal cannot show must not end the run
+            stream.reconfigure(errors="backslashreplace")
 
     if not 0 <= args.val_fraction < 1:
         fail(f"--val-fraction {args.val_fraction} is not in [0, 1)", "0.1 holds out a tenth")
     if not 1 <= args.shard_tokens < 1 << 31:
         fail(f"--shard-tokens {args.shard_tokens} is not in [1, 2^31)", "the header's count is an int32; the default is 100000000")
+    if args.chat and not args.tokenizer:
+        fail("--chat without --tokenizer", "conversations need the tokenizer.json whose chat template renders them")
+    if (args.max_len is not None or args.chat_template) and not args.chat:
+        fail("--max-len and --chat-template belong to --chat", "add --chat, or leave them out")
+    if args.max_len is not None and args.max_len < 2:
+        fail(f"--max-len {args.max_len} is below 2", "give the longest conversation in tokens, such as --seq-len's value")
     for path in args.files:
         if not os.path.isfile(path):
             fail(f"{path}: no such file", "name text files or .jsonl files")
     prefix = glob.escape(args.out)
-    old = sorted(glob.glob(prefix + "_train_[0-9]*.bin") + glob.glob(prefix + "_val_[0-9]*.bin") + glob.glob(prefix + ".vocab"))
+    old = [name for end in ("_train_[0-9]*.bin", "_val_[0-9]*.bin", "_train_[0-9]*.mask", "_val_[0-9]*.mask", ".vocab")
+           for name in sorted(glob.glob(prefix + end))]
     if not args.files:
         old = [name for name in old if name.endswith(".vocab")]
     if old and not args.force:
@@ -342,16 +504,37 @@ def main():
         tokenizer.eot = args.eot
     if not 0 <= tokenizer.eot < tokenizer.vocab:
         fail(f"--eot {tokenizer.eot} is not in the vocabulary of {tokenizer.vocab} ids", "name the id that ends a document")
+    chat = Conversations(args, tokenizer) if args.chat else None
     width = 2 if tokenizer.vocab <= 65536 else 4
     entries = tokenizer.entries()
     eot = tokenizer.eot.to_bytes(width, "little")
-    shards = {split: Shards(args.out, split, width, tokenizer.vocab, args.shard_tokens) for split in ("train", "val")}
-    progress = Progress(sum(map(os.path.getsize, args.files)))
-    reader = Reader(args, as_text=bool(args.tokenizer), progress=progress)
-    pending, held = [], 0
+    shards = {split: Shards(args.out, split, width, tokenizer.vocab, args.shard_tokens, args.chat) for split in ("train", "val")}
+    inputs = [Input(path, args.jsonl) for path in args.files]
+    progress = Progress(sum(file.size for file in inputs))
+    reader = Reader(args, as_text=bool(args.tokenizer), progress=progress, chat=chat)
+    pending, held, dropped, shortened = [], 0, 0, 0
+
+    def flush_chats():
+        nonlocal dropped, shortened
+        chats = [(split, piece) for split, piece in pending if piece is not None]
+        for (split, (_, spans)), (ids, marks) in zip(chats, tokenizer.encode_chats([piece for _, piece in chats])):
+            if args.max_len and len(ids) > args.max_len:
+                if args.too_long == "drop":
+                    dropped += 1
+                    continue
+                shortened += 1
+                ids, marks = ids[:args.max_len], marks[:args.max_len]
+            shards[split].write(little_endian(ids), max(ids, default=0), marks)
+            # the end of a text is to be learnt; after a conversation it only divides it from the next one
+            shards[split].write(eot, tokenizer.eot, bytes([spans is None]))
+            progress.tokens += len(ids) + 1
 
     def flush():
         nonlocal pending, held
+        if chat:
+            flush_chats()
+            pending, held = [], 0
+            return
         encoded = tokenizer.encode([piece for _, piece in pending if piece is not None])
         for split, piece in pending:
             data, largest = next(encoded) if piece is not None else (eot, tokenizer.eot)
@@ -361,10 +544,10 @@ def main():
 
     written = [args.out + ".vocab"]
     try:
-        for path in args.files:
-            for split, piece in reader.documents_of(path):
+        for file in inputs:
+            for split, piece in reader.documents_of(file):
                 pending.append((split, piece))
-                held += len(piece) if piece else 0
+                held += len(piece[0] if chat else piece) if piece else 0
                 if held >= BATCH or len(pending) >= 20_000:
                     flush()
         flush()
@@ -374,10 +557,10 @@ def main():
         if args.files:
             for split in ["train"] + (["val"] if args.val_fraction else []):
                 if not shards[split].names:
-                    fail(f"no text for {split}: {len(args.files)} files hold {progress.total:,} bytes",
+                    fail(f"no text for {split}: {len(args.files)} files, {reader.documents} documents, {dropped} of them too long",
                          "give more text" if split == "train" else "a larger --val-fraction or more text")
         write_table(written[0] + ".tmp", entries, tokenizer.eot, tokenizer.added)
-        written += shards["train"].names + shards["val"].names
+        written += shards["train"].all_names() + shards["val"].all_names()
         for name in old:                # only now: a run that fails leaves the earlier files alone
             os.remove(name)
         for name in written:
@@ -386,9 +569,10 @@ def main():
         fail(f"cannot read or write {e.filename or args.out}: {e.strerror}", "check the folder, its permissions and the free space")
     finally:
         for s in shards.values():
-            if s.file:
-                s.file.close()
-        for name in set(written + shards["train"].names + shards["val"].names):
+            for file in (s.file, s.mask):
+                if file:
+                    file.close()
+        for name in set(written + shards["train"].all_names() + shards["val"].all_names()):
             if os.path.exists(name + ".tmp"):
                 os.remove(name + ".tmp")
 
@@ -397,11 +581,16 @@ def main():
     for split, s in shards.items():
         for i, name in enumerate(s.names):
             text = verify(name, s.counts[i], s.largest[i], width, entries)
-            print(f"{name}  {s.counts[i]:,} tokens  uint{8 * width}  largest id {s.largest[i]}  {json.dumps(text[:60], ensure_ascii=False)}")
+            mask = "  and its mask" if s.masked else ""
+            print(f"{name}{mask}  {s.counts[i]:,} tokens  uint{8 * width}  largest id {s.largest[i]}  {json.dumps(text[:60], ensure_ascii=False)}")
     print(f"{written[0]}  decode table of {tokenizer.vocab:,} ids, end of text {tokenizer.eot}, tokenizer {tokenizer.name}")
     if args.files:
         total = sum(sum(s.counts) for s in shards.values())
-        print(f"{reader.documents:,} documents, {progress.total:,} bytes, {total:,} tokens in {time.time() - progress.start:.1f} s; "
+        if chat:
+            targets = sum(s.targets for s in shards.values())
+            print(f"{targets:,} tokens count ({100 * targets / total:.1f} %); {dropped:,} conversations of more than {args.max_len} tokens dropped, "
+                  f"{shortened:,} cut; {chat.silent:,} without a turn that counts")
+        print(f"{reader.documents:,} documents, {total:,} tokens in {time.time() - progress.start:.1f} s; "
               f"the model's vocab_size must be at least {tokenizer.vocab:,}")
         val = f" --val '{args.out}_val_*.bin'" if shards["val"].names else ""
         print(f"use: --train '{args.out}_train_*.bin'{val}")
