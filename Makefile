@@ -40,10 +40,9 @@ CUDA_KERNELS = $(filter-out $(if $(USE_CUDNN),,%cudnn.c),$(CUDA_SOURCES)) \
 KERNELS = $(if $(filter cuda,$(BACKEND)),$(CUDA_KERNELS),$(CPU_KERNELS))
 
 TRANSPORT_none = parallel/comm_none.c
-TRANSPORT_mpi = parallel/comm_mpi.c parallel/comm_mpi_call.c parallel/comm_watch.c
-TRANSPORT_nccl = parallel/comm_nccl.cu parallel/comm_join.c parallel/comm_watch.c
-PARALLEL = $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)) \
-    parallel/comm_common.c
+TRANSPORT_mpi = parallel/comm_mpi.c
+TRANSPORT_nccl = parallel/comm_nccl.cu parallel/comm_join.c
+PARALLEL = $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c))
 MODEL = $(filter-out model/test_%,$(wildcard model/*.c))
 DATA = data/loader.c data/shard.c data/tokens.c
 

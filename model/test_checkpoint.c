@@ -1,7 +1,7 @@
 // Checkpoints, configs and the safetensors format: numbered checks, alone on one process.
 //   cc -std=c11 -o test_checkpoint model/test_checkpoint.c model/config.c model/model.c
 //   model/safetensors.c model/checkpoint*.c kernels/fail.c kernels/cpu/*.c
-//      parallel/comm_none.c parallel/comm_common.c -lcjson -lm;   ./test_checkpoint [folder with
+//      parallel/comm_none.c parallel/comm.c -lcjson -lm;   ./test_checkpoint [folder with
 //      fixtures]
 //
 // Every number in a checkpoint is a hash of (HF tensor, index, what it is): a wrong expert, row,

@@ -1,80 +1,136 @@
-// comm.h over MPI: joining, groups, starting and waiting. How a call moves is in comm_mpi_call.c,
-// the picture of both in comm_mpi.h.
+// The transport over MPI (transport.h): CPUs, and several ranks on one GPU in tests, staged through
+// the host. Only nonblocking point-to-point messages are used; the collectives and their order of
+// summation are ours, so that results do not depend on the MPI library.
 //
-// The transport works on host memory. Where the device has its own, or `check` wants destinations
-// poisoned, a call works on private copies that comm_wait writes back.
+// A started call becomes a Transfer. A phase posts all its receives, then all its sends; when all
+// have completed, the next is posted:
+//
+//   all_gather       GATHER             every rank sends its piece to every other
+//   reduce_scatter   REDUCE...          piece j goes to rank j, in rounds of what the staging area
+//                                       holds; after each the owner adds the parts in rank order
+//   all_reduce       REDUCE... GATHER   a piece for each rank, so that one rank makes each sum and
+//                                       all hold its bits
+//   all_to_all       EXCHANGE           uneven rows, empty messages too: a message of the wrong
+//                                       length is then always noticed
+//
+// Any wait progresses every call in flight. Posting never blocks, and ranks issue calls and waits
+// in one order (I2, calls do not depend on data), so nothing can deadlock. Messages of one call
+// between two ranks share a tag (the number of the call in its group) and MPI keeps their order;
+// calls differ in tag, so one may overtake another.
 #define _GNU_SOURCE
-#include "comm_mpi.h"
+#include "transport.h"
 #include "../kernels/fail.h"
+#include <mpi.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
-int mpi_world_rank, mpi_oversubscribed;
-static int world_size, local_rank, local_size, thread_level, on_device;
-static Comm **groups; // (n_groups) in the order of their building
-static int n_groups;
+enum { TAGS = 32768 }; // MPI guarantees tags up to 32767
+
+typedef enum { EXCHANGE, REDUCE, GATHER, FINISHED } Phase;
+typedef struct {
+    int peer, receive, done;
+    size_t bytes;
+} Message;
+typedef struct {
+    char *p;
+    size_t bytes;
+} Room; // memory that grows and stays
+typedef struct {
+    const Call *c;
+    int kind, root; // kind: c->record.kind, or what moves host memory
+    Phase phase;
+    size_t piece, round; // elements of a rank's piece; round of REDUCE
+    char *dst;           // host memory, as are src and own
+    const char *src, *own;
+    Room copy_dst, copy_src; // on a GPU: what dst and src are copies in
+    int n_messages, pending, capacity;
+    Message *message;     // (capacity)
+    MPI_Request *request; // (capacity)
+} Transfer;
+
+static World world;
+static int thread_level, oversubscribed;
+static Transfer transfers[COMM_CALLS + 1]; // the last one moves host memory
+static Transfer *active[COMM_CALLS + 1];   // not FINISHED, oldest first
+static int n_active;
+static int *done_index; // of MPI_Testsome, (done_capacity)
+static MPI_Status *done_status;
+static int done_capacity;
 static MPI_Win board_window = MPI_WIN_NULL;
-static volatile int *board; // (local_size + 1) 1: that rank waits; last: 1 + the rank that speaks
-                            // for all when the run ends. 0 where there is no shared memory
-static int *board_place;    // (world_size) place on the board, MPI_UNDEFINED = another machine
+// (local_size + 1) in memory that the ranks of this machine share: 1 = that rank is inside a wait.
+// A report can then tell the rank that holds everybody up from those that are held up too. The last
+// place: 1 + the rank that speaks for all when the run ends. 0 where there is no shared memory.
+static volatile int *board;
+static int *board_place; // (world.size) place on the board, MPI_UNDEFINED = another machine
+
+// The group's own part.
+typedef struct {
+    MPI_Comm mpi;
+    Transfer *stage_user; // the transfer in flight that uses the staging area, or 0
+    const void **part;    // (n) argument of sum_parts
+} Group;
+static Group *group_of(const Comm *g) { return (Group *)g->transport; }
+
+static void mpi_check(int error, const char *what) {
+    if (error == MPI_SUCCESS) return;
+    char text[MPI_MAX_ERROR_STRING];
+    int length;
+    MPI_Error_string(error, text, &length);
+    die("MPI: %s: %s|see whether all ranks still run and the network is up", what, text);
+}
 
 // ---- joining and leaving --------------------------------------------------------------------
-void comm_abort(int status) {
-    if (world_size == 1)
-        _exit(status ? status : 1); // nobody else to end, and MPI_Abort would print ten lines
-                                    // behind the one that matters
-    // MPI_Abort may itself be stuck when the network is: the signal then ends this process, and the
-    // launcher the others.
-    signal(SIGALRM, SIG_DFL);
-    alarm(5);
-    MPI_Abort(MPI_COMM_WORLD, status);
+void transport_abort(int status) {
+    // A world of one has nobody else to end, and MPI_Abort would print ten lines after the one that
+    // matters. MPI_Abort may itself be stuck when the network is: the signal then ends this
+    // process, and the launcher the others.
+    if (world.size > 1) {
+        signal(SIGALRM, SIG_DFL);
+        alarm(5);
+        MPI_Abort(MPI_COMM_WORLD, status);
+    }
     _exit(status ? status : 1);
 }
 
-static void abort_all(void) { comm_abort(1); }
+static void abort_all(void) { transport_abort(1); }
 
 static void build_board(MPI_Comm here) {
-    int *mine, unit;
+    int *mine, *first, unit;
+    int last = world.local_rank + 1 == world.local_size;
     MPI_Aint bytes;
     MPI_Comm_set_errhandler(here, MPI_ERRORS_RETURN);
-    int last = local_rank + 1 == local_size;
     if (MPI_Win_allocate_shared((MPI_Aint)sizeof *mine * (1 + last), sizeof *mine, MPI_INFO_NULL,
                                 here, &mine, &board_window) != MPI_SUCCESS)
         return; // reports then say less
     mine[0] = mine[last] = 0;
     MPI_Barrier(here);
-    int *first;
-    MPI_Win_shared_query(board_window, 0, &bytes, &unit,
-                         &first); // the ranks' pieces lie behind one another
+    MPI_Win_shared_query(board_window, 0, &bytes, &unit, &first); // the ranks' pieces are adjacent
     board = first;
-    int *ranks = (int *)xmalloc((size_t)world_size * sizeof *ranks, "ranks of this machine");
-    board_place = (int *)xmalloc((size_t)world_size * sizeof *board_place, "ranks of this machine");
-    for (int i = 0; i < world_size; i++) ranks[i] = i;
+    size_t table = (size_t)world.size * sizeof(int);
+    int *ranks = (int *)xmalloc(table, "ranks of this machine");
+    board_place = (int *)xmalloc(table, "ranks of this machine");
+    for (int i = 0; i < world.size; i++) ranks[i] = i;
     MPI_Group all, local;
     MPI_Comm_group(MPI_COMM_WORLD, &all);
     MPI_Comm_group(here, &local);
-    MPI_Group_translate_ranks(all, world_size, ranks, local, board_place);
+    MPI_Group_translate_ranks(all, world.size, ranks, local, board_place);
     MPI_Group_free(&all);
     MPI_Group_free(&local);
     free(ranks);
 }
 
 static int claim_last_words(void) {
-    return !board || __sync_bool_compare_and_swap(&board[local_size], 0, 1 + mpi_world_rank) ||
-           board[local_size] == 1 + mpi_world_rank;
+    if (!board) return 1;
+    volatile int *speaker = &board[world.local_size];
+    return __sync_bool_compare_and_swap(speaker, 0, 1 + world.rank) || *speaker == 1 + world.rank;
 }
 
-void mpi_set_waiting(int waiting) {
-    if (board) board[local_rank] = waiting;
-}
-int mpi_is_waiting(int world_rank) {
-    return board && board_place[world_rank] != MPI_UNDEFINED ? board[board_place[world_rank]] : -1;
-}
-
-void comm_init(int *argc, char ***argv) {
+void transport_init(int *argc, char ***argv) {
     // More ranks than cores: MPI's own blocking calls must give the core away. Before MPI_Init only
     // the launcher's variable tells.
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
@@ -86,62 +142,48 @@ void comm_init(int *argc, char ***argv) {
         setenv("OMPI_MCA_ess_singleton_isolated", "1", 0);
     mpi_check(MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &thread_level), "MPI_Init");
     MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
-    MPI_Comm_rank(MPI_COMM_WORLD, &mpi_world_rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &world_size);
-    die_set(mpi_world_rank, abort_all);
+    MPI_Comm_rank(MPI_COMM_WORLD, &world.rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &world.size);
+    die_set(world.rank, abort_all);
     MPI_Comm here;
-    mpi_check(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, mpi_world_rank,
-                                  MPI_INFO_NULL, &here),
-              "ranks of this machine");
-    MPI_Comm_rank(here, &local_rank);
-    MPI_Comm_size(here, &local_size);
+    mpi_check(
+        MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, world.rank, MPI_INFO_NULL, &here),
+        "ranks of this machine");
+    MPI_Comm_rank(here, &world.local_rank);
+    MPI_Comm_size(here, &world.local_size);
     build_board(here);
     die_claim_set(claim_last_words);
     MPI_Comm_free(&here);
-    mpi_oversubscribed = local_size > cores;
+    oversubscribed = world.local_size > cores;
 }
 
-void comm_start(CommOptions options) {
-    comm_options = options;
-    if (comm_world_size() == 1)
+void transport_start(void) {
+    if (world.size == 1)
         check_alone(
             "use the mpirun of the MPI it was built with; under Slurm: srun --mpi=list shows what fits");
-    on_device = strcmp(device_backend(), "cpu") != 0;
-    watch_start(mpi_world_rank, thread_level >= MPI_THREAD_MULTIPLE, comm_abort);
+    watch_start(thread_level >= MPI_THREAD_MULTIPLE);
 }
 
-static void report_text(const void *context, char *text, size_t size) {
-    snprintf(text, size, "%s", (const char *)context);
-}
+World transport_world(void) { return world; }
+int transport_forces(void) { return 1; }
+void transport_leave(void) { mpi_check(MPI_Barrier(MPI_COMM_WORLD), "end of the run"); }
 
-void comm_finish(void) {
-    watch_enter(report_text, "end of the run, MPI_Finalize");
-    mpi_check(MPI_Barrier(MPI_COMM_WORLD), "end of the run");
-    for (int i = 0; i < n_groups; i++) {
-        Comm *g = groups[i];
-        MPI_Comm_free(&g->mpi);
-        if (g->stage_malloced) free(g->stage);
-        free(g->world);
-        free(g->part);
-        free(g->numbers);
-        free(g);
+void transport_finish(void) {
+    for (int i = 0; i <= COMM_CALLS; i++) {
+        free(transfers[i].copy_dst.p);
+        free(transfers[i].copy_src.p);
+        free(transfers[i].message);
+        free(transfers[i].request);
     }
-    free(groups);
-    calls_free_memory();
+    free(done_index);
+    free(done_status);
     if (board) MPI_Win_free(&board_window);
     board = 0;
     free(board_place);
     MPI_Finalize();
-    watch_leave();
-    watch_stop();
 }
 
-int comm_world_rank(void) { return mpi_world_rank; }
-int comm_world_size(void) { return world_size; }
-int comm_local_rank(void) { return local_rank; }
-int comm_local_size(void) { return local_size; }
-
-const char *comm_describe(void) {
+const char *transport_describe(void) {
     static char text[MPI_MAX_LIBRARY_VERSION_STRING + 8];
     char version[MPI_MAX_LIBRARY_VERSION_STRING];
     int length;
@@ -152,280 +194,406 @@ const char *comm_describe(void) {
 }
 
 // ---- groups ---------------------------------------------------------------------------------
-Comm *comm_group(const char *name, const int *world_ranks, int n) {
+void transport_group(Comm *g, const char *name) {
     MPI_Comm mpi;
     char text[96];
     snprintf(text, sizeof text, "building group %s, MPI_Comm_split", name);
-    watch_enter(report_text, text);
-    mpi_check(
-        MPI_Comm_split(MPI_COMM_WORLD, n ? world_ranks[0] : MPI_UNDEFINED, mpi_world_rank, &mpi),
-        text);
+    watch_enter(watch_text, text);
+    mpi_check(MPI_Comm_split(MPI_COMM_WORLD, g ? g->world[0] : MPI_UNDEFINED, world.rank, &mpi),
+              text);
     watch_leave();
-    if (n == 0) return 0;
-    groups = (Comm **)realloc(groups, (size_t)(n_groups + 1) * sizeof *groups);
-    if (!groups) die("out of host memory for groups of ranks|free memory");
-    Comm *g = (Comm *)xcalloc(1, sizeof *g, "group");
-    snprintf(g->name, sizeof g->name, "%s", name);
-    g->n = n;
-    g->mpi = mpi;
-    g->local = n == 1 && !comm_options.force;
-    g->world = (int *)xmalloc((size_t)n * sizeof *g->world, "group");
-    g->part = (const void **)xmalloc((size_t)n * sizeof *g->part, "group");
-    g->numbers = (int64_t *)xmalloc((size_t)n * sizeof *g->numbers, "group");
-    memcpy(g->world, world_ranks, (size_t)n * sizeof *g->world);
-    g->stage_owner = -1;
-    int size;
+    if (!g) return;
+    int size, rank;
     MPI_Comm_size(mpi, &size);
-    MPI_Comm_rank(mpi, &g->rank);
-    if (size != n || world_ranks[g->rank] != mpi_world_rank)
+    MPI_Comm_rank(mpi, &rank);
+    if (size != g->n || rank != g->rank)
         die("group %s: rank %d names %d members, MPI found %d|a bug of the caller: groups of one call must not overlap, ranks ascend",
-            name, mpi_world_rank, n, size);
+            name, world.rank, g->n, size);
     MPI_Comm_set_errhandler(mpi, MPI_ERRORS_RETURN);
-    return groups[n_groups++] = g;
+    Group *own = (Group *)xcalloc(1, sizeof *own, "group");
+    own->mpi = mpi;
+    own->part = (const void **)xmalloc((size_t)g->n * sizeof *own->part, "group");
+    g->transport = own;
 }
 
-int comm_rank(const Comm *g) { return g->rank; }
-int comm_size(const Comm *g) { return g->n; }
-int comm_is_local(const Comm *g) { return g->local; }
-
-void comm_reserve(Comm *g, size_t bytes, Arena *arena) {
-    if (g && g->local) return;
-    bytes = stage_size(bytes);
-    // Staging is read and written by the host: on a GPU it is host memory, and not the arena's.
-    if (strcmp(device_backend(), "cpu")) return;
-    char *p = (char *)arena_take(arena, bytes, "communication staging");
-    if (!g || !p || (!g->stage_malloced && bytes <= g->stage_bytes)) return;
-    if (g->stage_malloced) free(g->stage);
-    g->stage_malloced = 0;
-    g->stage = p;
-    g->stage_bytes = bytes;
+void transport_group_free(Comm *g) {
+    MPI_Comm_free(&group_of(g)->mpi);
+    free(group_of(g)->part);
+    free(g->transport);
 }
 
-CommTraffic comm_traffic(Comm *g, int kind, int reset) {
-    CommTraffic t = g->traffic[kind];
-    if (reset) memset(&g->traffic[kind], 0, sizeof t);
-    return t;
-}
+static int on_gpu(void) { return strcmp(device_backend(), "cpu") != 0; }
+int transport_stages_on_device(void) { return !on_gpu(); }
 
-// ---- start and wait -------------------------------------------------------------------------
-// A sum over the bytes of a buffer in flight: `check` compares it at start and wait.
-static uint64_t buffer_sum(const char *p, size_t bytes) {
-    uint64_t sum = bytes, word;
-    size_t i = 0;
-    for (; i + 8 <= bytes; i += 8) {
-        memcpy(&word, p + i, 8);
-        sum = (sum ^ word) * 0x9e3779b97f4a7c15u;
-    }
-    for (; i < bytes; i++) sum = (sum ^ (unsigned char)p[i]) * 0x9e3779b97f4a7c15u;
-    return sum;
-}
-
-static int is_staged(void) { return on_device || comm_options.check; }
-
-// Gives the call its buffers: the program's, or private copies of them. keep: dst holds something
-// that the call reads (in place, accumulate).
-static void take_buffers(Call *c, void *dst, size_t dst_bytes, const void *src, size_t src_bytes,
-                         int keep, Stream stream) {
-    c->dst = c->user_dst = (char *)dst;
-    c->src = c->user_src = (const char *)src;
-    c->dst_bytes = dst_bytes;
-    c->src_bytes = src_bytes;
-    if (!is_staged()) return;
-    c->dst = room(&c->copy_dst, dst_bytes);
-    if (on_device) {
-        stream_order(stream, STREAM_COMPUTE); // device_download waits for COMPUTE
-        if (src_bytes) device_download(room(&c->copy_src, src_bytes), src, src_bytes);
-        c->src = c->copy_src.p;
-        if (keep && dst_bytes) device_download(c->dst, dst, dst_bytes);
-        if (comm_options.check) device_poison(dst, dst_bytes);
-        return;
-    }
-    if (keep && dst_bytes) memcpy(c->dst, dst, dst_bytes);
-    if (dst_bytes) memset(dst, 0xff, dst_bytes); // NaN in every floating type
-    c->dst_sum = buffer_sum(c->user_dst, dst_bytes);
-    c->src_sum = buffer_sum(c->user_src, src_bytes);
-}
-
-static Request launch(Call *c, double since) {
-    Request r = call_launch(c);
-    if (c->record.kind < COMM_KINDS) c->g->traffic[c->record.kind].seconds += now_seconds() - since;
-    return r;
-}
-
-static void count_traffic(Call *c, size_t bytes) {
-    c->g->traffic[c->record.kind].calls++;
-    c->g->traffic[c->record.kind].bytes += (int64_t)bytes;
-}
-
-static int overlaps(const void *a, const void *b, size_t b_bytes) {
-    return (const char *)a >= (const char *)b && (const char *)a < (const char *)b + b_bytes;
-}
-
-static Request nothing(Comm *g, int kind) {
-    g->traffic[kind].calls++;
-    Request r = { -1 };
-    return r;
-}
-
-Request all_gather_start(Comm *g, void *recv, const void *send, size_t count, Dtype type,
-                         Stream stream) {
-    if (g->local) {
-        stream_order(stream, STREAM_COMPUTE);
-        local_all_gather(recv, send, count, type);
-        return nothing(g, COMM_ALL_GATHER);
-    }
-    double since = now_seconds();
-    Call *c = call_new(g, COMM_ALL_GATHER, type, count);
-    size_t bytes = count * c->width, all = (size_t)g->n * bytes;
-    int in_place = overlaps(send, recv, all);
-    take_buffers(c, recv, all, send, in_place ? 0 : bytes, in_place, stream);
-    char *mine = c->dst + (size_t)g->rank * bytes;
-    c->own = in_place ? mine : (char *)c->src;
-    if (!in_place && g->n > 1 && bytes) memcpy(mine, c->src, bytes);
-    count_traffic(c, (size_t)(g->n - 1) * bytes);
-    return launch(c, since);
-}
-
-Request reduce_scatter_start(Comm *g, void *recv, const void *send, size_t count, Dtype type,
-                             int accumulate, Stream stream) {
-    if (g->local) {
-        stream_order(stream, STREAM_COMPUTE);
-        local_reduce_scatter(recv, send, count, type, accumulate);
-        return nothing(g, COMM_REDUCE_SCATTER);
-    }
-    double since = now_seconds();
-    Call *c = call_new(g, COMM_REDUCE_SCATTER, type, count);
-    size_t bytes = count * c->width, all = (size_t)g->n * bytes;
-    int in_place = overlaps(recv, send, all);
-    take_buffers(c, recv, bytes, send, all, in_place || accumulate, stream);
-    c->own = in_place ? c->dst : (char *)c->src + (size_t)g->rank * bytes;
-    c->accumulate = accumulate;
-    count_traffic(c, (size_t)(g->n - 1) * bytes);
-    return launch(c, since);
-}
-
-Request all_reduce_start(Comm *g, void *buffer, size_t count, Dtype type, Stream stream) {
-    if (g->local) {
-        stream_order(stream, STREAM_COMPUTE);
-        return nothing(g, COMM_ALL_REDUCE);
-    }
-    double since = now_seconds();
-    Call *c = call_new(g, COMM_ALL_REDUCE, type, count);
-    c->count = (count + (size_t)g->n - 1) / (size_t)g->n;
-    take_buffers(c, buffer, count * c->width, 0, 0, 1, stream);
-    size_t mine, begin = call_piece(c, g->rank, &mine);
-    c->src = c->dst;
-    c->own = c->dst + begin * c->width;
-    // The others' pieces of this rank go out, then its own sum to each of them.
-    count_traffic(c, (count - mine + (size_t)(g->n - 1) * mine) * c->width);
-    return launch(c, since);
-}
-
-Request all_to_all_start(Comm *g, void *recv, const int64_t *recv_rows, const void *send,
-                         const int64_t *send_rows, size_t row_bytes, Stream stream) {
-    if (g->local) {
-        stream_order(stream, STREAM_COMPUTE);
-        local_all_to_all(g->name, recv, recv_rows[0], send, send_rows[0], row_bytes);
-        return nothing(g, COMM_ALL_TO_ALL);
-    }
-    double since = now_seconds();
-    Call *c = call_new(g, COMM_ALL_TO_ALL, DTYPE_U8, row_bytes);
-    size_t from = 0, to = 0, n = (size_t)g->n, me = (size_t)g->rank, my_from = 0, my_to = 0;
-    c->rows = (size_t *)(void *)room(&c->rows_room, 2 * n * sizeof *c->rows);
-    for (size_t j = 0; j < n; j++) {
-        if (send_rows[j] < 0 || recv_rows[j] < 0)
-            die("all_to_all in group %s: negative number of rows|a bug of the caller", g->name);
-        c->rows[j] = (size_t)send_rows[j] * row_bytes;
-        c->rows[n + j] = (size_t)recv_rows[j] * row_bytes;
-        if (j < me) {
-            my_to += c->rows[j];
-            my_from += c->rows[n + j];
+// ---- messages -------------------------------------------------------------------------------
+static void post(Transfer *t, int receive, int peer, const void *memory, size_t bytes) {
+    char *p = (char *)memory;
+    do { // an empty message is a message
+        if (t->n_messages == t->capacity) {
+            t->capacity = t->capacity ? 2 * t->capacity : 16;
+            size_t n = (size_t)t->capacity;
+            t->message = (Message *)realloc(t->message, n * sizeof *t->message);
+            t->request = (MPI_Request *)realloc(t->request, n * sizeof *t->request);
+            if (!t->message || !t->request) die("out of host memory for messages|free memory");
         }
-        to += c->rows[j];
-        from += c->rows[n + j];
-    }
-    if (c->rows[me] != c->rows[n + me])
-        die("all_to_all in group %s: rank %d sends itself %zu bytes and expects %zu|a bug of the caller",
-            g->name, mpi_world_rank, c->rows[me], c->rows[n + me]);
-    take_buffers(c, recv, from, send, to, 0, stream);
-    if (n > 1 && c->rows[me]) memcpy(c->dst + my_from, c->src + my_to, c->rows[me]);
-    count_traffic(c, to - c->rows[me]);
-    return launch(c, since);
+        size_t part = bytes < comm_message_bytes ? bytes : comm_message_bytes;
+        Message message = { peer, receive, 0, part };
+        t->message[t->n_messages] = message;
+        MPI_Request *request = &t->request[t->n_messages++];
+        MPI_Comm mpi = group_of(t->c->g)->mpi;
+        int tag = (int)(t->c->record.call % TAGS);
+        mpi_check(receive ? MPI_Irecv(p, (int)part, MPI_BYTE, peer, tag, mpi, request)
+                          : MPI_Isend(p, (int)part, MPI_BYTE, peer, tag, mpi, request),
+                  "posting a message");
+        t->pending++;
+        p += part;
+        bytes -= part;
+    } while (bytes);
 }
 
-static void write_back(Call *c) {
-    if (!is_staged() || c->record.kind >= COMM_KINDS) return;
-    if (on_device) {
-        if (c->dst_bytes) device_upload(c->user_dst, c->dst, c->dst_bytes);
+// Piece j of a gather or a sum: returns its first element.
+static size_t piece_begin(const Transfer *t, int j, size_t *length) {
+    size_t total = t->piece * (size_t)t->c->g->n;
+    if (t->kind == COMM_ALL_REDUCE) total = t->c->count; // cuts the last pieces short
+    return piece_of(total, t->piece, j, length);
+}
+
+// Elements of a piece that a round of REDUCE sums: the staging area holds those of n - 1 ranks.
+static size_t round_elements(const Transfer *t) {
+    const Comm *g = t->c->g;
+    return g->stage_bytes / ((size_t)(g->n > 1 ? g->n - 1 : 1) * t->c->width);
+}
+
+static char *stage_of(const Transfer *t, int peer) {
+    const Comm *g = t->c->g;
+    size_t place = (size_t)(peer > g->rank ? peer - 1 : peer);
+    return g->stage + place * round_elements(t) * t->c->width;
+}
+
+// The elements of piece j in the current round.
+static size_t round_begin(const Transfer *t, int j, size_t *length) {
+    size_t most = round_elements(t), skip = t->round * most, begin = piece_begin(t, j, length);
+    if (skip > *length) skip = *length;
+    *length -= skip;
+    if (*length > most) *length = most;
+    return begin + skip;
+}
+
+static void post_broadcast(Transfer *t) {
+    const Comm *g = t->c->g;
+    if (t->root != g->rank) {
+        post(t, 1, t->root, t->dst, t->c->dst_bytes);
         return;
     }
-    char text[256];
-    int dst_changed = buffer_sum(c->user_dst, c->dst_bytes) != c->dst_sum,
-        src_changed = buffer_sum(c->user_src, c->src_bytes) != c->src_sum;
-    if (dst_changed || src_changed) {
-        call_text(&c->record, c->g->name, text, sizeof text);
-        die("%s: its %s changed between start and wait|the call owns its buffers until comm_wait",
-            text, dst_changed ? "destination" : "source");
+    for (int turn = 1; turn < g->n; turn++) post(t, 0, send_peer(g, turn), t->own, t->c->dst_bytes);
+}
+
+static void post_exchange(Transfer *t) {
+    const Comm *g = t->c->g;
+    const int64_t *rows[2] = { t->c->to_rows, t->c->from_rows };
+    for (int receive = 1; receive >= 0; receive--) {
+        const char *p = receive ? t->dst : t->src; // the ranks' rows lie back to back
+        for (int j = 0; j < g->n; j++) {
+            size_t bytes = (size_t)rows[receive][j] * t->c->count;
+            if (j != g->rank || g->n == 1) post(t, receive, j, p, bytes);
+            p += bytes;
+        }
     }
-    if (c->dst_bytes) memcpy(c->user_dst, c->dst, c->dst_bytes);
 }
 
-void comm_wait(Request r) {
-    if (r.id < 0) return;
-    double since = now_seconds();
-    Call *c = call_of(r);
-    call_finish(c);
-    write_back(c);
-    call_free(c);
-    if (c->record.kind < COMM_KINDS) c->g->traffic[c->record.kind].seconds += now_seconds() - since;
+static void post_reduce(Transfer *t) {
+    const Comm *g = t->c->g;
+    size_t length, width = t->c->width;
+    round_begin(t, g->rank, &length);
+    for (int turn = first_turn(g); turn < g->n; turn++) {
+        int peer = receive_peer(g, turn);
+        post(t, 1, peer, stage_of(t, peer), length * width);
+    }
+    // A group of one sends its own contribution, which an in-place destination may have moved.
+    const char *from = g->n == 1 ? t->own : t->src;
+    for (int turn = first_turn(g); turn < g->n; turn++) {
+        int peer = send_peer(g, turn);
+        size_t begin = round_begin(t, peer, &length);
+        post(t, 0, peer, from + begin * width, length * width);
+    }
 }
 
-// ---- blocking calls on host memory ----------------------------------------------------------
-void comm_broadcast(Comm *g, void *host, size_t bytes, int root) {
-    if (g->n == 1) return;
-    Call *c = call_new(g, COMM_BROADCAST, DTYPE_U8, bytes);
-    c->dst = (char *)host;
-    c->dst_bytes = bytes;
-    c->root = root;
-    comm_wait(launch(c, 0));
+static void post_gather(Transfer *t) {
+    const Comm *g = t->c->g;
+    size_t length, mine, begin = piece_begin(t, g->rank, &mine), width = t->c->width;
+    if (g->n == 1 && t->own == t->dst) return; // in place: it would send a buffer into itself
+    for (int turn = first_turn(g); turn < g->n; turn++) {
+        size_t at = piece_begin(t, receive_peer(g, turn), &length);
+        post(t, 1, receive_peer(g, turn), t->dst + at * width, length * width);
+    }
+    const char *from = t->kind == COMM_ALL_REDUCE ? t->dst + begin * width : t->own;
+    for (int turn = first_turn(g); turn < g->n; turn++)
+        post(t, 0, send_peer(g, turn), from, mine * width);
 }
 
-static void host_call(Comm *g, int kind, void *recv, const void *send, size_t bytes) {
-    Call *c = call_new(g, kind, DTYPE_U8, bytes);
-    c->dst = (char *)recv;
-    c->dst_bytes = (size_t)g->n * bytes;
-    c->own = (char *)send;
-    comm_wait(launch(c, 0));
+static void post_phase(Transfer *t) {
+    t->n_messages = 0;
+    switch (t->phase) {
+    case EXCHANGE:
+        if (t->kind == COMM_BROADCAST)
+            post_broadcast(t);
+        else
+            post_exchange(t);
+        break;
+    case REDUCE: post_reduce(t); break;
+    case GATHER: post_gather(t); break;
+    case FINISHED: break;
+    }
 }
 
-void comm_all_gather_host(Comm *g, void *recv, const void *send, size_t bytes) {
-    char *mine = (char *)recv + (size_t)g->rank * bytes;
-    if (mine != send && bytes) memmove(mine, send, bytes);
-    if (g->n > 1) host_call(g, COMM_HOST_GATHER, recv, mine, bytes);
+// ---- phases ---------------------------------------------------------------------------------
+// All parts of this round are here: their sum, in rank order, is this rank's piece.
+static void sum_round(Transfer *t) {
+    const Comm *g = t->c->g;
+    size_t length, all, width = t->c->width;
+    size_t at = round_begin(t, g->rank, &length), begin = piece_begin(t, g->rank, &all);
+    const void **part = group_of(g)->part;
+    for (int j = 0; j < g->n; j++) part[j] = stage_of(t, j);
+    if (g->n > 1) part[g->rank] = t->own + (at - begin) * width;
+    if (t->kind == COMM_REDUCE_SCATTER) at -= begin; // its destination is the piece alone
+    sum_parts(t->dst + at * width, part, g->n, length, (Dtype)t->c->record.type, t->c->accumulate);
 }
 
-void comm_barrier(Comm *g) {
-    char *flags = (char *)(void *)g->numbers;
-    comm_all_gather_host(g, flags, flags + g->rank, 1);
+static Phase next_phase(Transfer *t) {
+    switch (t->phase) {
+    case REDUCE:
+        sum_round(t);
+        if (++t->round * round_elements(t) < t->piece) return REDUCE;
+        group_of(t->c->g)->stage_user = 0;
+        return t->kind == COMM_ALL_REDUCE ? GATHER : FINISHED;
+    case EXCHANGE:
+    case GATHER:
+    case FINISHED: break;
+    }
+    return FINISHED;
 }
 
-int64_t comm_max(Comm *g, int64_t value) {
-    comm_all_gather_host(g, g->numbers, &value, sizeof value);
-    for (int j = 0; j < g->n; j++)
-        if (g->numbers[j] > value) value = g->numbers[j];
-    return value;
+// Posts phases until one has messages on their way.
+static void enter_phase(Transfer *t, Phase phase) {
+    t->phase = phase;
+    post_phase(t);
+    while (t->pending == 0 && t->phase != FINISHED) {
+        t->phase = next_phase(t);
+        post_phase(t);
+    }
+    if (t->phase != FINISHED) return;
+    int k = 0;
+    for (int i = 0; i < n_active; i++)
+        if (active[i] != t) active[k++] = active[i];
+    n_active = k;
 }
 
-double comm_sum(Comm *g, double value) {
-    double *numbers = (double *)(void *)g->numbers, sum;
-    comm_all_gather_host(g, numbers, &value, sizeof value);
-    sum = numbers[0];
-    for (int j = 1; j < g->n; j++) sum += numbers[j];
-    return sum;
+// ---- progress -------------------------------------------------------------------------------
+// What rank `peer` sends is not what this rank expects of it.
+static void wrong_length(const Transfer *t, const Message *m, const char *sends) {
+    char text[256];
+    call_text(&t->c->record, t->c->g->name, text, sizeof text);
+    die("ranks disagree: %s: rank %d expects %zu bytes from rank %d, which sends %s|all ranks must issue the same calls in the same order, with sizes that agree (I2, calls do not depend on data)",
+        text, world.rank, m->bytes, t->c->g->world[m->peer], sends);
 }
 
-void comm_step_end(void) {
-    if (!comm_options.check) return;
-    for (int i = 0; i < n_groups; i++)
-        if (groups[i]->n > 1) host_call(groups[i], COMM_STEP_END, 0, 0, 0);
+static void message_done(const Transfer *t, Message *m, int error, MPI_Status *status) {
+    int class = MPI_SUCCESS, bytes;
+    char sends[16];
+    if (error == MPI_ERR_IN_STATUS) MPI_Error_class(status->MPI_ERROR, &class);
+    if (class == MPI_ERR_TRUNCATE) wrong_length(t, m, "more");
+    if (class != MPI_SUCCESS) mpi_check(status->MPI_ERROR, "a message");
+    m->done = 1;
+    if (!m->receive) return;
+    MPI_Get_count(status, MPI_BYTE, &bytes);
+    snprintf(sends, sizeof sends, "%d", bytes);
+    if ((size_t)bytes != m->bytes) wrong_length(t, m, sends);
+}
+
+// Completes what MPI has completed, of every call in flight; 1 if anything has.
+static int progress(void) {
+    int any = 0;
+    for (int i = 0; i < n_active; i++) {
+        Transfer *t = active[i];
+        int n;
+        if (done_capacity < t->n_messages) {
+            size_t capacity = (size_t)t->capacity;
+            done_capacity = t->capacity;
+            free(done_index);
+            free(done_status);
+            done_index = (int *)xmalloc(capacity * sizeof *done_index, "messages");
+            done_status = (MPI_Status *)xmalloc(capacity * sizeof *done_status, "messages");
+        }
+        int error = MPI_Testsome(t->n_messages, t->request, &n, done_index, done_status);
+        if (error != MPI_ERR_IN_STATUS) mpi_check(error, "testing messages");
+        if (n == MPI_UNDEFINED || n == 0) continue;
+        any = 1;
+        watch_lock(); // the watchdog may be reading messages and phases
+        for (int k = 0; k < n; k++)
+            message_done(t, &t->message[done_index[k]], error, &done_status[k]);
+        t->pending -= n;
+        if (t->pending == 0) {
+            int before = n_active;
+            enter_phase(t, next_phase(t));
+            if (n_active < before) i--; // its place holds the next call now
+        }
+        watch_unlock();
+    }
+    return any;
+}
+
+// Nothing has happened `idle` times in a row: give way, more and more. With a core to itself a rank
+// first looks for about 50 us, then offers the core for a millisecond.
+static void give_way(int idle) {
+    if (!oversubscribed && idle < 200) return;
+    if (idle < (oversubscribed ? 50 : 1000)) {
+        sched_yield();
+        return;
+    }
+    struct timespec nap = { 0, idle < 20000 ? 50000 : 500000 };
+    nanosleep(&nap, 0);
+}
+
+static int waits_for_nobody(int world_rank) {
+    return board && board_place[world_rank] != MPI_UNDEFINED && !board[board_place[world_rank]];
+}
+
+// For the watchdog: "step 3, layer 2 backward: call 17 in group ep, ...: no answer from ranks 3, 5,
+// of which 5 waits for nobody (busy, stopped or gone)".
+static void report_transfer(const void *context, char *text, size_t size) {
+    const Transfer *t = (const Transfer *)context;
+    const Comm *g = t->c->g;
+    char what[256], who[512] = "", idle[512] = "";
+    size_t n = 0, n_idle = 0;
+    call_text(&t->c->record, g->name, what, sizeof what);
+    int receives = 0, last = -1; // what has not come matters more than what was not taken
+    for (int i = 0; i < t->n_messages; i++)
+        receives |= t->message[i].receive && !t->message[i].done;
+    for (int i = 0; i < t->n_messages && n + 16 < sizeof who; i++) {
+        const Message *m = &t->message[i];
+        if (m->done || m->receive != receives || m->peer == last) continue;
+        last = m->peer; // a long message comes in pieces
+        int rank = g->world[m->peer];
+        n += (size_t)snprintf(who + n, sizeof who - n, "%s %d", n ? "," : "", rank);
+        if (waits_for_nobody(rank))
+            n_idle += (size_t)snprintf(idle + n_idle, sizeof idle - n_idle, "%s %d",
+                                       n_idle ? "," : "", rank);
+    }
+    snprintf(text, size, "%s: %s rank%s%s%s%s%s", what,
+             receives ? "no answer from" : "not taken by", strchr(who, ',') ? "s" : "", who,
+             n_idle ? ", of which" : "", idle,
+             n_idle ? " waits for nobody (busy, stopped or gone)" : "");
+}
+
+// Progresses all transfers until no message of this one is on its way; the watchdog watches.
+static void finish(Transfer *t) {
+    if (t->phase == FINISHED) return;
+    if (board) board[world.local_rank] = 1;
+    watch_enter(report_transfer, t);
+    for (int idle = 0; t->phase != FINISHED;) {
+        if (progress())
+            idle = 0;
+        else
+            give_way(idle++);
+    }
+    watch_leave();
+    if (board) board[world.local_rank] = 0;
+}
+
+// ---- calls ----------------------------------------------------------------------------------
+static char *room(Room *r, size_t bytes) {
+    if (bytes > r->bytes) {
+        free(r->p);
+        r->p = (char *)xmalloc(bytes, "communication buffers");
+        r->bytes = bytes;
+    }
+    return r->p;
+}
+
+// On a GPU the call works on host copies, which transport_wait writes back.
+static void take_host_copies(Transfer *t, const Call *c) {
+    stream_order(c->stream, STREAM_COMPUTE); // device_download waits for COMPUTE
+    t->dst = room(&t->copy_dst, c->dst_bytes);
+    t->src = t->dst;
+    if (c->src_bytes) {
+        t->src = room(&t->copy_src, c->src_bytes);
+        device_download(t->copy_src.p, c->src, c->src_bytes);
+    }
+    if (c->keep && c->dst_bytes) device_download(t->dst, c->dst, c->dst_bytes);
+    int in_dst = c->own >= c->dst && c->own < c->dst + c->dst_bytes;
+    t->own = in_dst ? t->dst + (c->own - c->dst) : t->src + (c->own - c->src);
+    device_poison(c->dst, c->dst_bytes);
+}
+
+static void launch(Transfer *t, Phase first) {
+    active[n_active++] = t;
+    t->round = 0;
+    t->pending = 0;
+    enter_phase(t, first);
+}
+
+// What this rank sends to itself is copied, unless the group is alone (--force-comm).
+static void copy_own(Transfer *t) {
+    const Comm *g = t->c->g;
+    size_t me = (size_t)g->rank, bytes = t->piece * t->c->width, from = me * bytes, to = 0;
+    if (t->kind == COMM_ALL_TO_ALL) {
+        from = 0;
+        for (size_t j = 0; j < me; j++) {
+            to += (size_t)t->c->to_rows[j] * t->c->count;
+            from += (size_t)t->c->from_rows[j] * t->c->count;
+        }
+        bytes = (size_t)t->c->to_rows[me] * t->c->count;
+    }
+    const char *own = t->kind == COMM_ALL_TO_ALL ? t->src + to : t->own;
+    if (g->n > 1 && bytes && own != t->dst + from) memcpy(t->dst + from, own, bytes);
+}
+
+void transport_post(Call *c, int slot) {
+    Transfer *t = &transfers[slot];
+    Comm *g = c->g;
+    t->c = c;
+    t->kind = c->record.kind;
+    t->piece = c->count;
+    t->dst = c->dst;
+    t->src = c->src;
+    t->own = c->own;
+    if (on_gpu()) take_host_copies(t, c);
+    if (t->kind == COMM_ALL_GATHER || t->kind == COMM_ALL_TO_ALL) {
+        copy_own(t);
+        launch(t, t->kind == COMM_ALL_GATHER ? GATHER : EXCHANGE);
+        return;
+    }
+    if (t->kind == COMM_ALL_REDUCE) t->piece = (c->count + (size_t)g->n - 1) / (size_t)g->n;
+    // A group has one staging area: a sum first finishes the group's last one, which is the same on
+    // all ranks.
+    Group *own = group_of(g);
+    if (own->stage_user) finish(own->stage_user);
+    own->stage_user = t;
+    launch(t, REDUCE);
+}
+
+void transport_wait(Call *c, int slot) {
+    Transfer *t = &transfers[slot];
+    finish(t);
+    if (on_gpu() && c->dst_bytes) device_upload(c->dst, t->dst, c->dst_bytes);
+}
+
+void transport_host(Comm *g, const CallRecord *r, void *recv, const void *send, size_t bytes,
+                    int root) {
+    Transfer *t = &transfers[COMM_CALLS];
+    Call c;
+    memset(&c, 0, sizeof c);
+    c.g = g;
+    c.record = *r;
+    c.width = 1;
+    c.dst_bytes = bytes;
+    t->c = &c;
+    t->kind = root < 0 ? COMM_HOST_GATHER : COMM_BROADCAST;
+    t->root = root;
+    t->piece = bytes;
+    t->dst = (char *)recv;
+    t->own = (const char *)send;
+    if (root < 0) copy_own(t);
+    launch(t, root < 0 ? GATHER : EXCHANGE);
+    finish(t);
 }

@@ -7,7 +7,7 @@
 // --big adds messages over 2 GB. --fault does something wrong on purpose: the run must then end
 // with a line that names it (test_comm.sh looks at the lines).
 #define _GNU_SOURCE
-#include "comm_common.h"
+#include "transport.h"
 #include "fsdp.h"
 #include "../kernels/fail.h"
 #include <signal.h>
