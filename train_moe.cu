@@ -19,7 +19,6 @@
 #include "model/profile.h"
 #include "model/report.h"
 #include "model/trace.h"
-#include "parallel/selftest.h"
 #include <cjson/cJSON.h>
 #include <dirent.h>
 #include <errno.h>

@@ -90,6 +90,11 @@ Comm *comm_group(const char *name, const int *world_ranks, int n) {
         g->world = (int *)xmalloc((size_t)n * sizeof *g->world, "group");
         memcpy(g->world, world_ranks, (size_t)n * sizeof *g->world);
         g->numbers = xmalloc((size_t)n * sizeof(int64_t), "group");
+        for (int kind = 0; kind < COMM_KINDS; kind++) {
+            char *start = g->report[0][kind], *wait = g->report[1][kind];
+            snprintf(start, sizeof g->report[0][0], "%s (%s)", comm_kind_name(kind), name);
+            snprintf(wait, sizeof g->report[0][0], "%s (%s), wait", comm_kind_name(kind), name);
+        }
     }
     transport_group(g, name);
     if (!g) return 0;
@@ -324,6 +329,7 @@ static Request call_start(Call *c, size_t sent) {
     Comm *g = c->g;
     CommTraffic *t = &g->traffic[c->record.kind];
     int slot = (int)(c - calls);
+    kernel_begin(g->report[0][c->record.kind], 0);
     if (comm_options.check) {
         compare_calls(g, &c->record, c->to_rows, c->from_rows);
         own_buffers(c);
@@ -344,6 +350,7 @@ void comm_wait(Request r) {
     Call *c = &calls[r.id % COMM_CALLS];
     if (c->serial != r.id / COMM_CALLS)
         die("comm_wait for a call that was waited for already|a bug of the caller");
+    kernel_begin(c->g->report[1][c->record.kind], 0);
     transport_wait(c, (int)(c - calls));
     if (c->user_dst) give_buffers_back(c);
     c->serial = 0;

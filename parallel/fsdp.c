@@ -1,36 +1,32 @@
 // Blocks in motion: see fsdp.h. Dense blocks live on the group fsdp x ep, local ones (experts,
 // split heads) on the group fsdp; shards are summed over dp.
 //
-// Each KIND of block has its own slots, because one block of each kind is in use at a time: dense,
+// Each kind of block has its own slots, because one block of each kind is in use at a time: dense,
 // local (two slots each: one in use, one in flight) and the ends. An untied model needs the
 // embedding and the head at different times, so they share one slot; a tied one uses the embedding
 // at both ends, so each has its own.
 //
-// Invariants of the slots
+// Rules of the slots
 //   S1  A block is in at most one weight slot and one full-gradient slot, both of its own kind.
 //   S2  A weight slot is free, or gathering (its all-gather not waited for), or present. Only
-//   fsdp_release frees it, and it forgets the content: the update changes the shard,
-//       so a gathered copy never outlives its use.
+//       fsdp_release frees it, and it forgets the content: the update changes the shard, so a
+//       gathered copy never outlives its use.
 //   S3  A full-gradient slot is free, or written (between fsdp_grad and fsdp_reduce), or
-//   scattering; a scattering slot is freed by waiting for its reduce-scatter. S4  A kind has at
-//   most one reduce-scatter and one all-reduce in flight; a new one first waits for the old. The
-//   order of waits thus follows from the order of calls (I2). S5  A shard gradient is all-reduced
-//   over dp once, after the reduce-scatter of its last round, and handed out only after that. S6 In
-//   a group of one there are no slots: get and grad return the shard's own buffers.
-// A call that would break one of them is a bug of the caller and dies naming the block.
+//       scattering; a scattering slot is freed by waiting for its reduce-scatter.
+//   S4  A kind has at most one reduce-scatter and one all-reduce in flight; a new one first waits
+//       for the old. So the order of waits follows from the order of calls (I2, calls do not depend
+//       on data).
+//   S5  A shard gradient is all-reduced over dp once, after the reduce-scatter of its last round,
+//       and handed out only after that.
+//   S6  In a group of one there are no slots: fsdp_get and fsdp_grad return the shard's buffers.
 #include "fsdp.h"
 #include "../kernels/fail.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum {
-    KIND_DENSE,
-    KIND_LOCAL,
-    KIND_ENDS,
-    KIND_HEAD,
-    SLOT_KINDS
-}; // KIND_HEAD: the last block of a tied model
+// KIND_HEAD: the last block of a tied model
+enum { KIND_DENSE, KIND_LOCAL, KIND_ENDS, KIND_HEAD, SLOT_KINDS };
 enum { MAX_SLOTS = 2, NONE = -1 };
 
 typedef struct {
@@ -52,26 +48,25 @@ typedef struct {
     WeightSlot weight[MAX_SLOTS];
     GradSlot grad[MAX_SLOTS];
     ShardSlot own[MAX_SLOTS];
-    int scattering,
-        reducing; // block whose reduce-scatter, whose all-reduce over dp is in flight (S4)
+    int scattering, reducing; // the block whose reduce-scatter, all-reduce is in flight (S4)
     Request scatter_request, reduce_request;
 } SlotKind;
 
-// The life of a block's gradient within an update.
-typedef enum {
-    IDLE,
-    WRITTEN,
-    SCATTERING,
-    SUMMED,
-    REDUCING,
-    WHOLE
-} GradState; // SUMMED: over its group, in an earlier round than the last
-static const char *const state_name[] = { "idle",
-                                          "being written",
-                                          "being reduced",
-                                          "reduced, more rounds to come",
-                                          "being reduced over dp",
-                                          "whole" };
+// The life of a block's gradient within an update. SUMMED: over its group, in an earlier round than
+// the last.
+typedef enum { IDLE, WRITTEN, SCATTERING, SUMMED, REDUCING, WHOLE } GradState;
+
+static const char *state_name(GradState state) {
+    switch (state) {
+    case IDLE: return "idle";
+    case WRITTEN: return "being written";
+    case SCATTERING: return "being reduced";
+    case SUMMED: return "reduced, more rounds to come";
+    case REDUCING: return "being reduced over dp";
+    case WHOLE: break;
+    }
+    return "whole";
+}
 
 typedef struct {
     int kind, moves; // moves: its group gathers and scatters
@@ -91,21 +86,21 @@ struct Fsdp {
     BlockState *block; // (m->n_blocks)
 };
 
-static const char *block_text(const Fsdp *f, int block) {
-    static char text[2][48]; // two names fit one message
-    static int turn;
-    char *s = text[turn ^= 1];
+// How messages call a block.
+typedef struct {
+    char text[48];
+} BlockName;
+static BlockName block_name(const Fsdp *f, int block) {
     const Model *m = f->m;
-    if (block < 0 || block >= m->n_blocks)
-        snprintf(s, 48, "block %d", block);
-    else if (block == m->embed_block)
-        snprintf(s, 48, "embedding block");
+    BlockName name;
+    if (block == m->embed_block)
+        snprintf(name.text, sizeof name.text, "embedding block");
     else if (block == m->head_block)
-        snprintf(s, 48, "head block");
+        snprintf(name.text, sizeof name.text, "head block");
     else
-        snprintf(s, 48, "%s block of layer %d", m->block[block].local ? "local" : "dense",
-                 m->block[block].layer);
-    return s;
+        snprintf(name.text, sizeof name.text, "%s block of layer %d",
+                 m->block[block].local ? "local" : "dense", m->block[block].layer);
+    return name;
 }
 
 static BlockState *state_of(Fsdp *f, int block, const char *call) {
@@ -220,7 +215,7 @@ void fsdp_gather(Fsdp *f, int block) {
         if (k->weight[s].block == NONE) slot = &k->weight[s];
     if (!slot)
         die("weights of %s wanted while all slots of its kind are in use (%s%s)|a bug of the caller: fsdp_release comes first",
-            block_text(f, block), block_text(f, k->weight[0].block),
+            block_name(f, block).text, block_name(f, k->weight[0].block).text,
             k->n_slots > 1 ? " and another" : "");
     slot->block = block;
     slot->gathering = 1;
@@ -249,7 +244,7 @@ void fsdp_release(Fsdp *f, int block) {
     WeightSlot *slot = weight_slot(f, block);
     if (!slot)
         die("fsdp_release of %s, which is not gathered|a bug of the caller: one fsdp_get, one fsdp_release",
-            block_text(f, block));
+            block_name(f, block).text);
     weight_wait(slot); // gathered and never used
     slot->block = NONE;
 }
@@ -306,7 +301,7 @@ static void take_shard_gradient(Fsdp *f, int block) { // --update layer: one of 
             return;
         }
     die("gradient of %s wanted while those of %s%s are not used up|a bug of the caller: fsdp_grad_done comes first",
-        block_text(f, block), block_text(f, k->own[0].block),
+        block_name(f, block).text, block_name(f, k->own[0].block).text,
         k->n_shards > 1 ? " and another" : "");
 }
 
@@ -318,7 +313,7 @@ gradX *fsdp_grad(Fsdp *f, int block) {
     if (b->state == WHOLE && b->keeps) fsdp_grad_done(f, block); // a new update begins
     if (b->state == WHOLE)
         die("fsdp_grad of %s, whose last gradient was not used up|a bug of the caller: fsdp_grad_done comes first",
-            block_text(f, block));
+            block_name(f, block).text);
     if (!b->moves) {
         if (b->state == IDLE) take_shard_gradient(f, block);
         b->state = WRITTEN;
@@ -334,7 +329,7 @@ gradX *fsdp_grad(Fsdp *f, int block) {
     }
     if (!slot)
         die("gradient of %s wanted while %s is being written|a bug of the caller: fsdp_reduce comes first",
-            block_text(f, block), block_text(f, k->grad[0].block));
+            block_name(f, block).text, block_name(f, k->grad[0].block).text);
     slot->block = block;
     slot->scattering = 0;
     b->state = WRITTEN;
@@ -348,13 +343,13 @@ void fsdp_reduce(Fsdp *f, int block, int accumulate) {
     SlotKind *k = &f->kind[b->kind];
     if (b->state != WRITTEN)
         die("fsdp_reduce of %s, whose gradient is %s|a bug of the caller: fsdp_grad comes first",
-            block_text(f, block), state_name[b->state]);
+            block_name(f, block).text, state_name(b->state));
     if (b->rounds >= f->rounds)
         die("fsdp_reduce of %s: round %d of %d|a bug of the caller: fsdp_rounds",
-            block_text(f, block), b->rounds + 1, f->rounds);
+            block_name(f, block).text, b->rounds + 1, f->rounds);
     if ((accumulate != 0) != (b->rounds > 0))
         die("fsdp_reduce of %s in round %d with accumulate %d|a bug of the caller: rounds after the first accumulate",
-            block_text(f, block), b->rounds + 1, accumulate);
+            block_name(f, block).text, b->rounds + 1, accumulate);
     if (!b->moves) {
         b->rounds++;
         group_summed(f, block);
@@ -381,7 +376,7 @@ gradX *fsdp_grad_shard(Fsdp *f, int block) {
     if (b->state == REDUCING) reduce_wait(f, k);
     if (b->state != WHOLE)
         die("fsdp_grad_shard of %s, whose gradient is %s|a bug of the caller: fsdp_reduce comes first",
-            block_text(f, block), state_name[b->state]);
+            block_name(f, block).text, state_name(b->state));
     return b->grad;
 }
 
@@ -390,7 +385,7 @@ void fsdp_grad_done(Fsdp *f, int block) {
     SlotKind *k = &f->kind[b->kind];
     if (b->state != WHOLE)
         die("fsdp_grad_done of %s, whose gradient is %s|a bug of the caller: fsdp_grad_shard comes first",
-            block_text(f, block), state_name[b->state]);
+            block_name(f, block).text, state_name(b->state));
     for (int s = 0; s < k->n_shards; s++)
         if (k->own[s].block == block) k->own[s].block = NONE;
     if (!b->keeps) b->grad = 0;

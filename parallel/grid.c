@@ -1,4 +1,5 @@
-// The process grid: see grid.h. All groups are built here, in one order on all ranks.
+// The process grid: checks a layout against the model, builds the groups in one order on all ranks
+// (comm.h), and prints who is where and what was sent.
 #define _GNU_SOURCE
 #include "grid.h"
 #include "../kernels/fail.h"
@@ -103,15 +104,15 @@ Grid grid_build(const Config *c, int dp, int fsdp, int ep, Dispatch dispatch, in
 }
 
 ShardSpec grid_shard_spec(const Grid *g) {
-    ShardSpec cut;
-    cut.ep = g->ep;
-    cut.ep_rank = g->ep_rank;
-    cut.dense_shards = g->fsdp * g->ep;
-    cut.dense_index = g->fsdp_rank * g->ep + g->ep_rank;
-    cut.local_shards = g->fsdp;
-    cut.local_index = g->fsdp_rank;
-    cut.split_heads = g->split_heads;
-    return cut;
+    ShardSpec shard;
+    shard.ep = g->ep;
+    shard.ep_rank = g->ep_rank;
+    shard.dense_shards = g->fsdp * g->ep;
+    shard.dense_index = g->fsdp_rank * g->ep + g->ep_rank;
+    shard.local_shards = g->fsdp;
+    shard.local_index = g->fsdp_rank;
+    shard.split_heads = g->split_heads;
+    return shard;
 }
 
 // ---- the table ------------------------------------------------------------------------------
@@ -120,8 +121,8 @@ typedef struct {
     size_t used, size;
 } Text;
 
-static void put(Text *t, const char *format, ...) MOE_PRINTF(2, 3);
-static void put(Text *t, const char *format, ...) {
+static void append(Text *t, const char *format, ...) MOE_PRINTF(2, 3);
+static void append(Text *t, const char *format, ...) {
     va_list args;
     va_start(args, format);
     int n = vsnprintf(t->p + t->used, t->size - t->used, format, args);
@@ -130,17 +131,14 @@ static void put(Text *t, const char *format, ...) {
 }
 
 // "0 1 2 3" up to 8 members, else "0 4 8 .. 124".
-static void put_members(Text *t, int width, int first, int stride, int n) {
+static void append_members(Text *t, int width, int first, int stride, int n) {
     char s[96];
-    int len = 0;
-    if (n <= 8)
-        for (int i = 0; i < n; i++)
-            len +=
-                snprintf(s + len, sizeof s - (size_t)len, "%s%d", i ? " " : "", first + i * stride);
-    else
-        snprintf(s, sizeof s, "%d %d %d .. %d", first, first + stride, first + 2 * stride,
-                 first + (n - 1) * stride);
-    put(t, "  %-*s", width, s);
+    Text list = { s, 0, sizeof s };
+    for (int i = 0; i < n && n <= 8; i++) append(&list, "%s%d", i ? " " : "", first + i * stride);
+    if (n > 8)
+        append(&list, "%d %d %d .. %d", first, first + stride, first + 2 * stride,
+               first + (n - 1) * stride);
+    append(t, "  %-*s", width, s);
 }
 
 enum { TABLE_ROWS = 32, TABLE_LINE = 256 };
@@ -148,26 +146,27 @@ enum { TABLE_ROWS = 32, TABLE_LINE = 256 };
 char *grid_table(const Grid *g) {
     Text t = { 0, 0, (TABLE_ROWS + 4) * TABLE_LINE };
     t.p = (char *)xmalloc(t.size, "grid table");
-    put(&t,
+    append(
+        &t,
         "grid: %d rank%s = dp %d x fsdp %d x ep %d, dispatch %s, attention %s, %d read%s distinct data\n",
         g->world, g->world == 1 ? "" : "s", g->dp, g->fsdp, g->ep, dispatch_name[g->dispatch],
         g->split_heads ? "heads" : "data", g->data_ranks, g->data_ranks == 1 ? "s" : "");
     if (g->world == 1) return t.p;
-    put(&t, "  rank  dp fsdp  ep  data  %-22s  %-22s  %-22s  %s\n", "tokens travel (ep)",
-        "expert shards (fsdp)", "dense shards (dense)", "copies (dp)");
+    append(&t, "  rank  dp fsdp  ep  data  %-22s  %-22s  %-22s  %s\n", "tokens travel (ep)",
+           "expert shards (fsdp)", "dense shards (dense)", "copies (dp)");
     int rows = g->world < TABLE_ROWS ? g->world : TABLE_ROWS;
     for (int r = 0; r < rows; r++) {
         int e = r % g->ep, f = r / g->ep % g->fsdp, d = r / (g->ep * g->fsdp),
             inner = g->fsdp * g->ep;
-        put(&t, "  %4d %3d %4d %3d %5d", r, d, f, e,
-            g->dispatch == DISPATCH_ALLREDUCE ? r / g->ep : r);
-        put_members(&t, 22, r - e, 1, g->ep);
-        put_members(&t, 22, r - f * g->ep, g->ep, g->fsdp);
-        put_members(&t, 22, d * inner, 1, inner);
-        put_members(&t, 1, f * g->ep + e, inner, g->dp);
-        put(&t, "\n");
+        append(&t, "  %4d %3d %4d %3d %5d", r, d, f, e,
+               g->dispatch == DISPATCH_ALLREDUCE ? r / g->ep : r);
+        append_members(&t, 22, r - e, 1, g->ep);
+        append_members(&t, 22, r - f * g->ep, g->ep, g->fsdp);
+        append_members(&t, 22, d * inner, 1, inner);
+        append_members(&t, 1, f * g->ep + e, inner, g->dp);
+        append(&t, "\n");
     }
-    if (g->world > rows) put(&t, "  ... %d more\n", g->world - rows);
+    if (g->world > rows) append(&t, "  ... %d more\n", g->world - rows);
     return t.p;
 }
 
@@ -192,17 +191,17 @@ char *grid_traffic(const Grid *g, int reset) {
             CommTraffic c = comm_traffic(family[f].group, k, reset);
             if (!c.calls || comm_is_local(family[f].group)) continue;
             if (!total.calls)
-                put(&t, "communication of rank %d\n  %-28s %-16s %8s %14s %10s\n", g->rank, "group",
-                    "call", "calls", "bytes sent", "ms");
-            put(&t, "  %-28s %-16s %8lld %14lld %10.2f\n", family[f].name, comm_kind_name(k),
-                (long long)c.calls, (long long)c.bytes, 1e3 * c.seconds);
+                append(&t, "communication of rank %d\n  %-28s %-16s %8s %14s %10s\n", g->rank,
+                       "group", "call", "calls", "bytes sent", "ms");
+            append(&t, "  %-28s %-16s %8lld %14lld %10.2f\n", family[f].name, comm_kind_name(k),
+                   (long long)c.calls, (long long)c.bytes, 1e3 * c.seconds);
             total.calls += c.calls;
             total.bytes += c.bytes;
             total.seconds += c.seconds;
         }
     if (total.calls)
-        put(&t, "  %-28s %-16s %8lld %14lld %10.2f\n", "together", "", (long long)total.calls,
-            (long long)total.bytes, 1e3 * total.seconds);
+        append(&t, "  %-28s %-16s %8lld %14lld %10.2f\n", "together", "", (long long)total.calls,
+               (long long)total.bytes, 1e3 * total.seconds);
     return t.p;
 }
 

@@ -1,13 +1,15 @@
-// Two linear maps over an ep group and their adjoints, all plain collectives. For the stacked
-// tokens x = (x_0 .. x_{n-1}) of the n ranks:
-//   gather:  all_i = x on every rank i.             adjoint:  dx_j = sum over i of d_all_i[j] =
-//   reduce-scatter reduce:  out_j = sum over i of partial_i[j].    adjoint:  d_partial_i = (d_out_0
-//   .. d_out_{n-1}) = all-gather
-// Replicated tokens (allreduce): gather is the identity, and its adjoint too: dx stays one term of
-// the sum over ranks (I1). reduce is an all-reduce: out_j = sum over i of partial_i for every
-// replica j, so d_partial_i = sum over j of d_out_j, an all-reduce again. Backward needs `all`,
-// d_partial and the gradient of `all`; the last is first written when attention's backward is done,
-// and d_partial was last read before it: they share a buffer.
+// Two linear maps over an ep group and their adjoints, all plain collectives (comm.h). For the
+// stacked tokens x = (x_0 .. x_{n-1}) of the n ranks:
+//   gather   all_i = x on every rank i
+//            adjoint: dx_j = sum over i of d_all_i[j], a reduce-scatter
+//   reduce   out_j = sum over i of partial_i[j]
+//            adjoint: d_partial_i = (d_out_0 .. d_out_{n-1}), an all-gather
+// Replicated tokens: gather is the identity, and so is its adjoint: dx stays one term of the sum
+// over ranks (I1, one gradient rule). reduce is an all-reduce: out_j = sum over i of partial_i for
+// every replica j, so d_partial_i = sum over j of d_out_j, an all-reduce again.
+//
+// Backward needs `all`, d_partial and the gradient of `all`. The last is first written when
+// attention's backward is done, and d_partial was last read before it: they share a buffer.
 #include "heads.h"
 #include "../kernels/fail.h"
 #include <stdlib.h>
@@ -31,7 +33,8 @@ Heads *heads_create(const Grid *g, const Config *c, int R, Arena *arena) {
     if (!splits(g)) return 0;
     Heads *h = (Heads *)xcalloc(1, sizeof(Heads), "the head split");
     const size_t count = (size_t)heads_rows(g, R) * c->C;
-    h->group = g->ep_group, h->replicated = g->dispatch == DISPATCH_ALLREDUCE,
+    h->group = g->ep_group;
+    h->replicated = g->dispatch == DISPATCH_ALLREDUCE;
     h->count = (size_t)R * c->C;
     if (!h->replicated) h->all = ARENA_TAKE(arena, floatX, count, "attention by heads");
     h->sums = ARENA_TAKE(arena, floatX, count, "attention by heads");
@@ -41,9 +44,23 @@ Heads *heads_create(const Grid *g, const Config *c, int R, Arena *arena) {
 
 void heads_free(Heads *h) { free(h); }
 
+// The collectives on all tokens of the group; a call is waited for at once.
+static void gather(Heads *h, floatX *all, const floatX *x) {
+    comm_wait(all_gather_start(h->group, all, x, h->count, DTYPE_FLOATX, STREAM_EXCHANGE));
+}
+
+static void scatter(Heads *h, floatX *out, const floatX *sums) {
+    comm_wait(
+        reduce_scatter_start(h->group, out, sums, h->count, DTYPE_FLOATX, 0, STREAM_EXCHANGE));
+}
+
+static void reduce(Heads *h, floatX *out) {
+    comm_wait(all_reduce_start(h->group, out, h->count, DTYPE_FLOATX, STREAM_EXCHANGE));
+}
+
 const floatX *heads_gather(Heads *h, const floatX *x) {
     if (!h || h->replicated) return x;
-    comm_wait(all_gather_start(h->group, h->all, x, h->count, DTYPE_FLOATX, STREAM_EXCHANGE));
+    gather(h, h->all, x);
     return h->all;
 }
 
@@ -52,28 +69,24 @@ floatX *heads_target(Heads *h, floatX *out) { return h && !h->replicated ? h->su
 void heads_reduce(Heads *h, floatX *out) {
     if (!h) return;
     if (h->replicated)
-        comm_wait(all_reduce_start(h->group, out, h->count, DTYPE_FLOATX, STREAM_EXCHANGE));
+        reduce(h, out);
     else
-        comm_wait(reduce_scatter_start(h->group, out, h->sums, h->count, DTYPE_FLOATX, 0,
-                                       STREAM_EXCHANGE));
+        scatter(h, out, h->sums);
 }
 
 const floatX *heads_reduce_adjoint(Heads *h, const floatX *d_out) {
     if (!h) return d_out;
-    if (h->replicated) {
-        device_copy(h->sums, d_out,
-                    h->count * sizeof(floatX)); // d_out itself goes on along the residual path
-        comm_wait(all_reduce_start(h->group, h->sums, h->count, DTYPE_FLOATX, STREAM_EXCHANGE));
-    } else
-        comm_wait(
-            all_gather_start(h->group, h->sums, d_out, h->count, DTYPE_FLOATX, STREAM_EXCHANGE));
+    if (!h->replicated) {
+        gather(h, h->sums, d_out);
+        return h->sums;
+    }
+    device_copy(h->sums, d_out, h->count * sizeof(floatX)); // d_out goes on, on the residual path
+    reduce(h, h->sums);
     return h->sums;
 }
 
-floatX *heads_gather_target(Heads *h, floatX *dx) { return h && !h->replicated ? h->sums : dx; }
+floatX *heads_gather_target(Heads *h, floatX *dx) { return heads_target(h, dx); }
 
 void heads_gather_adjoint(Heads *h, floatX *dx) {
-    if (h && !h->replicated)
-        comm_wait(reduce_scatter_start(h->group, dx, h->sums, h->count, DTYPE_FLOATX, 0,
-                                       STREAM_EXCHANGE));
+    if (h && !h->replicated) scatter(h, dx, h->sums);
 }

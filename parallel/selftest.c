@@ -1,15 +1,13 @@
-// The self-test: see selftest.h. Numbers are small integers that fp32 adds exactly, so a result is
-// right or wrong; the order of sums is test_comm.c's business.
-#include "selftest.h"
+// The self-test of the communication (grid.h): every collective (comm.h) over every group, checked
+// and timed before a long run is trusted to the machines. Numbers are small integers that fp32 adds
+// exactly, so a result is right or wrong; test_comm.c looks at the order of sums.
+#include "grid.h"
 #include "../kernels/fail.h"
 #include <stdlib.h>
 #include <string.h>
 
-enum {
-    SMALL = 256,
-    LARGE = 1 << 20,
-    REPEAT = 5
-}; // elements of the whole message: latency, bandwidth; the fastest of REPEAT counts
+// Elements of the whole message, for latency and for bandwidth; the fastest of REPEAT counts.
+enum { SMALL = 256, LARGE = 1 << 20, REPEAT = 5 };
 
 typedef struct {
     Comm *g;
@@ -35,13 +33,19 @@ static double run(Bench *t, int kind, size_t count) {
     }
     comm_barrier(t->g);
     double since = now_seconds();
-    Request r =
-        kind == COMM_ALL_GATHER ? all_gather_start(t->g, t->b, t->a, part, DTYPE_F32, STREAM_GATHER)
-        : kind == COMM_REDUCE_SCATTER
-            ? reduce_scatter_start(t->g, t->b, t->a, part, DTYPE_F32, 0, STREAM_GATHER)
-        : kind == COMM_ALL_REDUCE
-            ? all_reduce_start(t->g, t->a, count, DTYPE_F32, STREAM_GATHER)
-            : all_to_all_start(t->g, t->b, t->from, t->a, t->to, sizeof(float), STREAM_EXCHANGE);
+    Request r = { -1 };
+    switch (kind) {
+    case COMM_ALL_GATHER:
+        r = all_gather_start(t->g, t->b, t->a, part, DTYPE_F32, STREAM_GATHER);
+        break;
+    case COMM_REDUCE_SCATTER:
+        r = reduce_scatter_start(t->g, t->b, t->a, part, DTYPE_F32, 0, STREAM_GATHER);
+        break;
+    case COMM_ALL_REDUCE: r = all_reduce_start(t->g, t->a, count, DTYPE_F32, STREAM_GATHER); break;
+    case COMM_ALL_TO_ALL:
+        r = all_to_all_start(t->g, t->b, t->from, t->a, t->to, sizeof(float), STREAM_EXCHANGE);
+        break;
+    }
     comm_wait(r);
     device_sync();
     return now_seconds() - since;

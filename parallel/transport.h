@@ -31,6 +31,7 @@ struct Comm {
     void *numbers;   // (n) 8-byte numbers of comm_max and comm_sum
     void *transport; // the transport's own part
     CommTraffic traffic[COMM_KINDS];
+    char report[2][COMM_KINDS][40]; // names of start and wait for kernel_begin
 };
 
 // A collective between start and wait. comm.c fills it in, transport_post reads it.
