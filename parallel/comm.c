@@ -214,7 +214,7 @@ static void compare_records(const char *group, int other, const CallRecord *mine
         call_text(theirs, group, there, sizeof there);
         // The lower rank speaks first, so that all ranks report the pair in one order.
         int swap = other < rank;
-        die("ranks disagree: rank %d is at %s; rank %d is at %s|all ranks must issue the same calls in the same order (I2, calls do not depend on data)",
+        die("ranks disagree: rank %d is at %s; rank %d is at %s|all ranks must issue the same calls in the same order (I2, collectives do not depend on data)",
             swap ? other : rank, swap ? there : here, swap ? rank : other, swap ? here : there);
     }
     if (theirs->sends != mine->expects)

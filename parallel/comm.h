@@ -3,12 +3,14 @@
 // several ranks on one GPU in tests), comm_nccl.cu (GPUs) or comm_none.c (one process).
 //
 // Rules
-// - I2, calls do not depend on data: every rank issues the same calls in the same order, per layer,
+// - I2, collectives do not depend on data: every rank issues the same calls in the same order, per
+// layer,
 //   never per expert, empty messages included.
 // - A started call follows everything that COMPUTE was given before it, and owns its buffers until
 //   comm_wait: the source must not change and the destination must not be read. CommOptions.check
 //   tests both.
-// - I8, deterministic: sums are made in fp32 (fp64 for doubles) in the order of ranks 0, 1, ...,
+// - I8, deterministic by default: sums are made in fp32 (fp64 for doubles) in the order of ranks 0,
+// 1, ...,
 //   n-1, so that the bits do not depend on the library or on what arrives first. All ranks of an
 //   all-reduce hold the same bits.
 // - A group of one costs nothing: calls return at once and calls in place touch nothing. With

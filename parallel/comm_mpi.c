@@ -14,9 +14,9 @@
 //                                       length is then always noticed
 //
 // Any wait progresses every call in flight. Posting never blocks, and ranks issue calls and waits
-// in one order (I2, calls do not depend on data), so nothing can deadlock. Messages of one call
-// between two ranks share a tag (the number of the call in its group) and MPI keeps their order;
-// calls differ in tag, so one may overtake another.
+// in one order (I2, collectives do not depend on data), so nothing can deadlock. Messages of one
+// call between two ranks share a tag (the number of the call in its group) and MPI keeps their
+// order; calls differ in tag, so one may overtake another.
 #define _GNU_SOURCE
 #include "transport.h"
 #include "../kernels/fail.h"
@@ -393,7 +393,7 @@ static void enter_phase(Transfer *t, Phase phase) {
 static void wrong_length(const Transfer *t, const Message *m, const char *sends) {
     char text[256];
     call_text(&t->c->record, t->c->g->name, text, sizeof text);
-    die("ranks disagree: %s: rank %d expects %zu bytes from rank %d, which sends %s|all ranks must issue the same calls in the same order, with sizes that agree (I2, calls do not depend on data)",
+    die("ranks disagree: %s: rank %d expects %zu bytes from rank %d, which sends %s|all ranks must issue the same calls in the same order, with sizes that agree (I2, collectives do not depend on data)",
         text, world.rank, m->bytes, t->c->g->world[m->peer], sends);
 }
 

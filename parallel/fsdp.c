@@ -14,8 +14,8 @@
 //   S3  A full-gradient slot is free, or written (between fsdp_grad and fsdp_reduce), or
 //       scattering; a scattering slot is freed by waiting for its reduce-scatter.
 //   S4  A kind has at most one reduce-scatter and one all-reduce in flight; a new one first waits
-//       for the old. So the order of waits follows from the order of calls (I2, calls do not depend
-//       on data).
+//       for the old. So the order of waits follows from the order of calls (I2, collectives do not
+//       depend on data).
 //   S5  A shard gradient is all-reduced over dp once, after the reduce-scatter of its last round,
 //       and handed out only after that.
 //   S6  In a group of one there are no slots: fsdp_get and fsdp_grad return the shard's buffers.
