@@ -12,7 +12,6 @@
 #endif
 #include "kernels/fail.h"
 #include "model/checkpoint.h"
-#include "model/checkpoint_folder.h"
 #include "model/generate.h"
 #include "model/options.h"
 #include "model/plan.h"
@@ -20,16 +19,14 @@
 #include "model/report.h"
 #include "model/trace.h"
 #include <cjson/cJSON.h>
-#include <dirent.h>
-#include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 
 // ---- signals --------------------------------------------------------------------------------
-// SIGTERM and SIGINT end the run after the update in hand, with a checkpoint; SIGUSR1 saves and
-// goes on. Two flags, so that clearing one cannot lose the other.
-enum { SIGNAL_NONE, SIGNAL_SAVE, SIGNAL_END };
+// SIGTERM, SIGINT and SIGHUP end the run after the update in hand, with a checkpoint; SIGUSR1 saves
+// and goes on. Two flags, so that clearing one cannot lose the other.
+enum { SIGNAL_NONE, SIGNAL_SAVE, SIGNAL_END, FOLDER_MOVED };
 static volatile sig_atomic_t save_asked, end_asked;
 static void on_signal(int s) {
     if (s == SIGUSR1)
@@ -39,14 +36,22 @@ static void on_signal(int s) {
 }
 
 static void catch_signals(void) {
-    struct sigaction action;
+    struct sigaction action, was;
     memset(&action, 0, sizeof action);
     action.sa_handler = on_signal;
+    action.sa_flags = SA_RESTART;
     sigaction(SIGTERM, &action, 0);
     sigaction(SIGINT, &action, 0);
     sigaction(SIGUSR1, &action, 0);
-    // A limit on the size of files becomes an error of the write, with a message.
+    // A closed terminal ends the run as SIGTERM does, unless nohup said to ignore it.
+    if (!sigaction(SIGHUP, 0, &was) && was.sa_handler != SIG_IGN) sigaction(SIGHUP, &action, 0);
+}
+
+// What is an error of a write, with a message, where it matters: a limit on the size of files, and
+// a reader of the screen that went away (`| head`).
+static void ignore_signals(void) {
     signal(SIGXFSZ, SIG_IGN);
+    signal(SIGPIPE, SIG_IGN);
 }
 
 // What this rank was asked since the last call; the ranks of a run agree on the largest.
@@ -131,34 +136,6 @@ static Schedule schedule_options(const Options *o) {
 }
 
 // ---- the folder of a run --------------------------------------------------------------------
-static int folder_is_empty(const char *path) {
-    DIR *d = opendir(path);
-    int empty = 1;
-    if (!d && errno == ENOENT) return 1;
-    if (!d)
-        die("--out %s: cannot read the folder: %s|choose one that this user may read and write",
-            path, strerror(errno));
-    for (struct dirent *e; (e = readdir(d));)
-        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) empty = 0;
-    closedir(d);
-    return empty;
-}
-
-// The newest checkpoint, -1 where there is none. Rank 0 looks; everybody hears.
-static int64_t open_folder(const Options *o, Comm *all) {
-    if (!*o->out) return -1;
-    int empty = 1;
-    if (comm_world_rank() == 0) {
-        empty = folder_is_empty(o->out);
-        if (!empty && !o->resume)
-            die("--out %s is not empty|add --resume to continue that run, or choose another folder",
-                o->out);
-        folder_make(o->out);
-    }
-    comm_broadcast(all, &empty, sizeof empty, 0);
-    return empty ? -1 : checkpoint_find(all, o->out);
-}
-
 // A run continues with the data order, the batch and the optimizer it began with; anything else
 // would be another run under the same name. Step 0 holds weights that the same seed makes again: a
 // conversion had no batch and no optimizer.
@@ -207,6 +184,8 @@ static void restore_trainer(Trainer *t, const cJSON *trainer) {
 // ---- a run ----------------------------------------------------------------------------------
 typedef struct {
     const Options *o;
+    RunFolder folder;
+    int writes; // this run writes to the folder
     Grid grid;
     Model model;
     Loader *data, *val; // 0: not given
@@ -217,6 +196,36 @@ typedef struct {
     Report report;
     int64_t first; // updates that were made before this run
 } Run;
+
+// Opens --out and returns the step of the newest checkpoint in it, -1 where there is none. Rank 0
+// owns the folder; a look at a run (--steps 0 --resume) takes no lock and writes nothing, so that
+// it may look at one that is training.
+static int64_t open_out(Run *r) {
+    const Options *o = r->o;
+    int empty = 1, looks = 0;
+    r->folder = run_folder_look("");
+    if (!*o->out) return -1;
+    if (comm_world_rank() == 0) {
+        empty = run_folder_is_empty(o->out);
+        looks = !empty && o->resume && !o->steps;
+        if (!looks && (empty || o->resume)) {
+            r->folder = run_folder_own(o->out);
+            empty = run_folder_is_empty(o->out); // another run may have been here meanwhile
+        }
+        if (!empty && !o->resume)
+            die("--out %s is not empty|add --resume to continue that run, or choose another folder",
+                o->out);
+    }
+    comm_broadcast(r->grid.all, &empty, sizeof empty, 0);
+    comm_broadcast(r->grid.all, &looks, sizeof looks, 0);
+    if (r->folder.fd < 0) r->folder = run_folder_look(o->out);
+    r->writes = !looks;
+    int64_t found = empty ? -1 : checkpoint_find(r->grid.all, &r->folder);
+    if (looks && found < 0)
+        die("--out %s has no checkpoint yet|wait for the run's first one (SIGUSR1 makes it save)",
+            o->out);
+    return found;
+}
 
 static cJSON *trainer_json(const Run *r) {
     const Options *o = r->o;
@@ -243,7 +252,9 @@ static void save(Run *r, int64_t step) {
     double begin = now_seconds();
     cJSON *trainer = trainer_json(r);
     SaveOptions s = { save_dtype_parse(o->save_dtype), o->save_layout, (int)o->keep, 0 };
-    int64_t bytes = checkpoint_save(r->checkpoint, o->out, step, s, t->optimizer.state, trainer);
+    report_sync(&r->report);
+    int64_t bytes =
+        checkpoint_save(r->checkpoint, &r->folder, step, s, t->optimizer.state, trainer);
     cJSON_Delete(trainer);
     if (t->g->rank) return;
     printf("saved %s/checkpoints/step_%lld: %.1f MB in %.2f s%s\n", o->out, (long long)step,
@@ -301,13 +312,18 @@ static void train(Run *r) {
         if (s.nonfinite && !o->skip_nonfinite) trainer_die_nonfinite(t, step);
         if (show && t->g->rank == 0 && t->m->c.n_moe) report_heat_map(t, stdout);
         if (t->trace) trace_close(t, r->tokens);
-        int asked = (int)comm_max(t->g->all, signal_asked());
-        if (r->val && asked != SIGNAL_END && (last || due(step, o->eval_every))) evaluate(r, step);
-        if (asked != SIGNAL_END && due(step, o->sample_every))
+        int asked = (int)comm_max(t->g->all, r->folder.moved ? FOLDER_MOVED : signal_asked());
+        int ends = asked == SIGNAL_END || asked == FOLDER_MOVED;
+        if (r->val && !ends && (last || due(step, o->eval_every))) evaluate(r, step);
+        if (!ends && due(step, o->sample_every))
             generate(t, r->tokens, o->prompt, 128, o->temperature, step);
-        if (last || asked == SIGNAL_END) report_sources(&r->report, step, r->data, step * o->batch);
-        if (*o->out && (last || asked || due(step, o->save_every))) save(r, step);
-        if (asked != SIGNAL_END) continue;
+        if (last || ends) report_sources(&r->report, step, r->data, step * o->batch);
+        if (r->writes && (last || asked || due(step, o->save_every))) save(r, step);
+        if (asked == FOLDER_MOVED)
+            die("--out %s leads to another folder than it did: it was renamed or unmounted; update "
+                "%lld is saved where it is now|give the folder its name back and --resume",
+                o->out, (long long)step);
+        if (!ends) continue;
         if (t->g->rank == 0)
             printf("stopped by a signal after update %lld%s\n", (long long)step,
                    *o->out ? "; --resume continues" : "; nothing saved without --out");
@@ -354,6 +370,7 @@ static Tokens *open_tokens(const Options *o) {
 
 static void run_free(Run *r) {
     report_close(&r->report);
+    run_folder_close(&r->folder);
     checkpoint_free(r->checkpoint);
     arena_free(&r->staging);
     trainer_free(r->trainer);
@@ -424,7 +441,7 @@ static void command_train(Options *o) {
     Config config = open_config(o, path);
     r.grid = open_grid(o, &config);
     r.model = model_build(config, grid_shard_spec(&r.grid));
-    int64_t found = open_folder(o, r.grid.all);
+    int64_t found = open_out(&r);
     r.first = found > 0 ? found : 0;
     char *resumed = found >= 0 ? checkpoint_folder(o->out, found) : 0;
     cJSON *trainer = resumed ? checkpoint_trainer(resumed) : 0;
@@ -440,8 +457,8 @@ static void command_train(Options *o) {
     checkpoint_free(checkpoint_create(&r.model, r.grid.all, r.grid.dp_rank == 0, &r.staging));
     arena_commit(&r.staging);
     r.checkpoint = checkpoint_create(&r.model, r.grid.all, r.grid.dp_rank == 0, &r.staging);
-    int again = r.val && (r.first == 0 || !o->steps);
-    r.report = report_open(r.trainer, o->out, r.first, o->steps, again, peak);
+    int again = r.val && r.first == 0;
+    r.report = report_open(r.trainer, r.writes ? &r.folder : 0, r.first, o->steps, again, peak);
     report_start(&r.report, r.trainer, o, path, r.data, r.val);
     fill_weights(&r, resumed, trainer);
     cJSON_Delete(trainer);
@@ -452,7 +469,7 @@ static void command_train(Options *o) {
         train(&r);
     else {
         if (r.val) evaluate(&r, r.first);
-        if (*o->out && r.first == 0) save(&r, 0);
+        if (r.writes && found < 0) save(&r, 0);
     }
     if (o->generate) generate(r.trainer, r.tokens, o->prompt, (int)o->generate, o->temperature, -1);
     run_free(&r);
@@ -474,6 +491,7 @@ static void start(const Options *o) {
 }
 
 int main(int argc, char **argv) {
+    ignore_signals();
     comm_init(&argc, &argv);
     Options o = options_parse(argc, argv);
     int status = 0;

@@ -7,7 +7,6 @@
 // range, at (2e) F C, (2e + 1) F C and e C F.
 #define _POSIX_C_SOURCE 200809L
 #include "checkpoint_parts.h"
-#include "checkpoint_folder.h"
 #include "../kernels/fail.h"
 #include "../kernels/random.h"
 #include <cjson/cJSON.h>
@@ -456,8 +455,8 @@ void checkpoint_resume(Checkpoint *checkpoint, const char *dir, const OptimizerS
 }
 
 // ---- folders and trainer.json ---------------------------------------------------------------
-int64_t checkpoint_find(Comm *all, const char *out) {
-    int64_t step = !all || !comm_rank(all) ? folder_newest(out) : 0;
+int64_t checkpoint_find(Comm *all, RunFolder *run) {
+    int64_t step = !all || !comm_rank(all) ? checkpoints_newest(run, INT64_MAX) : 0;
     if (all) comm_broadcast(all, &step, sizeof step, 0);
     return step;
 }
@@ -467,20 +466,13 @@ char *checkpoint_folder(const char *out, int64_t step) {
 }
 
 struct cJSON *checkpoint_trainer(const char *dir) {
-    char *path = xasprintf("%s/trainer.json", dir);
-    struct stat st;
-    FILE *f = fopen(path, "rb");
-    if (!f || fstat(fileno(f), &st))
-        die("%s: cannot open: %s|resume from a checkpoint of this program", path, strerror(errno));
-    char *text = (char *)xcalloc((size_t)st.st_size + 1, 1, "trainer.json");
-    size_t n = fread(text, 1, (size_t)st.st_size, f);
-    text[n] = 0;
-    fclose(f);
+    char *path = xasprintf("%s/trainer.json", dir), *text = 0;
+    int error = file_load(AT_FDCWD, path, 0, MAX_TRAINER, &text, 0);
+    if (error)
+        die("%s: cannot read: %s|resume from a checkpoint of this program", path, file_why(error));
     cJSON *root = cJSON_Parse(text);
     if (!cJSON_IsObject(root))
-        die("%s: not valid JSON|"
-            "the checkpoint is damaged: remove its folder and resume from the one before",
-            path);
+        die("%s: not valid JSON|the checkpoint is damaged: resume from the one before it", path);
     free(text);
     free(path);
     return root;

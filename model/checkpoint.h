@@ -22,6 +22,7 @@
 #ifndef MOE_CHECKPOINT_H
 #define MOE_CHECKPOINT_H
 #include "model.h"
+#include "run_folder.h"
 #include "../parallel/comm.h"
 struct cJSON;
 struct Trainer;
@@ -67,9 +68,11 @@ void checkpoint_load_model(Checkpoint *checkpoint, const char *dir, const Optimi
 // on any grid. Ends the run where a part that is asked for (by a pointer that is not 0) is missing.
 void checkpoint_resume(Checkpoint *checkpoint, const char *dir, const OptimizerState *shard);
 
-// Returns the step of the newest complete checkpoint under `out`, -1 where there is none, and the
-// same on all ranks. Rank 0 removes what interrupted saves left and repairs `latest`.
-int64_t checkpoint_find(Comm *all, const char *out);
+// Returns the step of the newest complete checkpoint of a run, -1 where there is none, and the same
+// on all ranks. Where rank 0 holds the run's lock it removes what interrupted saves left and
+// repairs `latest`; else it only reads. A missing file or a wrong size makes a checkpoint
+// incomplete; an error of the disk ends the run.
+int64_t checkpoint_find(Comm *all, RunFolder *run);
 // Returns the path out/checkpoints/step_N, which the caller frees.
 char *checkpoint_folder(const char *out, int64_t step);
 // Returns trainer.json of a checkpoint, which the caller deletes. Its numbers are doubles: 64-bit
@@ -83,11 +86,11 @@ const char *trainer_text(const struct cJSON *trainer, const char *key);
 // precision and the file sizes to the values of `trainer` (which may be 0). Checks free space
 // before anything is written. A disk that is full in spite of that ends the run after the
 // incomplete folder is removed; earlier checkpoints stay as they are.
-int64_t checkpoint_save(Checkpoint *checkpoint, const char *out, int64_t step, SaveOptions o,
+int64_t checkpoint_save(Checkpoint *checkpoint, RunFolder *run, int64_t step, SaveOptions o,
                         const OptimizerState *shard, const struct cJSON *trainer);
 // The phases of a save, for tests that play several ranks in one process: plan (every rank), begin
 // (one rank: folder, headers), shards (every rank: own ranges, synced), finish (one rank).
-void checkpoint_save_plan(Checkpoint *checkpoint, const char *out, int64_t step, SaveOptions o,
+void checkpoint_save_plan(Checkpoint *checkpoint, RunFolder *run, int64_t step, SaveOptions o,
                           unsigned state);
 void checkpoint_save_begin(Checkpoint *checkpoint);
 void checkpoint_save_shards(Checkpoint *checkpoint, const OptimizerState *shard);

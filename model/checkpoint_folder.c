@@ -1,131 +1,112 @@
-// Folders of checkpoints on disk: see checkpoint_folder.h.
+// The folders of checkpoints under out/checkpoints: which are complete, publishing, removing. Knows
+// no tensors; the contracts are in checkpoint_parts.h.
 //
 // A save is durable when its files, its folder and the folder's name are synced, in this order;
 // only then is anything older touched. Every name tells its state:
-//   incomplete_step_N   being written          -> removed on sight
-//   step_N              finished               complete if trainer.json is there and the sizes that
-//   it lists are the sizes on disk replaced_step_N     an older step_N that the same save writes
-//   again -> back to step_N if that is not complete, else removed removing_step_N     --keep is
-//   removing it  -> removed on sight
-// so a kill between any two system calls costs at most the checkpoint being written.
-#define _POSIX_C_SOURCE 200809L
-#include "checkpoint_folder.h"
+//   incomplete_step_N   being written           removed on sight
+//   step_N              finished                complete if trainer.json is there and the sizes
+//   that
+//                                               it lists are the sizes on disk
+//   replaced_step_N     an older step_N that    back to step_N if that is not complete, else
+//   removed
+//                       a save writes again
+//   removing_step_N     --keep is removing it   removed on sight
+// so a kill between any two system calls costs at most the checkpoint being written. An error is
+// not an absence: what cannot be read is neither incomplete nor removed.
+#define _GNU_SOURCE
+#include "checkpoint_parts.h"
 #include "../kernels/fail.h"
 #include <cjson/cJSON.h>
-#include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/statvfs.h>
 #include <unistd.h>
 
-// ---- files and folders ----------------------------------------------------------------------
-void folder_make(const char *path) {
-    char *p = xasprintf("%s", path);
-    for (char *slash = p + 1;; slash++) {
-        if (*slash && *slash != '/') continue;
-        char was = *slash;
-        *slash = 0;
-        struct stat st;
-        if (mkdir(p, 0777) && (errno != EEXIST || stat(p, &st) || !S_ISDIR(st.st_mode)))
-            die("%s: cannot create the folder: %s|choose a place you may write to with --out", p,
-                errno == EEXIST ? "a file of this name is in the way" : strerror(errno));
-        *slash = was;
-        if (!was) break;
-    }
-    free(p);
+static void die_folder(const RunFolder *f, const char *name, int error) MOE_NORETURN;
+static void die_folder(const RunFolder *f, const char *name, int error) {
+    die("%s/checkpoints%s%s: %s|check the disk and the folder's owner; nothing was removed",
+        f->path, *name ? "/" : "", name, file_why(error));
 }
 
-void folder_sync(const char *path) {
-    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0) die("%s: cannot open the folder: %s|check the disk", path, strerror(errno));
-    // Some network file systems refuse fsync on folders (EINVAL): their renames are durable on
-    // return or not at all.
-    if (fsync(fd) && errno != EINVAL && errno != EBADF && errno != ENOTSUP)
-        die("%s: cannot sync the folder: %s|check the disk", path, strerror(errno));
-    close(fd);
-}
-
-void folder_remove(const char *path) {
-    DIR *d = opendir(path);
-    if (!d) return;
-    for (struct dirent *e; (e = readdir(d));)
-        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlinkat(dirfd(d), e->d_name, 0);
-    closedir(d);
-    if (rmdir(path)) fprintf(stderr, "warning: %s: cannot remove: %s\n", path, strerror(errno));
-}
-
-int64_t folder_free_bytes(const char *path) {
-    struct statvfs v;
-    if (statvfs(path, &v)) return -1;
-    return (int64_t)((double)v.f_bavail * (double)v.f_frsize);
-}
-
-int folder_write(const char *dir, const char *name, const void *data, size_t bytes) {
-    char *path = xasprintf("%s/%s", dir, name);
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666), error = fd < 0 ? errno : 0;
-    for (const char *p = (const char *)data; !error && bytes;) {
-        ssize_t n = write(fd, p, bytes);
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0)
-            error = n < 0 ? errno : ENOSPC;
-        else {
-            p += n;
-            bytes -= (size_t)n;
-        }
-    }
-    if (fd >= 0 && !error && fsync(fd)) error = errno;
-    if (fd >= 0 && close(fd) && !error) error = errno;
-    free(path);
-    return error;
+int checkpoints_open(const RunFolder *f, int make) {
+    int at =
+        make ? folder_enter(f->fd, "checkpoints") : folder_open(f->fd, "checkpoints", O_NOFOLLOW);
+    if (at >= 0 || (errno == ENOENT && !make)) return at;
+    struct stat st;
+    int error = errno;
+    if (!fstatat(f->fd, "checkpoints", &st, AT_SYMLINK_NOFOLLOW) && S_ISLNK(st.st_mode))
+        die("%s/checkpoints is a symbolic link, through which nothing is written or removed|"
+            "give the folder that it leads to as --out",
+            f->path);
+    die_folder(f, "", error);
 }
 
 // ---- which are complete ---------------------------------------------------------------------
-// trainer.json is written last; it names every large file with its size, so that a folder copied in
-// part does not count either. Why not: into `why` (at least 200 chars).
-static int is_complete(const char *folder, int64_t step, char *why) {
-    char *path = xasprintf("%s/trainer.json", folder), *text = 0;
-    int ok = 0;
-    struct stat st;
-    FILE *f = fopen(path, "rb");
-    cJSON *root = 0;
-    snprintf(why, 200, "trainer.json is missing");
-    if (f && !fstat(fileno(f), &st) && S_ISREG(st.st_mode)) {
-        text = (char *)xcalloc((size_t)st.st_size + 1, 1, "trainer.json");
-        size_t n = fread(text, 1, (size_t)st.st_size, f);
-        text[n] = 0;
-        root = cJSON_Parse(text);
-        const cJSON *files = cJSON_GetObjectItemCaseSensitive(root, "files"),
-                    *at = cJSON_GetObjectItemCaseSensitive(root, "step"), *file = 0;
-        ok = cJSON_IsObject(files) && cJSON_IsNumber(at) && at->valuedouble == (double)step;
-        snprintf(why, 200, "trainer.json is damaged");
-        cJSON_ArrayForEach(file, files) {
-            char *name = xasprintf("%s/%s", folder, file->string);
-            if (ok && (stat(name, &st) || (double)st.st_size != file->valuedouble)) {
-                snprintf(why, 200, "%.150s is missing or has another size", file->string);
-                ok = 0;
-            }
-            free(name);
-        }
-        cJSON_Delete(root);
+enum { WHY = 200, NAME = 64 };
+
+// 1 where the folder `name` in `at` is a complete checkpoint; 0 where it is not: why says what it
+// lacks; -1 with errno where that cannot be seen. *step: of trainer.json.
+static int is_complete(int at, const char *name, int flags, int64_t *step, char why[WHY]) {
+    char *text = 0;
+    int fd = folder_open(at, name, flags), complete = 0;
+    int error = fd < 0 ? errno : file_load(fd, "trainer.json", flags, MAX_TRAINER, &text, 0);
+    snprintf(why, WHY, "trainer.json is missing");
+    if (error == ENOENT || error == ESPIPE || error == EFBIG) {
+        if (error != ENOENT) snprintf(why, WHY, "trainer.json is %s", file_why(error));
+        error = 0;
     }
-    if (f) fclose(f);
+    cJSON *root = text ? cJSON_Parse(text) : 0;
+    const cJSON *files = cJSON_GetObjectItemCaseSensitive(root, "files"),
+                *number = cJSON_GetObjectItemCaseSensitive(root, "step"), *file = 0;
+    if (cJSON_IsObject(files) && cJSON_IsNumber(number)) {
+        *step = (int64_t)number->valuedouble;
+        complete = 1;
+    } else if (text)
+        snprintf(why, WHY, "trainer.json is damaged");
+    cJSON_ArrayForEach(file, files) {
+        struct stat st;
+        if (!complete || error) break;
+        int missing = strchr(file->string, '/') != 0 || fstatat(fd, file->string, &st, 0);
+        if (missing && errno != ENOENT && !strchr(file->string, '/')) error = errno;
+        if (!missing && (double)st.st_size == file->valuedouble) continue;
+        snprintf(why, WHY, "%.150s is missing or has another size", file->string);
+        complete = 0;
+    }
+    cJSON_Delete(root);
     free(text);
-    free(path);
-    return ok;
+    if (fd >= 0) close(fd);
+    errno = error;
+    return error ? -1 : complete;
 }
 
-// N of prefix_step_N, -1 for any other name.
-static int64_t step_of(const char *name, const char *prefix) {
-    size_t n = strlen(prefix);
+static int is_step(const RunFolder *f, int at, const char *name, int64_t step, char why[WHY]) {
+    int64_t has = -1;
+    int complete = is_complete(at, name, 0, &has, why);
+    if (complete < 0) die_folder(f, name, errno);
+    if (!complete || has == step) return complete;
+    snprintf(why, WHY, "trainer.json is of step %lld", (long long)has);
+    return 0;
+}
+
+typedef struct {
+    const char *prefix;
+    int64_t *step;
+    int n;
+} Steps;
+
+static void add_step(void *context, const char *name) {
+    Steps *s = (Steps *)context;
+    size_t n = strlen(s->prefix);
     char *end;
-    if (strncmp(name, prefix, n) || name[n] < '0' || name[n] > '9') return -1;
+    if (strncmp(name, s->prefix, n) || name[n] < '0' || name[n] > '9') return;
+    errno = 0;
     int64_t step = strtoll(name + n, &end, 10);
-    return *end ? -1 : step;
+    if (*end || errno) return;
+    s->step = (int64_t *)xrealloc(s->step, (size_t)s->n + 1, sizeof *s->step, "list of steps");
+    s->step[s->n++] = step;
 }
 
 static int descending(const void *a, const void *b) {
@@ -133,130 +114,163 @@ static int descending(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
-// Steps of folders prefix_step_N under dir, newest first (caller frees); *n of them.
-static int64_t *list_steps(const char *dir, const char *prefix, int *n) {
-    int64_t *steps = 0;
-    *n = 0;
-    DIR *d = opendir(dir);
-    for (struct dirent *e; d && (e = readdir(d));) {
-        int64_t step = step_of(e->d_name, prefix);
-        if (step < 0) continue;
-        steps = (int64_t *)realloc(steps, (size_t)(*n + 1) * sizeof *steps);
-        if (!steps) die("out of host memory for the list of checkpoints|free memory");
-        steps[(*n)++] = step;
-    }
-    if (d) closedir(d);
-    if (*n) qsort(steps, (size_t)*n, sizeof *steps, descending);
-    return steps;
+// Lists N of all names prefixN in `at`, the largest first; the caller frees s->step. Returns 0 or
+// an errno.
+static int list_steps(int at, const char *prefix, Steps *s) {
+    s->prefix = prefix;
+    s->step = 0;
+    s->n = 0;
+    int error = folder_visit(at, add_step, s);
+    if (s->n) qsort(s->step, (size_t)s->n, sizeof *s->step, descending);
+    return error;
 }
 
-// ---- publishing -----------------------------------------------------------------------------
+// ---- latest ---------------------------------------------------------------------------------
+// `latest` as a folder is what `cp -rL` makes of the link: a second copy of a checkpoint. It goes
+// where that checkpoint is there, and becomes it where it is not. Returns 1 where the name is free.
+static int make_room_for_latest(int at) {
+    char why[WHY], name[NAME];
+    int64_t step = -1, same = -1;
+    struct stat st;
+    if (fstatat(at, "latest", &st, AT_SYMLINK_NOFOLLOW) || !S_ISDIR(st.st_mode)) return 1;
+    if (is_complete(at, "latest", O_NOFOLLOW, &step, why) == 1) {
+        snprintf(name, sizeof name, "step_%" PRId64, step);
+        int there = is_complete(at, name, 0, &same, why);
+        if (there == 1 && same == step) return !folder_remove(at, "latest");
+        if (there < 0 && errno == ENOENT) return !renameat(at, "latest", at, name);
+    }
+    return 0;
+}
+
 // `latest` becomes a link to step_N in one rename: a reader sees the old target or the new one.
 // Where links are not allowed it is a text file with the name.
-static void point_latest(const char *dir, int64_t step) {
-    char *latest = xasprintf("%s/latest", dir), *fresh = xasprintf("%s/latest.new", dir),
-         *target = xasprintf("step_%" PRId64, step);
-    char now[64];
-    ssize_t n = readlink(latest, now, sizeof now - 1);
-    if (n >= 0) now[n] = 0;
-    if (n < 0 || strcmp(now, target)) {
-        unlink(fresh);
-        if (symlink(target, fresh) && folder_write(dir, "latest.new", target, strlen(target)))
-            fprintf(stderr, "warning: %s: cannot write: %s\n", fresh, strerror(errno));
-        else if (rename(fresh, latest))
-            fprintf(stderr, "warning: %s: cannot replace: %s\n", latest, strerror(errno));
-        folder_sync(dir);
+static void point_latest(const RunFolder *f, int at, int64_t step) {
+    char target[NAME], now[NAME] = "";
+    snprintf(target, sizeof target, "step_%" PRId64, step);
+    ssize_t n = readlinkat(at, "latest", now, sizeof now - 1);
+    if (n >= 0 && !strcmp(now, target)) return;
+    int error = make_room_for_latest(at) ? 0 : EISDIR;
+    unlinkat(at, "latest.new", 0);
+    if (!error && symlinkat(target, at, "latest.new"))
+        error = file_write(at, "latest.new", target, strlen(target));
+    if (!error && renameat(at, "latest.new", at, "latest")) error = errno;
+    if (!error) error = folder_sync(at);
+    if (error)
+        warn("%s/checkpoints/latest does not lead to %s: %s", f->path, target, strerror(error));
+}
+
+// ---- publishing and finding -----------------------------------------------------------------
+static void move(const RunFolder *f, int at, const char *from, const char *to) {
+    if (renameat(at, from, at, to)) die_folder(f, from, errno);
+}
+
+static void try_remove(const RunFolder *f, int at, const char *name) {
+    int error = folder_remove(at, name);
+    if (error) warn("%s/checkpoints/%s: cannot remove: %s", f->path, name, strerror(error));
+}
+
+// All but the newest `keep` complete checkpoints up to `step` go. A step above it is of a run that
+// this one does not know, and a link leads out of the folder: both stay. Where looking fails,
+// nothing is removed this time.
+static void keep_newest(const RunFolder *f, int at, int64_t step, int keep) {
+    Steps old;
+    char why[WHY];
+    int error = list_steps(at, "step_", &old), kept = 1; // the one just written counts and stays
+    for (int i = 0; i < old.n && !error; i++) {
+        char name[NAME], removing[NAME];
+        int64_t has = -1;
+        struct stat st;
+        snprintf(name, sizeof name, "step_%" PRId64, old.step[i]);
+        snprintf(removing, sizeof removing, "removing_step_%" PRId64, old.step[i]);
+        if (old.step[i] >= step || fstatat(at, name, &st, AT_SYMLINK_NOFOLLOW) ||
+            S_ISLNK(st.st_mode))
+            continue;
+        int complete = is_complete(at, name, O_NOFOLLOW, &has, why);
+        if (complete < 0)
+            error = errno;
+        else if (complete && ++kept > keep && !renameat(at, name, at, removing))
+            try_remove(f, at, removing);
     }
-    free(latest);
-    free(fresh);
-    free(target);
+    if (error)
+        warn("%s/checkpoints: cannot look at older checkpoints, none is removed: %s", f->path,
+             strerror(error));
+    free(old.step);
 }
 
-static void move(const char *from, const char *to) {
-    if (rename(from, to))
-        die("%s: cannot rename to %s: %s|check the disk and the folder's owner", from, to,
-            strerror(errno));
+void checkpoints_publish(const RunFolder *f, int at, int64_t step, int keep) {
+    char fresh[NAME], name[NAME], replaced[NAME];
+    snprintf(fresh, sizeof fresh, "incomplete_step_%" PRId64, step);
+    snprintf(name, sizeof name, "step_%" PRId64, step);
+    snprintf(replaced, sizeof replaced, "replaced_step_%" PRId64, step);
+    int error = folder_remove(at, replaced);
+    if (error) die_folder(f, replaced, error);
+    if (renameat(at, name, at, replaced) && errno != ENOENT) die_folder(f, name, errno);
+    move(f, at, fresh, name);
+    error = folder_sync(at);
+    if (!error) error = folder_sync(f->fd);
+    if (error) die_folder(f, name, error);
+    point_latest(f, at, step);
+    try_remove(f, at, replaced);
+    if (keep > 0) keep_newest(f, at, step, keep);
 }
 
-char *folder_begin(const char *out, int64_t step) {
-    char *path = xasprintf("%s/checkpoints/incomplete_step_%" PRId64, out, step);
-    struct stat st;
-    if (!lstat(path, &st)) folder_remove(path);
-    folder_make(path);
-    return path;
-}
-
-void folder_publish(const char *out, int64_t step, int keep) {
-    char *dir = xasprintf("%s/checkpoints", out),
-         *fresh = xasprintf("%s/incomplete_step_%" PRId64, dir, step);
-    char *name = xasprintf("%s/step_%" PRId64, dir, step),
-         *replaced = xasprintf("%s/replaced_step_%" PRId64, dir, step), why[200];
-    struct stat st;
-    folder_sync(fresh);
-    if (!lstat(replaced, &st)) folder_remove(replaced);
-    if (!lstat(name, &st)) move(name, replaced);
-    move(fresh, name);
-    folder_sync(dir);
-    folder_sync(out);
-    point_latest(dir, step);
-    if (!lstat(replaced, &st)) folder_remove(replaced);
-    int n, kept = 1; // the one just written counts and stays
-    int64_t *steps = list_steps(dir, "step_", &n);
-    for (int i = 0; keep > 0 && i < n; i++) {
-        if (steps[i] == step) continue;
-        char *old = xasprintf("%s/step_%" PRId64, dir, steps[i]),
-             *removing = xasprintf("%s/removing_step_%" PRId64, dir, steps[i]);
-        if (is_complete(old, steps[i], why) && ++kept > keep && !rename(old, removing))
-            folder_remove(removing);
-        free(old);
-        free(removing);
-    }
-    free(steps);
-    free(dir);
-    free(fresh);
-    free(name);
-    free(replaced);
-}
-
-int64_t folder_newest(const char *out) {
-    char *dir = xasprintf("%s/checkpoints", out), why[200];
-    int n;
-    static const char *leftover[] = { "incomplete_step_", "removing_step_" };
+// What interrupted saves left: removed, or put back.
+static void clean_up(const RunFolder *f, int at) {
+    static const char *const leftover[] = { "incomplete_step_", "removing_step_" };
+    Steps s;
+    char name[NAME], old[NAME], why[WHY];
     for (int j = 0; j < 2; j++) {
-        int64_t *steps = list_steps(dir, leftover[j], &n);
-        for (int i = 0; i < n; i++) {
-            char *path = xasprintf("%s/%s%" PRId64, dir, leftover[j], steps[i]);
-            folder_remove(path);
-            free(path);
+        int error = list_steps(at, leftover[j], &s);
+        if (error) die_folder(f, "", error);
+        for (int i = 0; i < s.n; i++) {
+            snprintf(name, sizeof name, "%s%" PRId64, leftover[j], s.step[i]);
+            try_remove(f, at, name);
         }
-        free(steps);
+        free(s.step);
     }
-    int64_t *steps = list_steps(dir, "replaced_step_", &n);
-    for (int i = 0; i < n; i++) {
-        char *old = xasprintf("%s/replaced_step_%" PRId64, dir, steps[i]),
-             *name = xasprintf("%s/step_%" PRId64, dir, steps[i]);
-        if (is_complete(name, steps[i], why))
-            folder_remove(old);
-        else if (is_complete(old, steps[i], why)) {
-            folder_remove(name);
-            move(old, name);
+    int error = list_steps(at, "replaced_step_", &s);
+    if (error) die_folder(f, "", error);
+    for (int i = 0; i < s.n; i++) {
+        struct stat st;
+        snprintf(old, sizeof old, "replaced_step_%" PRId64, s.step[i]);
+        snprintf(name, sizeof name, "step_%" PRId64, s.step[i]);
+        int there = !fstatat(at, name, &st, AT_SYMLINK_NOFOLLOW);
+        if (there && is_step(f, at, name, s.step[i], why))
+            try_remove(f, at, old);
+        else if (is_step(f, at, old, s.step[i], why)) {
+            if (there) try_remove(f, at, name);
+            move(f, at, old, name);
         }
-        free(old);
-        free(name);
     }
-    free(steps);
+    free(s.step);
+}
+
+int64_t checkpoints_newest(const RunFolder *f, int64_t below) {
+    int at = checkpoints_open(f, 0);
+    if (at < 0) return -1;
+    if (f->lock >= 0) clean_up(f, at);
+    Steps s;
+    int error = list_steps(at, "step_", &s);
+    if (error) die_folder(f, "", error);
     int64_t newest = -1;
-    steps = list_steps(dir, "step_", &n);
-    for (int i = 0; i < n && newest < 0; i++) {
-        char *path = xasprintf("%s/step_%" PRId64, dir, steps[i]);
-        if (is_complete(path, steps[i], why))
-            newest = steps[i];
-        else
-            fprintf(stderr, "warning: %s is not a complete checkpoint (%s): ignored\n", path, why);
-        free(path);
+    char first[WHY] = "", why[WHY];
+    for (int i = 0; i < s.n && newest < 0; i++) {
+        char name[NAME];
+        if (s.step[i] >= below) continue;
+        snprintf(name, sizeof name, "step_%" PRId64, s.step[i]);
+        if (is_step(f, at, name, s.step[i], why))
+            newest = s.step[i];
+        else if (below == INT64_MAX)
+            warn("%s/checkpoints/%s is not a complete checkpoint (%s): ignored", f->path, name,
+                 why);
+        if (!*first) snprintf(first, sizeof first, "step_%" PRId64 ": %.150s", s.step[i], why);
     }
-    free(steps);
-    if (newest >= 0) point_latest(dir, newest);
-    free(dir);
+    if (newest < 0 && s.n && below == INT64_MAX)
+        die("%s/checkpoints: none of its %d step_N is a complete checkpoint (%s)|"
+            "bring the missing file back, or start a new --out",
+            f->path, s.n, first);
+    free(s.step);
+    if (newest >= 0 && f->lock >= 0) point_latest(f, at, newest);
+    close(at);
     return newest;
 }

@@ -4,6 +4,7 @@
 #define MOE_CHECKPOINT_PARTS_H
 #include "checkpoint.h"
 #include "safetensors.h"
+struct cJSON;
 MOE_BEGIN_C
 
 // What a checkpoint keeps of one Hugging Face tensor. One row of PART says everything about a part;
@@ -50,8 +51,9 @@ typedef struct {
 typedef struct {
     SaveOptions options;
     int64_t step, bytes; // bytes of all tensor files
-    char *out, *folder;  // folder: while it is incomplete
-    const char *dtype;   // what config.json says
+    RunFolder *run;
+    char *folder, name[64]; // incomplete_step_N: its path for messages, its name in checkpoints
+    const char *dtype;      // what config.json says
     int n_files, n_tensors, n_model_files;
     OutFile *file;       // (n_files) the model's, then optimizer.safetensors
     SafeTensor *tensor;  // (n_tensors) of the model's files, for the index
@@ -99,8 +101,9 @@ int64_t checkpoint_part_elements(const Weight *w, Part part);
 // Ends the run where this layout cuts blocks of 8-bit state, which are read and written whole.
 void checkpoint_check_blocks(const Checkpoint *checkpoint);
 void checkpoint_plan_free(SavePlan *p);
-// Creates `path` at its full size with its header, synced. Returns 0 or errno.
-int checkpoint_create_file(const char *path, const OutFile *f);
+// Creates file `name` in the open folder `at` at its full size with its header, synced. Returns 0
+// or an errno.
+int checkpoint_create_file(int at, const char *name, const OutFile *f);
 // Writes the numbers of `piece`, converted to the type of `place`, to their place in `fd`. Returns
 // 0 or errno.
 int checkpoint_write_piece(Checkpoint *checkpoint, int fd, Place place, Piece piece);
@@ -109,5 +112,19 @@ int checkpoint_write_piece(Checkpoint *checkpoint, int fd, Place place, Piece pi
 void checkpoint_progress_start(Checkpoint *checkpoint, int64_t total);
 void checkpoint_progress(Checkpoint *checkpoint, const char *verb, int64_t bytes);
 void checkpoint_progress_end(const Checkpoint *checkpoint);
+
+// ---- folders under out/checkpoints (checkpoint_folder.c) ----
+enum { MAX_TRAINER = 64 << 20 }; // bytes of trainer.json; that of the 30B model has 200 kB
+// Opens out/checkpoints, making it where `make` says so, and returns its descriptor; -1 where it is
+// not there. Ends the run where it is a link or cannot be opened.
+int checkpoints_open(const RunFolder *f, int make);
+// Gives incomplete_step_N, synced, its name in `at` (out/checkpoints), moves `latest` and removes
+// all but the newest `keep` complete checkpoints up to this step (0: all stay). Ends the run where
+// the disk refuses.
+void checkpoints_publish(const RunFolder *f, int at, int64_t step, int keep);
+// Returns the newest complete step below `below` (INT64_MAX: of all), -1 where there is none. With
+// the lock held it first removes what interrupted saves left, and repairs `latest`. Warns of
+// folders that are not complete; ends the run where all are such, or where one cannot be looked at.
+int64_t checkpoints_newest(const RunFolder *f, int64_t below);
 MOE_END_C
 #endif

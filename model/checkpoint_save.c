@@ -7,7 +7,6 @@
 //   trainer.json; then the folder gets its name
 #define _GNU_SOURCE // fallocate
 #include "checkpoint_parts.h"
-#include "checkpoint_folder.h"
 #include "../kernels/fail.h"
 #include <cjson/cJSON.h>
 #include <errno.h>
@@ -185,7 +184,6 @@ void checkpoint_plan_free(SavePlan *p) {
     for (int i = 0; i < PARTS; i++) free(p->place[i]);
     free(p->file);
     free(p->tensor);
-    free(p->out);
     free(p->folder);
     memset(p, 0, sizeof *p);
 }
@@ -209,14 +207,15 @@ static void warn_source(Checkpoint *checkpoint, unsigned state) {
             narrowed, checkpoint->n, dtype_name(trained));
 }
 
-void checkpoint_save_plan(Checkpoint *checkpoint, const char *out, int64_t step, SaveOptions o,
+void checkpoint_save_plan(Checkpoint *checkpoint, RunFolder *run, int64_t step, SaveOptions o,
                           unsigned state) {
     SavePlan *p = &checkpoint->plan;
     checkpoint_plan_free(p);
     p->options = o;
     p->step = step;
-    p->out = xasprintf("%s", out);
-    p->folder = xasprintf("%s/checkpoints/incomplete_step_%" PRId64, out, step);
+    p->run = run;
+    snprintf(p->name, sizeof p->name, "incomplete_step_%" PRId64, step);
+    p->folder = xasprintf("%s/checkpoints/%s", run->path, p->name);
     if (state & STATE_8BIT) checkpoint_check_blocks(checkpoint);
     if (o.dtype == SAVE_SOURCE) warn_source(checkpoint, state);
     plan_model(checkpoint, p);
@@ -227,22 +226,23 @@ void checkpoint_save_plan(Checkpoint *checkpoint, const char *out, int64_t step,
 // A save that cannot be finished gives its space back before it ends the run.
 static void fail(const SavePlan *p, const char *file, int error) MOE_NORETURN;
 static void fail(const SavePlan *p, const char *file, int error) {
-    folder_remove(p->folder);
+    int at = folder_open(p->run->fd, "checkpoints", O_NOFOLLOW);
+    if (at >= 0) folder_remove(at, p->name);
     die("%s/%s: cannot write: %s|"
         "free disk space, lower --keep or choose another --out; earlier checkpoints are intact",
-        p->folder, file, strerror(error));
+        p->folder, file, file_why(error));
 }
 
-static int open_file(const SavePlan *p, const OutFile *f, int flags) {
-    char *path = xasprintf("%s/%s", p->folder, f->name);
-    int fd = open(path, flags | O_WRONLY | O_CLOEXEC, 0666);
-    if (fd < 0) fail(p, f->name, errno);
-    free(path);
+// The descriptor of the folder that is being written.
+static int open_folder(const SavePlan *p) {
+    int at = checkpoints_open(p->run, 1), fd = folder_open(at, p->name, O_NOFOLLOW);
+    if (fd < 0) fail(p, "", errno);
+    close(at);
     return fd;
 }
 
-int checkpoint_create_file(const char *path, const OutFile *f) {
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666), error = fd < 0 ? errno : 0;
+int checkpoint_create_file(int at, const char *name, const OutFile *f) {
+    int fd = file_create(at, name), error = fd < 0 ? errno : 0;
     // Takes the blocks now where the file system can: a full disk or quota shows before the first
     // byte is written.
     if (!error && fallocate(fd, 0, 0, (off_t)f->bytes) &&
@@ -257,23 +257,26 @@ int checkpoint_create_file(const char *path, const OutFile *f) {
 
 void checkpoint_save_begin(Checkpoint *checkpoint) {
     SavePlan *p = &checkpoint->plan;
-    char *dir = xasprintf("%s/checkpoints", p->out);
-    folder_make(dir);
-    int64_t room = folder_free_bytes(dir), need = p->bytes + SMALL_FILES;
+    if (!p->run->moved && !run_folder_in_place(p->run))
+        die("--out %s is not the folder that this run began with: it was renamed, removed or "
+            "unmounted|give the folder its name back and --resume",
+            p->run->path);
+    int at = checkpoints_open(p->run, 1);
+    int64_t room = folder_free_bytes(at), need = p->bytes + SMALL_FILES;
     for (int i = 0; i < checkpoint->n_attachments; i++)
         need += (int64_t)checkpoint->attachment[i].bytes;
     if (room >= 0 && room < need)
-        die("%s: a checkpoint needs %.3f GB, the disk has %.3f GB free|"
+        die("%s/checkpoints: a checkpoint needs %.3f GB, the disk has %.3f GB free|"
             "free disk space, lower --keep or choose another --out; earlier checkpoints are intact",
-            dir, (double)need / 1e9, (double)room / 1e9);
-    free(dir);
-    free(folder_begin(p->out, p->step));
+            p->run->path, (double)need / 1e9, (double)room / 1e9);
+    int error = folder_remove(at, p->name), fd = error ? -1 : folder_enter(at, p->name);
+    if (fd < 0) fail(p, "", error ? error : errno);
+    close(at);
     for (int i = 0; i < p->n_files; i++) {
-        char *path = xasprintf("%s/%s", p->folder, p->file[i].name);
-        int error = checkpoint_create_file(path, &p->file[i]);
+        error = checkpoint_create_file(fd, p->file[i].name, &p->file[i]);
         if (error) fail(p, p->file[i].name, error);
-        free(path);
     }
+    close(fd);
 }
 
 // ---- shards ---------------------------------------------------------------------------------
@@ -299,7 +302,12 @@ void checkpoint_save_shards(Checkpoint *checkpoint, const OptimizerState *shard)
     if (!checkpoint->writer) return;
     checkpoint->host = (char *)xmalloc(CHECKPOINT_STAGING, "checkpoint staging");
     int *fd = (int *)xmalloc((size_t)p->n_files * sizeof *fd, "file list");
-    for (int i = 0; i < p->n_files; i++) fd[i] = open_file(p, &p->file[i], 0);
+    int folder = open_folder(p);
+    for (int i = 0; i < p->n_files; i++) {
+        fd[i] = openat(folder, p->file[i].name, O_RDWR | O_NOFOLLOW | O_CLOEXEC);
+        if (fd[i] < 0) fail(p, p->file[i].name, errno);
+    }
+    close(folder);
     int64_t total = 0;
     for (int pass = 0; pass < 2; pass++) { // the first counts
         if (pass) checkpoint_progress_start(checkpoint, total);
@@ -328,21 +336,23 @@ void checkpoint_save_shards(Checkpoint *checkpoint, const OptimizerState *shard)
 }
 
 // ---- finish ---------------------------------------------------------------------------------
-static void write_small(const SavePlan *p, const char *name, const char *data, size_t bytes) {
-    int error = folder_write(p->folder, name, data, bytes);
+static void write_small(const SavePlan *p, int folder, const char *name, const char *data,
+                        size_t bytes) {
+    int error = file_write(folder, name, data, bytes);
     if (error) fail(p, name, error);
 }
 
-static void write_json(const SavePlan *p, const char *name, cJSON *root) {
+static void write_json(const SavePlan *p, int folder, const char *name, cJSON *root) {
     char *text = cJSON_Print(root);
     if (!text) die("%s: out of host memory for its text|free memory", name);
-    write_small(p, name, text, strlen(text));
+    write_small(p, folder, name, text, strlen(text));
     cJSON_free(text);
     cJSON_Delete(root);
 }
 
 void checkpoint_save_finish(Checkpoint *checkpoint, const struct cJSON *trainer) {
     SavePlan *p = &checkpoint->plan;
+    int folder = open_folder(p);
     cJSON *index = cJSON_CreateObject(), *metadata = cJSON_AddObjectToObject(index, "metadata"),
           *map = cJSON_AddObjectToObject(index, "weight_map");
     double bytes = 0;
@@ -352,12 +362,12 @@ void checkpoint_save_finish(Checkpoint *checkpoint, const struct cJSON *trainer)
                               cJSON_CreateString(p->file[p->tensor[i].file].name));
     }
     cJSON_AddNumberToObject(metadata, "total_size", bytes);
-    write_json(p, "model.safetensors.index.json", index);
+    write_json(p, folder, "model.safetensors.index.json", index);
     char *config = config_export(&checkpoint->m->c, p->dtype);
-    write_small(p, "config.json", config, strlen(config));
+    write_small(p, folder, "config.json", config, strlen(config));
     cJSON_free(config);
     for (int i = 0; i < checkpoint->n_attachments; i++)
-        write_small(p, checkpoint->attachment[i].name, checkpoint->attachment[i].data,
+        write_small(p, folder, checkpoint->attachment[i].name, checkpoint->attachment[i].data,
                     checkpoint->attachment[i].bytes);
     cJSON *root = trainer ? cJSON_Duplicate(trainer, 1) : cJSON_CreateObject();
     static const char *ours[] = { "step", "precision", "files" };
@@ -367,13 +377,18 @@ void checkpoint_save_finish(Checkpoint *checkpoint, const struct cJSON *trainer)
     cJSON *files = cJSON_AddObjectToObject(root, "files");
     for (int i = 0; i < p->n_files; i++)
         cJSON_AddNumberToObject(files, p->file[i].name, (double)p->file[i].bytes);
-    write_json(p, "trainer.json", root);
-    folder_publish(p->out, p->step, p->options.keep);
+    write_json(p, folder, "trainer.json", root);
+    int error = folder_sync(folder);
+    if (error) fail(p, "", error);
+    close(folder);
+    int at = checkpoints_open(p->run, 1);
+    checkpoints_publish(p->run, at, p->step, p->options.keep);
+    close(at);
 }
 
-int64_t checkpoint_save(Checkpoint *checkpoint, const char *out, int64_t step, SaveOptions o,
+int64_t checkpoint_save(Checkpoint *checkpoint, RunFolder *run, int64_t step, SaveOptions o,
                         const OptimizerState *shard, const struct cJSON *trainer) {
-    checkpoint_save_plan(checkpoint, out, step, o, checkpoint_state(shard));
+    checkpoint_save_plan(checkpoint, run, step, o, checkpoint_state(shard));
     int64_t bytes = checkpoint->plan.bytes;
     if (!checkpoint->rank) checkpoint_save_begin(checkpoint);
     if (checkpoint->all) comm_barrier(checkpoint->all);

@@ -49,7 +49,7 @@ static void lay_out(Dump *d, const Trainer *t) {
     }
     OutFile file = { 0, 0, 0, 0 };
     file.header = safetensors_layout(tensor, n, &file.header_bytes, &file.bytes);
-    int error = t->g->rank == 0 ? checkpoint_create_file(d->path, &file) : 0;
+    int error = t->g->rank == 0 ? checkpoint_create_file(AT_FDCWD, d->path, &file) : 0;
     if (error) die_dump(d, error);
     d->at = (int64_t *)xmalloc((size_t)n * sizeof *d->at, "dump");
     for (int i = 0; i < n; i++) {

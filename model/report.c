@@ -2,40 +2,96 @@
 // load. Rank 0 prints and writes; the contracts are in report.h.
 #define _POSIX_C_SOURCE 200809L
 #include "report.h"
+#include "file.h"
 #include "../kernels/fail.h"
 #include <cjson/cJSON.h>
 #include <errno.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #ifndef MOE_COMMIT
 #define MOE_COMMIT "unknown"
 #endif
 
 // ---- log.jsonl ------------------------------------------------------------------------------
-// Keeps the lines of steps <= step; again: without the evaluation at `step`, which is to come. A
-// last line that a kill cut short is dropped with the rest.
-static void cut_log(const char *path, int64_t step, int again) {
-    FILE *in = fopen(path, "r");
-    if (!in) return;
-    char *temporary = xasprintf("%s.cut", path), *line = 0;
-    size_t capacity = 0;
-    ssize_t n;
-    FILE *out = fopen(temporary, "w");
-    if (!out) die("cannot write %s: %s|make the folder writable", temporary, strerror(errno));
-    while ((n = getline(&line, &capacity, in)) > 0) {
-        const char *at = strstr(line, "\"step\":");
-        int64_t of = at ? strtoll(at + 7, 0, 10) : step + 1;
-        if (line[n - 1] == '\n' && of <= step &&
-            !(again && of == step && strstr(line, "\"val_loss\"")))
-            fputs(line, out);
+// Where the lines of steps <= step end: they ascend, so what follows is of updates that are made
+// again. Lines without a step are somebody else's and stay; a last line that a kill cut short goes.
+static int64_t log_end(int fd, const char *path, int64_t size, int64_t step) {
+    char block[65536], head[64];
+    size_t n_head = 0;
+    int64_t kept = 0;
+    for (int64_t first = 0; first < size; first += (int64_t)sizeof block) {
+        int64_t n = size - first;
+        if (n > (int64_t)sizeof block) n = (int64_t)sizeof block;
+        file_read_at(fd, path, first, block, n);
+        for (int64_t i = 0; i < n; i++) {
+            if (block[i] != '\n') {
+                if (n_head < sizeof head - 1) head[n_head++] = block[i];
+                continue;
+            }
+            head[n_head] = 0;
+            n_head = 0;
+            const char *at = strstr(head, "\"step\":");
+            if (at && strtoll(at + 7, 0, 10) > step) return kept;
+            kept = first + i + 1;
+        }
     }
-    free(line);
-    fclose(in);
-    if (fflush(out) || fsync(fileno(out)) || fclose(out) || rename(temporary, path))
-        die("cannot rewrite %s: %s|free space or make the folder writable", path, strerror(errno));
-    free(temporary);
+    return kept;
+}
+
+static void open_log(Report *r, int64_t step) {
+    char *path = xasprintf("%s/log.jsonl", r->folder->path);
+    struct stat st;
+    r->log_fd = file_edit(r->folder->fd, "log.jsonl");
+    if (r->log_fd < 0 || fstat(r->log_fd, &st))
+        die("cannot open %s: %s|choose an --out folder that can be written", path, file_why(errno));
+    r->log_size = log_end(r->log_fd, path, st.st_size, step);
+    if (ftruncate(r->log_fd, r->log_size))
+        die("cannot cut %s: %s|make the folder writable", path, strerror(errno));
+    r->line = (LogLine *)xcalloc(1, sizeof *r->line, "a line of the log");
+    r->log = open_memstream(&r->line->text, &r->line->bytes);
+    if (!r->log) die("out of host memory for a line of the log|free memory");
+    free(path);
+}
+
+// Logging is not worth a run: what the disk refuses is held in memory and written with the next
+// line.
+static void write_log(Report *r) {
+    enum { MOST = 64 << 20 };
+    int error = file_write_at(r->log_fd, r->log_size, r->held, (int64_t)r->held_bytes);
+    if (!error) {
+        r->log_size += (int64_t)r->held_bytes;
+        r->held_bytes = 0;
+        return;
+    }
+    if (ftruncate(r->log_fd, r->log_size)) error = errno;
+    if (!r->warned++)
+        warn("cannot write %s/log.jsonl: %s: its lines wait in memory", r->folder->path,
+             strerror(error));
+    if (r->held_bytes > MOST) {
+        warn("lines of %s/log.jsonl are lost: the disk has no room", r->folder->path);
+        r->held_bytes = 0;
+    }
+}
+
+static void log_line_end(Report *r) {
+    if (fputs("}\n", r->log) < 0 || fflush(r->log))
+        die("out of host memory for the log|free memory");
+    r->held = (char *)xrealloc(r->held, r->held_bytes + r->line->bytes, 1, "the log");
+    memcpy(r->held + r->held_bytes, r->line->text, r->line->bytes);
+    r->held_bytes += r->line->bytes;
+    rewind(r->log);
+    write_log(r);
+    run_folder_in_place(r->folder);
+}
+
+void report_sync(Report *r) {
+    if (!r->log) return;
+    write_log(r);
+    int error = file_sync(r->log_fd);
+    if (error) warn("%s/log.jsonl may not be on the disk: %s", r->folder->path, strerror(error));
 }
 
 static void log_number(FILE *f, const char *key, double x) {
@@ -45,33 +101,29 @@ static void log_number(FILE *f, const char *key, double x) {
         fprintf(f, ",\"%s\":null", key);
 }
 
-static void log_line_end(Report *r) {
-    if (fputs("}\n", r->log) < 0 || fflush(r->log))
-        die("cannot write the log: %s|free space under --out", strerror(errno));
-}
-
-Report report_open(const Trainer *t, const char *out, int64_t step, int64_t steps, int again,
+Report report_open(const Trainer *t, RunFolder *folder, int64_t step, int64_t steps, int again,
                    double peak) {
     Report r;
     memset(&r, 0, sizeof r);
     r.active = t->g->rank == 0;
+    r.folder = folder;
     r.peak = peak * t->g->world;
     r.flops_per_token = config_flops_per_token(&t->m->c, t->o.T);
     r.first = step;
     r.steps = steps;
     r.begin = now_seconds();
-    if (!r.active || !*out) return r;
-    char *path = xasprintf("%s/log.jsonl", out);
-    cut_log(path, step, again);
-    r.log = fopen(path, "a");
-    if (!r.log)
-        die("cannot open %s: %s|choose an --out folder that can be written", path, strerror(errno));
-    free(path);
+    if (r.active && folder) open_log(&r, again ? step - 1 : step);
     return r;
 }
 
 void report_close(Report *r) {
-    if (r->log) fclose(r->log);
+    if (!r->log) return;
+    report_sync(r);
+    fclose(r->log);
+    free(r->line->text);
+    free(r->line);
+    free(r->held);
+    close(r->log_fd);
     r->log = 0;
 }
 
@@ -98,8 +150,8 @@ static void add_data(cJSON *run, const char *key, const Loader *data) {
     }
 }
 
-static void write_run(const char *out, const Options *o, const Trainer *t, const Loader *train,
-                      const Loader *val) {
+static void write_run(const RunFolder *folder, const Options *o, const Trainer *t,
+                      const Loader *train, const Loader *val) {
     cJSON *run = cJSON_CreateObject(), *config = cJSON_Parse(t->m->c.json);
     cJSON_AddStringToObject(run, "commit", MOE_COMMIT);
     cJSON_AddStringToObject(run, "backend", device_backend());
@@ -112,13 +164,14 @@ static void write_run(const char *out, const Options *o, const Trainer *t, const
     if (config) cJSON_AddItemToObject(run, "config", config);
     add_data(run, "train_data", train);
     add_data(run, "val_data", val);
-    char *text = cJSON_Print(run), *path = xasprintf("%s/run.json", out);
-    FILE *f = fopen(path, "w");
-    if (!f || fputs(text, f) < 0 || fputs("\n", f) < 0 || fclose(f))
-        die("cannot write %s: %s|free space or make the folder writable", path, strerror(errno));
+    char *text = cJSON_Print(run), *line = xasprintf("%s\n", text ? text : "");
+    int error = file_replace(folder->fd, "run.json", line, strlen(line));
+    if (error)
+        die("cannot write %s/run.json: %s|free space or make the folder writable", folder->path,
+            file_why(error));
     cJSON_Delete(run);
     free(text);
-    free(path);
+    free(line);
 }
 
 void report_start(const Report *r, const Trainer *t, const Options *o, const char *source,
@@ -182,7 +235,7 @@ void report_start(const Report *r, const Trainer *t, const Options *o, const cha
     else
         printf("mfu        not printed: the peak of this device is not known\n");
     fflush(stdout);
-    if (*o->out) write_run(o->out, o, t, train, val);
+    if (r->folder) write_run(r->folder, o, t, train, val);
 }
 
 // ---- updates --------------------------------------------------------------------------------

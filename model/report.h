@@ -4,21 +4,34 @@
 #define MOE_REPORT_H
 #include "step.h"
 #include "options.h"
+#include "run_folder.h"
 MOE_BEGIN_C
 typedef struct {
-    int active;             // rank 0
-    FILE *log;              // log.jsonl, or 0 without --out
+    char *text;
+    size_t bytes;
+} LogLine;
+typedef struct {
+    int active;        // rank 0
+    RunFolder *folder; // where log.jsonl and run.json go, 0 = nowhere
+    FILE *log;         // the line of log.jsonl in the making, 0 = no log
+    LogLine *line;     // its text
+    char *held;        // complete lines that the disk has not taken yet
+    size_t held_bytes;
+    int log_fd, warned;
+    int64_t log_size;       // bytes of complete lines in the file
     double peak;            // FLOP/s of all ranks, 0 = unknown: then MFU is not printed
     double flops_per_token; // forward and backward, active parameters
     int64_t first, steps;   // updates already made at the start, and in all
     double begin;           // time of the first update, of now_seconds()
 } Report;
 
-// Cuts log.jsonl under `out` back to lines of steps <= step (without the evaluation of `step` where
-// `again` says that it is to come), then opens it for appending; "" = no log. Ends the run where it
-// cannot be written.
-Report report_open(const Trainer *t, const char *out, int64_t step, int64_t steps, int again,
+// Opens log.jsonl in `folder` (0: no log) and cuts it back to lines of steps <= step (again: <
+// step, whose evaluation is to come). Ends the run where it cannot be read or written.
+Report report_open(const Trainer *t, RunFolder *folder, int64_t step, int64_t steps, int again,
                    double peak);
+// Makes the lines so far durable: called before a checkpoint is published, so that no checkpoint is
+// ahead of its log. Warns where the disk refuses.
+void report_sync(Report *r);
 void report_close(Report *r);
 // Prints model, precision, backend, grid, data, batch, losses, optimizer and the formula of MFU,
 // and writes out/run.json. source: where the model comes from; train, val: 0 = not given.

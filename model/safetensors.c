@@ -30,37 +30,6 @@ const char *dtype_name(Dtype type) {
     return "?";
 }
 
-// ---- bytes ----------------------------------------------------------------------------------
-enum { IO_CHUNK = 1 << 30 }; // Linux moves at most 2 GiB a call
-
-void file_read_at(int fd, const char *path, int64_t at, void *dst, int64_t bytes) {
-    for (char *p = (char *)dst; bytes > 0;) {
-        ssize_t n = pread(fd, p, (size_t)(bytes < IO_CHUNK ? bytes : IO_CHUNK), (off_t)at);
-        if (n < 0 && errno == EINTR) continue;
-        if (n < 0)
-            die("%s: cannot read at byte %lld: %s|check the disk", path, (long long)at,
-                strerror(errno));
-        if (n == 0)
-            die("%s: the file ends at byte %lld, it was cut while in use|copy or download it again",
-                path, (long long)at);
-        p += n;
-        at += n;
-        bytes -= n;
-    }
-}
-
-int file_write_at(int fd, int64_t at, const void *src, int64_t bytes) {
-    for (const char *p = (const char *)src; bytes > 0;) {
-        ssize_t n = pwrite(fd, p, (size_t)(bytes < IO_CHUNK ? bytes : IO_CHUNK), (off_t)at);
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) return n < 0 ? errno : ENOSPC;
-        p += n;
-        at += n;
-        bytes -= n;
-    }
-    return 0;
-}
-
 // ---- reading a header -----------------------------------------------------------------------
 int64_t safetensors_elements(const SafeTensor *t) {
     int64_t n = 1;

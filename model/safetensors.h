@@ -7,7 +7,7 @@
 // reads that part. All sizes are 64-bit (I9).
 #ifndef MOE_SAFETENSORS_H
 #define MOE_SAFETENSORS_H
-#include "../kernels/types.h"
+#include "file.h"
 MOE_BEGIN_C
 enum { SAFETENSORS_DIMS = 8 };
 typedef struct {
@@ -51,10 +51,5 @@ void safetensors_read(const SafeTensors *s, const SafeTensor *t, int64_t first, 
 char *safetensors_layout(SafeTensor *tensor, int n, size_t *header_bytes, int64_t *file_bytes);
 
 const char *dtype_name(Dtype type); // "F32", "BF16", ... as in the header
-
-// pread and pwrite of everything or an error that names the file. file_write_at returns 0, or errno
-// where the disk refused (the caller may have something to clean up).
-void file_read_at(int fd, const char *path, int64_t at, void *dst, int64_t bytes);
-int file_write_at(int fd, int64_t at, const void *src, int64_t bytes);
 MOE_END_C
 #endif

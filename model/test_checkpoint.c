@@ -9,7 +9,6 @@
 // cut its way, and the phases of a save are run rank after rank. Everything is compared bit for
 // bit: a checkpoint has no tolerance.
 #define _GNU_SOURCE
-#include "checkpoint_folder.h"
 #include "checkpoint_parts.h"
 #include "safetensors.h"
 #include "../kernels/fail.h"
@@ -86,10 +85,14 @@ static void copy_folder(const char *from, const char *to) {
 
 // ---- a model whose every number is known ----------------------------------------------------
 static const char *SMALL =
-    "{\"model_type\": \"qwen3_moe\", \"vocab_size\": 300, \"hidden_size\": 64, \"intermediate_size\": 40, \"num_hidden_layers\": 3,\n"
-    " \"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"head_dim\": 16, \"num_experts\": 8, \"num_experts_per_tok\": 2, \"moe_intermediate_size\": 32,\n"
-    " \"norm_topk_prob\": true, \"mlp_only_layers\": [1], \"max_position_embeddings\": 128, \"rope_theta\": 10000.0, \"hidden_act\": \"silu\", \"attention_bias\": false,\n"
-    " \"sliding_window\": null, \"rope_scaling\": null, \"tie_word_embeddings\": false, \"a_key_nobody_knows\": [1, 2]}\n";
+    "{\"model_type\": \"qwen3_moe\", \"vocab_size\": 300, \"hidden_size\": 64, "
+    "\"intermediate_size\": 40, \"num_hidden_layers\": 3,\n"
+    " \"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"head_dim\": 16, \"num_experts\": "
+    "8, \"num_experts_per_tok\": 2, \"moe_intermediate_size\": 32,\n"
+    " \"norm_topk_prob\": true, \"mlp_only_layers\": [1], \"max_position_embeddings\": 128, "
+    "\"rope_theta\": 10000.0, \"hidden_act\": \"silu\", \"attention_bias\": false,\n"
+    " \"sliding_window\": null, \"rope_scaling\": null, \"tie_word_embeddings\": false, "
+    "\"a_key_nobody_knows\": [1, 2]}\n";
 
 static Arena pool; // staging, one for all: the ranks take turns
 typedef struct {
@@ -248,6 +251,7 @@ static void save_grid(const char *config, int ep, int fsdp, int split, unsigned 
                       const char *load_from) {
     enum { MOST = 8 };
     Rank r[MOST];
+    RunFolder run = run_folder_own(out);
     cJSON *trainer = cJSON_Parse("{\"seed\": 7, \"optimizer\": \"adamw\", \"step\": -1}");
     for (int i = 0; i < ep * fsdp; i++) {
         r[i] = rank_new(config, cut_of(ep, fsdp, split, i), state);
@@ -256,12 +260,13 @@ static void save_grid(const char *config, int ep, int fsdp, int split, unsigned 
             checkpoint_load_model(r[i].k, load_from, r[i].shard);
         else
             sweep(&r[i], 1, through);
-        checkpoint_save_plan(r[i].k, out, step, o, state);
+        checkpoint_save_plan(r[i].k, &run, step, o, state);
         if (!i) checkpoint_save_begin(r[i].k);
     }
     for (int i = ep * fsdp - 1; i >= 0; i--) checkpoint_save_shards(r[i].k, r[i].shard);
     checkpoint_save_finish(r[0].k, trainer);
     for (int i = 0; i < ep * fsdp; i++) rank_free(&r[i]);
+    run_folder_close(&run);
     cJSON_Delete(trainer);
 }
 
@@ -282,6 +287,31 @@ static int64_t load_grid(const char *dir, int ep, int fsdp, int split, unsigned 
     }
     free(config);
     return wrong;
+}
+
+// Finds the newest checkpoint as the owner of the folder does, who cleans up.
+static int64_t find_newest(const char *out) {
+    RunFolder run = run_folder_own(out);
+    int64_t step = checkpoint_find(0, &run);
+    run_folder_close(&run);
+    return step;
+}
+
+// A dying child cleans nothing up: leak checkers look at the parent.
+static void leave(void) { _exit(1); }
+
+// 1 where looking for the newest checkpoint ends the program with an error.
+static int dies_finding(const char *out) {
+    int status;
+    fflush(stdout);
+    pid_t child = fork();
+    if (!child) {
+        die_set(0, leave);
+        find_newest(out);
+        _exit(0);
+    }
+    waitpid(child, &status, 0);
+    return WIFEXITED(status) && WEXITSTATUS(status) == 1;
 }
 
 static SaveOptions options(SaveDtype dtype, int fused, int64_t file_bytes) {
@@ -321,15 +351,19 @@ static void test_configs(void) {
               a.K == 8 && a.E == 128 && a.n_moe == 24 && a.pad == -1 && a.eos == -1,
           "absent keys take the class's defaults, head_dim hidden / heads");
     Config b = from_text(
-        "{\"model_type\": \"qwen3_moe\", \"num_local_experts\": 6, \"dtype\": \"float32\", \"rope_parameters\": {\"rope_theta\": 5e5, \"rope_type\": \"default\"},"
-        " \"eos_token_id\": [7, 8], \"decoder_sparse_step\": 2, \"mlp_only_layers\": [3, 99], \"num_hidden_layers\": 6, \"num_experts_per_tok\": 6, \"pad_token_id\": -1,"
-        " \"rope_scaling\": {\"type\": \"default\"}, \"use_sliding_window\": false, \"sliding_window\": 4096}");
+        "{\"model_type\": \"qwen3_moe\", \"num_local_experts\": 6, \"dtype\": \"float32\", "
+        "\"rope_parameters\": {\"rope_theta\": 5e5, \"rope_type\": \"default\"},"
+        " \"eos_token_id\": [7, 8], \"decoder_sparse_step\": 2, \"mlp_only_layers\": [3, 99], "
+        "\"num_hidden_layers\": 6, \"num_experts_per_tok\": 6, \"pad_token_id\": -1,"
+        " \"rope_scaling\": {\"type\": \"default\"}, \"use_sliding_window\": false, "
+        "\"sliding_window\": 4096}");
     check(b.E == 6 && b.rope_theta == 5e5 && b.eos == 7 && b.pad == b.V - 1,
           "5.x spellings; a list of end tokens; pad -1 counts from the end as torch does");
     check(b.n_moe == 2 && b.is_moe[1] && !b.is_moe[3] && b.is_moe[5] && !b.is_moe[0],
           "decoder_sparse_step 2 and mlp_only_layers [3]: layers 1 and 5 have experts");
-    Config old = from_text(
-        "{\"model_type\": \"qwen3_moe\", \"rope_scaling\": {\"rope_type\": \"default\", \"rope_theta\": 500.0}}");
+    Config old =
+        from_text("{\"model_type\": \"qwen3_moe\", \"rope_scaling\": {\"rope_type\": \"default\", "
+                  "\"rope_theta\": 500.0}}");
     check(old.rope_theta == 500, "rope_theta inside rope_scaling, as transformers reads it");
     config_free(&old);
     char *text = config_export(&b, "bfloat16");
@@ -353,20 +387,22 @@ static void test_configs(void) {
     config_free(&d);
     // hidden 2048, 48 layers, 128 experts of 768: the published totals
     a = from_text("{\"model_type\": \"qwen3_moe\", \"num_hidden_layers\": 48, \"head_dim\": 128}");
-    check(
-        config_total_parameters(&a) == 30532122624.0 &&
-            config_active_parameters(&a) == 3041867776.0,
-        "Qwen3-30B-A3B has 30,532,122,624 parameters, a token meets 3,041,867,776 beside the embedding");
+    check(config_total_parameters(&a) == 30532122624.0 &&
+              config_active_parameters(&a) == 3041867776.0,
+          "Qwen3-30B-A3B has 30,532,122,624 parameters, a token meets 3,041,867,776 beside the "
+          "embedding");
     ShardSpec one = { 1, 0, 1, 0, 1, 0, 0 };
     Model m = model_build(a, one);
     Arena count = arena_counting("count");
     Checkpoint *k = checkpoint_create(&m, 0, 1, &count);
-    checkpoint_save_plan(k, work, 0, options(SAVE_F32, 0, 0), STATE_M | STATE_V);
+    RunFolder run = run_folder_look(work);
+    checkpoint_save_plan(k, &run, 0, options(SAVE_F32, 0, 0), STATE_M | STATE_V);
     double bytes = (double)k->plan.bytes, payload = 30532122624.0 * (4 + 2 * (double)sizeof(real));
     double masters = sizeof(floatX) == 8 ? 30532122624.0 * 8 : 0;
     check(bytes > payload + masters && bytes < payload + masters + 2e7,
           "its F32 checkpoint with both moments: %.3f GB (offsets beyond 2^32)", bytes / 1e9);
     checkpoint_free(k);
+    run_folder_close(&run);
     model_free(&m);
 }
 
@@ -585,7 +621,7 @@ static void test_resume(const char *config) {
                 "%s: saved by ep %d x fsdp %d%s, resumed on 1, 2x2, 4x1, 1x3, 2x3, 8x1: bit-equal",
                 states[s].name, grids[save].ep, grids[save].fsdp,
                 grids[save].split ? ", heads split" : "");
-            folder_remove(dir);
+            folder_remove(AT_FDCWD, dir);
             free(out);
             free(dir);
         }
@@ -594,13 +630,13 @@ static void test_resume(const char *config) {
 // ---- 4. folders: latest, keep, interruptions ------------------------------------------------
 static void test_folders(const char *config) {
     char *out = in("folders"), *dir = xasprintf("%s/checkpoints", out), target[64] = "";
-    check(checkpoint_find(0, out) == -1, "nothing to find in a folder that is not there");
+    check(find_newest(out) == -1, "nothing to find in a folder that is not there");
     SaveOptions o = options(SAVE_PRECISION, 0, 0);
     for (int64_t step = 5; step <= 20; step += 5)
         save_grid(config, 1, 1, 0, STATE_M, DTYPE_FLOATX, out, step, o, 0);
     char *latest = xasprintf("%s/latest", dir);
     check(readlink(latest, target, sizeof target - 1) > 0 && !strcmp(target, "step_20") &&
-              checkpoint_find(0, out) == 20,
+              find_newest(out) == 20,
           "four saves: latest -> step_20");
     o.keep = 2;
     save_grid(config, 1, 1, 0, STATE_M, DTYPE_FLOATX, out, 25, o, 0);
@@ -615,7 +651,7 @@ static void test_folders(const char *config) {
     folder_make(gone);
     unlink(latest);
     spill(latest, "nonsense", 8);
-    check(checkpoint_find(0, out) == 25 && !exists(dir, "incomplete_step_30") &&
+    check(find_newest(out) == 25 && !exists(dir, "incomplete_step_30") &&
               !exists(dir, "removing_step_3"),
           "leftovers of interrupted saves are removed and never resumed from");
     memset(target, 0, sizeof target);
@@ -628,19 +664,20 @@ static void test_folders(const char *config) {
     int saved = dup(2), null = open("/dev/null", O_WRONLY);
     dup2(null, 2);
     rename(newest, replaced);
-    check(checkpoint_find(0, out) == 25 && !exists(dir, "replaced_step_25"),
+    check(find_newest(out) == 25 && !exists(dir, "replaced_step_25"),
           "killed while step 25 was being replaced: the old step 25 is back");
     if (truncate(model, 1000)) check(0, "truncate");
-    check(checkpoint_find(0, out) == 20,
+    check(find_newest(out) == 20,
           "a checkpoint with a file cut short is not complete: the one before is found");
     char *trainer = xasprintf("%s/trainer.json", older);
     spill(trainer, "{\"step\": 20, ", 13);
-    check(checkpoint_find(0, out) == -1, "a damaged trainer.json is not complete");
+    check(dies_finding(out),
+          "a damaged trainer.json is not complete, and where none is, that is said");
     dup2(saved, 2);
     close(saved);
     close(null);
     save_grid(config, 1, 1, 0, STATE_M, DTYPE_FLOATX, out, 25, o, 0);
-    check(checkpoint_find(0, out) == 25 && !load_grid(newest, 1, 1, 0, STATE_M, DTYPE_FLOATX, 1),
+    check(find_newest(out) == 25 && !load_grid(newest, 1, 1, 0, STATE_M, DTYPE_FLOATX, 1),
           "a save over a damaged folder of the same step replaces it");
     cJSON *t = checkpoint_trainer(newest);
     check(trainer_number(t, "step") == 25 && trainer_number(t, "seed") == 7 &&
@@ -696,7 +733,7 @@ static void test_kills(const char *config) {
         waitpid(child, 0, 0);
         close(ready[0]);
         close(ready[1]);
-        int64_t found = checkpoint_find(0, out);
+        int64_t found = find_newest(out);
         if (found < last) {
             lost++;
             continue;
@@ -706,15 +743,21 @@ static void test_kills(const char *config) {
         free(dir);
         last = found;
     }
-    check(
-        !lost && !wrong,
-        "%d x kill -9 during saves, with --keep: the newest complete checkpoint loads bit-equal every time (%" PRId64
-        " saves finished)",
-        KILLS, last);
+    check(!lost && !wrong,
+          "%d x kill -9 during saves, with --keep: the newest complete checkpoint loads bit-equal "
+          "every time (%" PRId64 " saves finished)",
+          KILLS, last);
     free(out);
 }
 
 #include "test_checkpoint_bad.h"
+
+static int64_t room_in(const char *folder) {
+    int fd = folder_open(AT_FDCWD, folder, 0);
+    int64_t room = fd >= 0 && !access(folder, W_OK) ? folder_free_bytes(fd) : 0;
+    if (fd >= 0) close(fd);
+    return room;
+}
 
 int main(int argc, char **argv) {
     comm_init(&argc, &argv);
@@ -723,8 +766,7 @@ int main(int argc, char **argv) {
            SIG_IGN); // as train_moe does: a limit on the size of files is an error of the write
     // In memory where there is room: hundreds of saves are synced.
     const char *base = getenv("TMPDIR"), *memory = "/dev/shm";
-    if (!base || !*base)
-        base = !access(memory, W_OK) && folder_free_bytes(memory) > 256 << 20 ? memory : "/tmp";
+    if (!base || !*base) base = room_in(memory) > 256 << 20 ? memory : "/tmp";
     char *pattern = xasprintf("%s/moe_checkpoint_XXXXXX", base);
     work = mkdtemp(pattern);
     if (!work) die("%s: cannot make a folder for the test|set TMPDIR", pattern);

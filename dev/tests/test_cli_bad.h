@@ -86,7 +86,8 @@ static void bad_options(void) {
     bad("beta2 of one", "--beta2 1 is out of range", "$S --beta2 1");
     bad("negative learning rate", "--lr -1 is out of range", "$S --lr -1");
     bad("negative coefficients", "--aux-coef -1 cannot be negative", "$S --aux-coef -1");
-    bad("a seed that JSON rounds", "9007199254740993 is out of range", "$S --seed 9007199254740993");
+    bad("a seed that JSON rounds", "9007199254740993 is out of range",
+        "$S --seed 9007199254740993");
     bad("negative temperature", "--temperature -1 is out of range", "$S --temperature -1");
     bad("negative intervals", "--sample-every -1 is out of range", "$S --sample-every -1");
     bad("a plan for no ranks", "--world -8 is out of range", "$S --plan --world -8");
@@ -172,7 +173,8 @@ static void bad_models(void) {
     bad("oversized header", "exceeds 100 MB", "--model $T/m_craft $U");
     write_safetensors(
         "m_craft/model.safetensors",
-        "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\"b\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[4,12]}}",
+        "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\"b\":{\"dtype\":\"F32\""
+        ",\"shape\":[2],\"data_offsets\":[4,12]}}",
         0, 12);
     bad("overlapping tensors", "overlap", "--model $T/m_craft $U");
     write_safetensors("m_craft/model.safetensors",
@@ -181,8 +183,8 @@ static void bad_models(void) {
     write_safetensors("m_craft/model.safetensors",
                       "{\"a\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[0,8]}}", 0, 8);
     bad("size that is not shape x dtype", "do not hold shape", "--model $T/m_craft $U");
-    good(
-        "cp -r $F/parallel $T/m_part && chmod -R u+w $T/m_part && exec rm $T/m_part/model-00003-of-00007.safetensors");
+    good("cp -r $F/parallel $T/m_part && chmod -R u+w $T/m_part && exec rm "
+         "$T/m_part/model-00003-of-00007.safetensors");
     bad("one of several files missing", "model-00003-of-00007.safetensors",
         "--model $T/m_part --train $F/parallel/tokens.bin --seq-len 16 --batch 4 --steps 1");
 }
@@ -221,8 +223,8 @@ static void bad_places(void) {
         "$S --steps 4 --resume --out $T/taken --shuffle off");
     bad("resumed with another optimizer", "--optimizer adamw, now it is sgd",
         "$S --steps 4 --resume --out $T/taken --optimizer sgd");
-    good(
-        "cp -r $T/taken $T/tampered; exec sed -i 's/\"batch\"/\"BATCH\"/' $T/tampered/checkpoints/step_2/trainer.json");
+    good("cp -r $T/taken $T/tampered; exec sed -i 's/\"batch\"/\"BATCH\"/' "
+         "$T/tampered/checkpoints/step_2/trainer.json");
     bad("resumed from a damaged trainer.json", "trainer.json",
         "$S --steps 4 --resume --out $T/tampered");
     bad("a file where the folder should be", "cannot read the folder",
@@ -233,14 +235,14 @@ static void bad_places(void) {
         "$S --steps 1 --out /proc/nowhere/run");
     bad("a dump that cannot be made", "cannot write the dump",
         "$S --steps 1 --dump $T/nowhere/dump.safetensors");
-    bad("a dump onto a full device", "cannot write the dump",
-        "$S --steps 1 --dump /dev/full");
+    bad("a dump onto a full device", "cannot write the dump", "$S --steps 1 --dump /dev/full");
     // a disk that fills up while a checkpoint is written: a limit on the size of files says so in
     // the same place. 24 MB, which the weights (15 MB) keep and the optimizer's state breaks; a
     // launcher's own files stay below it.
     change_config("large.json", "\"vocab_size\":257", "\"vocab_size\":60000");
-    int status = run(
-        "trap '' XFSZ; ulimit -f 48000; eval exec $B --init $T/large.json --train $T/text.txt --seq-len 8 --batch 1 --steps 1 --out $T/full");
+    int status =
+        run("trap '' XFSZ; ulimit -f 48000; eval exec $B --init $T/large.json --train $T/text.txt "
+            "--seq-len 8 --batch 1 --steps 1 --out $T/full");
     check(status == 1 && said("stderr", "cannot write") && said("stderr", "hint: ") &&
               !exists(at("full/checkpoints/step_1")),
           "a disk that fills up during a save: status 1, a hint, no half checkpoint");
