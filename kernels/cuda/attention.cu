@@ -53,7 +53,7 @@ void attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, c
         cudnn_attention_forward(o, lse, q, k, v, workspace, B, T, H, KV, D, compute_stream()))
         return;
 #endif
-    flash_attention_forward(o, lse, q, k, v, B, T, H, KV, D);
+    flash_attention_forward(o, lse, q, k, v, 0, B, T, H, KV, D);
 }
 void attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o, const floatX *o,
                         const real *lse, const floatX *q, const floatX *k, const floatX *v,
@@ -67,7 +67,8 @@ void attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o, c
                                               KV, D, compute_stream()))
         return;
 #endif
-    flash_attention_backward(dq, dk, dv, d_o, o, lse, q, k, v, (float *)workspace, B, T, H, KV, D);
+    flash_attention_backward(dq, dk, dv, d_o, o, lse, q, k, v, 0, (float *)workspace, B, T, H, KV,
+                             D);
 }
 void attention_finish(void) {
 #ifdef CUDNN_OR_FLASH

@@ -5,11 +5,13 @@
 #define MOE_CUDA_ATTENTION_CUH
 #include "common.cuh"
 
-// As kernels.h's, B and T not 0; D is 16, 32, 64 or 128, any other dies. delta (B,H,T): workspace.
-// STREAM_COMPUTE.
+// attention_forward and attention_backward of kernels.h for B and T above 0. Dies unless D is 16,
+// 32, 64 or 128. delta (B,H,T) is scratch.
 void flash_attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k,
-                             const floatX *v, int B, int T, int H, int KV, int D);
+                             const floatX *v, const int *position, int64_t B, int64_t T, int64_t H,
+                             int64_t KV, int64_t D);
 void flash_attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o,
                               const floatX *o, const real *lse, const floatX *q, const floatX *k,
-                              const floatX *v, float *delta, int B, int T, int H, int KV, int D);
+                              const floatX *v, const int *position, float *delta, int64_t B,
+                              int64_t T, int64_t H, int64_t KV, int64_t D);
 #endif

@@ -51,6 +51,15 @@ static inline unsigned grid_for(int64_t items, int threads, int64_t limit = 0x7f
     return (unsigned)(blocks < limit ? blocks : limit);
 }
 
+// Opts a kernel into `bytes` of dynamic shared memory, which it needs above 48 KB. Once a kernel.
+template <auto kernel> static void opt_into_shared(size_t bytes) {
+    static bool done;
+    if (done) return;
+    CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    done = true;
+}
+
 // ---- floatX in registers --------------------------------------------------------------------
 enum { PACK = 16 / sizeof(floatX) }; // elements of a 16-byte access: 8 (bf16) or 4 (fp32)
 #if defined(MOE_BF16)

@@ -1,30 +1,31 @@
 // The experts' products: the functions of kernels.h, and the portable version (mma.sync: sm_80 and
-// newer). A row m of expert e belongs to pool token p = row_token[m]:
+// newer, both precisions), by the tiles of tile.cuh. A row m of expert e belongs to pool token p =
+// row_token[m]:
 //   H = pool[p] W1^T = [gate | up],  A = silu(gate) up,  Y = A W2^T
 // Backward, with g = dpool[p] W2 (F wide): dY = score dpool[p], so dA = dY W2 = score g, and
 // because Y = A W2^T,
-//   dscore = <dpool[p], Y> = <dpool[p], A W2^T> = <g, A>:  neither Y nor dY is ever needed, and the
-//   score joins A: dW2 = dpool[p]^T (score A).
+//   dscore = <dpool[p], Y> = <dpool[p], A W2^T> = <g, A>.
+// So neither Y nor dY is ever needed, and the score joins A: dW2 = dpool[p]^T (score A).
 //
-// Five products, all by the 128 x 128 tiles of tile.cuh. Rows of an expert are padded to 128, so a
-// row tile belongs to one expert; the grid covers the host's bound M and tiles behind the last row
-// leave at once: no size goes to the host (I11). Column tiles of the same rows are neighbours in
-// the grid: the gathered rows stay in the L2 cache.
-//                         FLOPs (per routed row)   bytes a routed row at C = 2048, F = 768, bf16
-//                         (weights come on top: 9.4 MB an expert)
-//   experts_up            4 C F                    C in, 2F and F out                    8.7 KB
-//   experts_down          2 C F                    F in, C out                           5.6 KB
-//   experts_down_backward 2 C F                    C and 2F in, 2F and F out            11.8 KB
-//   experts_up_backward   4 C F                    2F in, C out                          7.2 KB
-//   experts_wgrad         6 C F                    2 (C + 2F + C + F) / 2 in            10.2 KB,
-//   and 18.9 MB of gradients an expert
+// Rows of an expert are padded to 128, so a row tile belongs to one expert. The grid covers the
+// host's bound M, and tiles after the last row leave at once: no size goes to the host (I11, the
+// host does not wait). Column tiles of the same rows are neighbours in the grid, so the gathered
+// rows stay in the L2 cache. Per routed row, at C = 2048, F = 768, bf16 (weights come on top: 9.4
+// MB an expert):
+//                           FLOPs    bytes
+//   experts_up              4 C F    C in, 2F and F out                 8.7 KB
+//   experts_down            2 C F    F in, C out                        5.6 KB
+//   experts_down_backward   2 C F    C and 2F in, 2F and F out         11.8 KB
+//   experts_up_backward     4 C F    2F in, C out                       7.2 KB
+//   experts_wgrad           6 C F    2F and C, then C and F in         10.2 KB, and 18.9 MB of
+//                                                                      gradients an expert
 // At 2,048 rows an expert all are bound by the tensor cores.
 #include <stdlib.h>
 #include "experts.cuh"
 #include "tile.cuh"
 
-// The expert of row tile `tile`, or -1 behind the last row. expert_row is ascending: the last e
-// with expert_row[e] <= row.
+// Returns the expert of row tile `tile`, the last e with expert_row[e] <= row, or -1 after the last
+// row.
 static __device__ __forceinline__ int expert_of_tile(const RowIndex &plan, int tile) {
     int row = tile * TILE, low = 0, high = plan.E;
     if (row >= plan.expert_row[plan.E]) return -1;
@@ -40,7 +41,8 @@ static __device__ __forceinline__ int expert_of_tile(const RowIndex &plan, int t
 static __device__ __forceinline__ void put_pair(floatX *tile, int row, int column, float left,
                                                 float right) {
     floatX *p = tile + row * LD_OUT + column;
-    store(p, left), store(p + 1, right);
+    store(p, left);
+    store(p + 1, right);
 }
 
 // H and A: a column tile holds 64 gate columns and the 64 up columns of the same elements (FOLD),
@@ -69,8 +71,10 @@ static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     for_pairs<true>([&](int i, int j, int l, int row, int column) {
         if (j >= 2) return; // columns of gate; those of up are two further on in the same thread
         float gate[2], up[2];
-        for (int n = 0; n < 2; n++)
-            gate[n] = round_x(acc[i][j][l + n]), up[n] = round_x(acc[i][j + 2][l + n]);
+        for (int n = 0; n < 2; n++) {
+            gate[n] = round_x(acc[i][j][l + n]);
+            up[n] = round_x(acc[i][j + 2][l + n]);
+        }
         put_pair(shared, row, column, gate[0] * sigmoid(gate[0]) * up[0],
                  gate[1] * sigmoid(gate[1]) * up[1]);
     });
@@ -116,8 +120,8 @@ static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     Accumulator acc;
     tile_product<false, true, false>(acc, shared, a, b, m0, f0, 0, C);
     for_pairs<false>([&](int i, int j, int l, int row, int column) {
-        tile_g[row * LD_G + column] = acc[i][j][l],
-                            tile_g[row * LD_G + column + 1] = acc[i][j][l + 1];
+        tile_g[row * LD_G + column] = acc[i][j][l];
+        tile_g[row * LD_G + column + 1] = acc[i][j][l + 1];
     });
     __syncthreads();
     int column = threadIdx.x % LANES * PACK;
@@ -125,7 +129,10 @@ static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     for (int row = threadIdx.x / LANES; row < TILE; row += TILE_THREADS / LANES) {
         int64_t m = m0 + row, at = m * 2 * F + f0 + column;
         float s = row_score[m], dot = 0, gate[PACK] = {}, up[PACK] = {}, act[PACK];
-        if (inside && plan.row_token[m] >= 0) load_n(gate, H + at), load_n(up, H + at + F);
+        if (inside && plan.row_token[m] >= 0) {
+            load_n(gate, H + at);
+            load_n(up, H + at + F);
+        }
         for (int n = 0; n < PACK; n++)
             swiglu_backward(gate[n], up[n], act[n], dot, tile_g[row * LD_G + column + n], s);
         dot = group_sum(dot, LANES);
@@ -173,27 +180,26 @@ static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     gradX *out = dW + ((int64_t)e * N + n0) * O + o0;
     for_pairs<false>([&](int i, int j, int l, int row, int column) {
         if (n0 + row >= N || o0 + column >= O) return;
-        float2 *to = (float2 *)(out + (int64_t)row * O + column),
-               old = accumulate ? *to : make_float2(0, 0);
+        float2 *to = (float2 *)(out + (int64_t)row * O + column);
+        float2 old = accumulate ? *to : make_float2(0, 0);
         *to = make_float2(old.x + acc[i][j][l], old.y + acc[i][j][l + 1]);
     });
 }
 
 // ---- which kernels --------------------------------------------------------------------------
 static int chosen = -1; // 1: those of experts_hopper.cu; -1: not asked yet
+static const bool HOPPER_BUILD = sizeof(floatX) == 2; // fp32 builds have no Hopper version
+static bool wgmma_available() {
+    if constexpr (HOPPER_BUILD) return hopper_available();
+    return false;
+}
 bool experts_select(const char *name) {
-    bool wgmma = false;
-    if constexpr (sizeof(floatX) == 2) wgmma = hopper_available();
-    if (!strcmp(name, "auto"))
-        chosen = wgmma;
-    else if (!strcmp(name, "mma"))
-        chosen = 0;
-    else if (strcmp(name, "wgmma"))
+    bool automatic = !strcmp(name, "auto"), mma = !strcmp(name, "mma");
+    if (!automatic && !mma && strcmp(name, "wgmma"))
         die("there is no expert kernel '%s'|auto, mma, wgmma", name);
-    else if (!wgmma)
-        return false;
-    else
-        chosen = 1;
+    bool available = !mma && wgmma_available();
+    if (!automatic && !mma && !available) return false;
+    chosen = available;
     return true;
 }
 static bool use_wgmma() {
@@ -207,25 +213,16 @@ static bool use_wgmma() {
 }
 const char *experts_kernel(void) { return use_wgmma() ? "wgmma" : "mma"; }
 void experts_leave(int multiprocessors) {
-    if constexpr (sizeof(floatX) == 2) hopper_leave(multiprocessors);
+    if constexpr (HOPPER_BUILD) hopper_leave(multiprocessors);
 }
-// In a public function: the Hopper version instead, where it is chosen. fp32 builds do not have it.
-#define WGMMA_INSTEAD(call)                \
-    do {                                   \
-        if constexpr (sizeof(floatX) == 2) \
-            if (use_wgmma()) return call;  \
-    } while (0)
 
 // ---- launches -------------------------------------------------------------------------------
-// Opts a kernel into TILE_SHARED bytes of shared memory, once.
-#define TILE_KERNEL(kernel)                                                                      \
-    do {                                                                                         \
-        static int opted;                                                                        \
-        if (!opted)                                                                              \
-            CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, \
-                                            (int)TILE_SHARED));                                  \
-        opted = 1;                                                                               \
-    } while (0)
+template <auto kernel, class... Arguments>
+static void launch(dim3 grid, const Arguments &...arguments) {
+    opt_into_shared<kernel>(TILE_SHARED);
+    kernel<<<grid, TILE_THREADS, TILE_SHARED, compute_stream()>>>(arguments...);
+    LAUNCHED();
+}
 static unsigned tiles(const RowIndex *plan, int columns, int width, int C, int F) {
     require_packs("hidden_size", C);
     require_packs("the expert width", F);
@@ -236,30 +233,26 @@ void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, cons
     kernel_begin("experts_up", 2 * expert_flops(plan, C, F));
     unsigned blocks = tiles(plan, F, 64, C, F);
     if (!blocks) return;
-    WGMMA_INSTEAD(hopper_up(H, A, pool, W1, plan, C, F));
-    TILE_KERNEL(up_kernel);
-    up_kernel<<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(H, A, pool, W1, *plan, C, F);
-    LAUNCHED();
+    if constexpr (HOPPER_BUILD)
+        if (use_wgmma()) return hopper_up(H, A, pool, W1, plan, C, F);
+    launch<up_kernel>(blocks, H, A, pool, W1, *plan, C, F);
 }
 void experts_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *plan, int64_t C,
                   int64_t F) {
     kernel_begin("experts_down", expert_flops(plan, C, F));
     unsigned blocks = tiles(plan, C, TILE, C, F);
     if (!blocks) return;
-    WGMMA_INSTEAD(hopper_down(Y, A, W2, plan, C, F));
-    TILE_KERNEL(rows_kernel<false>);
-    rows_kernel<false>
-        <<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(Y, A, W2, *plan, C, F);
-    LAUNCHED();
+    if constexpr (HOPPER_BUILD)
+        if (use_wgmma()) return hopper_down(Y, A, W2, plan, C, F);
+    launch<rows_kernel<false>>(blocks, Y, A, W2, *plan, C, F);
 }
 static void down_backward(floatX *dH, floatX *sA, float *partial, const floatX *dpool,
                           const floatX *H, const floatX *W2, const float *row_score,
                           const RowIndex *plan, unsigned blocks, int C, int F) {
-    WGMMA_INSTEAD(hopper_down_backward(dH, sA, partial, dpool, H, W2, row_score, plan, C, F));
-    TILE_KERNEL(down_backward_kernel);
-    down_backward_kernel<<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(
-        dH, sA, partial, dpool, H, W2, row_score, *plan, C, F);
-    LAUNCHED();
+    if constexpr (HOPPER_BUILD)
+        if (use_wgmma())
+            return hopper_down_backward(dH, sA, partial, dpool, H, W2, row_score, plan, C, F);
+    launch<down_backward_kernel>(blocks, dH, sA, partial, dpool, H, W2, row_score, *plan, C, F);
 }
 void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *dpool,
                            const floatX *H, const floatX *W2, const real *score,
@@ -267,10 +260,9 @@ void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *d
     kernel_begin("experts_down_backward", expert_flops(plan, C, F));
     unsigned blocks = tiles(plan, F, TILE, C, F);
     int column_tiles = (int)div_up(F, TILE);
-    int64_t n = (int64_t)plan->P * plan->K;
-    float *row_score = (float *)device_scratch(
-        SCRATCH_PARTIAL,
-        (size_t)plan->M * (size_t)(1 + (dscore ? column_tiles : 0)) * sizeof(float));
+    int64_t n = (int64_t)plan->P * plan->K, shares = dscore ? column_tiles : 0;
+    float *row_score =
+        (float *)device_scratch(SCRATCH_PARTIAL, (size_t)(plan->M * (1 + shares)) * sizeof(float));
     float *partial = dscore ? row_score + plan->M : 0;
     if (blocks) {
         row_score_kernel<<<grid_for(plan->M, 256), 256, 0, compute_stream()>>>(row_score, score,
@@ -288,11 +280,9 @@ void experts_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const R
     kernel_begin("experts_up_backward", 2 * expert_flops(plan, C, F));
     unsigned blocks = tiles(plan, C, TILE, C, F);
     if (!blocks) return;
-    WGMMA_INSTEAD(hopper_up_backward(dX, dH, W1, plan, C, F));
-    TILE_KERNEL(rows_kernel<true>);
-    rows_kernel<true>
-        <<<blocks, TILE_THREADS, TILE_SHARED, compute_stream()>>>(dX, dH, W1, *plan, C, 2 * F);
-    LAUNCHED();
+    if constexpr (HOPPER_BUILD)
+        if (use_wgmma()) return hopper_up_backward(dX, dH, W1, plan, C, F);
+    launch<rows_kernel<true>>(blocks, dX, dH, W1, *plan, C, 2 * F);
 }
 void experts_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool,
                    const floatX *dH, const floatX *sA, const RowIndex *plan, int accumulate,
@@ -301,15 +291,12 @@ void experts_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpo
     require_packs("hidden_size", C);
     require_packs("the expert width", F);
     if (plan->E == 0) return;
-    if (plan->M > 0)
-        WGMMA_INSTEAD(hopper_wgrad(dW1, dW2, pool, dpool, dH, sA, plan, accumulate, C, F));
-    TILE_KERNEL(wgrad_kernel);
-    dim3 grid1((unsigned)div_up(C, TILE), (unsigned)div_up(2 * F, TILE), (unsigned)plan->E),
-        grid2((unsigned)div_up(F, TILE), (unsigned)div_up(C, TILE), (unsigned)plan->E);
-    wgrad_kernel<<<grid1, TILE_THREADS, TILE_SHARED, compute_stream()>>>(
-        dW1, dH, nullptr, pool, plan->row_token, *plan, accumulate, 2 * F, C);
-    LAUNCHED();
-    wgrad_kernel<<<grid2, TILE_THREADS, TILE_SHARED, compute_stream()>>>(
-        dW2, dpool, plan->row_token, sA, nullptr, *plan, accumulate, C, F);
-    LAUNCHED();
+    if constexpr (HOPPER_BUILD)
+        if (plan->M > 0 && use_wgmma())
+            return hopper_wgrad(dW1, dW2, pool, dpool, dH, sA, plan, accumulate, C, F);
+    dim3 grid1((unsigned)div_up(C, TILE), (unsigned)div_up(2 * F, TILE), (unsigned)plan->E);
+    dim3 grid2((unsigned)div_up(F, TILE), (unsigned)div_up(C, TILE), (unsigned)plan->E);
+    const int *no_index = 0, *index = plan->row_token;
+    launch<wgrad_kernel>(grid1, dW1, dH, no_index, pool, index, *plan, accumulate, 2 * F, C);
+    launch<wgrad_kernel>(grid2, dW2, dpool, index, sA, no_index, *plan, accumulate, C, F);
 }

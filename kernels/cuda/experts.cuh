@@ -6,41 +6,44 @@
 #define MOE_CUDA_EXPERTS_CUH
 #include "common.cuh"
 
-// name: "mma", "wgmma", or "auto" (wgmma where the card and this build have it; the start value, or
-// what the environment's MOE_EXPERT_KERNEL says). Returns false, and changes nothing, where they do
-// not have it; dies on any other name.
+// Chooses the kernel "mma", "wgmma", or with "auto" wgmma where the card and this build have it;
+// "auto" or the environment's MOE_EXPERT_KERNEL holds at the start. Returns false, and changes
+// nothing, where they do not have it; dies on any other name.
 bool experts_select(const char *name);
-const char *experts_kernel(void); // "mma" or "wgmma": what computes
-// Persistent kernels leave this many multiprocessors (0 at the start) to communication that runs
-// beside them, and use at least one. device_share calls it; the environment's MOE_EXPERT_LEAVE
-// takes the place of its number.
+// Returns what computes: "mma" or "wgmma".
+const char *experts_kernel(void);
+// Leaves this many multiprocessors (0 at the start) to communication that runs beside persistent
+// kernels, which use at least one. device_share calls it; the environment's MOE_EXPERT_LEAVE takes
+// the place of its number.
 void experts_leave(int multiprocessors);
 
 // ---- experts_hopper.cu, in bf16 builds: M and E are not 0, widths are multiples of PACK -----
-bool hopper_available(); // compute capability 9.x, and this file was compiled for sm_90a
+// Tells whether the card has compute capability 9.x and this build has code for sm_90a.
+bool hopper_available();
 void hopper_leave(int multiprocessors);
 void hopper_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,
-               int C, int F);
-void hopper_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *plan, int C, int F);
+               int64_t C, int64_t F);
+void hopper_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *plan, int64_t C,
+                 int64_t F);
 // partial (M, div_up(F, 128)) or 0: shares of <g, A>; row_score (M): the score of each row's slot.
 void hopper_down_backward(floatX *dH, floatX *sA, float *partial, const floatX *dpool,
                           const floatX *H, const floatX *W2, const float *row_score,
-                          const RowIndex *plan, int C, int F);
-void hopper_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const RowIndex *plan, int C,
-                        int F);
+                          const RowIndex *plan, int64_t C, int64_t F);
+void hopper_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const RowIndex *plan,
+                        int64_t C, int64_t F);
 void hopper_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool, const floatX *dH,
-                  const floatX *sA, const RowIndex *plan, int accumulate, int C, int F);
+                  const floatX *sA, const RowIndex *plan, int accumulate, int64_t C, int64_t F);
 
 // 1 / (1 + e^-x); in bf16 builds by the multifunction unit alone: its error, some 1e-6 of the
 // value, is a thousandth of the rounding that follows.
 static __device__ __forceinline__ float sigmoid(float x) {
     return sizeof(floatX) == 2 ? __fdividef(1, 1 + __expf(-x)) : 1 / (1 + expf(-x));
 }
-// silu(x) = x s, s = 1/(1 + e^-x), s' = s (1 - s), so d silu/dx = s + x s (1 - s) = s (1 + x (1 -
-// s)). With a = silu(gate) up and dA = score g:
+// The backward of a = silu(gate) up for dA = score g. silu(x) = x s with s = 1/(1 + e^-x) and s' =
+// s (1 - s), so d silu/dx = s + x s (1 - s) = s (1 + x (1 - s)), and
 //   dgate = dA up s (1 + gate (1 - s)),  dup = dA gate s.
-// One element: gate and up become dgate and dup, a becomes score a, and dot takes its share of <g,
-// a> with the a that forward rounded and stored.
+// One element: gate and up become dgate and dup, a becomes score a, and dot takes its share of
+// <g, a> with the a that forward rounded and stored.
 static __device__ __forceinline__ void swiglu_backward(float &gate, float &up, float &a, float &dot,
                                                        float g, float score) {
     float s = sigmoid(gate), dA = score * g, x = gate, act = round_x(x * s * up);

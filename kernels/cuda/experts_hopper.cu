@@ -1,40 +1,40 @@
-// The experts' products on Hopper: the mathematics of experts.cu by TMA and wgmma. Persistent
-// blocks of three warpgroups walk over tiles of 128 rows:
+// The experts' products on Hopper: the mathematics of experts.cu by TMA and wgmma, for bf16 builds.
+// The functions hopper_... of experts.cuh are here; hopper.cuh has the machinery. Persistent blocks
+// of three warpgroups walk over tiles of 128 rows:
 //
-//   warpgroup 0, producers                   shared memory                      warpgroups 1 and 2,
-//   consumers: 64 rows each one thread: W by TMA  ------------------> [ A | B ] stage 0 --full-->
-//   wgmma m64nNk16, A and B from shared memory, all: rows of the pool, cp.async through   [ A | B ]
-//   stage 1                  sums in registers
-//        row_token (TMA cannot gather here)   [ A | B ] stage 2 <--empty--       |
-//        ^                                                                       v  SwiGLU, its
-//        backward, or nothing |  next tile while the consumers     [ out ] [ out ]
-//        <----------------- bf16 or fp32 blocks
-//        +- still write this one              |      |
-//                                             v      v   TMA stores, beside the next tile's
-//                                             products
+//   warpgroup 0, producers             shared memory             warpgroups 1 and 2, consumers:
+//                                                                64 rows each
+//   one thread: weights by TMA ---->   [ A | B ] stage 0 --full--> wgmma m64nNk16, A and B from
+//   all: rows of the pool, by          [ A | B ] stage 1           shared memory, sums in registers
+//   cp.async through row_token         [ A | B ] stage 2 <-empty-    |
+//   (TMA cannot gather here);                                        v  SwiGLU, its backward or
+//   they load the next tile while      [ out ] [ out ] <----------  nothing: bf16 or fp32 blocks
+//   the consumers write this one          |       |
+//                                         v       v   TMA stores, beside the next tile's products
 //
 // mbarriers carry all order between the roles. `full` counts the bytes of TMA and, where rows are
-// gathered, the 128 producers; `empty` the 8 consumer warps.
+// gathered, the 128 producers; `empty` counts the 8 consumer warps.
 //
-//                        tile        k        A                     B epilogue
-//   up                   128 x 128+128  C     gathered rows         W1: gate and up, one box   H, A
-//   = silu(gate) up down                 128 x 256   F        A                     W2 Y
-//   down_backward        128 x 128   C        gathered rows         W2, MN-major dscore's shares,
-//   dH, score A; H comes by TMA up_backward          128 x 256   2F       dH                    W1,
-//   MN-major               dX wgrad                128 x 256   rows     dH or gathered, both
-//   MN-major                    fp32 stored, or added by TMA
+//                 tile        k     A               B                       results
+//   up            128 x 256   C     gathered rows   W1: gate, up in a box   H, A = silu(gate) up
+//   down          128 x 256   F     A               W2                      Y
+//   down_backward 128 x 128   C     gathered rows   W2, MN-major            dH, score A, dscore
+//   up_backward   128 x 256   2F    dH              W1, MN-major            dX
+//   wgrad         128 x 256   rows  one operand by TMA, one gathered,       dW1, dW2 in fp32:
+//                                   both MN-major                           stored, or added by TMA
+// down_backward also takes H, by TMA, and leaves dscore in shares, one a column tile.
 //
-// Tiles. A stage feeds 128 x N x 64 multiply-adds from (128 + N) x 128 bytes: 128 N / (128 + N)
-// FLOPs a byte, 85 at N = 256 and 64 at N = 128. Without clusters all of it comes from the L2
-// cache, some 6 TB/s: 500 TFLOP/s at N = 256. So N is 256 (the most a wgmma takes, 128 registers),
-// in three stages of 48 KB, with 32 KB of results a warpgroup. down_backward has three results and
-// an input beside its products: 48 KB a warpgroup leave room for N = 128.
+// A stage feeds 128 x N x 64 multiply-adds from (128 + N) x 128 bytes: 128 N / (128 + N) FLOPs a
+// byte, 85 at N = 256 and 64 at N = 128. Without clusters all of these bytes come from the L2
+// cache. So N is 256, the most a wgmma takes (128 registers), in three stages of 48 KB with 32 KB
+// of results a warpgroup. down_backward has three results and an input beside its products: 48 KB a
+// warpgroup leave room for N = 128.
 //
-// W1 keeps its Hugging Face order: seen as (2E, F, C), the box of expert e has two layers, gate
-// rows and up rows, each cut off at F, and an accumulator pair of the same thread is gate and up of
-// one element. Tiles of the same rows are neighbours, so the blocks that run together share rows
-// and weights in the L2 cache. Which block does a tile changes nothing in it: the same bits on any
-// number of multiprocessors. Sizes stay on the device (I11).
+// W1 keeps its Hugging Face order. Seen as (2E, F, C), the box of expert e has two layers, gate
+// rows and up rows, each cut off at F, and an accumulator pair of one thread is gate and up of one
+// element. Tiles of the same rows are neighbours, so blocks that run together share rows and
+// weights in the L2 cache. Which block computes a tile changes nothing in it: the bits are the same
+// on any number of multiprocessors. Sizes stay on the device (I11, the host does not wait).
 #include "experts.cuh"
 #if defined(MOE_BF16)
 #include "hopper.cuh"
@@ -45,27 +45,44 @@ static_assert(sizeof(Wide) <= 232448 && sizeof(Narrow) <= 232448,
               "a block has 227 KB of shared memory");
 
 // ---- tiles ----------------------------------------------------------------------------------
-// Calls f(m0, column tile, expert) for this block's tiles of 128 rows x a column tile. Tiles
-// ascend, so the expert is found by going on.
+// Calls f(first row, column tile) for this block's tiles of 128 rows x a column tile, ascending.
+// The steps of gridDim.x tiles are taken in (row tile, column tile) without a division.
 template <class F>
 static __device__ __forceinline__ void for_row_tiles(const RowIndex &plan, int column_tiles, F f) {
-    int tiles = plan.expert_row[plan.E] / 128 * column_tiles, e = 0;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        int m0 = tile / column_tiles * 128;
-        while (plan.expert_row[e + 1] <= m0) e++;
-        f(m0, tile % column_tiles, e);
+    int rows = plan.expert_row[plan.E] / 128;
+    int row = blockIdx.x / column_tiles, column = blockIdx.x % column_tiles;
+    int row_step = gridDim.x / column_tiles, column_step = gridDim.x % column_tiles;
+    while (row < rows) {
+        f(128 * row, column);
+        row += row_step;
+        column += column_step;
+        if (column < column_tiles) continue;
+        column -= column_tiles;
+        row++;
     }
 }
 // Calls f(n0, o0, expert, first row, last row) for this block's tiles of the gradients (E,N,O). A
-// tile without rows is zeros, or nothing to add.
+// tile without rows is zeros (I3, unused is zero), or nothing to add. Steps as above.
 template <class F>
 static __device__ __forceinline__ void for_weight_tiles(const RowIndex &plan, int N, int O,
                                                         int accumulate, F f) {
-    int across = (O + 255) / 256, each = (N + 127) / 128 * across;
-    for (int tile = blockIdx.x; tile < plan.E * each; tile += gridDim.x) {
-        int e = tile / each, at = tile % each, first = plan.expert_row[e],
-            last = plan.expert_row[e + 1];
-        if (first < last || !accumulate) f(at / across * 128, at % across * 256, e, first, last);
+    int across = (O + 255) / 256, down = (N + 127) / 128, each = down * across;
+    int e = blockIdx.x / each, n = blockIdx.x % each / across, o = blockIdx.x % across;
+    int e_step = gridDim.x / each, n_step = gridDim.x % each / across, o_step = gridDim.x % across;
+    while (e < plan.E) {
+        int first = plan.expert_row[e], last = plan.expert_row[e + 1];
+        if (first < last || !accumulate) f(128 * n, 256 * o, e, first, last);
+        o += o_step;
+        n += n_step;
+        e += e_step;
+        if (o >= across) {
+            o -= across;
+            n++;
+        }
+        if (n >= down) {
+            n -= down;
+            e++;
+        }
     }
 }
 struct Nothing {
@@ -73,19 +90,17 @@ struct Nothing {
 };
 
 // ---- producers ------------------------------------------------------------------------------
-// B of one stage: K-major in one box; MN-major a box for each 64 columns.
+// Starts the load of B of one stage: K-major in one box, MN-major in a box for each 64 columns.
 template <bool B_MN, class S>
 static __device__ __forceinline__ void load_b(S *s, int stage, const CUtensorMap *map, int k,
                                               int n0, int layer) {
-    if (!B_MN)
-        ptx_tma_load_3d(s->b[stage], map, &s->full[stage], k, n0, layer);
-    else
-        for (int i = 0; i < S::B_BLOCKS; i++)
-            ptx_tma_load_3d(s->b[stage] + i * BLOCK_BYTES, map, &s->full[stage], n0 + 64 * i, k,
-                            layer);
+    const int WIDTH = B_MN ? (int)BLOCK_BYTES : (int)sizeof s->b[0];
+    for (int i = 0; i < (int)sizeof s->b[0] / WIDTH; i++)
+        ptx_tma_load_3d(s->b[stage] + i * WIDTH, map, &s->full[stage], B_MN ? n0 + 64 * i : k,
+                        B_MN ? k : n0, layer);
 }
-// Rows of `pool` (K wide) gathered through row_token, weights from layer `layers` x expert at
-// column tile x `width`. All producers.
+// Fills stages with rows of `pool` (K wide) gathered through row_token, and with weights from layer
+// `layers` x expert at column tile x `width`. All producers.
 template <bool B_MN, class S>
 static __device__ __forceinline__ void produce_gathered(S *s, const floatX *pool,
                                                         const CUtensorMap *weights,
@@ -93,9 +108,11 @@ static __device__ __forceinline__ void produce_gathered(S *s, const floatX *pool
                                                         int width, int layers, int K) {
     Ring ring = { 0, 0 };
     int started = -1; // the stage whose copies are not yet published
-    for_row_tiles(plan, column_tiles, [&](int m0, int column, int e) {
+    int e = 0;
+    for_row_tiles(plan, column_tiles, [&](int m0, int column) {
         int row[8];
         for (int i = 0; i < 8; i++) row[i] = plan.row_token[m0 + threadIdx.x / 8 + 16 * i];
+        while (plan.expert_row[e + 1] <= m0) e++;
         publish<0>(s, started);
         started = -1;
         for (int k = 0; k < K; k += K_STEP) {
@@ -114,13 +131,15 @@ static __device__ __forceinline__ void produce_gathered(S *s, const floatX *pool
     });
     publish<0>(s, started);
 }
-// Rows in place. One thread.
+// Fills stages with rows in place. One thread.
 template <bool B_MN, class S>
 static __device__ __forceinline__ void produce_rows(S *s, const CUtensorMap *rows,
                                                     const CUtensorMap *weights,
                                                     const RowIndex &plan, int column_tiles, int K) {
     Ring ring = { 0, 0 };
-    for_row_tiles(plan, column_tiles, [&](int m0, int column, int e) {
+    int e = 0;
+    for_row_tiles(plan, column_tiles, [&](int m0, int column) {
+        while (plan.expert_row[e + 1] <= m0) e++;
         for (int k = 0; k < K; k += K_STEP) {
             ptx_mbar_wait(&s->empty[ring.stage], ring.phase ^ 1);
             ptx_mbar_arrive_expect_tx(&s->full[ring.stage], S::STAGE_BYTES);
@@ -130,8 +149,9 @@ static __device__ __forceinline__ void produce_rows(S *s, const CUtensorMap *row
         }
     });
 }
-// The gradients' operands, k over the rows of an expert: one by TMA in blocks of 64 rows x 64
-// columns, the other gathered (GATHER_LEFT: it is A). All producers.
+// Fills stages with the operands of the gradients, whose k runs over the rows of an expert: one
+// comes by TMA in blocks of 64 rows x 64 columns, the other is gathered (GATHER_LEFT: it is A). All
+// producers.
 template <bool GATHER_LEFT>
 static __device__ __forceinline__ void produce_wgrad(Wide *s, const CUtensorMap *dense,
                                                      const floatX *pool, const RowIndex &plan,
@@ -139,26 +159,27 @@ static __device__ __forceinline__ void produce_wgrad(Wide *s, const CUtensorMap 
     const int A_BLOCKS = 2, DENSE = GATHER_LEFT ? Wide::B_BLOCKS : A_BLOCKS,
               GATHERED = GATHER_LEFT ? A_BLOCKS : Wide::B_BLOCKS;
     Ring ring = { 0, 0 };
-    int started = -1;
-    for_weight_tiles(plan, N, O, accumulate, [&](int n0, int o0, int e, int first, int last) {
-        int token[4], width = GATHER_LEFT ? N : O;
+    int started = -1, width = GATHER_LEFT ? N : O;
+    for_weight_tiles(plan, N, O, accumulate, [&](int n0, int o0, int, int first, int last) {
+        int dense_column = GATHER_LEFT ? o0 : n0, gathered_column = GATHER_LEFT ? n0 : o0, token[4];
         auto tokens = [&](int m0) { // of the next stage: their latency passes under this one
             for (int i = 0; i < 4 && m0 < last; i++)
                 token[i] = plan.row_token[m0 + threadIdx.x / 8 + 16 * i];
         };
         tokens(first);
         for (int m0 = first; m0 < last; m0 += K_STEP) {
-            char *a = s->a[ring.stage], *b = s->b[ring.stage];
+            char *dense_to = GATHER_LEFT ? s->b[ring.stage] : s->a[ring.stage];
+            char *gathered_to = GATHER_LEFT ? s->a[ring.stage] : s->b[ring.stage];
             ptx_mbar_wait(&s->empty[ring.stage], ring.phase ^ 1);
             if (threadIdx.x == 0) {
                 ptx_mbar_arrive_expect_tx(&s->full[ring.stage], DENSE * BLOCK_BYTES);
                 for (int i = 0; i < DENSE; i++)
-                    ptx_tma_load_2d((GATHER_LEFT ? b : a) + i * BLOCK_BYTES, dense,
-                                    &s->full[ring.stage], (GATHER_LEFT ? o0 : n0) + 64 * i, m0);
+                    ptx_tma_load_2d(dense_to + i * BLOCK_BYTES, dense, &s->full[ring.stage],
+                                    dense_column + 64 * i, m0);
             }
             for (int i = 0; i < GATHERED; i++)
-                gather_block((GATHER_LEFT ? a : b) + i * BLOCK_BYTES, pool, token, width,
-                             (GATHER_LEFT ? n0 : o0) + 64 * i, width);
+                gather_block(gathered_to + i * BLOCK_BYTES, pool, token, width,
+                             gathered_column + 64 * i, width);
             ptx_cp_async_commit();
             tokens(m0 + K_STEP);
             publish<1>(s, started);
@@ -170,60 +191,60 @@ static __device__ __forceinline__ void produce_wgrad(Wide *s, const CUtensorMap 
 }
 
 // ---- kernels --------------------------------------------------------------------------------
-// A kernel's frame: `arrivals` of producers to fill a stage, then the two roles.
-#define ROLES(S, arrivals, produce)                                            \
-    extern __shared__ __align__(1024) char shared[];                           \
-    S *s = (S *)shared;                                                        \
-    hopper_begin(s, arrivals);                                                 \
-    if (threadIdx.x < PRODUCERS) {                                             \
-        ptx_setmaxnreg_dec<PRODUCER_REGISTERS>();                              \
-        produce;                                                               \
-        return;                                                                \
-    }                                                                          \
-    ptx_setmaxnreg_inc<CONSUMER_REGISTERS>();                                  \
-    const int group = __shfl_sync(0xffffffffu, (int)threadIdx.x / 128, 0) - 1; \
-    const bool first = threadIdx.x % 128 == 0;                                 \
-    char *out = s->out[group];                                                 \
-    Ring ring = { 0, 0 }
-
+static __device__ __forceinline__ int stages(int k) { return (k + K_STEP - 1) / K_STEP; }
+// Rows of H or dH, (M, 2, F): the blocks of 64 gate columns 0 and 1, then those of up.
+static __device__ __forceinline__ void store_halves(const CUtensorMap *map, const char *out, int f0,
+                                                    int m) {
+    for (int i = 0; i < 4; i++)
+        ptx_tma_store_3d(map, out + i * BLOCK_BYTES, f0 + i % 2 * 64, i / 2, m);
+}
+// `blocks` blocks of 64 columns from `column` on.
+static __device__ __forceinline__ void store_rows(const CUtensorMap *map, const char *out,
+                                                  int blocks, int column, int m) {
+    for (int i = 0; i < blocks; i++)
+        ptx_tma_store_2d(map, out + i * BLOCK_BYTES, column + 64 * i, m);
+}
 // mapH: (M, 2, F); mapA: (M, F), not used where write_A is 0.
 static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     up_kernel(const __grid_constant__ CUtensorMap mapH, const __grid_constant__ CUtensorMap mapA,
               const __grid_constant__ CUtensorMap mapW1, const floatX *pool, RowIndex plan,
               int write_A, int C, int F) {
 #ifdef HOPPER_CODE
+    extern __shared__ __align__(1024) char shared[];
     int column_tiles = (F + 127) / 128;
-    ROLES(Wide, PRODUCERS + 1,
-          produce_gathered<false>(s, pool, &mapW1, plan, column_tiles, 128, 2, C));
-    for_row_tiles(plan, column_tiles, [&](int m0, int column, int) {
-        float acc[128]; // gate: 0..63, up: 64..127
-        int m = m0 + 64 * group, f0 = 128 * column;
-        multiply_stages<256, 0, 0>(acc, s, ring, group, (C + K_STEP - 1) / K_STEP, Nothing());
-        out_free(group, first);
-        for (int i = 0; i < 4; i++) put_block(out + i * BLOCK_BYTES, acc, 32 * i);
-        out_written(group);
-        if (first) {
-            for (int i = 0; i < 4; i++)
-                ptx_tma_store_3d(&mapH, out + i * BLOCK_BYTES, f0 + i % 2 * 64, i / 2, m);
-            ptx_bulk_commit();
-        }
-        if (!write_A) return;
+    auto produce = [&](Wide *s) {
+        produce_gathered<false>(s, pool, &mapW1, plan, column_tiles, 128, 2, C);
+    };
+    auto consume = [&](Consumer<Wide> &own) {
+        for_row_tiles(plan, column_tiles, [&](int m0, int column) {
+            float acc[128]; // gate: 0..63, up: 64..127
+            int m = m0 + 64 * own.group, f0 = 128 * column;
+            multiply_stages<256, 0, 0>(acc, own, stages(C), Nothing());
+            out_free(own.group, own.first);
+            for (int i = 0; i < 4; i++) put_block(own.out + i * BLOCK_BYTES, acc, 32 * i);
+            out_written(own.group);
+            if (own.first) {
+                store_halves(&mapH, own.out, f0, m);
+                ptx_bulk_commit();
+            }
+            if (!write_A) return;
+                // A is computed from the rounded H, so that recomputing it from H gives the same
+                // bits; H leaves meanwhile.
 #pragma unroll
-        for (int i = 0; i < 64; i++) { // from the rounded H: recomputing A from H gives the same
-                                       // bits. H leaves meanwhile
-            float gate = round_x(acc[i]);
-            acc[i] = gate * sigmoid(gate) * round_x(acc[64 + i]);
-        }
-        out_free(group, first);
-        for (int i = 0; i < 2; i++) put_block(out + i * BLOCK_BYTES, acc, 32 * i);
-        out_written(group);
-        if (first) {
-            for (int i = 0; i < 2; i++)
-                ptx_tma_store_2d(&mapA, out + i * BLOCK_BYTES, f0 + 64 * i, m);
-            ptx_bulk_commit();
-        }
-    });
-    if (first) ptx_bulk_wait<0>();
+            for (int i = 0; i < 64; i++) {
+                float gate = round_x(acc[i]);
+                acc[i] = gate * sigmoid(gate) * round_x(acc[64 + i]);
+            }
+            out_free(own.group, own.first);
+            for (int i = 0; i < 2; i++) put_block(own.out + i * BLOCK_BYTES, acc, 32 * i);
+            out_written(own.group);
+            if (own.first) {
+                store_rows(&mapA, own.out, 2, f0, m);
+                ptx_bulk_commit();
+            }
+        });
+    };
+    hopper_roles<Wide>(shared, PRODUCERS + 1, produce, consume);
 #endif
 }
 // out (M,N) = in (M,K) W[e]^T, W (E,N,K); TRANSPOSED: out = in W[e], W (E,K,N).
@@ -233,23 +254,24 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
                 const __grid_constant__ CUtensorMap map_in,
                 const __grid_constant__ CUtensorMap mapW, RowIndex plan, int N, int K) {
 #ifdef HOPPER_CODE
+    extern __shared__ __align__(1024) char shared[];
     int column_tiles = (N + 255) / 256;
-    ROLES(Wide, 1,
-          if (threadIdx.x == 0) produce_rows<TRANSPOSED>(s, &map_in, &mapW, plan, column_tiles, K));
-    for_row_tiles(plan, column_tiles, [&](int m0, int column, int) {
-        float acc[128];
-        multiply_stages<256, 0, TRANSPOSED>(acc, s, ring, group, (K + K_STEP - 1) / K_STEP,
-                                            Nothing());
-        out_free(group, first);
-        for (int i = 0; i < 4; i++) put_block(out + i * BLOCK_BYTES, acc, 32 * i);
-        out_written(group);
-        if (!first) return;
-        for (int i = 0; i < 4; i++)
-            ptx_tma_store_2d(&map_out, out + i * BLOCK_BYTES, 256 * column + 64 * i,
-                             m0 + 64 * group);
-        ptx_bulk_commit();
-    });
-    if (first) ptx_bulk_wait<0>();
+    auto produce = [&](Wide *s) {
+        if (threadIdx.x == 0) produce_rows<TRANSPOSED>(s, &map_in, &mapW, plan, column_tiles, K);
+    };
+    auto consume = [&](Consumer<Wide> &own) {
+        for_row_tiles(plan, column_tiles, [&](int m0, int column) {
+            float acc[128];
+            multiply_stages<256, 0, TRANSPOSED>(acc, own, stages(K), Nothing());
+            out_free(own.group, own.first);
+            for (int i = 0; i < 4; i++) put_block(own.out + i * BLOCK_BYTES, acc, 32 * i);
+            out_written(own.group);
+            if (!own.first) return;
+            store_rows(&map_out, own.out, 4, 256 * column, m0 + 64 * own.group);
+            ptx_bulk_commit();
+        });
+    };
+    hopper_roles<Wide>(shared, 1, produce, consume);
 #endif
 }
 // The blocks of a warpgroup hold gate (0, 1), up (2, 3), which TMA brings during the products and
@@ -261,100 +283,109 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
                          const __grid_constant__ CUtensorMap mapW2, float *partial,
                          const floatX *dpool, const float *row_score, RowIndex plan, int C, int F) {
 #ifdef HOPPER_CODE
+    extern __shared__ __align__(1024) char shared[];
     int column_tiles = (F + 127) / 128;
-    ROLES(Narrow, PRODUCERS + 1,
-          produce_gathered<true>(s, dpool, &mapW2, plan, column_tiles, 128, 1, C));
-    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, own = threadIdx.x / 32 % 4 * 16 + g;
-    uint32_t phase = 0;
-    for_row_tiles(plan, column_tiles, [&](int m0, int column, int) {
-        float acc[64], score[2], dot[2] = { 0, 0 };
-        bool used[2];
-        int m = m0 + 64 * group, f0 = 128 * column;
-        multiply_stages<128, 0, 1>(acc, s, ring, group, (C + K_STEP - 1) / K_STEP, [&] {
-            for (int r = 0; r < 2; r++)
-                score[r] = row_score[m + own + 8 * r],
-                used[r] = plan.row_token[m + own + 8 * r] >= 0;
-            if (!first) return;
-            ptx_bulk_wait_read<0>();
-            ptx_mbar_arrive_expect_tx(&s->loaded[group], 4 * BLOCK_BYTES);
-            for (int i = 0; i < 4; i++)
-                ptx_tma_load_3d(out + i * BLOCK_BYTES, &mapH, &s->loaded[group], f0 + i % 2 * 64,
-                                i / 2, m);
-        });
-        ptx_mbar_wait(&s->loaded[group], phase);
-        phase ^= 1;
+    auto produce = [&](Narrow *s) {
+        produce_gathered<true>(s, dpool, &mapW2, plan, column_tiles, 128, 1, C);
+    };
+    auto consume = [&](Consumer<Narrow> &own) {
+        int lane = threadIdx.x % 32, t = lane % 4, row0 = threadIdx.x / 32 % 4 * 16 + lane / 4;
+        uint64_t *loaded = &own.s->loaded[own.group];
+        uint32_t phase = 0;
+        for_row_tiles(plan, column_tiles, [&](int m0, int column) {
+            float acc[64], score[2], dot[2] = { 0, 0 };
+            bool used[2];
+            int m = m0 + 64 * own.group, f0 = 128 * column;
+            multiply_stages<128, 0, 1>(acc, own, stages(C), [&] {
+                for (int r = 0; r < 2; r++) {
+                    score[r] = row_score[m + row0 + 8 * r];
+                    used[r] = plan.row_token[m + row0 + 8 * r] >= 0;
+                }
+                if (!own.first) return;
+                ptx_bulk_wait_read<0>();
+                ptx_mbar_arrive_expect_tx(loaded, 4 * BLOCK_BYTES);
+                for (int i = 0; i < 4; i++)
+                    ptx_tma_load_3d(own.out + i * BLOCK_BYTES, &mapH, loaded, f0 + i % 2 * 64,
+                                    i / 2, m);
+            });
+            ptx_mbar_wait(loaded, phase);
+            phase ^= 1;
 #pragma unroll
-        for (int i = 0; i < 16; i++) // 8 columns: one chunk of the rows
+            for (int i = 0; i < 16; i++) // 8 columns: one chunk of the rows
 #pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    char *block = own.out + i / 8 * BLOCK_BYTES;
+                    uint32_t *gate_at = (uint32_t *)(chunk_at(block, row0 + 8 * r, i % 8) + 4 * t);
+                    uint32_t *up_at = gate_at + 2 * BLOCK_BYTES / 4;
+                    uint32_t *sA_at = up_at + 2 * BLOCK_BYTES / 4;
+                    float2 gate = unpack_two(used[r] ? *gate_at : 0);
+                    float2 up = unpack_two(used[r] ? *up_at : 0);
+                    float2 a;
+                    swiglu_backward(gate.x, up.x, a.x, dot[r], acc[4 * i + 2 * r], score[r]);
+                    swiglu_backward(gate.y, up.y, a.y, dot[r], acc[4 * i + 2 * r + 1], score[r]);
+                    *gate_at = pack_two(gate.x, gate.y);
+                    *up_at = pack_two(up.x, up.y);
+                    *sA_at = pack_two(a.x, a.y);
+                }
             for (int r = 0; r < 2; r++) {
-                char *block = out + i / 8 * BLOCK_BYTES;
-                uint32_t *gate_at = (uint32_t *)(chunk_at(block, own + 8 * r, i % 8) + 4 * t);
-                uint32_t *up_at = gate_at + 2 * BLOCK_BYTES / 4,
-                         *sA_at = up_at + 2 * BLOCK_BYTES / 4;
-                float2 gate = unpack_two(used[r] ? *gate_at : 0),
-                       up = unpack_two(used[r] ? *up_at : 0), a;
-                swiglu_backward(gate.x, up.x, a.x, dot[r], acc[4 * i + 2 * r], score[r]);
-                swiglu_backward(gate.y, up.y, a.y, dot[r], acc[4 * i + 2 * r + 1], score[r]);
-                *gate_at = pack_two(gate.x, gate.y), *up_at = pack_two(up.x, up.y),
-                *sA_at = pack_two(a.x, a.y);
+                float sum = group_sum(dot[r], 4);
+                if (partial && t == 0)
+                    partial[(int64_t)(m + row0 + 8 * r) * column_tiles + column] = sum;
             }
-        for (int r = 0; r < 2; r++) {
-            float sum = group_sum(dot[r], 4);
-            if (partial && t == 0)
-                partial[(int64_t)(m + own + 8 * r) * column_tiles + column] = sum;
-        }
-        out_written(group);
-        if (!first) return;
-        for (int i = 0; i < 4; i++)
-            ptx_tma_store_3d(&map_dH, out + i * BLOCK_BYTES, f0 + i % 2 * 64, i / 2, m);
-        for (int i = 0; i < 2; i++)
-            ptx_tma_store_2d(&map_sA, out + (4 + i) * BLOCK_BYTES, f0 + 64 * i, m);
-        ptx_bulk_commit();
-    });
-    if (first) ptx_bulk_wait<0>();
+            out_written(own.group);
+            if (!own.first) return;
+            store_halves(&map_dH, own.out, f0, m);
+            store_rows(&map_sA, own.out + 4 * BLOCK_BYTES, 2, f0, m);
+            ptx_bulk_commit();
+        });
+    };
+    hopper_roles<Narrow>(shared, PRODUCERS + 1, produce, consume);
 #endif
 }
-// dW[e] (N,O) (+)= sum over the expert's rows m of left[m]^T right[m]; `dense` is the one that is
-// not gathered. A tile leaves in two halves of 128 columns, four blocks of 32 floats each.
+// dW[e] (N,O) (+)= the sum over the expert's rows m of left[m]^T right[m]; `dense` is the one that
+// is not gathered. A tile leaves in two halves of 128 columns, four blocks of 32 floats each.
 template <bool GATHER_LEFT>
 static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     wgrad_kernel(const __grid_constant__ CUtensorMap map_dW,
                  const __grid_constant__ CUtensorMap dense, const floatX *pool, RowIndex plan,
                  int accumulate, int N, int O) {
 #ifdef HOPPER_CODE
-    ROLES(Wide, PRODUCERS + 1, produce_wgrad<GATHER_LEFT>(s, &dense, pool, plan, N, O, accumulate));
-    int lane = threadIdx.x % 32, t = lane % 4, own = threadIdx.x / 32 % 4 * 16 + lane / 4;
-    for_weight_tiles(
-        plan, N, O, accumulate, [&](int n0, int o0, int e, int first_row, int last_row) {
+    extern __shared__ __align__(1024) char shared[];
+    auto produce = [&](Wide *s) {
+        produce_wgrad<GATHER_LEFT>(s, &dense, pool, plan, N, O, accumulate);
+    };
+    auto consume = [&](Consumer<Wide> &own) {
+        int lane = threadIdx.x % 32, t = lane % 4, row0 = threadIdx.x / 32 % 4 * 16 + lane / 4;
+        for_weight_tiles(plan, N, O, accumulate, [&](int n0, int o0, int e, int begin, int end) {
             float acc[128];
-            multiply_stages<256, 1, 1>(acc, s, ring, group, (last_row - first_row) / K_STEP,
-                                       Nothing());
+            multiply_stages<256, 1, 1>(acc, own, (end - begin) / K_STEP, Nothing());
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                out_free(group, first);
+                out_free(own.group, own.first);
 #pragma unroll
                 for (int j = 0; j < 16; j++) // 8 columns
 #pragma unroll
                     for (int r = 0; r < 2; r++) {
                         int i = 64 * half + 4 * j + 2 * r;
-                        *(float2 *)(chunk_at(out + j / 4 * BLOCK_BYTES, own + 8 * r,
-                                             j % 4 * 2 + t / 2) +
-                                    t % 2 * 8) = make_float2(acc[i], acc[i + 1]);
+                        char *chunk = chunk_at(own.out + j / 4 * BLOCK_BYTES, row0 + 8 * r,
+                                               j % 4 * 2 + t / 2);
+                        *(float2 *)(chunk + t % 2 * 8) = make_float2(acc[i], acc[i + 1]);
                     }
-                out_written(group);
-                if (!first) continue;
+                out_written(own.group);
+                if (!own.first) continue;
                 for (int i = 0; i < 4; i++) {
-                    int column = o0 + 128 * half + BLOCK_FLOATS * i;
+                    const char *block = own.out + i * BLOCK_BYTES;
+                    int column = o0 + 128 * half + BLOCK_FLOATS * i, n = n0 + 64 * own.group;
                     if (accumulate)
-                        ptx_tma_add_3d(&map_dW, out + i * BLOCK_BYTES, column, n0 + 64 * group, e);
+                        ptx_tma_add_3d(&map_dW, block, column, n, e);
                     else
-                        ptx_tma_store_3d(&map_dW, out + i * BLOCK_BYTES, column, n0 + 64 * group,
-                                         e);
+                        ptx_tma_store_3d(&map_dW, block, column, n, e);
                 }
                 ptx_bulk_commit();
             }
         });
-    if (first) ptx_bulk_wait<0>();
+    };
+    hopper_roles<Wide>(shared, PRODUCERS + 1, produce, consume);
 #endif
 }
 
@@ -364,8 +395,8 @@ CUtensorMap tensor_map(const void *base, int rank, Dimensions d, bool is_float) 
                                const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
                                const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-    static Encode encode; // a function of the driver: asked for, so that the program starts where
-                          // there is none
+    static Encode encode; // a function of the driver, asked for here so that the program also
+                          // starts where there is no driver
     if (!encode) {
         cudaDriverEntryPointQueryResult found;
         CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode,
@@ -377,7 +408,8 @@ CUtensorMap tensor_map(const void *base, int rank, Dimensions d, bool is_float) 
     cuuint64_t dim[3], stride[2];
     cuuint32_t box[3], one[3] = { 1, 1, 1 };
     for (int i = 0; i < rank; i++) {
-        dim[i] = (cuuint64_t)d.dim[i], box[i] = d.box[i];
+        dim[i] = (cuuint64_t)d.dim[i];
+        box[i] = d.box[i];
         if (i > 0) stride[i - 1] = (cuuint64_t)d.stride[i] * (is_float ? 4 : 2);
     }
     CUresult error =
@@ -393,17 +425,19 @@ CUtensorMap tensor_map(const void *base, int rank, Dimensions d, bool is_float) 
 }
 static CUtensorMap matrix_map(const floatX *base, int64_t rows, int64_t columns,
                               unsigned box_rows) {
-    return tensor_map(base, 2, { { columns, rows }, { 1, columns }, { 64, box_rows } }, false);
+    Dimensions d = { { columns, rows }, { 1, columns }, { 64, box_rows } };
+    return tensor_map(base, 2, d, false);
 }
 static CUtensorMap stack_map(const floatX *base, int64_t layers, int64_t rows, int64_t columns,
                              unsigned box_rows, unsigned box_layers) {
-    return tensor_map(
-        base, 3,
-        { { columns, rows, layers }, { 1, columns, rows * columns }, { 64, box_rows, box_layers } },
-        false);
+    Dimensions d = { { columns, rows, layers },
+                     { 1, columns, rows * columns },
+                     { 64, box_rows, box_layers } };
+    return tensor_map(base, 3, d, false);
 }
 static CUtensorMap halves_map(const floatX *H, int64_t M, int64_t F) {
-    return tensor_map(H, 3, { { F, 2, M }, { 1, F, 2 * F }, { 64, 1, 64 } }, false);
+    Dimensions d = { { F, 2, M }, { 1, F, 2 * F }, { 64, 1, 64 } };
+    return tensor_map(H, 3, d, false);
 }
 
 static int left_to_communication;
@@ -417,67 +451,58 @@ static int multiprocessors() {
     }
     return count - left_to_communication > 1 ? count - left_to_communication : 1;
 }
-// One block a multiprocessor, not more than tiles. Opts the kernel into its shared memory, once.
-#define LAUNCH(kernel, S, tiles, ...)                                                            \
-    do {                                                                                         \
-        static int opted;                                                                        \
-        if (!opted)                                                                              \
-            CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, \
-                                            (int)sizeof(S)));                                    \
-        opted = 1;                                                                               \
-        int64_t tiles_ = (tiles);                                                                \
-        unsigned blocks =                                                                        \
-            tiles_ < multiprocessors() ? (unsigned)tiles_ : (unsigned)multiprocessors();         \
-        kernel<<<blocks, HOPPER_THREADS, sizeof(S), compute_stream()>>>(__VA_ARGS__);            \
-        LAUNCHED();                                                                              \
-    } while (0)
+// Runs a kernel with shared memory S on one block a multiprocessor, or fewer where there are fewer
+// tiles. The kernel is opted into its shared memory once.
+template <class S, auto kernel, class... Arguments>
+static void launch(int64_t tiles, const Arguments &...arguments) {
+    opt_into_shared<kernel>(sizeof(S));
+    int64_t blocks = tiles < multiprocessors() ? tiles : multiprocessors();
+    kernel<<<(unsigned)blocks, HOPPER_THREADS, sizeof(S), compute_stream()>>>(arguments...);
+    LAUNCHED();
+}
 
 void hopper_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,
-               int C, int F) {
-    CUtensorMap mapH = halves_map(H, plan->M, F), mapA = matrix_map(A ? A : H, plan->M, F, 64),
-                mapW1 = stack_map(W1, 2 * plan->E, F, C, 128, 2);
-    LAUNCH(up_kernel, Wide, plan->M / 128 * div_up(F, 128), mapH, mapA, mapW1, pool, *plan, A != 0,
-           C, F);
+               int64_t C, int64_t F) {
+    launch<Wide, up_kernel>(plan->M / 128 * div_up(F, 128), halves_map(H, plan->M, F),
+                            matrix_map(A ? A : H, plan->M, F, 64),
+                            stack_map(W1, 2 * plan->E, F, C, 128, 2), pool, *plan, A != 0, C, F);
 }
-void hopper_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *plan, int C, int F) {
-    CUtensorMap mapY = matrix_map(Y, plan->M, C, 64), mapA = matrix_map(A, plan->M, F, 128),
-                mapW2 = stack_map(W2, plan->E, C, F, 256, 1);
-    LAUNCH(rows_kernel<false>, Wide, plan->M / 128 * div_up(C, 256), mapY, mapA, mapW2, *plan, C,
-           F);
+void hopper_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *plan, int64_t C,
+                 int64_t F) {
+    launch<Wide, rows_kernel<false>>(plan->M / 128 * div_up(C, 256), matrix_map(Y, plan->M, C, 64),
+                                     matrix_map(A, plan->M, F, 128),
+                                     stack_map(W2, plan->E, C, F, 256, 1), *plan, C, F);
 }
 void hopper_down_backward(floatX *dH, floatX *sA, float *partial, const floatX *dpool,
                           const floatX *H, const floatX *W2, const float *row_score,
-                          const RowIndex *plan, int C, int F) {
-    CUtensorMap map_dH = halves_map(dH, plan->M, F), map_sA = matrix_map(sA, plan->M, F, 64),
-                mapH = halves_map(H, plan->M, F), mapW2 = stack_map(W2, plan->E, C, F, 64, 1);
-    LAUNCH(down_backward_kernel, Narrow, plan->M / 128 * div_up(F, 128), map_dH, map_sA, mapH,
-           mapW2, partial, dpool, row_score, *plan, C, F);
+                          const RowIndex *plan, int64_t C, int64_t F) {
+    launch<Narrow, down_backward_kernel>(plan->M / 128 * div_up(F, 128), halves_map(dH, plan->M, F),
+                                         matrix_map(sA, plan->M, F, 64), halves_map(H, plan->M, F),
+                                         stack_map(W2, plan->E, C, F, 64, 1), partial, dpool,
+                                         row_score, *plan, C, F);
 }
-void hopper_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const RowIndex *plan, int C,
-                        int F) {
-    CUtensorMap map_dX = matrix_map(dX, plan->M, C, 64),
-                map_dH = matrix_map(dH, plan->M, 2 * F, 128),
-                mapW1 = stack_map(W1, plan->E, 2 * F, C, 64, 1);
-    LAUNCH(rows_kernel<true>, Wide, plan->M / 128 * div_up(C, 256), map_dX, map_dH, mapW1, *plan, C,
-           2 * F);
+void hopper_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const RowIndex *plan,
+                        int64_t C, int64_t F) {
+    launch<Wide, rows_kernel<true>>(plan->M / 128 * div_up(C, 256), matrix_map(dX, plan->M, C, 64),
+                                    matrix_map(dH, plan->M, 2 * F, 128),
+                                    stack_map(W1, plan->E, 2 * F, C, 64, 1), *plan, C, 2 * F);
 }
 template <bool GATHER_LEFT>
 static void wgrad(gradX *dW, const floatX *dense, const floatX *pool, const RowIndex *plan,
-                  int accumulate, int N, int O) {
-    CUtensorMap map_dW = tensor_map(
-        dW, 3, { { O, N, plan->E }, { 1, O, (int64_t)N * O }, { BLOCK_FLOATS, 64, 1 } }, true);
-    CUtensorMap map_dense = matrix_map(dense, plan->M, GATHER_LEFT ? O : N, 64);
-    LAUNCH(wgrad_kernel<GATHER_LEFT>, Wide, plan->E * div_up(N, 128) * div_up(O, 256), map_dW,
-           map_dense, pool, *plan, accumulate, N, O);
+                  int accumulate, int64_t N, int64_t O) {
+    Dimensions d = { { O, N, plan->E }, { 1, O, N * O }, { BLOCK_FLOATS, 64, 1 } };
+    launch<Wide, wgrad_kernel<GATHER_LEFT>>(
+        plan->E * div_up(N, 128) * div_up(O, 256), tensor_map(dW, 3, d, true),
+        matrix_map(dense, plan->M, GATHER_LEFT ? O : N, 64), pool, *plan, accumulate, N, O);
 }
 void hopper_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool, const floatX *dH,
-                  const floatX *sA, const RowIndex *plan, int accumulate, int C, int F) {
+                  const floatX *sA, const RowIndex *plan, int accumulate, int64_t C, int64_t F) {
     wgrad<false>(dW1, dH, pool, plan, accumulate, 2 * F, C);
     wgrad<true>(dW2, sA, dpool, plan, accumulate, C, F);
 }
 
-// Launch bounds of this kernel say what the card's code was compiled for: sm_90a, or something
-// else, where the products' bodies are empty.
+// The launch bounds of this kernel say what the card's code was compiled for: sm_90a, or something
+// else, where the bodies of the products are empty.
 #ifdef HOPPER_CODE
 #define MARK_THREADS 128
 #else
