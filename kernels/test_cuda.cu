@@ -24,39 +24,56 @@ typedef std::vector<double> Numbers;
 enum World { CUDA, SAME, TRUTH, WORLDS };
 #define TWIN(name)                        \
     extern "C" decltype(name) ref_##name; \
-    extern "C" decltype(name) true_##name; // nvcc 13 loses the second of two in one declaration
-TWIN(embed_forward)
-TWIN(embed_backward)
-TWIN(cross_entropy)
-TWIN(rmsnorm_forward)
-TWIN(rmsnorm_backward)
-TWIN(linear_forward)
-TWIN(linear_backward_input)
-TWIN(linear_backward_input_add) TWIN(linear_backward_weight) TWIN(add) TWIN(rope_table)
-    TWIN(qk_norm_rope_forward) TWIN(qk_norm_rope_backward) TWIN(attention_forward)
-        TWIN(attention_backward) TWIN(attention_workspace) TWIN(router_forward)
-            TWIN(router_backward_add) TWIN(router_share) TWIN(row_index_bound) TWIN(row_index_build)
-                TWIN(row_index_dense) TWIN(experts_up) TWIN(experts_down) TWIN(rows_weighted_sum)
-                    TWIN(experts_down_backward) TWIN(experts_up_backward) TWIN(experts_wgrad)
-                        TWIN(rows_gather) TWIN(rows_sum) TWIN(rows_sum_real) TWIN(optimizer_update)
-                            TWIN(gradient_squares) TWIN(sum_in_order) TWIN(gradient_scale)
-                                TWIN(clip_scale) TWIN(init_segments) TWIN(convert)
-                                    TWIN(check_finite) TWIN(device_init)
-#define CALL(w, name, ...)                   \
-    ((w) == CUDA   ? name(__VA_ARGS__)       \
-     : (w) == SAME ? ref_##name(__VA_ARGS__) \
-                   : true_##name(__VA_ARGS__))
-#define EACH_WORLD(w) for (int w = CUDA; w < WORLDS; w++)
+    extern "C" decltype(name) true_##name // nvcc 13 loses the second of two in one declaration
+TWIN(embed_forward);
+TWIN(embed_backward);
+TWIN(cross_entropy);
+TWIN(rmsnorm_forward);
+TWIN(rmsnorm_backward);
+TWIN(linear_forward);
+TWIN(linear_backward_input);
+TWIN(linear_backward_input_add);
+TWIN(linear_backward_weight);
+TWIN(add);
+TWIN(rope_table);
+TWIN(qk_norm_rope_forward);
+TWIN(qk_norm_rope_backward);
+TWIN(attention_forward);
+TWIN(attention_backward);
+TWIN(attention_workspace);
+TWIN(router_forward);
+TWIN(router_backward_add);
+TWIN(router_share);
+TWIN(row_index_bound);
+TWIN(row_index_build);
+TWIN(row_index_dense);
+TWIN(experts_up);
+TWIN(experts_down);
+TWIN(rows_weighted_sum);
+TWIN(experts_down_backward);
+TWIN(experts_up_backward);
+TWIN(experts_wgrad);
+TWIN(rows_gather);
+TWIN(rows_sum);
+TWIN(rows_sum_real);
+TWIN(optimizer_update);
+TWIN(gradient_squares);
+TWIN(sum_in_order);
+TWIN(gradient_scale);
+TWIN(clip_scale);
+TWIN(init_segments);
+TWIN(convert);
+TWIN(check_finite);
+TWIN(device_init);
+// The function of world `w`.
+template <class F> static F *of_world(int w, F *cuda, F *same, F *truth) {
+    F *all[WORLDS] = { cuda, same, truth };
+    return all[w];
+}
+#define CALL(w, name, ...) of_world(w, name, ref_##name, true_##name)(__VA_ARGS__)
 
-    // ---- buffers: the same numbers in every world's types ---------------------------------------
-    enum Kind {
-        X,
-        REAL,
-        DOUBLE,
-        INT,
-        INT64,
-        BYTE
-    };
+// ---- buffers: the same numbers in every world's types ---------------------------------------
+enum Kind { X, REAL, DOUBLE, INT, INT64, BYTE };
 static uint64_t random_state = 1;
 static double uniform() { // [-1, 1)
     random_state = random_state * 6364136223846793005u + 1442695040888963407u;
@@ -64,10 +81,9 @@ static double uniform() { // [-1, 1)
 }
 static int below(int n) { return (int)((uniform() + 1) / 2 * n); }
 static size_t element_size(Kind k, int w) {
-    return k == X                      ? (w == TRUTH ? 4 : sizeof(floatX))
-           : k == DOUBLE || k == INT64 ? 8
-           : k == BYTE                 ? 1
-                                       : 4;
+    if (k == X) return w == TRUTH ? 4 : sizeof(floatX);
+    if (k == BYTE) return 1;
+    return k == DOUBLE || k == INT64 ? 8 : 4;
 }
 static double on_grid(double v) { // as floatX keeps it
 #if defined(MOE_BF16)
@@ -136,16 +152,15 @@ static Numbers read(const Buffer &b, int w) {
     for (size_t i = 0; i < b.n; i++) v[i] = get(&host[i * size], b.kind, w);
     return v;
 }
+// What stands after a buffer: NaN in every type, but not the NaN that rounding to bf16 makes, and
+// not -1.
 static const unsigned char BEHIND[17] =
-    "\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f"; // behind a buffer: NaN in
-                                                                        // every type, not the NaN
-                                                                        // that rounding to bf16
-                                                                        // makes, and not -1
+    "\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f\xc1\x7f";
 // n elements, NaN bytes in every world: what a kernel does not write is found.
 static Buffer output(Kind kind, size_t n) {
     Buffer b;
     b.kind = kind, b.n = n;
-    EACH_WORLD(w) {
+    for (int w = CUDA; w < WORLDS; w++) {
         size_t bytes = n * element_size(kind, w) + 16;
         if (w == CUDA) {
             CUDA_CHECK(cudaMalloc(&b.memory[w], bytes));
@@ -159,7 +174,7 @@ static Buffer output(Kind kind, size_t n) {
 }
 static Buffer input(Kind kind, const Numbers &v) {
     Buffer b = output(kind, v.size());
-    EACH_WORLD(w) write(b, w, v);
+    for (int w = CUDA; w < WORLDS; w++) write(b, w, v);
     return b;
 }
 static Buffer random_input(Kind kind, size_t n, double scale = 1) {
@@ -235,7 +250,7 @@ static void test_embedding(int R, int V, int C, int pad) {
     Buffer ids = input(INT, id), W = random_input(X, (size_t)V * C), out = output(X, (size_t)R * C),
            dx = random_input(X, (size_t)R * C);
     Buffer fresh = output(REAL, (size_t)V * C), sum = random_input(REAL, (size_t)V * C);
-    EACH_WORLD(w) {
+    for (int w = CUDA; w < WORLDS; w++) {
         CALL(w, embed_forward, out.x(w), ids.i(w), W.x(w), R, C);
         CALL(w, embed_backward, fresh.g(w), dx.x(w), ids.i(w), 0, pad, R, V, C);
         CALL(w, embed_backward, sum.g(w), dx.x(w), ids.i(w), 1, -1, R, V, C);
@@ -251,7 +266,7 @@ static void test_cross_entropy(int N, int V) {
     Buffer targets = input(INT, target), logits = random_input(X, (size_t)N * V, 8),
            again = random_input(X, (size_t)N * V), loss = zeros(DOUBLE, 1),
            loss2 = zeros(DOUBLE, 1);
-    EACH_WORLD(w) {
+    for (int w = CUDA; w < WORLDS; w++) {
         CALL(w, cross_entropy, logits.x(w), loss.d(w), targets.i(w), 0.125f, 1, N, V);
         CALL(w, cross_entropy, again.x(w), loss2.d(w), targets.i(w), 0.125f, 0, N, V);
     }
@@ -268,7 +283,7 @@ static void test_rmsnorm(int R, int C) {
     Buffer dy = random_input(X, (size_t)R * C), dx = output(X, (size_t)R * C),
            inplace = random_input(X, (size_t)R * C), dw = output(REAL, C),
            dw2 = random_input(REAL, C);
-    EACH_WORLD(w) {
+    for (int w = CUDA; w < WORLDS; w++) {
         CALL(w, rmsnorm_forward, y.x(w), rstd.r(w), x.x(w), w_.x(w), 1e-6f, R, C);
         CALL(w, rmsnorm_forward, y2.x(w), 0, x.x(w), w_.x(w), 1e-6f, R, C);
         CALL(w, rmsnorm_backward, dx.x(w), dw.g(w), 0, dy.x(w), x.x(w), w_.x(w), rstd.r(w), 0, R,
@@ -288,7 +303,7 @@ static void test_linear(int R, int O, int N) {
     Buffer dx = output(X, (size_t)R * N), dx2 = random_input(X, (size_t)R * N),
            dW = output(REAL, (size_t)O * N), dW2 = random_input(REAL, (size_t)O * N),
            sum = random_input(X, R * N);
-    EACH_WORLD(w) {
+    for (int w = CUDA; w < WORLDS; w++) {
         CALL(w, linear_forward, y.x(w), x.x(w), W.x(w), R, O, N);
         CALL(w, linear_backward_input, dx.x(w), dy.x(w), W.x(w), R, O, N);
         CALL(w, linear_backward_input_add, dx2.x(w), dy.x(w), W.x(w), R, O, N);
@@ -302,8 +317,22 @@ static void test_linear(int R, int O, int N) {
 }
 
 // ---- attention ------------------------------------------------------------------------------
-static void test_qk_norm_rope(int B, int T, int H, int KV, int D) {
-    begin("q/k norm and RoPE");
+// position (B,T): documents of 1 to 40 tokens (some of one), each sequence begins one.
+static Buffer random_positions(int B, int T) {
+    Numbers v;
+    for (int b = 0; b < B; b++)
+        for (int t = 0, left = 0, at = 0; t < T; t++, at++, left--) {
+            if (left <= 0) {
+                left = below(3) ? 1 + below(40) : 1;
+                at = 0;
+            }
+            v.push_back(at);
+        }
+    return input(INT, v);
+}
+static void test_qk_norm_rope(int B, int T, int H, int KV, int D, bool documents = false) {
+    begin(documents ? "q/k norm and RoPE of documents" : "q/k norm and RoPE");
+    Buffer positions = random_positions(B, T);
     int R = B * T;
     size_t nq = (size_t)R * H * D, nk = (size_t)R * KV * D, table = (size_t)T * D / 2;
     Buffer cosines = output(REAL, table), sines = output(REAL, table), q = random_input(X, nq, 2),
@@ -311,28 +340,31 @@ static void test_qk_norm_rope(int B, int T, int H, int KV, int D) {
     Buffer qn = output(X, nq), kn = output(X, nk), dq = random_input(X, nq), dk = output(X, nk),
            dkn = random_input(X, nk), dwq = output(REAL, D), dwk = random_input(REAL, D);
     Buffer unused = output(REAL, D), dq2 = output(X, nq), dk2 = output(X, nk);
-    EACH_WORLD(w) {
+    for (int w = CUDA; w < WORLDS; w++) {
         CALL(w, rope_table, cosines.r(w), sines.r(w), 1e6, T, D);
         CALL(w, qk_norm_rope_forward, qn.x(w), kn.x(w), q.x(w), k.x(w), wq.x(w), wk.x(w),
-             cosines.r(w), sines.r(w), 0, 1e-6f, R, T, H, KV, D);
+             cosines.r(w), sines.r(w), documents ? positions.i(w) : 0, 1e-6f, R, T, H, KV, D);
         CALL(w, qk_norm_rope_backward, dq2.x(w), dk2.x(w), unused.g(w), dwk.g(w), dq.x(w), dkn.x(w),
-             q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w), 0, 1e-6f, 0, R, T, H, KV,
-             D);
+             q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w),
+             documents ? positions.i(w) : 0, 1e-6f, 0, R, T, H, KV, D);
         CALL(w, qk_norm_rope_backward, dq.x(w), dk.x(w), dwq.g(w), dwk.g(w), dq.x(w), dkn.x(w),
-             q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w), 0, 1e-6f, w * 0, R, T, H,
-             KV, D);
+             q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w),
+             documents ? positions.i(w) : 0, 1e-6f, w * 0, R, T, H, KV, D);
         CALL(w, qk_norm_rope_backward, dq2.x(w), dk2.x(w), dwq.g(w), dwk.g(w), qn.x(w), kn.x(w),
-             q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w), 0, 1e-6f, 1, R, T, H, KV,
-             D);
+             q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w),
+             documents ? positions.i(w) : 0, 1e-6f, 1, R, T, H, KV, D);
     }
     compare("cos", cosines), compare("sin", sines), compare("q", qn), compare("k", kn),
         compare("dq in place", dq), compare("dk", dk), compare("dwq accumulated", dwq);
     compare("dwk accumulated", dwk), compare("dwq", unused), compare("dq", dq2);
     end();
 }
-static void test_attention(const char *kernel, int B, int T, int H, int KV, int D) {
-    char name[80];
-    snprintf(name, sizeof name, "attention %s B %d T %d H %d KV %d D %d", kernel, B, T, H, KV, D);
+static void test_attention(const char *kernel, int B, int T, int H, int KV, int D,
+                           bool documents = false) {
+    char name[100];
+    snprintf(name, sizeof name, "attention %s B %d T %d H %d KV %d D %d%s", kernel, B, T, H, KV, D,
+             documents ? ", documents" : "");
+    Buffer positions = random_positions(B, T);
     attention_select(kernel);
     begin(name);
     size_t nq = (size_t)B * T * H * D, nk = (size_t)B * T * KV * D;
@@ -346,19 +378,32 @@ static void test_attention(const char *kernel, int B, int T, int H, int KV, int 
     if (other > bytes) bytes = other;
     if (largest > bytes) bytes = largest;
     Buffer workspace = output(BYTE, bytes);
-    EACH_WORLD(w) {
-        CALL(w, attention_forward, o.x(w), lse.r(w), q.x(w), k.x(w), v.x(w), 0, workspace.memory[w],
-             B, T, H, KV, D);
+    for (int w = CUDA; w < WORLDS; w++) {
+        CALL(w, attention_forward, o.x(w), lse.r(w), q.x(w), k.x(w), v.x(w),
+             documents ? positions.i(w) : 0, workspace.memory[w], B, T, H, KV, D);
         CALL(w, attention_backward, dq.x(w), dk.x(w), dv.x(w), d_o.x(w), o.x(w), lse.r(w), q.x(w),
-             k.x(w), v.x(w), 0, workspace.memory[w], B, T, H, KV, D);
+             k.x(w), v.x(w), documents ? positions.i(w) : 0, workspace.memory[w], B, T, H, KV, D);
     }
     attention_backward(again_q.x(CUDA), again_k.x(CUDA), again_v.x(CUDA), d_o.x(CUDA), o.x(CUDA),
-                       lse.r(CUDA), q.x(CUDA), k.x(CUDA), v.x(CUDA), 0, workspace.memory[CUDA], B,
-                       T, H, KV, D);
+                       lse.r(CUDA), q.x(CUDA), k.x(CUDA), v.x(CUDA),
+                       documents ? positions.i(CUDA) : 0, workspace.memory[CUDA], B, T, H, KV, D);
     compare("o", o), compare("lse", lse), compare("dq", dq), compare("dk", dk), compare("dv", dv);
     exact_numbers("dq again (I8)", read(again_q, CUDA), read(dq, CUDA)),
         exact_numbers("dk again (I8)", read(again_k, CUDA), read(dk, CUDA));
     exact_numbers("dv again (I8)", read(again_v, CUDA), read(dv, CUDA));
+    if (documents && B > 0) { // other numbers in the first document change no bit of the others
+        Numbers at = read(positions, CUDA), before = read(o, CUDA), changed = read(k, CUDA);
+        size_t length = 1;
+        while (length < (size_t)T && at[length] > 0) length++;
+        for (size_t i = 0; i < length * KV * D; i++) changed[i] = on_grid(changed[i] + 1);
+        write(k, CUDA, changed);
+        attention_forward(o.x(CUDA), lse.r(CUDA), q.x(CUDA), k.x(CUDA), v.x(CUDA),
+                          positions.i(CUDA), workspace.memory[CUDA], B, T, H, KV, D);
+        Numbers after = read(o, CUDA);
+        before.erase(before.begin(), before.begin() + (ptrdiff_t)(length * H * D));
+        after.erase(after.begin(), after.begin() + (ptrdiff_t)(length * H * D));
+        exact_numbers("other documents", after, before);
+    }
     end();
 }
 
@@ -379,7 +424,7 @@ static void test_router(int R, int C, int E, int K, int normalize, int ties) {
     Buffer dz = output(REAL, (size_t)R * E), dscore = random_input(REAL, (size_t)R * K),
            biased = output(INT, (size_t)R * K), score2 = output(REAL, (size_t)R * K);
     RouterStats none = {};
-    EACH_WORLD(w) {
+    for (int w = CUDA; w < WORLDS; w++) {
         RouterStats stats = { count.l(w), prob.d(w), z.d(w) };
         CALL(w, router_forward, logits.r(w), biased.i(w), score2.r(w), none, u.x(w), W.x(w),
              bias.r(w), normalize, R, C, E, K);
@@ -405,7 +450,7 @@ struct Plans {
 };
 static Plans make_plans(int P, int K, int E) {
     Plans p;
-    EACH_WORLD(w) {
+    for (int w = CUDA; w < WORLDS; w++) {
         int M = CALL(w, row_index_bound, P, K, E);
         p.row_token[w] = input(INT, Numbers(M, 1)),
         p.token_row[w] = input(INT, Numbers((size_t)P * K, 1)),
@@ -504,7 +549,7 @@ static void test_experts(int P, int K, int E, int C, int F, Routing routing) {
            sum2 = random_input(REAL, (size_t)E * C * F);
     Buffer H[WORLDS], again[WORLDS], A[WORLDS], Y[WORLDS], sA[WORLDS], dX[WORLDS], dH[WORLDS],
         dH1[WORLDS], sA1[WORLDS];
-    EACH_WORLD(w) {
+    for (int w = CUDA; w < WORLDS; w++) {
         size_t M = p.plan[w].M;
         H[w] = output(X, M * 2 * F), again[w] = output(X, M * 2 * F), A[w] = output(X, M * F),
         Y[w] = output(X, M * C), sA[w] = output(X, M * F), dX[w] = output(X, M * C);
@@ -553,7 +598,7 @@ static void test_plan(int P, int K, int E) {
     }
     Buffer choice = input(INT, ids);
     Plans p = make_plans(P, K, E), dense = make_plans(P, 1, 1);
-    EACH_WORLD(w) {
+    for (int w = CUDA; w < WORLDS; w++) {
         CALL(w, row_index_build, &p.plan[w], choice.i(w), 0, 0);
         CALL(w, row_index_dense, &dense.plan[w], P - P / 4);
     }
@@ -612,7 +657,7 @@ static void test_rows(int n, int R, int J, int C) {
            out_words = output(REAL, (size_t)n * 3);
     Buffer indices = input(INT, many), sum = output(X, (size_t)R * C),
            sum_words = output(REAL, (size_t)R * 3);
-    EACH_WORLD(w) {
+    for (int w = CUDA; w < WORLDS; w++) {
         CALL(w, rows_gather, out.x(w), in.x(w), index.i(w), n, C * element_size(X, w));
         CALL(w, rows_gather, out_words.r(w), words.r(w), index.i(w), n, 12);
         CALL(w, rows_sum, sum.x(w), out.x(w), indices.i(w), R, J, C);
@@ -658,7 +703,7 @@ static void test_optimizer(OptimizerKind kind, bool master, bool anywhere, int n
     // without a master, bf16 builds round stochastically: only the other backend in the same
     // precision has the same noise
     bool stochastic = !master && sizeof(floatX) == 2;
-    EACH_WORLD(w) {
+    for (int w = CUDA; w < WORLDS; w++) {
         OptimizerState s = {
             param.x(w), master ? copy.r(w) : 0, grad.g(w),   m.r(w), v.r(w), m8.b(w),
             v8.b(w),    m_scale.r(w),           v_scale.r(w)
@@ -704,7 +749,7 @@ static void test_norms(int n_segments) {
     Buffer param = zeros(X, n), master = zeros(REAL, n), ones = zeros(X, n),
            norm2 = output(REAL, 1), clip2 = output(REAL, 1), bad = input(DOUBLE, { 1.0, INFINITY });
     Buffer many = random_input(DOUBLE, 2500), total_many = output(DOUBLE, 1);
-    EACH_WORLD(w) {
+    for (int w = CUDA; w < WORLDS; w++) {
         CALL(w, gradient_squares, sums.d(w), grad.g(w), segments.data(), n_segments);
         CALL(w, sum_in_order, total.d(w), sums.d(w), n_segments);
         CALL(w, sum_in_order, total_many.d(w), many.d(w), 2500); // fetched in pieces of 1024
@@ -813,14 +858,14 @@ int main(int argc, char **argv) {
     RUN(qk_norm_rope, 1, 70, 4, 4, 16);
     RUN(qk_norm_rope, 1, 3, 6, 3, 64);
     RUN(qk_norm_rope, 0, 3, 2, 1, 32);
+    RUN(qk_norm_rope, 2, 90, 4, 2, 64, true);
     std::vector<const char *> kernels = { "flash" };
 #if defined(MOE_CUDNN) && defined(MOE_BF16)
     kernels.push_back("cudnn");
     RUN(attention, "cudnn", 2, 1000, 8, 2, 128);
     RUN(attention, "cudnn", 1, 512, 2, 2, 64);
-    for (int64_t chunk :
-         { 12,
-           3 }) { // MiB: backward in calls of two sequences and of one, then of one KV head each
+    // MiB: backward in calls of two sequences and of one, then of one KV head each
+    for (int64_t chunk : { 12, 3 }) {
         int64_t kept = cudnn_attention_chunk;
         cudnn_attention_chunk = chunk << 20;
         RUN(attention, "cudnn", 3, 500, 8, 2, 128);
@@ -834,6 +879,8 @@ int main(int argc, char **argv) {
         RUN(attention, kernel, 1, 97, 2, 1, 128);
         RUN(attention, kernel, 1, 64, 3, 1, 32);
         RUN(attention, kernel, 0, 5, 1, 1, 16);
+        RUN(attention, kernel, 2, 230, 4, 2, 64, true);
+        RUN(attention, kernel, 1, 70, 2, 1, 128, true);
     }
     RUN(router, 37, 64, 8, 2, 1, 0);
     RUN(router, 70, 40, 128, 8, 1, 0);

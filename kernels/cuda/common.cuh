@@ -40,8 +40,6 @@ void *device_scratch(int slot, size_t bytes);
 void attention_finish(void); // of device_finish
 // Dies unless width is a multiple of PACK.
 void require_packs(const char *what, int width);
-// Dies unless position is 0: documents within a sequence are the CPU backend's alone so far.
-void no_positions(const int *position);
 
 static inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Grid of `items` threads in blocks of `threads`; grid-stride loops take it with a limit. CUDA

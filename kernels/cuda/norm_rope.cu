@@ -1,16 +1,16 @@
 // RMSNorm over rows and over heads, rotary position embedding, residual add. All of it is bound by
-// memory: one visit per row, 16 bytes a thread.
+// memory: one visit a row, 16 bytes a thread.
 //
 // y_j = n_j w_j with n = x r, r = (mean(x^2) + eps)^-1/2. With t_j = dL/dn_j = dy_j w_j and dr/dx_j
 // = -r^3 x_j / C:
-//   dx_j = t_j r + (sum_i t_i x_i) dr/dx_j = r (t_j - n_j mean_i(t_i n_i)),   dw_j = sum over rows
-//   of dy_j n_j.
+//   dx_j = t_j r + (sum_i t_i x_i) dr/dx_j = r (t_j - n_j mean_i(t_i n_i)),
+//   dw_j = the sum over rows of dy_j n_j.
 // Bytes a row (bf16, C = 2048): forward 8 KB (x, y); backward 16 KB (x, dy, residual, dx). Weights
 // stay in the caches.
 #include "common.cuh"
 
 // ---- RMSNorm of rows ------------------------------------------------------------------------
-// One warp a row. The second visit of x hits the L1 cache (a row is 4 KB).
+// One warp a row. The second visit of x hits the L1 cache, for a row is 4 KB.
 static __global__ void rmsnorm_kernel(floatX *y, real *rstd, const floatX *x, const floatX *w,
                                       real eps, int R, int C) {
     int64_t row = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
@@ -39,8 +39,8 @@ void rmsnorm_forward(floatX *y, real *rstd, const floatX *x, const floatX *w, re
     rmsnorm_kernel<<<grid_for(R, 8), 256, 0, compute_stream()>>>(y, rstd, x, w, eps, R, C);
     LAUNCHED();
 }
-// A block walks down `rows` rows; each thread owns N packs of columns, for which it keeps the
-// weight gradient in registers. partial (gridDim, C). A row costs one barrier: the sums of
+// A block walks down `rows` rows; each thread owns N packs of columns, whose weight gradients it
+// keeps in registers. partial (gridDim, C). A row costs one barrier, because the sums of
 // consecutive rows use two places in turn.
 template <int N>
 static __global__ void rmsnorm_backward_kernel(floatX *dx, float *partial, const floatX *residual,
@@ -56,7 +56,7 @@ static __global__ void rmsnorm_backward_kernel(floatX *dx, float *partial, const
     }
     for (int row = first; row < last; row++) {
         float t[N][PACK], n[N][PACK], dot = 0, r = rstd[row];
-        int4 rest[N]; // the residual: on its way while the row is summed
+        int4 rest[N]; // the residual, on its way while the row is summed
 #pragma unroll
         for (int i = 0; i < N; i++) {
             int j = (i * blockDim.x + threadIdx.x) * PACK;
@@ -115,9 +115,9 @@ void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const float
                       const floatX *x, const floatX *w, const real *rstd, int accumulate, int64_t R,
                       int64_t C) {
     kernel_begin("rmsnorm_backward", 0);
-    const int BLOCKS = 1024; // about one wave of an H200; a constant, so that the order of sums
-                             // depends on shapes alone
-    const int WIDEST = 8192; // 32 columns a thread: four arrays of them are 128 registers
+    // Blocks: about one wave of an H200, and a constant, so that the order of sums depends on
+    // shapes alone. WIDEST: 32 columns a thread, four arrays of which are 128 registers.
+    const int BLOCKS = 1024, WIDEST = 8192;
     require_packs("the width of a norm", C);
     if (R == 0) {
         if (!accumulate) device_zero(dw, (size_t)C * sizeof *dw);
@@ -127,17 +127,12 @@ void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const float
         threads = packs < 256 ? (int)div_up(packs, 32) * 32 : 256;
     float *partial =
         (float *)device_scratch(SCRATCH_PARTIAL, (size_t)blocks * (size_t)C * sizeof(float));
-#define RMSNORM_BACKWARD(N)                                               \
-    rmsnorm_backward_kernel<N><<<blocks, threads, 0, compute_stream()>>>( \
-        dx, partial, residual, dy, x, w, rstd, rows, R, C)
-    if (packs <= threads)
-        RMSNORM_BACKWARD(1);
-    else if (packs <= 2 * threads)
-        RMSNORM_BACKWARD(2);
-    else if (C <= WIDEST)
-        RMSNORM_BACKWARD(WIDEST / 256 / PACK);
-    else
-        die("a norm of width %d|at most %d on this backend", (int)C, WIDEST);
+    if (C > WIDEST) die("a norm of width %d|at most %d on this backend", (int)C, WIDEST);
+    auto kernel = rmsnorm_backward_kernel<WIDEST / 256 / PACK>;
+    if (packs <= 2 * threads) kernel = rmsnorm_backward_kernel<2>;
+    if (packs <= threads) kernel = rmsnorm_backward_kernel<1>;
+    kernel<<<blocks, threads, 0, compute_stream()>>>(dx, partial, residual, dy, x, w, rstd, rows,
+                                                     (int)R, (int)C);
     LAUNCHED();
     column_sums(dw, partial, blocks, C, accumulate);
 }
@@ -163,8 +158,8 @@ void add(floatX *out, const floatX *a, const floatX *b, size_t n) {
 }
 
 // ---- heads: RMSNorm, then rotation ----------------------------------------------------------
-// The angle is built as HF builds it: inverse frequency and angle rounded to fp32. Written once a
-// run.
+// The angle is computed as Hugging Face computes it: inverse frequency and angle are rounded to
+// fp32. Written once a run.
 static __global__ void rope_kernel(real *cos_table, real *sin_table, double theta, int T, int D) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, half = D / 2;
     if (i >= T * half) return;
@@ -182,7 +177,8 @@ void rope_table(real *cos_table, real *sin_table, double theta, int64_t T, int64
 // Pair (j, j + D/2) turns by angle a_j: y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin. The backward
 // turns by -a_j. A group of `width` = D / (2 PACK) lanes owns a head; a lane holds PACK elements of
 // the first half and their partners of the second, so the rotation stays within a lane and the norm
-// is a butterfly over the group.
+// is a butterfly over the group. Row r turns by the angles of position[r], or of r mod T where
+// there is no `position`.
 enum { HEAD_THREADS = 256 };
 static int head_lanes(int D) {
     int width = D / (2 * PACK);
@@ -194,71 +190,97 @@ static int head_lanes(int D) {
 static __device__ __forceinline__ void load_table(float (&v)[PACK], const real *p) {
     for (int l = 0; l < PACK; l += 4) {
         float4 four = *(const float4 *)(p + l);
-        v[l] = four.x, v[l + 1] = four.y, v[l + 2] = four.z, v[l + 3] = four.w;
+        v[l] = four.x;
+        v[l + 1] = four.y;
+        v[l + 2] = four.z;
+        v[l + 3] = four.w;
     }
+}
+static __device__ __forceinline__ int64_t angle_row(const int *position, int64_t row, int T) {
+    return position ? position[row] : row % T;
 }
 static __global__ void __launch_bounds__(HEAD_THREADS)
     qk_forward_kernel(floatX *y, const floatX *x, const floatX *w, const real *cos_table,
-                      const real *sin_table, real eps, int64_t heads, int H, int T, int D,
-                      int width) {
+                      const real *sin_table, const int *position, real eps, int64_t heads, int H,
+                      int T, int D, int width) {
     int group = HEAD_THREADS / width, half = D / 2, j = (threadIdx.x % width) * PACK;
     int64_t head = (int64_t)blockIdx.x * group + threadIdx.x / width;
     bool valid = head < heads; // all lanes take part in the butterfly
     float a[PACK] = {}, b[PACK] = {}, c[PACK], s[PACK], wa[PACK], wb[PACK], square = 0;
-    if (valid) load_n(a, x + head * D + j), load_n(b, x + head * D + half + j);
+    if (valid) {
+        load_n(a, x + head * D + j);
+        load_n(b, x + head * D + half + j);
+    }
     for (int l = 0; l < PACK; l++) square += a[l] * a[l] + b[l] * b[l];
     float r = 1 / sqrtf(group_sum(square, width) / (float)D + eps);
     if (!valid) return;
-    int64_t at = head / H % T * half + j;
-    load_table(c, cos_table + at), load_table(s, sin_table + at);
-    load_n(wa, w + j), load_n(wb, w + half + j);
+    int64_t at = angle_row(position, head / H, T) * half + j;
+    load_table(c, cos_table + at);
+    load_table(s, sin_table + at);
+    load_n(wa, w + j);
+    load_n(wb, w + half + j);
     for (int l = 0; l < PACK; l++) {
         float u = a[l] * r * wa[l], v = b[l] * r * wb[l];
         a[l] = u * c[l] - v * s[l];
         b[l] = v * c[l] + u * s[l];
     }
-    store_n(y + head * D + j, a), store_n(y + head * D + half + j, b);
+    store_n(y + head * D + j, a);
+    store_n(y + head * D + half + j, b);
 }
-// dx may be dy: a lane reads its elements before it writes them. partial (gridDim, D): a lane sees
-// the same columns of every head it visits and adds them in registers; at the end the groups of the
-// block are added in order.
+// dx may be dy, for a lane reads its elements before it writes them. partial (gridDim, D): a lane
+// sees the same columns of every head it visits and adds them in registers; at the end the groups
+// of the block are added in order.
 static __global__ void __launch_bounds__(HEAD_THREADS)
     qk_backward_kernel(floatX *dx, float *partial, const floatX *dy, const floatX *x,
-                       const floatX *w, const real *cos_table, const real *sin_table, real eps,
-                       int64_t heads, int H, int T, int D, int width) {
+                       const floatX *w, const real *cos_table, const real *sin_table,
+                       const int *position, real eps, int64_t heads, int H, int T, int D,
+                       int width) {
     extern __shared__ float sums[]; // (group, D)
     int group = HEAD_THREADS / width, mine = threadIdx.x / width, half = D / 2,
         j = (threadIdx.x % width) * PACK;
     float da[PACK] = {}, db[PACK] = {}, wa[PACK], wb[PACK];
-    load_n(wa, w + j), load_n(wb, w + half + j);
+    load_n(wa, w + j);
+    load_n(wb, w + half + j);
     for (int64_t base = (int64_t)blockIdx.x * group; base < heads;
          base += (int64_t)gridDim.x * group) {
         int64_t head = base + mine;
         bool valid = head < heads;
         float a[PACK] = {}, b[PACK] = {}, ta[PACK] = {}, tb[PACK] = {}, c[PACK], s[PACK],
               square = 0, dot = 0;
-        if (valid)
-            load_n(a, x + head * D + j), load_n(b, x + head * D + half + j),
-                load_n(ta, dy + head * D + j), load_n(tb, dy + head * D + half + j);
+        if (valid) {
+            load_n(a, x + head * D + j);
+            load_n(b, x + head * D + half + j);
+            load_n(ta, dy + head * D + j);
+            load_n(tb, dy + head * D + half + j);
+        }
         for (int l = 0; l < PACK; l++) square += a[l] * a[l] + b[l] * b[l];
         float r = 1 / sqrtf(group_sum(square, width) / (float)D + eps);
-        int64_t at = (valid ? head / H % T : 0) * half + j;
-        load_table(c, cos_table + at), load_table(s, sin_table + at);
+        int64_t at = (valid ? angle_row(position, head / H, T) : 0) * half + j;
+        load_table(c, cos_table + at);
+        load_table(s, sin_table + at);
         for (int l = 0; l < PACK; l++) {
             float u = ta[l] * c[l] + tb[l] * s[l], v = tb[l] * c[l] - ta[l] * s[l];
-            a[l] *= r, b[l] *= r;
-            da[l] += u * a[l], db[l] += v * b[l];
-            ta[l] = u * wa[l], tb[l] = v * wb[l];
+            a[l] *= r;
+            b[l] *= r;
+            da[l] += u * a[l];
+            db[l] += v * b[l];
+            ta[l] = u * wa[l];
+            tb[l] = v * wb[l];
             dot += ta[l] * a[l] + tb[l] * b[l];
         }
         float mean = group_sum(dot, width) / (float)D;
         if (!valid) continue;
-        for (int l = 0; l < PACK; l++)
-            ta[l] = r * (ta[l] - a[l] * mean), tb[l] = r * (tb[l] - b[l] * mean);
-        store_n(dx + head * D + j, ta), store_n(dx + head * D + half + j, tb);
+        for (int l = 0; l < PACK; l++) {
+            ta[l] = r * (ta[l] - a[l] * mean);
+            tb[l] = r * (tb[l] - b[l] * mean);
+        }
+        store_n(dx + head * D + j, ta);
+        store_n(dx + head * D + half + j, tb);
     }
-    for (int l = 0; l < PACK; l++)
-        sums[mine * D + j + l] = da[l], sums[mine * D + half + j + l] = db[l];
+    for (int l = 0; l < PACK; l++) {
+        sums[mine * D + j + l] = da[l];
+        sums[mine * D + half + j + l] = db[l];
+    }
     __syncthreads();
     for (int i = threadIdx.x; i < D; i += HEAD_THREADS) {
         float sum = 0;
@@ -266,45 +288,39 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
         partial[(int64_t)blockIdx.x * D + i] = sum;
     }
 }
-void no_positions(const int *position) {
-    if (position)
-        die("the CUDA backend has no documents within a sequence|use --documents join, or BACKEND=cpu");
-}
 static void qk_forward(floatX *y, const floatX *x, const floatX *w, const real *cos_table,
-                       const real *sin_table, real eps, int R, int T, int H, int D) {
-    int width = head_lanes(D), group = HEAD_THREADS / width;
-    int64_t heads = (int64_t)R * H;
-    if (heads == 0) return;
-    qk_forward_kernel<<<grid_for(heads, group), HEAD_THREADS, 0, compute_stream()>>>(
-        y, x, w, cos_table, sin_table, eps, heads, H, T, D, width);
+                       const real *sin_table, const int *position, real eps, int64_t R, int64_t T,
+                       int64_t H, int64_t D) {
+    int width = head_lanes((int)D), group = HEAD_THREADS / width;
+    if (R * H == 0) return;
+    qk_forward_kernel<<<grid_for(R * H, group), HEAD_THREADS, 0, compute_stream()>>>(
+        y, x, w, cos_table, sin_table, position, eps, R * H, (int)H, (int)T, (int)D, width);
     LAUNCHED();
 }
 static void qk_backward(floatX *dx, gradX *dw, const floatX *dy, const floatX *x, const floatX *w,
-                        const real *cos_table, const real *sin_table, real eps, int accumulate,
-                        int R, int T, int H, int D) {
-    int width = head_lanes(D), group = HEAD_THREADS / width;
-    int64_t heads = (int64_t)R * H;
-    if (heads == 0) {
+                        const real *cos_table, const real *sin_table, const int *position, real eps,
+                        int accumulate, int64_t R, int64_t T, int64_t H, int64_t D) {
+    int width = head_lanes((int)D), group = HEAD_THREADS / width;
+    if (R * H == 0) {
         if (!accumulate) device_zero(dw, (size_t)D * sizeof *dw);
         return;
     }
-    int blocks = (int)grid_for(heads, group, 1024);
-    float *partial =
-        (float *)device_scratch(SCRATCH_PARTIAL, (size_t)blocks * (size_t)D * sizeof(float));
-    qk_backward_kernel<<<blocks, HEAD_THREADS, (size_t)group *(size_t)D * sizeof(float),
-                         compute_stream()>>>(dx, partial, dy, x, w, cos_table, sin_table, eps,
-                                             heads, H, T, D, width);
+    int64_t blocks = grid_for(R * H, group, 1024);
+    size_t shared = (size_t)(group * D) * sizeof(float);
+    float *partial = (float *)device_scratch(SCRATCH_PARTIAL, (size_t)(blocks * D) * sizeof(float));
+    qk_backward_kernel<<<(unsigned)blocks, HEAD_THREADS, shared, compute_stream()>>>(
+        dx, partial, dy, x, w, cos_table, sin_table, position, eps, R * H, (int)H, (int)T, (int)D,
+        width);
     LAUNCHED();
-    column_sums(dw, partial, blocks, D, accumulate);
+    column_sums(dw, partial, (int)blocks, (int)D, accumulate);
 }
 void qk_norm_rope_forward(floatX *qn, floatX *kn, const floatX *q, const floatX *k,
                           const floatX *wq, const floatX *wk, const real *cos_table,
                           const real *sin_table, const int *position, real eps, int64_t R,
                           int64_t T, int64_t H, int64_t KV, int64_t D) {
     kernel_begin("qk_norm_rope_forward", 0);
-    no_positions(position);
-    qk_forward(qn, q, wq, cos_table, sin_table, eps, R, T, H, D);
-    qk_forward(kn, k, wk, cos_table, sin_table, eps, R, T, KV, D);
+    qk_forward(qn, q, wq, cos_table, sin_table, position, eps, R, T, H, D);
+    qk_forward(kn, k, wk, cos_table, sin_table, position, eps, R, T, KV, D);
 }
 void qk_norm_rope_backward(floatX *dq, floatX *dk, gradX *dwq, gradX *dwk, const floatX *dqn,
                            const floatX *dkn, const floatX *q, const floatX *k, const floatX *wq,
@@ -312,7 +328,6 @@ void qk_norm_rope_backward(floatX *dq, floatX *dk, gradX *dwq, gradX *dwk, const
                            const int *position, real eps, int accumulate, int64_t R, int64_t T,
                            int64_t H, int64_t KV, int64_t D) {
     kernel_begin("qk_norm_rope_backward", 0);
-    no_positions(position);
-    qk_backward(dq, dwq, dqn, q, wq, cos_table, sin_table, eps, accumulate, R, T, H, D);
-    qk_backward(dk, dwk, dkn, k, wk, cos_table, sin_table, eps, accumulate, R, T, KV, D);
+    qk_backward(dq, dwq, dqn, q, wq, cos_table, sin_table, position, eps, accumulate, R, T, H, D);
+    qk_backward(dk, dwk, dkn, k, wk, cos_table, sin_table, position, eps, accumulate, R, T, KV, D);
 }
