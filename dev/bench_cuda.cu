@@ -120,7 +120,8 @@ static int *integers(Arena *a, int64_t n, const std::function<int(int64_t)> &val
     return p;
 }
 static uint64_t mix(uint64_t x) { // the finaliser of MurmurHash3
-    x = (x ^ x >> 33) * 0xff51afd7ed558ccdull, x = (x ^ x >> 33) * 0xc4ceb9fe1a85ec53ull;
+    x = (x ^ x >> 33) * 0xff51afd7ed558ccdull;
+    x = (x ^ x >> 33) * 0xc4ceb9fe1a85ec53ull;
     return x ^ x >> 33;
 }
 #define REALS(n) ARENA_TAKE(a, real, n, "operands")
@@ -238,8 +239,10 @@ static int *choices(const Shape *s, Arena *a, double *load) {
         std::partial_sort(id.begin(), id.begin() + K, id.end(),
                           [&](int i, int j) { return key[(size_t)i] > key[(size_t)j]; });
         std::sort(id.begin(), id.begin() + K);
-        for (int k = 0; k < K; k++)
-            all[(size_t)r * (size_t)K + (size_t)k] = id[(size_t)k], rows[(size_t)id[(size_t)k]]++;
+        for (int k = 0; k < K; k++) {
+            all[(size_t)r * (size_t)K + (size_t)k] = id[(size_t)k];
+            rows[(size_t)id[(size_t)k]]++;
+        }
     }
     *load = *std::max_element(rows.begin(), rows.end()) * (double)E / ((double)R * K);
     return integers(a, (int64_t)R * K, [&](int64_t i) { return all[(size_t)i]; });
@@ -361,7 +364,11 @@ int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         std::string name = argv[i], value = i + 1 < argc ? argv[i + 1] : "";
         if (name == "--tiny") {
-            s = tiny, seconds = 0, warm_calls = 0, least_calls = 1, flush_bytes = 1024,
+            s = tiny;
+            seconds = 0;
+            warm_calls = 0;
+            least_calls = 1;
+            flush_bytes = 1024;
             tokens = { s.T, 2 * s.T };
             continue;
         }
@@ -387,9 +394,13 @@ int main(int argc, char **argv) {
         if (n < 1 || (n > s.T && n % s.T))
             die("--tokens %d|at most %d, or a multiple of it", n, s.T);
         Shape one = s;
-        one.B = n > s.T ? n / s.T : 1, one.T = n > s.T ? s.T : n;
+        one.B = n > s.T ? n / s.T : 1;
+        one.T = n > s.T ? s.T : n;
         run(dense, &one);
-        for (double w : { 0.0, 0.5 }) skew = w, run(experts, &one);
+        for (double w : { 0.0, 0.5 }) {
+            skew = w;
+            run(experts, &one);
+        }
         run(ends, &one);
     }
     s.B = 1;

@@ -159,7 +159,8 @@ static const unsigned char BEHIND[17] =
 // n elements, NaN bytes in every world: what a kernel does not write is found.
 static Buffer output(Kind kind, size_t n) {
     Buffer b;
-    b.kind = kind, b.n = n;
+    b.kind = kind;
+    b.n = n;
     for (int w = CUDA; w < WORLDS; w++) {
         size_t bytes = n * element_size(kind, w) + 16;
         if (w == CUDA) {
@@ -200,7 +201,9 @@ static void compare_numbers(const char *what, const Numbers &mine, const Numbers
     double square = 0, square_same = 0, size = 0, most = 0, most_same = 0, largest = 0;
     for (size_t i = 0; i < truth.size(); i++) {
         double e = fabs(mine[i] - truth[i]), f = fabs(same[i] - truth[i]);
-        square += e * e, square_same += f * f, size += truth[i] * truth[i];
+        square += e * e;
+        square_same += f * f;
+        size += truth[i] * truth[i];
         if (!(e <= most)) most = e;
         if (!(f <= most_same)) most_same = f;
         if (fabs(truth[i]) > largest) largest = fabs(truth[i]);
@@ -234,7 +237,8 @@ static void end() {
         device_download(behind, (char *)b.memory[CUDA] + b.n * element_size(b.kind, CUDA), 16);
         if (memcmp(behind, BEHIND, 16)) complain("a buffer", "written behind its end");
         CUDA_CHECK(cudaFree(b.memory[CUDA]));
-        free(b.memory[SAME]), free(b.memory[TRUTH]);
+        free(b.memory[SAME]);
+        free(b.memory[TRUTH]);
     }
     all_buffers.clear();
     printf("%4d %s %s\n", passed + failed + 1, group_good ? "ok    " : "FAILED", group.c_str());
@@ -255,8 +259,10 @@ static void test_embedding(int R, int V, int C, int pad) {
         CALL(w, embed_backward, fresh.g(w), dx.x(w), ids.i(w), 0, pad, R, V, C);
         CALL(w, embed_backward, sum.g(w), dx.x(w), ids.i(w), 1, -1, R, V, C);
     }
-    exact("out", out), exact("dW", fresh),
-        exact("dW accumulated", sum); // the same additions in the same order
+    // the same additions in the same order
+    exact("out", out);
+    exact("dW", fresh);
+    exact("dW accumulated", sum);
     end();
 }
 static void test_cross_entropy(int N, int V) {
@@ -270,8 +276,10 @@ static void test_cross_entropy(int N, int V) {
         CALL(w, cross_entropy, logits.x(w), loss.d(w), targets.i(w), 0.125f, 1, N, V);
         CALL(w, cross_entropy, again.x(w), loss2.d(w), targets.i(w), 0.125f, 0, N, V);
     }
-    compare("dlogits", logits), exact("logits left alone", again), compare("loss", loss),
-        compare("loss without backward", loss2);
+    compare("dlogits", logits);
+    exact("logits left alone", again);
+    compare("loss", loss);
+    compare("loss without backward", loss2);
     end();
 }
 
@@ -291,8 +299,12 @@ static void test_rmsnorm(int R, int C) {
         CALL(w, rmsnorm_backward, inplace.x(w), dw2.g(w), inplace.x(w), dy.x(w), x.x(w), w_.x(w),
              rstd.r(w), 1, R, C);
     }
-    compare("y", y), compare("y without rstd", y2), compare("rstd", rstd), compare("dx", dx),
-        compare("dx with residual in place", inplace), compare("dw", dw);
+    compare("y", y);
+    compare("y without rstd", y2);
+    compare("rstd", rstd);
+    compare("dx", dx);
+    compare("dx with residual in place", inplace);
+    compare("dw", dw);
     compare("dw accumulated", dw2);
     end();
 }
@@ -311,8 +323,12 @@ static void test_linear(int R, int O, int N) {
         CALL(w, linear_backward_weight, dW2.g(w), dy.x(w), x.x(w), 1, R, O, N);
         CALL(w, add, sum.x(w), x.x(w), dx2.x(w), (size_t)R * N - (R > 0)); // ragged
     }
-    compare("y", y), compare("dx", dx), compare("dx added", dx2), compare("dW", dW),
-        compare("dW accumulated", dW2), compare("add", sum);
+    compare("y", y);
+    compare("dx", dx);
+    compare("dx added", dx2);
+    compare("dW", dW);
+    compare("dW accumulated", dW2);
+    compare("add", sum);
     end();
 }
 
@@ -354,9 +370,16 @@ static void test_qk_norm_rope(int B, int T, int H, int KV, int D, bool documents
              q.x(w), k.x(w), wq.x(w), wk.x(w), cosines.r(w), sines.r(w),
              documents ? positions.i(w) : 0, 1e-6f, 1, R, T, H, KV, D);
     }
-    compare("cos", cosines), compare("sin", sines), compare("q", qn), compare("k", kn),
-        compare("dq in place", dq), compare("dk", dk), compare("dwq accumulated", dwq);
-    compare("dwk accumulated", dwk), compare("dwq", unused), compare("dq", dq2);
+    compare("cos", cosines);
+    compare("sin", sines);
+    compare("q", qn);
+    compare("k", kn);
+    compare("dq in place", dq);
+    compare("dk", dk);
+    compare("dwq accumulated", dwq);
+    compare("dwk accumulated", dwk);
+    compare("dwq", unused);
+    compare("dq", dq2);
     end();
 }
 static void test_attention(const char *kernel, int B, int T, int H, int KV, int D,
@@ -387,9 +410,13 @@ static void test_attention(const char *kernel, int B, int T, int H, int KV, int 
     attention_backward(again_q.x(CUDA), again_k.x(CUDA), again_v.x(CUDA), d_o.x(CUDA), o.x(CUDA),
                        lse.r(CUDA), q.x(CUDA), k.x(CUDA), v.x(CUDA),
                        documents ? positions.i(CUDA) : 0, workspace.memory[CUDA], B, T, H, KV, D);
-    compare("o", o), compare("lse", lse), compare("dq", dq), compare("dk", dk), compare("dv", dv);
-    exact_numbers("dq again (I8)", read(again_q, CUDA), read(dq, CUDA)),
-        exact_numbers("dk again (I8)", read(again_k, CUDA), read(dk, CUDA));
+    compare("o", o);
+    compare("lse", lse);
+    compare("dq", dq);
+    compare("dk", dk);
+    compare("dv", dv);
+    exact_numbers("dq again (I8)", read(again_q, CUDA), read(dq, CUDA));
+    exact_numbers("dk again (I8)", read(again_k, CUDA), read(dk, CUDA));
     exact_numbers("dv again (I8)", read(again_v, CUDA), read(dv, CUDA));
     if (documents && B > 0) { // other numbers in the first document change no bit of the others
         Numbers at = read(positions, CUDA), before = read(o, CUDA), changed = read(k, CUDA);
@@ -436,10 +463,19 @@ static void test_router(int R, int C, int E, int K, int normalize, int ties) {
         CALL(w, router_backward_add, du.x(w), dW2.g(w), dz.r(w), dscore.r(w), logits.r(w),
              topk.i(w), score.r(w), u.x(w), W.x(w), f.d(w), 0.0, 0.0, normalize, 1, R, C, E, K);
     }
-    exact("topk", topk), exact("topk with bias", biased), exact("count", count),
-        compare("logits", logits), compare("score", score), compare("prob", prob), compare("z", z);
-    compare("f", f), compare("dz", dz), compare("du", du), compare("dW", dW),
-        compare("dW accumulated", dW2), compare("score with bias", score2);
+    exact("topk", topk);
+    exact("topk with bias", biased);
+    exact("count", count);
+    compare("logits", logits);
+    compare("score", score);
+    compare("prob", prob);
+    compare("z", z);
+    compare("f", f);
+    compare("dz", dz);
+    compare("du", du);
+    compare("dW", dW);
+    compare("dW accumulated", dW2);
+    compare("score with bias", score2);
     end();
 }
 
@@ -452,8 +488,8 @@ static Plans make_plans(int P, int K, int E) {
     Plans p;
     for (int w = CUDA; w < WORLDS; w++) {
         int M = CALL(w, row_index_bound, P, K, E);
-        p.row_token[w] = input(INT, Numbers(M, 1)),
-        p.token_row[w] = input(INT, Numbers((size_t)P * K, 1)),
+        p.row_token[w] = input(INT, Numbers(M, 1));
+        p.token_row[w] = input(INT, Numbers((size_t)P * K, 1));
         p.expert_row[w] = output(INT, E + 1);
         RowIndex plan = {
             p.row_token[w].i(w), p.token_row[w].i(w), p.expert_row[w].i(w), M, P, E, K
@@ -551,9 +587,15 @@ static void test_experts(int P, int K, int E, int C, int F, Routing routing) {
         dH1[WORLDS], sA1[WORLDS];
     for (int w = CUDA; w < WORLDS; w++) {
         size_t M = p.plan[w].M;
-        H[w] = output(X, M * 2 * F), again[w] = output(X, M * 2 * F), A[w] = output(X, M * F),
-        Y[w] = output(X, M * C), sA[w] = output(X, M * F), dX[w] = output(X, M * C);
-        dH[w] = output(X, M * 2 * F), dH1[w] = output(X, M * 2 * F), sA1[w] = output(X, M * F);
+        H[w] = output(X, M * 2 * F);
+        again[w] = output(X, M * 2 * F);
+        A[w] = output(X, M * F);
+        Y[w] = output(X, M * C);
+        sA[w] = output(X, M * F);
+        dX[w] = output(X, M * C);
+        dH[w] = output(X, M * 2 * F);
+        dH1[w] = output(X, M * 2 * F);
+        sA1[w] = output(X, M * F);
         const RowIndex *plan = &p.plan[w];
         CALL(w, row_index_build, &p.plan[w], choice.i(w), routing == FOREIGN ? n_pool.i(w) : 0,
              first);
@@ -576,14 +618,22 @@ static void test_experts(int P, int K, int E, int C, int F, Routing routing) {
              plan, 1, C, F);
     }
     compare_plans(p);
-    compare_rows("H", p, H, 2 * F, true), compare_rows("A", p, A, F, true),
-        compare_rows("Y", p, Y, C, true), compare("out", out), compare("out without scores", out1);
-    compare_rows("dH", p, dH, 2 * F, true), compare_rows("dH in place", p, again, 2 * F, true),
-        compare_rows("sA", p, sA, F, true), compare("dscore", dscore);
-    compare_rows("dH without scores", p, dH1, 2 * F, true),
-        compare_rows("A of backward", p, sA1, F, true);
-    compare_rows("dX", p, dX, C, true), compare("dW1", dW1), compare("dW2", dW2),
-        compare("dW1 accumulated", sum1), compare("dW2 accumulated", sum2);
+    compare_rows("H", p, H, 2 * F, true);
+    compare_rows("A", p, A, F, true);
+    compare_rows("Y", p, Y, C, true);
+    compare("out", out);
+    compare("out without scores", out1);
+    compare_rows("dH", p, dH, 2 * F, true);
+    compare_rows("dH in place", p, again, 2 * F, true);
+    compare_rows("sA", p, sA, F, true);
+    compare("dscore", dscore);
+    compare_rows("dH without scores", p, dH1, 2 * F, true);
+    compare_rows("A of backward", p, sA1, F, true);
+    compare_rows("dX", p, dX, C, true);
+    compare("dW1", dW1);
+    compare("dW2", dW2);
+    compare("dW1 accumulated", sum1);
+    compare("dW2 accumulated", sum2);
     end();
 }
 static void test_plan(int P, int K, int E) {
@@ -597,7 +647,8 @@ static void test_plan(int P, int K, int E) {
             ids[(size_t)p * K + k] = below(7) == 0 && k == 0 ? -1 : start + k;
     }
     Buffer choice = input(INT, ids);
-    Plans p = make_plans(P, K, E), dense = make_plans(P, 1, 1);
+    Plans p = make_plans(P, K, E);
+    dense = make_plans(P, 1, 1);
     for (int w = CUDA; w < WORLDS; w++) {
         CALL(w, row_index_build, &p.plan[w], choice.i(w), 0, 0);
         CALL(w, row_index_dense, &dense.plan[w], P - P / 4);
@@ -663,8 +714,10 @@ static void test_rows(int n, int R, int J, int C) {
         CALL(w, rows_sum, sum.x(w), out.x(w), indices.i(w), R, J, C);
         CALL(w, rows_sum_real, sum_words.r(w), out_words.r(w), indices.i(w), R, J, 3);
     }
-    exact("gather", out), exact("gather of 12 bytes", out_words), compare("sum", sum),
-        compare("sum of reals", sum_words);
+    exact("gather", out);
+    exact("gather of 12 bytes", out_words);
+    compare("sum", sum);
+    compare("sum of reals", sum_words);
     end();
 }
 
@@ -682,7 +735,8 @@ static std::vector<Segment> make_segments(int n, int64_t *total, bool anywhere) 
                       block,
                       (float)(i % 2) };
         s[i] = g;
-        offset += g.count + (anywhere ? 1 : 0), block += g.count / 256 + 2;
+        offset += g.count + (anywhere ? 1 : 0);
+        block += g.count / 256 + 2;
     }
     *total = offset;
     return s;
@@ -724,17 +778,20 @@ static void test_optimizer(OptimizerKind kind, bool master, bool anywhere, int n
             other += fabs(mine[i] - same[i]) > 1e-5;
         }
         if (other > mine.size() / 100) complain("param", "more than 1 % differ from the CPU's");
-    } else
-        compare("param", param), compare("master", copy);
+    } else {
+        compare("param", param);
+        compare("master", copy);
+    }
     if (kind == OPT_ADAMW8) {
         Numbers a = read(v8, CUDA), b = read(v8, SAME), c = read(m8, CUDA), d = read(m8, SAME);
         size_t other = 0;
         for (size_t i = 0; i < a.size(); i++) other += (a[i] != b[i]) + (c[i] != d[i]);
         if (other > a.size() / 50) complain("codes", "more than 1 % differ from the CPU's");
         compare_numbers("v scale", read(v_scale, CUDA), read(v_scale, SAME), read(v_scale, SAME));
-    } else if (kind == OPT_ADAMW)
-        compare("m", m), compare("v", v);
-    else
+    } else if (kind == OPT_ADAMW) {
+        compare("m", m);
+        compare("v", v);
+    } else
         compare("momentum", m);
     end();
 }
@@ -742,7 +799,9 @@ static void test_norms(int n_segments) {
     begin("gradient squares, scales, clip, initial weights");
     int64_t n;
     std::vector<Segment> segments = make_segments(n_segments, &n, true);
-    segments.back().count = 70000, n += 70000; // more than one piece
+    // more than one piece
+    segments.back().count = 70000;
+    n += 70000;
     Buffer grad = random_input(REAL, n), sums = output(DOUBLE, n_segments),
            total = output(DOUBLE, 1), factor = random_input(REAL, n_segments),
            norm = output(REAL, 1), clip = output(REAL, 1);
@@ -759,10 +818,17 @@ static void test_norms(int n_segments) {
         CALL(w, init_segments, param.x(w), master.r(w), segments.data(), n_segments, 42, 0.02);
         CALL(w, init_segments, ones.x(w), 0, segments.data(), n_segments, 42, -1.0);
     }
-    compare("squares", sums), compare("sum", total), exact("sum in order", total_many),
-        compare("norm", norm), compare("scale", clip), exact("scaled gradients", grad),
-        exact("weights", param), exact("masters", master);
-    exact("ones", ones), exact("norm of infinity", norm2), exact("scale of infinity", clip2);
+    compare("squares", sums);
+    compare("sum", total);
+    exact("sum in order", total_many);
+    compare("norm", norm);
+    compare("scale", clip);
+    exact("scaled gradients", grad);
+    exact("weights", param);
+    exact("masters", master);
+    exact("ones", ones);
+    exact("norm of infinity", norm2);
+    exact("scale of infinity", clip2);
     end();
 }
 static void test_convert(size_t n) {
@@ -793,8 +859,9 @@ static void test_convert(size_t n) {
 static void test_device() {
     begin("arena, copies, streams");
     Arena a = arena_counting("test");
-    arena_take(&a, 1000, "one"),
-        arena_take(&a, 17u << 20, "two"); // five pieces of an upload, one more than it has stages
+    // five pieces of an upload, one more than it has stages
+    arena_take(&a, 1000, "one");
+    arena_take(&a, 17u << 20, "two");
     size_t counted = a.used;
     arena_commit(&a);
     char *one = (char *)arena_take(&a, 1000, "one"),
@@ -832,7 +899,8 @@ static bool chosen(const char *name) {
 int main(int argc, char **argv) {
     only = argc > 1 ? argv[1] : 0;
     device_init(0, 0);
-    ref_device_init(0, 1), true_device_init(0, 1);
+    ref_device_init(0, 1);
+    true_device_init(0, 1);
     printf("%s\n", device_describe());
     RUN(device);
     RUN(embedding, 70, 300, 64, 150);

@@ -57,7 +57,8 @@ cudnnStatus_t cudnnBackendSetAttribute(cudnnBackendDescriptor_t d, cudnnBackendA
     if (n->finalized || n->n == SLOTS || !bytes)
         die("test_cudnn_graph: attribute %d cannot be set|finalized, too many, or of an unknown type",
             (int)name);
-    n->slot[n->n].name = name, n->slot[n->n].count = count;
+    n->slot[n->n].name = name;
+    n->slot[n->n].count = count;
     memcpy(n->slot[n->n++].bytes = xmalloc(bytes, "an attribute"), values, bytes);
     return CUDNN_STATUS_SUCCESS;
 }
@@ -228,9 +229,11 @@ static Node *run_operation(const Node *op) {
             for (int64_t k = 0; k < K; k++) {
                 int64_t left[4] = { where[0], where[1], where[2], k },
                         right[4] = { where[0], where[1], k, where[3] };
-                of[2] = dims(a)[2], of[3] = K;
+                of[2] = dims(a)[2];
+                of[3] = K;
                 double x = at(a, left, of);
-                of[2] = K, of[3] = dims(b)[3];
+                of[2] = K;
+                of[3] = dims(b)[3];
                 y->value[i] += x * at(b, right, of);
             }
         }
@@ -274,13 +277,16 @@ cudnnStatus_t cudnnBackendExecute(cudnnHandle_t handle, cudnnBackendDescriptor_t
     Node *graph = node(node(plan, CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG),
                        CUDNN_ATTR_ENGINE_OPERATION_GRAPH);
     Node *const *op = find(graph, CUDNN_ATTR_OPERATIONGRAPH_OPS, &n);
-    pack_ids = find(pack, CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, &pack_count),
+    pack_ids = find(pack, CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, &pack_count);
     pack_pointers = get(pack, CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS);
     for (int64_t i = 0; i < n; i++) run_operation(op[i]);
     for (int64_t i = 0; i < n; i++) // every tensor hangs on an operation
         for (int s = 0; s < op[i]->n; s++) {
             Node *t = *(Node *const *)(void *)op[i]->slot[s].bytes;
-            if (t->type == CUDNN_BACKEND_TENSOR_DESCRIPTOR) free(t->value), t->value = 0;
+            if (t->type == CUDNN_BACKEND_TENSOR_DESCRIPTOR) {
+                free(t->value);
+                t->value = 0;
+            }
         }
     return CUDNN_STATUS_SUCCESS;
 }
@@ -305,8 +311,10 @@ static void test_shape(int B, int T, int H, int KV, int D, const char *calls, in
     floatX *xd = test_x(d_o, nq);
     real *xl = TEST_TAKE(real, nl);
     void *workspace = test_take(cudnn_attention_workspace(B, T, H, KV, D));
-    memset(o, 0, nq * sizeof *o), memset(dq, 0, nq * sizeof *dq), memset(dk, 0, nk * sizeof *dk),
-        memset(dv, 0, nk * sizeof *dv);
+    memset(o, 0, nq * sizeof *o);
+    memset(dq, 0, nq * sizeof *dq);
+    memset(dk, 0, nk * sizeof *dk);
+    memset(dv, 0, nk * sizeof *dv);
     compare(cudnn_attention_forward(xo, xl, xq, xk, xv, workspace, B, T, H, KV, D, 0),
             "forward is refused");
     const double *rounded = from_x(xo, nq);
@@ -325,20 +333,24 @@ static void test_shape(int B, int T, int H, int KV, int D, const char *calls, in
                     double P = p[j] / sum,
                            dS = scale * P * (test_dot(d_o + row, v + at_j, D) - delta);
                     for (int d = 0; d < D; d++) {
-                        o[row + d] += P * v[at_j + d], dv[at_j + d] += P * d_o[row + d];
-                        dq[row + d] += dS * k[at_j + d], dk[at_j + d] += dS * q[row + d];
+                        o[row + d] += P * v[at_j + d];
+                        dv[at_j + d] += P * d_o[row + d];
+                        dq[row + d] += dS * k[at_j + d];
+                        dk[at_j + d] += dS * q[row + d];
                     }
                 }
             }
-    near("o", rounded, o, nq, 0x1p-8), near("lse", from_real(xl, nl), lse, nl, 1e-6);
+    near("o", rounded, o, nq, 0x1p-8);
+    near("lse", from_real(xl, nl), lse, nl, 1e-6);
     int before = graphs;
     for (int again = 0; again < 2; again++)
         compare(cudnn_attention_backward(xdq, xdk, xdv, xd, xo, xl, xq, xk, xv, workspace, B, T, H,
                                          KV, D, 0),
                 "backward is refused");
     compare(graphs == before + plans, "%d graphs, not %d", graphs - before, plans);
-    near("dq", from_x(xdq, nq), dq, nq, 0x1p-8), near("dk", from_x(xdk, nk), dk, nk, 0x1p-8),
-        near("dv", from_x(xdv, nk), dv, nk, 0x1p-8);
+    near("dq", from_x(xdq, nq), dq, nq, 0x1p-8);
+    near("dk", from_x(xdk, nk), dk, nk, 0x1p-8);
+    near("dv", from_x(xdv, nk), dv, nk, 0x1p-8);
     char name[120];
     snprintf(name, sizeof name, "the graphs are attention: B %d T %d, %d heads on %d of %d, %s", B,
              T, H, KV, D, calls);
@@ -350,8 +362,10 @@ int main(void) {
         const char *calls = mode ? "calls of one KV head" : "one call";
         cudnn_attention_finish(); // plans are kept for a shape
         cudnn_attention_chunk = mode ? 1 : (int64_t)1 << 30;
-        test_shape(1, 9, 1, 1, 16, calls, 1), test_shape(2, 7, 4, 2, 32, calls, 1),
-            test_shape(3, 12, 6, 1, 16, calls, 1), test_shape(2, 130, 4, 4, 8, calls, 1);
+        test_shape(1, 9, 1, 1, 16, calls, 1);
+        test_shape(2, 7, 4, 2, 32, calls, 1);
+        test_shape(3, 12, 6, 1, 16, calls, 1);
+        test_shape(2, 130, 4, 4, 8, calls, 1);
         test_shape(1, 2, 8, 2, 128, calls, 1);
     }
     cudnn_attention_chunk = 2 * 6 * 2 * 128 * 128 + 16384; // dS of two sequences of one tile

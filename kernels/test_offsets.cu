@@ -77,9 +77,10 @@ template <class T> static void same(const char *what, const T *far, const T *nea
     std::vector<T> a((size_t)n), b((size_t)n);
     device_download(a.data(), far, a.size() * sizeof(T));
     device_download(b.data(), near, b.size() * sizeof(T));
-    if (memcmp(a.data(), b.data(), a.size() * sizeof(T)))
-        printf("     %s: %s differs from the same call on small buffers\n", name, what),
-            good = false;
+    if (memcmp(a.data(), b.data(), a.size() * sizeof(T))) {
+        printf("     %s: %s differs from the same call on small buffers\n", name, what);
+        good = false;
+    }
 }
 static void end() {
     for (void *p : taken) CUDA_CHECK(cudaFree(p));
@@ -104,14 +105,16 @@ static void test_embedding() {
         *ids_near = taken_from(std::vector<int>{ 1, 0 });
     for (int i = 0; i < 2; i++) {
         int64_t row = i ? (int64_t)(V - 1) * C : 0;
-        put(W + row, std::vector<floatX>(rows.begin() + i * C, rows.begin() + (i + 1) * C)),
-            put(dW + row, std::vector<gradX>(sums.begin() + i * C, sums.begin() + (i + 1) * C));
+        put(W + row, std::vector<floatX>(rows.begin() + i * C, rows.begin() + (i + 1) * C));
+        put(dW + row, std::vector<gradX>(sums.begin() + i * C, sums.begin() + (i + 1) * C));
     }
-    embed_forward(out, ids, W, 2, C), embed_forward(out_near, ids_near, near, 2, C);
-    embed_backward(dW, dx, ids, 1, -1, 2, V, C),
-        embed_backward(dW_near, dx, ids_near, 1, -1, 2, 2, C);
-    same("out", out, out_near, 2 * C), same("dW, first row", dW, dW_near, C),
-        same("dW, last row", dW + (int64_t)(V - 1) * C, dW_near + C, C);
+    embed_forward(out, ids, W, 2, C);
+    embed_forward(out_near, ids_near, near, 2, C);
+    embed_backward(dW, dx, ids, 1, -1, 2, V, C);
+    embed_backward(dW_near, dx, ids_near, 1, -1, 2, 2, C);
+    same("out", out, out_near, 2 * C);
+    same("dW, first row", dW, dW_near, C);
+    same("dW, last row", dW + (int64_t)(V - 1) * C, dW_near + C, C);
     end();
 }
 static void test_cross_entropy() {
@@ -123,8 +126,8 @@ static void test_cross_entropy() {
     floatX *logits = take<floatX>((int64_t)N * V);
     put(logits + (int64_t)(N - 1) * V, row);
     double *loss = take_zeros<double>(1), *loss_near = take_zeros<double>(1);
-    cross_entropy(logits, loss, taken_from(targets), 1, 0, N, V),
-        cross_entropy(taken_from(row), loss_near, taken_from(std::vector<int>{ 77 }), 1, 0, 1, V);
+    cross_entropy(logits, loss, taken_from(targets), 1, 0, N, V);
+    cross_entropy(taken_from(row), loss_near, taken_from(std::vector<int>{ 77 }), 1, 0, 1, V);
     same("loss", loss, loss_near, 1);
     end();
 }
@@ -138,25 +141,26 @@ static void test_rows() {
     real *in_real = take<real>((int64_t)(LAST_REAL + 1) * K), *near_real = taken_from(scores),
          *sum = take<real>(2 * K), *sum_near = take<real>(2 * K),
          *weight = taken_from(some_real(4));
-    put(in, std::vector<floatX>(two.begin(), two.begin() + C)),
-        put(in + (int64_t)LAST * C, std::vector<floatX>(two.begin() + C, two.end()));
-    put(in_real, std::vector<real>(scores.begin(), scores.begin() + K)),
-        put(in_real + (int64_t)LAST_REAL * K, std::vector<real>(scores.begin() + K, scores.end()));
+    put(in, std::vector<floatX>(two.begin(), two.begin() + C));
+    put(in + (int64_t)LAST * C, std::vector<floatX>(two.begin() + C, two.end()));
+    put(in_real, std::vector<real>(scores.begin(), scores.begin() + K));
+    put(in_real + (int64_t)LAST_REAL * K, std::vector<real>(scores.begin() + K, scores.end()));
     int *index = taken_from(std::vector<int>{ LAST, 0, -1, LAST }),
         *index_near = taken_from(std::vector<int>{ 1, 0, -1, 1 });
     int *index_real = taken_from(std::vector<int>{ LAST_REAL, 0, -1, LAST_REAL });
-    rows_gather(out, in, index, 4, C * sizeof(floatX)),
-        rows_gather(out_near, near, index_near, 4, C * sizeof(floatX));
+    rows_gather(out, in, index, 4, C * sizeof(floatX));
+    rows_gather(out_near, near, index_near, 4, C * sizeof(floatX));
     same("gather", out, out_near, 4 * C);
-    rows_sum(out, in, index, 2, 2, C), rows_sum(out_near, near, index_near, 2, 2, C);
+    rows_sum(out, in, index, 2, 2, C);
+    rows_sum(out_near, near, index_near, 2, 2, C);
     same("sum", out, out_near, 2 * C);
-    rows_sum_real(sum, in_real, index_real, 2, 2, K),
-        rows_sum_real(sum_near, near_real, index_near, 2, 2, K);
+    rows_sum_real(sum, in_real, index_real, 2, 2, K);
+    rows_sum_real(sum_near, near_real, index_near, 2, 2, K);
     same("sum of scores", sum, sum_near, 2 * K);
     RowIndex plan = { nullptr, index, nullptr, LAST + 1, 2, 1, 2 },
              plan_near = { nullptr, index_near, nullptr, 2, 2, 1, 2 };
-    rows_weighted_sum(out, in, weight, &plan, C),
-        rows_weighted_sum(out_near, near, weight, &plan_near, C);
+    rows_weighted_sum(out, in, weight, &plan, C);
+    rows_weighted_sum(out_near, near, weight, &plan_near, C);
     same("combine", out, out_near, 2 * C);
     end();
 }
@@ -180,7 +184,10 @@ static void test_experts(const char *kernel) {
         int experts = far ? E : 1, last = far ? LAST : 1;
         std::vector<int> row_token((size_t)TILE, -1), token_row((size_t)last + 1, -1),
             expert_row((size_t)experts + 1, 0);
-        row_token[0] = last, row_token[1] = 0, token_row[last] = 0, token_row[0] = 1,
+        row_token[0] = last;
+        row_token[1] = 0;
+        token_row[last] = 0;
+        token_row[0] = 1;
         expert_row[experts] = TILE;
         RowIndex p = { taken_from(row_token),
                        taken_from(token_row),
@@ -190,22 +197,28 @@ static void test_experts(const char *kernel) {
                        experts,
                        1 };
         plan[far] = p;
-        pool[far] = take<floatX>((int64_t)(last + 1) * C),
+        pool[far] = take<floatX>((int64_t)(last + 1) * C);
         dpool[far] = take<floatX>((int64_t)(last + 1) * C);
-        put(pool[far], std::vector<floatX>(tokens.begin(), tokens.begin() + C)),
-            put(pool[far] + (int64_t)last * C,
-                std::vector<floatX>(tokens.begin() + C, tokens.end()));
-        put(dpool[far], std::vector<floatX>(dtokens.begin(), dtokens.begin() + C)),
-            put(dpool[far] + (int64_t)last * C,
-                std::vector<floatX>(dtokens.begin() + C, dtokens.end()));
-        W1[far] = take<floatX>(experts * W), W2[far] = take<floatX>(experts * W / 2),
-        dW1[far] = take<gradX>(experts * W), dW2[far] = take<gradX>(experts * W / 2);
-        put(W1[far] + (experts - 1) * W, w1), put(W2[far] + (experts - 1) * W / 2, w2),
-            put(dW1[far] + (experts - 1) * W, g1), put(dW2[far] + (experts - 1) * W / 2, g2);
-        H[far] = take<floatX>(TILE * 2 * F), A[far] = take<floatX>(TILE * F),
+        put(pool[far], std::vector<floatX>(tokens.begin(), tokens.begin() + C));
+        put(pool[far] + (int64_t)last * C, std::vector<floatX>(tokens.begin() + C, tokens.end()));
+        put(dpool[far], std::vector<floatX>(dtokens.begin(), dtokens.begin() + C));
+        put(dpool[far] + (int64_t)last * C,
+            std::vector<floatX>(dtokens.begin() + C, dtokens.end()));
+        W1[far] = take<floatX>(experts * W);
+        W2[far] = take<floatX>(experts * W / 2);
+        dW1[far] = take<gradX>(experts * W);
+        dW2[far] = take<gradX>(experts * W / 2);
+        put(W1[far] + (experts - 1) * W, w1);
+        put(W2[far] + (experts - 1) * W / 2, w2);
+        put(dW1[far] + (experts - 1) * W, g1);
+        put(dW2[far] + (experts - 1) * W / 2, g2);
+        H[far] = take<floatX>(TILE * 2 * F);
+        A[far] = take<floatX>(TILE * F);
         Y[far] = take<floatX>((int64_t)TILE * C);
-        dH[far] = take<floatX>(TILE * 2 * F), sA[far] = take<floatX>(TILE * F),
-        dX[far] = take<floatX>((int64_t)TILE * C), dscore[far] = take<real>(last + 1);
+        dH[far] = take<floatX>(TILE * 2 * F);
+        sA[far] = take<floatX>(TILE * F);
+        dX[far] = take<floatX>((int64_t)TILE * C);
+        dscore[far] = take<real>(last + 1);
         experts_up(H[far], A[far], pool[far], W1[far], &plan[far], C, F);
         experts_down(Y[far], A[far], W2[far], &plan[far], C, F);
         experts_down_backward(dH[far], sA[far], dscore[far], dpool[far], H[far], W2[far], 0,
@@ -214,10 +227,14 @@ static void test_experts(const char *kernel) {
         experts_wgrad(dW1[far], dW2[far], pool[far], dpool[far], dH[far], sA[far], &plan[far], 1, C,
                       F);
     }
-    same("H", H[1], H[0], 2 * 2 * F), same("A", A[1], A[0], 2 * F), same("Y", Y[1], Y[0], 2 * C),
-        same("dH", dH[1], dH[0], 2 * 2 * F), same("sA", sA[1], sA[0], 2 * F);
-    same("dX", dX[1], dX[0], 2 * C), same("dscore", dscore[1] + LAST, dscore[0] + 1, 1),
-        same("dW1", dW1[1] + (E - 1) * W, dW1[0], W);
+    same("H", H[1], H[0], 2 * 2 * F);
+    same("A", A[1], A[0], 2 * F);
+    same("Y", Y[1], Y[0], 2 * C);
+    same("dH", dH[1], dH[0], 2 * 2 * F);
+    same("sA", sA[1], sA[0], 2 * F);
+    same("dX", dX[1], dX[0], 2 * C);
+    same("dscore", dscore[1] + LAST, dscore[0] + 1, 1);
+    same("dW1", dW1[1] + (E - 1) * W, dW1[0], W);
     same("dW2", dW2[1] + (E - 1) * W / 2, dW2[0], W / 2);
     end();
 }
@@ -233,8 +250,11 @@ static void test_optimizer(OptimizerKind kind, int master) {
     std::vector<real> w = some_real(N), m = some_real(N), v = some_real(N);
     std::vector<uint8_t> codes((size_t)N);
     std::vector<float> scales = { 0.5f, 0.25f, 0.125f };
-    for (int i = 0; i < N; i++)
-        g[i].v = uniform(), v[i] = fabsf(v[i]), codes[i] = (uint8_t)(i * 37);
+    for (int i = 0; i < N; i++) {
+        g[i].v = uniform();
+        v[i] = fabsf(v[i]);
+        codes[i] = (uint8_t)(i * 37);
+    }
     OptimizerState s[2];
     OptimizerStep step = { kind, 1e-2, 0.9, 0.9, 0.99, 1e-8, 0.1, 3, 42, 7, 1 };
     gradX *grad[2];
@@ -244,31 +264,44 @@ static void test_optimizer(OptimizerKind kind, int master) {
         int64_t at = far ? AT : 0, block = at / 256;
         Segment segment = { 0x123456789abcdef, AT, N, at, block, 1 };
         memset(&s[far], 0, sizeof s[far]);
-        s[far].param = take<floatX>(at + N), put(s[far].param + at, p);
-        if (master) s[far].master = take<real>(at + N), put(s[far].master + at, w);
-        grad[far] = take<gradX>(at + N), put(grad[far] + at, g), s[far].grad = grad[far];
+        s[far].param = take<floatX>(at + N);
+        put(s[far].param + at, p);
+        if (master) {
+            s[far].master = take<real>(at + N);
+            put(s[far].master + at, w);
+        }
+        grad[far] = take<gradX>(at + N);
+        put(grad[far] + at, g);
+        s[far].grad = grad[far];
         if (kind == OPT_ADAMW8) {
-            s[far].m8 = take<uint8_t>(at + N), s[far].v8 = take<uint8_t>(at + N),
-            s[far].m_scale = take<float>(block + BLOCKS),
+            s[far].m8 = take<uint8_t>(at + N);
+            s[far].v8 = take<uint8_t>(at + N);
+            s[far].m_scale = take<float>(block + BLOCKS);
             s[far].v_scale = take<float>(block + BLOCKS);
-            put(s[far].m8 + at, codes), put(s[far].v8 + at, codes),
-                put(s[far].m_scale + block, scales), put(s[far].v_scale + block, scales);
+            put(s[far].m8 + at, codes);
+            put(s[far].v8 + at, codes);
+            put(s[far].m_scale + block, scales);
+            put(s[far].v_scale + block, scales);
         } else {
-            s[far].m = take<real>(at + N), s[far].v = take<real>(at + N);
-            put(s[far].m + at, m), put(s[far].v + at, v);
+            s[far].m = take<real>(at + N);
+            s[far].v = take<real>(at + N);
+            put(s[far].m + at, m);
+            put(s[far].v + at, v);
         }
         squares[far] = take<double>(1);
         gradient_squares(squares[far], grad[far], &segment, 1);
         optimizer_update(&s[far], &segment, 1, &step, scale);
         gradient_scale(grad[far], &segment, 1, taken_from(std::vector<float>{ 0.75f }));
     }
-    same("param", s[1].param + AT, s[0].param, N), same("gradient", grad[1] + AT, grad[0], N),
-        same("squares", squares[1], squares[0], 1);
+    same("param", s[1].param + AT, s[0].param, N);
+    same("gradient", grad[1] + AT, grad[0], N);
+    same("squares", squares[1], squares[0], 1);
     if (master) same("master", s[1].master + AT, s[0].master, N);
     if (kind == OPT_ADAMW8) {
-        same("m", s[1].m8 + AT, s[0].m8, N), same("v", s[1].v8 + AT, s[0].v8, N);
-        same("m scale", s[1].m_scale + AT / 256, s[0].m_scale, BLOCKS),
-            same("v scale", s[1].v_scale + AT / 256, s[0].v_scale, BLOCKS);
+        same("m", s[1].m8 + AT, s[0].m8, N);
+        same("v", s[1].v8 + AT, s[0].v8, N);
+        same("m scale", s[1].m_scale + AT / 256, s[0].m_scale, BLOCKS);
+        same("v scale", s[1].v_scale + AT / 256, s[0].v_scale, BLOCKS);
     } else
         same("m", s[1].m + AT, s[0].m, N);
     for (int far = 0; far < 2; far++) {
@@ -292,13 +325,19 @@ static void test_norms() {
            *dxn = take<floatX>(C);
     real *rstd = take<real>(R), *rstd_n = take<real>(1);
     gradX *dw = take<gradX>(C), *dw_n = take<gradX>(C);
-    put(x + AT, row), put(dy + AT, drow);
-    rmsnorm_forward(y, rstd, x, w, 1e-6f, R, C), rmsnorm_forward(yn, rstd_n, xn, w, 1e-6f, 1, C);
-    rmsnorm_backward(dx, dw, dy, dy, x, w, rstd, 0, R, C),
-        rmsnorm_backward(dxn, dw_n, dyn, dyn, xn, w, rstd_n, 0, 1, C);
-    same("y", y + AT, yn, C), same("rstd", rstd + R - 1, rstd_n, 1), same("dx", dx + AT, dxn, C),
-        same("dw", dw, dw_n, C); // rows of zeros add zeros
-    add(dx, x, dy, (size_t)R * C), add(dxn, xn, dyn, C);
+    put(x + AT, row);
+    put(dy + AT, drow);
+    rmsnorm_forward(y, rstd, x, w, 1e-6f, R, C);
+    rmsnorm_forward(yn, rstd_n, xn, w, 1e-6f, 1, C);
+    rmsnorm_backward(dx, dw, dy, dy, x, w, rstd, 0, R, C);
+    rmsnorm_backward(dxn, dw_n, dyn, dyn, xn, w, rstd_n, 0, 1, C);
+    // rows of zeros add zeros
+    same("y", y + AT, yn, C);
+    same("rstd", rstd + R - 1, rstd_n, 1);
+    same("dx", dx + AT, dxn, C);
+    same("dw", dw, dw_n, C);
+    add(dx, x, dy, (size_t)R * C);
+    add(dxn, xn, dyn, C);
     same("sum", dx + AT, dxn, C);
     end();
 }
@@ -319,26 +358,34 @@ static void test_attention() {
     gradX *dw = take<gradX>(D);
     void *workspace = take<char>((int64_t)attention_workspace(B, T, H, KV, D));
     std::vector<floatX> vq = some_x(NQ), vd = some_x(NQ), vk = some_x(NK), vv = some_x(NK);
-    put(q + LAST * NQ, vq), put(qn, vq), put(d_o + LAST * NQ, vd), put(d_on, vd),
-        put(k + LAST * NK, vk), put(kn, vk), put(v + LAST * NK, vv), put(vn, vv);
-    attention_forward(o, lse, q, k, v, 0, workspace, B, T, H, KV, D),
-        attention_forward(on, lse_n, qn, kn, vn, 0, workspace, 1, T, H, KV, D);
-    attention_backward(dq, dk, dv, d_o, o, lse, q, k, v, 0, workspace, B, T, H, KV, D),
-        attention_backward(dqn, dkn, dvn, d_on, on, lse_n, qn, kn, vn, 0, workspace, 1, T, H, KV,
-                           D);
-    same("o", o + LAST * NQ, on, NQ), same("lse", lse + LAST * NL, lse_n, NL),
-        same("dq", dq + LAST * NQ, dqn, NQ), same("dk", dk + LAST * NK, dkn, NK),
-        same("dv", dv + LAST * NK, dvn, NK);
+    put(q + LAST * NQ, vq);
+    put(qn, vq);
+    put(d_o + LAST * NQ, vd);
+    put(d_on, vd);
+    put(k + LAST * NK, vk);
+    put(kn, vk);
+    put(v + LAST * NK, vv);
+    put(vn, vv);
+    attention_forward(o, lse, q, k, v, 0, workspace, B, T, H, KV, D);
+    attention_forward(on, lse_n, qn, kn, vn, 0, workspace, 1, T, H, KV, D);
+    attention_backward(dq, dk, dv, d_o, o, lse, q, k, v, 0, workspace, B, T, H, KV, D);
+    attention_backward(dqn, dkn, dvn, d_on, on, lse_n, qn, kn, vn, 0, workspace, 1, T, H, KV, D);
+    same("o", o + LAST * NQ, on, NQ);
+    same("lse", lse + LAST * NL, lse_n, NL);
+    same("dq", dq + LAST * NQ, dqn, NQ);
+    same("dk", dk + LAST * NK, dkn, NK);
+    same("dv", dv + LAST * NK, dvn, NK);
     rope_table(cosines, sines, 1e6, T, D);
-    qk_norm_rope_forward(o, dk, q, k, wq, wk, cosines, sines, 0, 1e-6f, B * T, T, H, KV, D),
-        qk_norm_rope_forward(on, dkn, qn, kn, wq, wk, cosines, sines, 0, 1e-6f, T, T, H, KV, D);
-    same("q normed", o + LAST * NQ, on, NQ), same("k normed", dk + LAST * NK, dkn, NK);
+    qk_norm_rope_forward(o, dk, q, k, wq, wk, cosines, sines, 0, 1e-6f, B * T, T, H, KV, D);
+    qk_norm_rope_forward(on, dkn, qn, kn, wq, wk, cosines, sines, 0, 1e-6f, T, T, H, KV, D);
+    same("q normed", o + LAST * NQ, on, NQ);
+    same("k normed", dk + LAST * NK, dkn, NK);
     qk_norm_rope_backward(dq, dk, dw, dw, d_o, v, q, k, wq, wk, cosines, sines, 0, 1e-6f, 0, B * T,
                           T, H, KV, D);
     qk_norm_rope_backward(dqn, dkn, dw, dw, d_on, vn, qn, kn, wq, wk, cosines, sines, 0, 1e-6f, 0,
                           T, T, H, KV, D);
-    same("dq through the norm", dq + LAST * NQ, dqn, NQ),
-        same("dk through the norm", dk + LAST * NK, dkn, NK);
+    same("dq through the norm", dq + LAST * NQ, dqn, NQ);
+    same("dk through the norm", dk + LAST * NK, dkn, NK);
     end();
 }
 static void test_router() {
@@ -357,16 +404,17 @@ static void test_router() {
     gradX *dW = take<gradX>(E * C);
     double *f = take_zeros<double>(E);
     RouterStats none = {};
-    put(u + (int64_t)(R - 1) * C, row), put(du + (int64_t)(R - 1) * C, drow),
-        put(dscore + (int64_t)(R - 1) * K, ds);
-    router_forward(logits, topk, score, none, u, W, 0, 1, R, C, E, K),
-        router_forward(logits_n, topk_n, score_n, none, un, W, 0, 1, 1, C, E, K);
+    put(u + (int64_t)(R - 1) * C, row);
+    put(du + (int64_t)(R - 1) * C, drow);
+    put(dscore + (int64_t)(R - 1) * K, ds);
+    router_forward(logits, topk, score, none, u, W, 0, 1, R, C, E, K);
+    router_forward(logits_n, topk_n, score_n, none, un, W, 0, 1, 1, C, E, K);
     router_backward_add(du, dW, dz, dscore, logits, topk, score, u, W, f, 0, 0.5, 1, 0, R, C, E, K);
     router_backward_add(dun, dW, dzn, dscore_n, logits_n, topk_n, score_n, un, W, f, 0, 0.5, 1, 0,
                         1, C, E, K);
-    same("topk", topk + (int64_t)(R - 1) * K, topk_n, K),
-        same("score", score + (int64_t)(R - 1) * K, score_n, K),
-        same("dz", dz + (int64_t)(R - 1) * E, dzn, E);
+    same("topk", topk + (int64_t)(R - 1) * K, topk_n, K);
+    same("score", score + (int64_t)(R - 1) * K, score_n, K);
+    same("dz", dz + (int64_t)(R - 1) * E, dzn, E);
     end();
 }
 static void test_gradient_of_logits() {
@@ -378,12 +426,12 @@ static void test_gradient_of_logits() {
     floatX *logits = take_zeros<floatX>((int64_t)N * V), *near = taken_from(row);
     double *loss = take_zeros<double>(1);
     put(logits + (int64_t)(N - 1) * V, row);
-    cross_entropy(logits, loss, taken_from(targets), 1, 1, N, V),
-        cross_entropy(near, loss, taken_from(std::vector<int>{ 5 }), 1, 1, 1, V);
+    cross_entropy(logits, loss, taken_from(targets), 1, 1, N, V);
+    cross_entropy(near, loss, taken_from(std::vector<int>{ 5 }), 1, 1, 1, V);
     same("dlogits", logits + (int64_t)(N - 1) * V, near, V);
     float *wide = take<float>((int64_t)N * V), *wide_near = take<float>(V);
-    convert(wide, DTYPE_F32, logits, DTYPE_FLOATX, (size_t)N * V),
-        convert(wide_near, DTYPE_F32, near, DTYPE_FLOATX, V);
+    convert(wide, DTYPE_F32, logits, DTYPE_FLOATX, (size_t)N * V);
+    convert(wide_near, DTYPE_F32, near, DTYPE_FLOATX, V);
     same("conversion", wide + (int64_t)(N - 1) * V, wide_near, V);
     int *flag = take_zeros<int>(2), *flag_near = taken_from(std::vector<int>{ 0, 1 });
     check_finite(flag, wide, DTYPE_F32, (size_t)N * V);
@@ -395,10 +443,17 @@ static void test_gradient_of_logits() {
 
 int main(void) {
     device_init(0, 0);
-    test_embedding(), test_cross_entropy(), test_rows(), test_experts("mma"), test_experts("wgmma");
+    test_embedding();
+    test_cross_entropy();
+    test_rows();
+    test_experts("mma");
+    test_experts("wgmma");
     for (int kind = 0; kind < 3; kind++)
         for (int master = 0; master < 2; master++) test_optimizer((OptimizerKind)kind, master);
-    test_norms(), test_attention(), test_router(), test_gradient_of_logits();
+    test_norms();
+    test_attention();
+    test_router();
+    test_gradient_of_logits();
     device_finish();
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;

@@ -19,8 +19,10 @@ static __global__ void naive_kernel(floatX *H, floatX *A, const floatX *pool, co
                  *gate_row = W1 + ((int64_t)expert_of(plan, m) * 2 * F + f) * C,
                  *up_row = gate_row + (int64_t)F * C;
     float gate = 0, up = 0;
-    for (int k = 0; token >= 0 && k < C; k++)
-        gate += load(x + k) * load(gate_row + k), up += load(x + k) * load(up_row + k);
+    for (int k = 0; token >= 0 && k < C; k++) {
+        gate += load(x + k) * load(gate_row + k);
+        up += load(x + k) * load(up_row + k);
+    }
     store_gate_up(H, A, m, f, F, gate, up);
 }
 void up_naive(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,

@@ -27,7 +27,10 @@ static __global__ void __launch_bounds__(128)
     if (m0 >= plan.expert_row[plan.E]) return;
     int e = expert_of(plan, m0);
     const int4 zeros = make_int4(0, 0, 0, 0);
-    if (threadIdx.x == 0) ptx_mbar_init(&tile->arrived, 1), ptx_fence_mbar_init();
+    if (threadIdx.x == 0) {
+        ptx_mbar_init(&tile->arrived, 1);
+        ptx_fence_mbar_init();
+    }
     __syncthreads();
     float acc[128]; // gate: 0..63, up: 64..127
     for (int i = 0; i < 128; i++) acc[i] = 0;

@@ -137,7 +137,10 @@ static void climb(int P, int K, int E, int C, int F, bool timed) {
         rungs[i].run(H, A, pool, W1, &plan, C, F);
         std::vector<uint16_t> H2 = download(H, (int64_t)M * 2 * F),
                               A2 = download(A, (int64_t)M * F);
-        if (i == 0) H1 = H2, A1 = A2;
+        if (i == 0) {
+            H1 = H2;
+            A1 = A2;
+        }
         double most = worst(H2, A2, H1, A1, rows, F);
         most <= 1 ? passed++ : failed++;
         printf("%4d %s %-22s largest difference %.2f of the tolerance", passed + failed,

@@ -1,14 +1,14 @@
 // Causal attention by cuDNN's graph API, in plain C: cuDNN recognises the operations below as one
-// flash attention and runs its own kernel for the GPU.
+// flash attention and runs its own kernel for the GPU. The functions of attention_cudnn.h are here.
 //
 // cuDNN knows no operation "causal attention with log-sum-exp"; it knows graphs. Forward, 14
-// operations on S (B,H,T,T) that is never stored:
-//   S = scale q k^T;  S = row >= column ? S : -inf;  m = max_j S;  E = e^(S - m);  l = sum_j E; lse
-//   = m + ln l;  o = (E / l) v
+// operations on S (B,H,T,T), which is never stored:
+//   S = scale q k^T;  S = row >= column ? S : -inf;  m = max_j S;  E = e^(S - m);  l = sum_j E;
+//   lse = m + ln l;  o = (E / l) v
 // Backward, 23 operations (attention_flash.cu has the derivation):
-//   delta = sum_d do o;  P = e^(mask(scale q k^T - lse));  dv = sum over the group's query heads of
-//   P^T do; dS = scale P (do v^T - delta);  dk = sum over the group's query heads of dS^T q;  dq =
-//   dS k
+//   delta = sum_d do o;  P = e^(mask(scale q k^T - lse));
+//   dv = the sum over the group's query heads of P^T do;  dS = scale P (do v^T - delta);
+//   dk = the sum over the group's query heads of dS^T q;  dq = dS k
 // Tensors have four dimensions (batch, head, row, column) and strides, so the interleaved layouts
 // of kernels.h go in as they are: nothing is copied, and K and V with fewer heads than Q are
 // broadcast (grouped heads). The graph's shape is that of NVIDIA's cudnn-frontend
@@ -16,10 +16,10 @@
 // against what its kernels can do.
 //
 // A plan takes a second or two to make and is kept for each shape. dq is written by the last
-// product, not added up in an fp32 tensor from one place or another by atomics: cudnn-frontend's
-// deterministic form (I8). Its price is memory: dS of a call's heads, 2 T^2 bytes each. So backward
-// runs in calls of some sequences, or of some KV heads of one sequence with their query heads, that
-// keep to cudnn_attention_chunk: 16 heads of 4,096 tokens, 512 tiles of 128 keys for the GPU's 132
+// product, not added up in an fp32 tensor by atomics: cudnn-frontend's deterministic form (I8,
+// deterministic). Its price is memory: dS of a call's heads, 2 T^2 bytes each. So backward runs in
+// calls of some sequences, or of some KV heads of one sequence with their query heads, that keep to
+// cudnn_attention_chunk: 16 heads of 4,096 tokens, 512 tiles of 128 keys for the GPU's 132
 // multiprocessors.
 #include "attention_cudnn.h"
 #include "../fail.h"
@@ -327,7 +327,8 @@ static int configurations(Graph *g, Desc config[CONFIGS]) {
                                       CUDNN_TYPE_BACKEND_DESCRIPTOR, CONFIGS, &n, config),
              "no engine");
     if (!g->failed && !n) g->failed = "no engine";
-    return g->failed ? 0 : n < CONFIGS ? (int)n : CONFIGS;
+    if (g->failed) return 0;
+    return n < CONFIGS ? (int)n : CONFIGS;
 }
 // A number of a descriptor, -1 where cuDNN does not say.
 static int64_t number_of(Desc d, cudnnBackendAttributeName_t name) {
@@ -391,10 +392,14 @@ static void execute(AttentionPlan *p, void *memory[NAMES], void *workspace, cuda
     int64_t name[NAMES], n = 0;
     void *pointer[NAMES];
     Graph pack = { 0 };
-    memory[SCALE] = &scale, memory[MINUS_INFINITY] = &hidden,
+    memory[SCALE] = &scale;
+    memory[MINUS_INFINITY] = &hidden;
     memory[ONE] = p->g.shape.backward ? &one : 0;
     for (int i = 1; i < NAMES; i++)
-        if (memory[i]) name[n] = i, pointer[n++] = memory[i];
+        if (memory[i]) {
+            name[n] = i;
+            pointer[n++] = memory[i];
+        }
     Desc d = make(&pack, CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR);
     set(&pack, d, CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, CUDNN_TYPE_INT64, n, name);
     set(&pack, d, CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR, n, pointer);
@@ -475,7 +480,8 @@ int cudnn_attention_check(const char *device, int backward, int B, int T, int H,
         (int64_t)strlen(device), device);
     finalize(&g, g.device, "the device's description");
     int n = g.failed ? 0 : configurations(&g, config), kept = 0;
-    *workspace = -1, *why = g.failed;
+    *workspace = -1;
+    *why = g.failed;
     for (int i = 0; i < n && !kept; i++) {
         *workspace = number_of(config[i], CUDNN_ATTR_ENGINECFG_WORKSPACE_SIZE);
         kept = *workspace >= 0 && *workspace <= workspace_bound(&g.shape);

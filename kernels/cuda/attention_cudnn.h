@@ -6,7 +6,7 @@
 #include <cuda_runtime_api.h>
 MOE_BEGIN_C
 // attention_forward and attention_backward of kernels.h on `stream`, B and T above 0; workspace:
-// cudnn_attention_workspace() bytes. 0: cuDNN has no deterministic (I8) plan for the shape on this
+// cudnn_attention_workspace() bytes. 0: cuDNN has no deterministic plan (I8) for the shape on this
 // GPU; the outputs are to be computed otherwise, and one line on stderr has said so. A plan that
 // exists and fails ends the run.
 int cudnn_attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, const floatX *v,

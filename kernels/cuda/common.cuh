@@ -2,12 +2,12 @@
 // reductions of a warp and a block.
 //
 // Rules of this folder
-//   - Kernels run on STREAM_COMPUTE, never wait on the host (I11) and never allocate once every
-//   shape was seen (I10).
+//   - Kernels run on STREAM_COMPUTE, never wait on the host (I11, the host does not wait) and never
+//     allocate once every shape was seen (I10, no allocation after the first step).
 //   - Sums have a fixed order: partial sums go to scratch and a second kernel adds them in index
-//   order. Atomics are integer ones only (I8).
-//   - Offsets are 64-bit (I9). Widths (C, F, D) are multiples of PACK, so that rows can be moved 16
-//   bytes at a time.
+//     order. Atomics are integer ones only (I8, deterministic).
+//   - Offsets are 64-bit (I9, 64-bit offsets). Widths (C, F, D) are multiples of PACK, so that rows
+//     can be moved 16 bytes at a time.
 //   - Instructions beyond CUDA C++ come from ptx.h, so that the same source runs in dev/cuemu.
 #ifndef MOE_CUDA_COMMON_CUH
 #define MOE_CUDA_COMMON_CUH

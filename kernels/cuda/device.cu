@@ -1,5 +1,5 @@
-// One NVIDIA GPU as a device: arenas by cudaMalloc, three streams, copies through pinned staging
-// memory.
+// One NVIDIA GPU as a device: memory by cudaMalloc, three streams, copies through pinned staging
+// memory. The functions device_... of device.h are here, and the scratch memory of common.cuh.
 #include "experts.cuh"
 #include "gemm.cuh"
 #include <stdio.h>
@@ -7,11 +7,12 @@
 
 void cuda_failed(cudaError_t error, const char *call, const char *file, int line) {
     const char *name = strrchr(file, '/');
-    die("CUDA: %s (%s) in %s at %s:%d|%s", cudaGetErrorString(error), cudaGetErrorName(error), call,
-        name ? name + 1 : file, line,
+    const char *hint =
         error == cudaErrorMemoryAllocation
             ? "smaller --micro-batch, --recompute layer, or more ranks"
-            : "an error of an earlier kernel can show here: run once with CUDA_LAUNCH_BLOCKING=1, or under compute-sanitizer");
+            : "an error of an earlier kernel can show here: run once with CUDA_LAUNCH_BLOCKING=1, or under compute-sanitizer";
+    die("CUDA: %s (%s) in %s at %s:%d|%s", cudaGetErrorString(error), cudaGetErrorName(error), call,
+        name ? name + 1 : file, line, hint);
 }
 void require_packs(const char *what, int width) {
     if (width % PACK)
@@ -41,13 +42,13 @@ cudaStream_t device_stream(Stream stream) { return streams[stream]; }
 void device_init(int local_rank, int threads) {
     (void)threads;
     int count = 0, device;
-    cudaError_t error = cudaGetDeviceCount(
-        &count); // without a driver the count is left as it was: any error means none
+    // Without a driver the count is left as it was: any error means none.
+    cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count < 1) {
-        const char *why = error == cudaErrorInsufficientDriver
-                              ? "there is no driver, or one older than this program's CUDA"
-                          : error != cudaSuccess ? cudaGetErrorString(error)
-                                                 : "the driver sees no device";
+        const char *why = "the driver sees no device";
+        if (error != cudaSuccess) why = cudaGetErrorString(error);
+        if (error == cudaErrorInsufficientDriver)
+            why = "there is no driver, or one older than this program's CUDA";
         die("no CUDA GPU: %s|check the driver with nvidia-smi and CUDA_VISIBLE_DEVICES, or build for the CPU: make BACKEND=cpu",
             why);
     }
@@ -59,7 +60,8 @@ void device_init(int local_rank, int threads) {
         die("this program holds no kernels for %s (compute capability %d.%d)|rebuild on this machine, or with ARCH=%d%d",
             properties.name, properties.major, properties.minor, properties.major,
             properties.minor);
-    int least, greatest; // what others wait for goes first: gathers and the exchange before compute
+    // What others wait for goes first: gathers and the exchange before compute.
+    int least, greatest;
     CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
     for (int s = 0; s < STREAM_COUNT; s++) {
         CUDA_CHECK(cudaStreamCreateWithPriority(&streams[s], cudaStreamNonBlocking,
@@ -79,7 +81,8 @@ void device_finish(void) {
     gemm_finish();
     for (int i = 0; i < SCRATCH_SLOTS; i++) {
         CUDA_CHECK(cudaFree(scratch_slots[i].memory));
-        scratch_slots[i].memory = 0, scratch_slots[i].bytes = 0;
+        scratch_slots[i].memory = 0;
+        scratch_slots[i].bytes = 0;
     }
     for (int s = 0; s < STAGES; s++) CUDA_CHECK(cudaEventDestroy(stage_events[s]));
     CUDA_CHECK(cudaFreeHost(stage_memory));
@@ -129,17 +132,16 @@ double device_peak_flops(void) {
             return (sizeof(floatX) == 2 ? table[i].bf16 : table[i].fp32) * 1e12;
     return 0;
 }
-int device_row_tile(void) {
-    return 128;
-} // the M tile of the expert products: no tile has rows of two experts
+// The row tile of the expert products: no tile has rows of two experts.
+int device_row_tile(void) { return 128; }
 
 void *device_scratch(int slot, size_t bytes) {
     if (bytes > scratch_slots[slot].bytes) {
-        CUDA_CHECK(cudaStreamSynchronize(streams[STREAM_COMPUTE])); // only while shapes are new
+        // Only while shapes are new. Half as much again is taken, because with ep > 1 the number of
+        // rows differs from call to call (I10, no allocation after the first step).
+        CUDA_CHECK(cudaStreamSynchronize(streams[STREAM_COMPUTE]));
         CUDA_CHECK(cudaFree(scratch_slots[slot].memory));
-        scratch_slots[slot].bytes =
-            (bytes + bytes / 2 + 0xffff) &
-            ~(size_t)0xffff; // half as much again: with ep > 1 rows differ from call to call (I10)
+        scratch_slots[slot].bytes = (bytes + bytes / 2 + 0xffff) & ~(size_t)0xffff;
         CUDA_CHECK(cudaMalloc(&scratch_slots[slot].memory, scratch_slots[slot].bytes));
     }
     return scratch_slots[slot].memory;
@@ -150,7 +152,7 @@ void *device_take(size_t bytes) {
     void *memory = 0;
     if (bytes > device_memory()) return 0;
     if (cudaMalloc(&memory, bytes) != cudaSuccess) {
-        cudaGetLastError(); // the caller says it better: not left for the next call to find
+        cudaGetLastError(); // the caller reports it: it is not left for the next call to find
         return 0;
     }
     device_zero(memory, bytes);
@@ -172,7 +174,8 @@ void stream_order(Stream first, Stream then) {
 }
 void device_share(int on) {
     const char *leave = getenv("MOE_EXPERT_LEAVE");
-    experts_leave(leave && *leave ? atoi(leave) : on ? COMMUNICATION_CTAS : 0);
+    int multiprocessors = on ? COMMUNICATION_CTAS : 0;
+    experts_leave(leave && *leave ? atoi(leave) : multiprocessors);
 }
 void device_sync(void) {
     for (int s = 0; s < STREAM_COUNT; s++) CUDA_CHECK(cudaStreamSynchronize(streams[s]));
@@ -189,8 +192,8 @@ void device_upload(void *device, const void *host, size_t bytes) {
     for (size_t at = 0; at < bytes; at += STAGE_BYTES) {
         size_t n = bytes - at < STAGE_BYTES ? bytes - at : STAGE_BYTES;
         char *stage = stage_memory + (size_t)stage_next * STAGE_BYTES;
-        CUDA_CHECK(
-            cudaEventSynchronize(stage_events[stage_next])); // the copy that used this stage last
+        // Waits for the copy that used this stage last.
+        CUDA_CHECK(cudaEventSynchronize(stage_events[stage_next]));
         memcpy(stage, (const char *)host + at, n);
         CUDA_CHECK(cudaMemcpyAsync((char *)device + at, stage, n, cudaMemcpyHostToDevice,
                                    streams[STREAM_COMPUTE]));
@@ -208,6 +211,7 @@ void device_poison(void *dst, size_t bytes) {
 #ifdef MOE_DEBUG
     if (bytes) CUDA_CHECK(cudaMemsetAsync(dst, 0xff, bytes, streams[STREAM_COMPUTE]));
 #else
-    (void)dst, (void)bytes;
+    (void)dst;
+    (void)bytes;
 #endif
 }

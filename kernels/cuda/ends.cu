@@ -1,5 +1,5 @@
-// Both ends of the model: embedding look-up with its deterministic scatter-add, and cross entropy
-// with its gradient in one kernel.
+// Both ends of the model: the embedding with its deterministic gradient (embed_... of kernels.h),
+// and cross entropy with its gradient in one kernel.
 #include "sort.cuh"
 #include <float.h>
 
@@ -130,7 +130,10 @@ static __global__ void __launch_bounds__(CE_THREADS)
         float x[W], most = m;
         load_n(x, row + i);
         for (int l = 0; l < W; l++) most = fmaxf(most, x[l]);
-        if (most > m) s *= exp_x(m - most), m = most;
+        if (most > m) {
+            s *= exp_x(m - most);
+            m = most;
+        }
         for (int l = 0; l < W; l++) s += exp_x(x[l] - m);
     }
     double total = s; // beside the 1 of a sure target, 1e5 terms of 1e-9 would not move a float
@@ -139,9 +142,13 @@ static __global__ void __launch_bounds__(CE_THREADS)
         double s2 = __shfl_xor_sync(0xffffffffu, total, d);
         softmax_merge(m, total, m2, s2);
     }
-    if (lane == 0) shared_m[warp] = m, shared_s[warp] = total;
+    if (lane == 0) {
+        shared_m[warp] = m;
+        shared_s[warp] = total;
+    }
     __syncthreads();
-    m = shared_m[0], total = shared_s[0];
+    m = shared_m[0];
+    total = shared_s[0];
     for (int w = 1; w < CE_THREADS / 32; w++) softmax_merge(m, total, shared_m[w], shared_s[w]);
     if (threadIdx.x == 0) loss[blockIdx.x] = log(total) + ((double)m - (double)load(row + target));
     if (!backward) return;

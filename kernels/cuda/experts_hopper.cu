@@ -156,8 +156,8 @@ template <bool GATHER_LEFT>
 static __device__ __forceinline__ void produce_wgrad(Wide *s, const CUtensorMap *dense,
                                                      const floatX *pool, const RowIndex &plan,
                                                      int N, int O, int accumulate) {
-    const int A_BLOCKS = 2, DENSE = GATHER_LEFT ? Wide::B_BLOCKS : A_BLOCKS,
-              GATHERED = GATHER_LEFT ? A_BLOCKS : Wide::B_BLOCKS;
+    const int A_BLOCKS = 2, DENSE = GATHER_LEFT ? Wide::B_BLOCKS : A_BLOCKS;
+    const int GATHERED = A_BLOCKS + Wide::B_BLOCKS - DENSE;
     Ring ring = { 0, 0 };
     int started = -1, width = GATHER_LEFT ? N : O;
     for_weight_tiles(plan, N, O, accumulate, [&](int n0, int o0, int, int first, int last) {

@@ -1,27 +1,26 @@
-// Linear maps y = x W^T and their backward, through cuBLASLt with a cache of plans.
+// Linear maps y = x W^T and their backward (linear_... of kernels.h, gemm of gemm.cuh), through
+// cuBLASLt with a cache of plans.
 //   y_ro = sum_n x_rn W_on   =>   dx_rn = sum_o dy_ro W_on,   dW_on = sum_r dy_ro x_rn.
-// FLOPs: 2 R O N each. Bytes: each operand once if the L2 cache holds a wave's panels; arithmetic
-// intensity at R = 32k, O = N = 2048 is 1,000 FLOP/byte, far right of the ridge: the tensor cores
-// are the limit.
+// FLOPs: 2 R O N each. Bytes: each operand once if the L2 cache holds a wave's panels; 1,000 FLOPs
+// a byte at R = 32k, O = N = 2048, so the tensor cores are the limit.
 //
 // cuBLASLt is column-major: a row-major (m,n) matrix is its (n,m) matrix with leading dimension n.
-// So C = op(A) op(B) row-major is C^T = op(B)^T op(A)^T column-major: the first operand is our B,
-// the second our A, and neither needs a new transposition flag.
+// So C = op(A) op(B) row-major is C^T = op(B)^T op(A)^T column-major: its first operand is our B,
+// its second our A, and neither needs a new transposition flag.
 //
-// The heuristic costs about 100 us a shape; a plan (descriptors and algorithm) is kept for each
+// The heuristic costs about 100 us a shape, so a plan (descriptors and algorithm) is kept for each
 // (transpositions, sizes, alignment, beta, type). The same shape always takes the same algorithm,
-// and partial sums of split-K are only ever added in fp32, in a fixed order (I8).
+// and partial sums of split-K are only ever added in fp32, in a fixed order (I8, deterministic).
 #include "gemm.cuh"
 #include <cublasLt.h>
 #include <stdio.h>
 
-#define CUBLAS_CHECK(call)                                                                                                     \
-    do {                                                                                                                       \
-        cublasStatus_t status_ = (call);                                                                                       \
-        if (status_ != CUBLAS_STATUS_SUCCESS)                                                                                  \
-            die("cuBLASLt: status %d in %s at linear.cu:%d|a driver older than the toolkit, or an error of an earlier kernel", \
-                (int)status_, #call, __LINE__);                                                                                \
-    } while (0)
+static void cublas_check(cublasStatus_t status, const char *call) {
+    if (status == CUBLAS_STATUS_SUCCESS) return;
+    die("cuBLASLt: status %d in %s|a driver older than the toolkit, or an error of an earlier kernel",
+        (int)status, call);
+}
+#define CUBLAS_CHECK(call) cublas_check((call), #call)
 
 enum { PLANS = 512, WORKSPACE = 32 << 20 }; // workspace: what NVIDIA recommends for Hopper
 typedef struct {
@@ -106,7 +105,9 @@ static void plan_create(GemmPlan *p, const Shape *s) {
         die("cuBLASLt has no algorithm for a product of (%lld,%lld) by (%lld,%lld)|change --micro-batch",
             (long long)s->m, (long long)s->k, (long long)s->k, (long long)s->n);
     CUBLAS_CHECK(cublasLtMatmulPreferenceDestroy(wish));
-    p->shape = *s, p->algorithm = best.algo, p->used = 1;
+    p->shape = *s;
+    p->algorithm = best.algo;
+    p->used = 1;
 }
 static GemmPlan *plan_for(const Shape *s) {
     uint64_t hash = 0xcbf29ce484222325u;
@@ -130,8 +131,17 @@ void gemm(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int6
     }
     Shape s;
     memset(&s, 0, sizeof s); // compared by bytes, padding included
-    s.m = m, s.n = n, s.k = k, s.lda = lda, s.ta = ta, s.tb = tb, s.beta = beta, s.c_real = c_real;
-    s.align_a = alignment(A), s.align_b = alignment(B), s.align_c = alignment(C);
+    s.m = m;
+    s.n = n;
+    s.k = k;
+    s.lda = lda;
+    s.ta = ta;
+    s.tb = tb;
+    s.beta = beta;
+    s.c_real = c_real;
+    s.align_a = alignment(A);
+    s.align_b = alignment(B);
+    s.align_c = alignment(C);
     GemmPlan *p = plan_for(&s);
     float one = 1, keep = (float)beta;
     CUBLAS_CHECK(cublasLtMatmul(handle, p->product, &one, B, p->a, A, p->b, &keep, C, p->c, C, p->c,

@@ -1,25 +1,23 @@
-// Tensor-core fragments for both precisions. A warp multiplies 16x16 by 16x8 tiles, acc (16x8,
-// fp32) += a b, with operands in registers: lane = 4 g + t holds of          a: rows g, g+8,
-// columns 2t, 2t+1, 2t+8, 2t+9;     b: rows (k) 2t, 2t+1, 2t+8, 2t+9 of column g;
-//                                acc: (g,2t) (g,2t+1) (g+8,2t) (g+8,2t+1).
-//   bf16  mma.sync.m16n8k16 (sm_80 and newer), fragments read from shared memory by ldmatrix
-//   fp32  the same distribution, multiplied by shuffles and FFMA: for validation, at the speed of
-//   neither
-// so one kernel source serves both. Two neighbouring accumulator tiles are, rounded, the left
-// operand of the next product (pack_a): probabilities go from one product to the next without
-// leaving their registers.
+// Tensor-core fragments for both precisions. A warp multiplies 16 x 16 by 16 x 8 tiles, acc (16 x
+// 8, fp32) += a b, with operands in registers. Lane 4 g + t holds
+//   of a    rows g and g + 8, columns 2t, 2t + 1, 2t + 8 and 2t + 9
+//   of b    rows (k) 2t, 2t + 1, 2t + 8 and 2t + 9 of column g
+//   of acc  (g, 2t), (g, 2t + 1), (g + 8, 2t) and (g + 8, 2t + 1)
+// In bf16 builds that is mma.sync.m16n8k16 (sm_80 and newer), with fragments read from shared
+// memory by ldmatrix; fp32 builds multiply the same distribution by shuffles and FFMA, for
+// validation, so one kernel source serves both. Two neighbouring accumulator tiles, rounded, are
+// the left operand of the next product (pack_a): probabilities go from one product to the next
+// without leaving their registers.
 //
 // Shared tiles have rows of `ld` elements, a multiple of 16 bytes and an odd multiple of it modulo
-// 128: then the eight rows of an ldmatrix fall into different banks.
+// 128 bytes: then the eight rows of an ldmatrix fall into different banks.
 #ifndef MOE_CUDA_MMA_CUH
 #define MOE_CUDA_MMA_CUH
 #include "common.cuh"
 #include "ptx.h"
 
-enum {
-    FRAGMENT_A = 2 * sizeof(floatX),
-    FRAGMENT_B = sizeof(floatX)
-}; // 32-bit registers: 4 and 2 (bf16), 8 and 4 (fp32)
+// 32-bit registers of a fragment: 4 and 2 (bf16), 8 and 4 (fp32).
+enum { FRAGMENT_A = 2 * sizeof(floatX), FRAGMENT_B = sizeof(floatX) };
 struct FragmentA {
     uint32_t r[FRAGMENT_A];
 };
@@ -57,7 +55,10 @@ static __device__ __forceinline__ void load_b(FragmentB (&b)[2], const floatX *t
         ptx_ldmatrix_x4_trans(r, tile_at(tile, ld, k + lane % 16, col + lane / 16 * 8));
     else
         ptx_ldmatrix_x4(r, tile_at(tile, ld, col + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 8));
-    b[0].r[0] = r[0], b[0].r[1] = r[1], b[1].r[0] = r[2], b[1].r[1] = r[3];
+    b[0].r[0] = r[0];
+    b[0].r[1] = r[1];
+    b[1].r[0] = r[2];
+    b[1].r[1] = r[3];
 }
 static __device__ __forceinline__ uint32_t pack_two(float low, float high) {
     __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
@@ -67,8 +68,10 @@ static __device__ __forceinline__ uint32_t pack_two(float low, float high) {
 }
 static __device__ __forceinline__ void pack_a(FragmentA &a, const float (&left)[4],
                                               const float (&right)[4]) {
-    a.r[0] = pack_two(left[0], left[1]), a.r[1] = pack_two(left[2], left[3]);
-    a.r[2] = pack_two(right[0], right[1]), a.r[3] = pack_two(right[2], right[3]);
+    a.r[0] = pack_two(left[0], left[1]);
+    a.r[1] = pack_two(left[2], left[3]);
+    a.r[2] = pack_two(right[0], right[1]);
+    a.r[3] = pack_two(right[2], right[3]);
 }
 static __device__ __forceinline__ void multiply(float (&acc)[4], const FragmentA &a,
                                                 const FragmentB &b) {
@@ -98,8 +101,10 @@ static __device__ __forceinline__ void load_b(FragmentB (&b)[2], const floatX *t
 }
 static __device__ __forceinline__ void pack_a(FragmentA &a, const float (&left)[4],
                                               const float (&right)[4]) {
-    for (int i = 0; i < 4; i++)
-        a.r[i] = __float_as_uint(left[i]), a.r[4 + i] = __float_as_uint(right[i]);
+    for (int i = 0; i < 4; i++) {
+        a.r[i] = __float_as_uint(left[i]);
+        a.r[4 + i] = __float_as_uint(right[i]);
+    }
 }
 static __device__ __forceinline__ void multiply(float (&acc)[4], const FragmentA &a,
                                                 const FragmentB &b) {

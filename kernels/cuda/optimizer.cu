@@ -1,19 +1,20 @@
 // SGD, AdamW and AdamW with 8-bit moments on segments of flat shards, the gradient norm, and
-// initial weights.
+// initial weights: the optimizer's functions of kernels.h.
 //
 // Formulas are torch.optim's, in its order of operations:
 //   SGD    g += wd p;  buf = t == 1 ? g : mu buf + g;  p -= lr buf
-//   AdamW  p *= 1 - lr wd;  m += (1-b1)(g - m);  v = b2 v + (1-b2) g^2;  p -= (lr / bc1) m /
-//   (sqrt(v) / sqrt(bc2) + eps),  bc = 1 - b^t
+//   AdamW  p *= 1 - lr wd;  m += (1 - b1) (g - m);  v = b2 v + (1 - b2) g^2;
+//          p -= (lr / bc1) m / (sqrt(v) / sqrt(bc2) + eps),  bc = 1 - b^t
 // 8-bit moments, their order of operations and the noise are quant8.h's and random.h's, shared with
 // the CPU backend: the same bits.
 //
 // Everything goes in blocks of 256 elements of the Hugging Face tensor, the unit of quantisation
-// and of noise (I4): one warp a block, 8 elements a lane (lane l holds elements 4 l ... and 128 + 4
-// l ...: 16 bytes of fp32 each). Segments travel in the kernel's arguments, BATCH at a launch:
-// nothing is uploaded, nothing waits (I11), and a layer of 384 expert matrices takes 7 launches.
-// Bytes a parameter (bf16, no master): AdamW8 4 + 2 + 2 + 2 + 2 + scales = 12.06; AdamW with master
-// 28 + 2; SGD without momentum 8.
+// and of noise (I4, layout-free numbers): one warp a block, 8 elements a lane. Lane l holds
+// elements 4 l to 4 l + 3 and 128 + 4 l to 128 + 4 l + 3: 16 bytes of fp32 each. Segments travel in
+// the kernel's arguments, BATCH at a launch: nothing is uploaded, nothing waits (I11, the host does
+// not wait), and a layer of 384 expert matrices takes 7 launches. Bytes a parameter (bf16, no
+// master): AdamW8 4 + 2 + 2 + 2 + 2 + scales = 12.06; AdamW with master 28 + 2; SGD without
+// momentum 8.
 #include "../quant8.h"
 #include "common.cuh"
 
@@ -22,8 +23,7 @@ enum { BLOCK = QUANT8_BLOCK, PER_LANE = BLOCK / 32, BATCH = 64, WARPS = 8 };
 // ---- segments to blocks ---------------------------------------------------------------------
 struct Batch {
     Segment segment[BATCH];
-    int64_t start[BATCH + 1]; // blocks of `size` elements of the tensor before each segment; the
-                              // first and last may be cut
+    int64_t start[BATCH + 1]; // blocks before each segment; its first and last may be cut
     int count;
 };
 // Calls launch(batch, first segment) for all segments, BATCH at a time. Blocks lie at multiples of
@@ -32,7 +32,8 @@ template <class Launch>
 static void for_batches(const Segment *segments, int n, int64_t size, Launch launch) {
     for (int first = 0; first < n; first += BATCH) {
         Batch batch;
-        batch.count = n - first < BATCH ? n - first : BATCH, batch.start[0] = 0;
+        batch.count = n - first < BATCH ? n - first : BATCH;
+        batch.start[0] = 0;
         for (int i = 0; i < batch.count; i++) {
             const Segment *s = &segments[first + i];
             batch.segment[i] = *s;
@@ -66,10 +67,11 @@ static __device__ __forceinline__ Block block_of(const Batch &batch, int64_t b, 
     k.segment = segment_of(batch, b);
     const Segment &s = batch.segment[k.segment];
     k.index = b - batch.start[k.segment];
-    int64_t skew = s.first % size, begin = k.index * size - skew,
-            left = s.count - begin; // of the block, in elements of the segment
+    // Of the block, in elements of the segment.
+    int64_t begin = k.index * size - s.first % size, left = s.count - begin;
     k.at = s.offset + begin;
-    k.low = begin < 0 ? (int)-begin : 0, k.high = left < size ? (int)left : (int)size;
+    k.low = begin < 0 ? (int)-begin : 0;
+    k.high = left < size ? (int)left : (int)size;
     return k;
 }
 
@@ -127,15 +129,21 @@ static Coefficients coefficients(const OptimizerStep *o) {
            correction2 = 1 - pow(o->beta2, (double)o->t);
     Coefficients c;
     memset(&c, 0, sizeof c);
-    c.lr = (float)o->lr, c.momentum = (float)o->momentum, c.first = o->t == 1,
+    c.lr = (float)o->lr;
+    c.momentum = (float)o->momentum;
+    c.first = o->t == 1;
     c.grad_scale = o->grad_scale;
-    c.keep_decayed = (float)(o->kind == OPT_SGD ? o->weight_decay : 1 - o->lr * o->weight_decay),
+    c.keep_decayed = (float)(o->kind == OPT_SGD ? o->weight_decay : 1 - o->lr * o->weight_decay);
     c.keep = o->kind == OPT_SGD ? 0 : 1;
-    c.lerp = (float)(1 - o->beta1), c.beta2 = (float)o->beta2, c.square = (float)(1 - o->beta2),
+    c.lerp = (float)(1 - o->beta1);
+    c.beta2 = (float)o->beta2;
+    c.square = (float)(1 - o->beta2);
     c.eps = (float)o->eps;
-    c.root = (float)sqrt(correction2), c.step = (float)(o->lr / correction1),
+    c.root = (float)sqrt(correction2);
+    c.step = (float)(o->lr / correction1);
     c.bound = (float)adam_bound(o->beta1, o->beta2);
-    c.seed = o->seed, c.counter = (uint64_t)o->step;
+    c.seed = o->seed;
+    c.counter = (uint64_t)o->step;
     return c;
 }
 static __device__ __forceinline__ void encode(uint8_t *m8, uint8_t *v8, float *m_scale,
@@ -145,14 +153,16 @@ static __device__ __forceinline__ void encode(uint8_t *m8, uint8_t *v8, float *m
     float u[PER_LANE], top = 0, size = 0;
     uint8_t code[PER_LANE];
     for (int i = 0; i < PER_LANE; i++) {
-        v[i] = inside(k, i) ? (v[i] < QUANT8_V_MAX ? v[i] : QUANT8_V_MAX) : 0;
+        v[i] = v[i] < QUANT8_V_MAX ? v[i] : QUANT8_V_MAX;
+        if (!inside(k, i)) v[i] = 0;
         top = v[i] > top ? v[i] : top;
     }
     top = warp_max(top);
     for (int i = 0; i < PER_LANE; i++) {
         code[i] = v8_encode(v[i] / top, v[i] > 0, noise_bits(noise, 0, (uint32_t)place(i)) >> 12);
         float s = sqrtf(v8_decode(code[i], top)), x = m[i] / (s > 0 ? s : 1);
-        x = x > -bound ? x < bound ? x : bound : -bound;
+        if (!(x > -bound)) x = -bound;
+        if (!(x < bound)) x = bound;
         u[i] = s > 0 && inside(k, i) ? x : 0;
         size = fabsf(u[i]) > size ? fabsf(u[i]) : size;
     }
@@ -163,7 +173,10 @@ static __device__ __forceinline__ void encode(uint8_t *m8, uint8_t *v8, float *m
         code[i] = m8_encode(u[i] * inverse, noise_bits(noise, 1, (uint32_t)place(i)) >> 16);
     write_block(m8, code, k);
     __syncwarp(); // every lane has read the old scales
-    if (threadIdx.x % 32 == 0) *v_scale = top, *m_scale = size;
+    if (threadIdx.x % 32 == 0) {
+        *v_scale = top;
+        *m_scale = size;
+    }
 }
 template <int KIND>
 static __global__ void __launch_bounds__(WARPS * 32)
@@ -175,8 +188,8 @@ static __global__ void __launch_bounds__(WARPS * 32)
     Block k = block_of(batch, block, BLOCK);
     const Segment &segment = batch.segment[k.segment];
     int64_t qblock = segment.qblock + k.index;
-    float p[PER_LANE], g[PER_LANE], m[PER_LANE] = {}, v[PER_LANE] = {},
-                                    keep = segment.decay != 0 ? c.keep_decayed : c.keep;
+    float p[PER_LANE], g[PER_LANE], m[PER_LANE] = {}, v[PER_LANE] = {};
+    float keep = segment.decay != 0 ? c.keep_decayed : c.keep;
     floatX stored[PER_LANE];
     bool moment = KIND == OPT_ADAMW || (KIND == OPT_SGD && s.m && c.momentum != 0);
     Noise noise = {};
@@ -266,7 +279,10 @@ static __global__ void squares_kernel(double *partial, const gradX *grad,
         float x[4] = {};
         if (aligned && i >= k.low && i + 4 <= k.high) {
             float4 four = *(const float4 *)(g + i);
-            x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+            x[0] = four.x;
+            x[1] = four.y;
+            x[2] = four.z;
+            x[3] = four.w;
         } else
             for (int l = 0; l < 4; l++)
                 if (i + l >= k.low && i + l < k.high) x[l] = g[i + l].v;

@@ -1,31 +1,30 @@
-// The router: which experts a token goes to, with what weight, and the gradient of that choice.
-// Logits, probabilities and scores are fp32 whatever floatX is: a logit rounded to bf16 makes ties,
-// and ties make routing depend on noise.
+// The router: which experts a token goes to, with what weight, and the gradient of that choice. The
+// functions router_... of kernels.h are here. Logits, probabilities and scores are fp32 whatever
+// floatX is: a logit rounded to bf16 makes ties, and ties make routing depend on noise.
 //
 // Selection is a constant of the backward pass. With p = softmax(z), S the chosen set, d_e the
 // gradient of score_e, c = sum_S score d:
-//   normalised: score_e = p_e / sum_S p = softmax of z restricted to S, so dz_e = score_e (d_e - c)
-//   on S and exactly 0 elsewhere. not:        score_e = p_e on S, so dp = d on S, and softmax's
-//   Jacobian gives dz_e = p_e ([e in S] d_e - c). aux = E sum_e f_e P_e with f constant, P_e = mean
-//   of p_e over `positions`: daux/dp_e = E f_e / positions, hence the same Jacobian on f. z = mean
-//   of lse^2: dlse/dz_e = p_e, hence 2 lse p_e / positions.
+//   normalised  score_e = p_e / sum_S p = softmax of z restricted to S, so dz_e = score_e (d_e - c)
+//               on S and exactly 0 elsewhere.
+//   not         score_e = p_e on S, so dp = d on S, and the Jacobian of softmax gives dz_e =
+//               p_e ([e in S] d_e - c).
+//   aux         = E sum_e f_e P_e with f constant, P_e the mean of p_e over `positions`: daux/dp_e
+//   =
+//               E f_e / positions, hence the same Jacobian on f.
+//   z           = mean of lse^2: dlse/dz_e = p_e, hence 2 lse p_e / positions.
 //
 // The three products (R x E x C, E = 128) run on the tensor cores. Forward: bf16 operands are
 // exact, sums are fp32. Backward: dz is fp32 and is written as the sum of two bf16 numbers, dz = hi
 // + lo (16 bits of mantissa, error 2^-17); then
-//   du += [hi | lo] [W ; W]   and   dW = hi^T u + lo^T u     have bf16 operands. fp32 builds take
-//   dz as it is.
+//   du += [hi | lo] [W ; W]   and   dW = hi^T u + lo^T u
+// have bf16 operands. fp32 builds take dz as it is.
 // FLOPs: 6 R E C forward and backward (times 2 for the split): 0.1 % of the layer. The kernels here
 // are one warp a token and bound by memory: 0.5 KB of logits in, 64 bytes out.
 #include "gemm.cuh"
 
-enum {
-    WARPS = 8,
-    MEMBERS = 8,
-    E_MAX = 1024
-}; // warps (tokens at a time) of a block; token groups that a block of the statistics adds up
+enum { WARPS = 8, E_MAX = 1024 }; // a warp handles a token at a time
 
-// One warp: p (E, shared memory of the warp) = softmax(z); returns log sum exp z.
+// Sets p (E), shared memory of the warp, to softmax(z) and returns log sum exp z. All lanes.
 static __device__ float softmax(float *p, const real *z, int E) {
     int lane = threadIdx.x % 32;
     float top = -INFINITY, sum = 0;
@@ -42,13 +41,15 @@ static __device__ float softmax(float *p, const real *z, int E) {
 static __global__ void __launch_bounds__(WARPS * 32)
     route_kernel(int *topk, real *score, double *partial, const real *logits, const real *bias,
                  int normalize, int R, int E, int K, int tokens) {
-    extern __shared__ float shared[]; // (WARPS, 2E) probabilities and selection values; (WARPS, E)
-                                      // counts; then (WARPS, E) sums
+    extern __shared__ float shared[]; // a warp: E probabilities, E values, E sums, E counts
     __shared__ double tail[WARPS][2];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float *p = shared + (int64_t)warp * 4 * E, *value = p + E, *sum = p + 2 * E;
     int *count = (int *)(p + 3 * E);
-    for (int e = lane; e < E; e += 32) sum[e] = 0, count[e] = 0;
+    for (int e = lane; e < E; e += 32) {
+        sum[e] = 0;
+        count[e] = 0;
+    }
     if (lane == 0) tail[warp][0] = tail[warp][1] = 0;
     int64_t first = (int64_t)blockIdx.x * tokens, last = first + tokens < R ? first + tokens : R;
     for (int64_t r = first + warp; r < last; r += WARPS) {
@@ -60,7 +61,10 @@ static __global__ void __launch_bounds__(WARPS * 32)
             entropy += p[e] == 0 ? 0 : p[e] * (lse - z[e]); // 0 log 0 = 0 also where z is -inf
         }
         entropy = group_sum(entropy);
-        if (lane == 0) tail[warp][0] += (double)lse * lse, tail[warp][1] += (double)entropy;
+        if (lane == 0) {
+            tail[warp][0] += (double)lse * lse;
+            tail[warp][1] += (double)entropy;
+        }
         // K rounds of a warp-wide argmax by (value descending, id ascending) over the experts that
         // are not yet taken: a negative count marks those that are. Rows of NaN choose the lowest
         // ids: id E stands for "none yet", and any NaN beats it. A lane reads and marks its own
@@ -70,12 +74,17 @@ static __global__ void __launch_bounds__(WARPS * 32)
             int id = E;
 #pragma unroll 1
             for (int e = lane; e < E; e += 32)
-                if (count[e] >= 0 && (id == E || value[e] > best)) best = value[e], id = e;
+                if (count[e] >= 0 && (id == E || value[e] > best)) {
+                    best = value[e];
+                    id = e;
+                }
             for (int d = 16; d > 0; d /= 2) {
                 float other = __shfl_xor_sync(0xffffffffu, best, d);
                 int from = __shfl_xor_sync(0xffffffffu, id, d);
-                if (from < E && (id == E || other > best || (!(best > other) && from < id)))
-                    best = other, id = from;
+                if (from < E && (id == E || other > best || (!(best > other) && from < id))) {
+                    best = other;
+                    id = from;
+                }
             }
             if (lane == id % 32) count[id] = -1 - count[id]; // taken; undone below
         }
@@ -104,9 +113,12 @@ static __global__ void __launch_bounds__(WARPS * 32)
         double total = 0;
         for (int w = 0; w < WARPS; w++) {
             const float *of_warp = shared + (int64_t)w * 4 * E;
-            total += i < E       ? (double)of_warp[2 * E + i]
-                     : i < 2 * E ? (double)((const int *)of_warp)[2 * E + i]
-                                 : tail[w][i - 2 * E];
+            if (i < E)
+                total += (double)of_warp[2 * E + i];
+            else if (i < 2 * E)
+                total += (double)((const int *)of_warp)[2 * E + i];
+            else
+                total += tail[w][i - 2 * E];
         }
         out[i] = total;
     }
@@ -133,8 +145,8 @@ static __global__ void __launch_bounds__(STATISTICS_WARPS * 32)
     if (i >= E && i < 2 * E && stats.count) stats.count[i - E] += (int64_t)total;
     if (i >= 2 * E && stats.z) stats.z[i - 2 * E] += total;
 }
-// Shared memory of `floats` floats a warp. Above 48 KiB, a kernel's static memory included, it must
-// opt in: from 384 experts on.
+// Bytes of shared memory for `floats` floats a warp. Above 48 KiB, a kernel's static memory
+// included, the kernel must opt in: from 384 experts on.
 template <class Kernel> static size_t warp_memory(Kernel kernel, int floats) {
     size_t bytes = (size_t)WARPS * (size_t)floats * sizeof(float);
     if (bytes > 47 * 1024)
@@ -154,8 +166,8 @@ void router_forward(real *logits, int *topk, real *score, RouterStats stats, con
     check_experts(E, K);
     if (R == 0) return;
     gemm(0, 1, R, E, C, u, C, W, 0, logits, 1);
-    // tokens of a block: so that a wave of some 500 blocks covers all, and the second kernel adds
-    // at most so many partial sums
+    // Tokens of a block: a wave of some 500 blocks covers all of them, and the second kernel adds
+    // at most so many partial sums.
     int tokens = (int)div_up(div_up(R, 512), WARPS) * WARPS, blocks = (int)div_up(R, tokens);
     double *partial = (double *)device_scratch(
         SCRATCH_PARTIAL, (size_t)blocks * (size_t)(2 * E + 2) * sizeof(double));

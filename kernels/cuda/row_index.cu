@@ -1,6 +1,7 @@
 // The row index between pool tokens and expert rows: a stable counting sort by expert (sort.cuh),
 // every expert padded to 128 rows, so that a tile of the expert products never holds rows of two
-// experts. All sizes that routing decides stay on the device (I11).
+// experts. The functions row_index_... of kernels.h are here. All sizes that routing decides stay
+// on the device (I11, the host does not wait).
 #include "sort.cuh"
 #include <limits.h>
 
@@ -50,7 +51,10 @@ void row_index_build(RowIndex *plan, const int *choice, const int *n_pool, int f
 
 static __global__ void dense_kernel(RowIndex plan, int R, int rows) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i == 0) plan.expert_row[0] = 0, plan.expert_row[1] = rows;
+    if (i == 0) {
+        plan.expert_row[0] = 0;
+        plan.expert_row[1] = rows;
+    }
     if (i < plan.M) plan.row_token[i] = i < R ? i : -1;
     if (i < plan.P) plan.token_row[i] = i < R ? i : -1;
 }

@@ -1,21 +1,25 @@
-// Stable counting sort on the device, without the host and without float or order-dependent atomics
-// (I8, I11).
+// Stable counting sort on the device, without the host and without atomics whose order matters (I8,
+// deterministic; I11, the host does not wait).
 //
 // Items 0..n-1 have up to K keys each, all different, in [0, buckets). Entry (i, k) with key b gets
 // the place
-//   start[b] + (number of items before i that have key b),      start = exclusive scan of the
-//   bucket sizes, each rounded up to `tile`.
-// A block looks at SPAN items and sets one bit an entry in mask[bucket][item]: integer atomicOr,
-// whose result no order changes. The rank of an item within the block is the number of bits before
-// its own; the rest is a scan over blocks. Three launches:
-//   sort_count  counts[bucket][block]   sort_starts  scans both ways   sort_place  every entry
-//   learns its place
-// Bytes: the keys twice, one write an entry: microseconds next to the products that use the result.
+//   start[b] + (number of items before i that have key b)
+// where start is the exclusive scan of the bucket sizes, each rounded up to `tile`. A block looks
+// at SPAN items and sets one bit an entry in mask[bucket][item] by integer atomicOr, whose result
+// no order changes. The rank of an item within the block is the number of bits before its own; the
+// rest is a scan over blocks. Three launches:
+//   sort_count   counts[bucket][block]
+//   sort_starts  scans both ways
+//   sort_place   every entry learns its place
+// Bytes: the keys twice, one write an entry: microseconds beside the products that use the result.
 //
-// Source: struct with  __device__ int count() const (items in use, <= n),  int keys() const (K),
-// int key(int i, int k) const (bucket or -1),
-//   and  void place(int i, int k, int at) const, called for every entry with its place, or with -1
-//   where the key is -1 or i >= count().
+// A Source is a struct with
+//   __device__ int count() const             items in use, at most n
+//   __device__ int keys() const              K
+//   __device__ int key(int i, int k) const   bucket, or -1
+//   __device__ void place(int i, int k, int at) const
+// and place is called for every entry with its place, or with -1 where the key is -1 or i is not in
+// use.
 #ifndef MOE_CUDA_SORT_CUH
 #define MOE_CUDA_SORT_CUH
 #include "common.cuh"

@@ -1,30 +1,28 @@
-// One block computes a 128 x 128 tile of a product: acc = sum over k of a(m,k) b(n,k). 8 warps, 2 x
-// 4 of them, 64 x 32 of the tile each: 4 x 4 mma tiles in 64 accumulator registers. Operands come
-// through a ring of STAGES shared buffers filled by cp.async, 64 bytes of k at a time.
+// One block computes a 128 x 128 tile of a product: acc = the sum over k of a(m,k) b(n,k). It has 8
+// warps, 2 x 4 of them, each with 64 x 32 of the tile: 4 x 4 mma tiles in 64 accumulator registers.
+// Operands come through a ring of STAGES shared buffers filled by cp.async, 64 bytes of k at a
+// time.
 //
 // An operand is a row-major matrix in memory, read in one of two ways:
-//   rows along the tile   (weights, activations forward):  the tile's 128 rows are matrix rows, k
-//   runs along them TRANSPOSED            (weight gradients, dX):           k runs over matrix
-//   rows, the tile's 128 columns are matrix columns
-// and its rows may go through an index (the gather through row_token costs one more load and no
-// copy). -1 and everything outside reads as zeros.
+//   rows along the tile  (weights, activations forward)  the tile's 128 rows are matrix rows, and k
+//                                                        runs along them
+//   TRANSPOSED           (weight gradients, dX)          k runs over matrix rows, and the tile's
+//   128
+//                                                        columns are matrix columns
+// Its rows may go through an index: the gather through row_token costs one more load and no copy.
+// -1 and everything outside reads as zeros.
 //
-// Per k step a tile moves 2 x 128 x 64 bytes for 2 x 128 x 128 x 32 FLOPs (bf16): 64 FLOP a byte of
-// shared traffic from the L2 cache, the price of 128 x 128 tiles without clusters. Shared memory:
-// 80 KB, two blocks a multiprocessor on sm_80 and sm_90: one computes while the other stores.
+// Per k step a tile moves 2 x 128 x 64 bytes for 2 x 128 x 128 x 32 FLOPs (bf16): 64 FLOPs a byte
+// of traffic from the L2 cache, the price of 128 x 128 tiles without clusters. Shared memory: 80
+// KB, so two blocks a multiprocessor on sm_80 and sm_90, and one computes while the other stores.
 #ifndef MOE_CUDA_TILE_CUH
 #define MOE_CUDA_TILE_CUH
 #include "mma.cuh"
 
 enum { TILE = 128, TILE_THREADS = 256, STEP = 4 * PACK, STAGES = 4 };
-enum {
-    LD_ROWS = STEP + PACK,
-    LD_TRANSPOSED = TILE + PACK,
-    LD_OUT = TILE + PACK
-}; // odd multiples of 16 bytes: see mma.cuh
-enum {
-    TILE_BLOCKS = sizeof(floatX) == 2 ? 2 : 1
-}; // blocks a multiprocessor; fp32 needs the registers
+// Elements between rows of shared tiles, odd multiples of 16 bytes (mma.cuh).
+enum { LD_ROWS = STEP + PACK, LD_TRANSPOSED = TILE + PACK, LD_OUT = TILE + PACK };
+enum { TILE_BLOCKS = sizeof(floatX) == 2 ? 2 : 1 }; // a multiprocessor; fp32 needs the registers
 enum { OPERAND_SIZE = TILE * LD_ROWS > STEP *LD_TRANSPOSED ? TILE *LD_ROWS : STEP *LD_TRANSPOSED };
 static const size_t TILE_SHARED = (size_t)STAGES * 2 * OPERAND_SIZE * sizeof(floatX);
 
@@ -125,9 +123,10 @@ static __device__ __forceinline__ void tile_product(Accumulator &acc, floatX *sh
                 load_b<TRANSPOSED_B>(column, tile_b, TRANSPOSED_B ? LD_TRANSPOSED : LD_ROWS,
                                      warp_column<FOLD>(j), k);
 #pragma unroll
-                for (int i = 0; i < 4; i++)
-                    multiply(acc[i][j], fragment[i], column[0]),
-                        multiply(acc[i][j + 1], fragment[i], column[1]);
+                for (int i = 0; i < 4; i++) {
+                    multiply(acc[i][j], fragment[i], column[0]);
+                    multiply(acc[i][j + 1], fragment[i], column[1]);
+                }
             }
         }
     }
