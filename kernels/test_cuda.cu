@@ -648,7 +648,7 @@ static void test_plan(int P, int K, int E) {
     }
     Buffer choice = input(INT, ids);
     Plans p = make_plans(P, K, E);
-    dense = make_plans(P, 1, 1);
+    Plans dense = make_plans(P, 1, 1);
     for (int w = CUDA; w < WORLDS; w++) {
         CALL(w, row_index_build, &p.plan[w], choice.i(w), 0, 0);
         CALL(w, row_index_dense, &dense.plan[w], P - P / 4);
