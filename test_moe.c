@@ -18,14 +18,14 @@
 #include "dev/tests/harness.h"
 #include "dev/tests/layouts.h"
 
-enum { FP64 = sizeof(real) == 8, BF16 = sizeof(floatX) == 2 };
 static const char *const fixture_names[] = { "gqa", "tied", "dense", "wide", "parallel", "skewed" };
 enum { FIXTURES = sizeof fixture_names / sizeof *fixture_names };
 
 // ---- transformers' numbers ------------------------------------------------------------------
 static double scalar(const Fixture *f, const char *name) {
     int64_t n;
-    double *v = read_tensor(&f->expected, name, &n), first = v[0];
+    double *v = read_tensor(&f->expected, name, &n);
+    double first = v[0];
     free(v);
     return first;
 }
@@ -33,10 +33,9 @@ static double scalar(const Fixture *f, const char *name) {
 // topk of the last update of a run with one micro-batch: (n_moe, R, K).
 static int *read_routing(const Run *r) {
     const Config *c = &r->m.c;
-    int R = r->t->R,
-        *topk =
-            (int *)xcalloc((size_t)c->n_moe * (size_t)R * (size_t)c->K + 1, sizeof(int), "routing"),
-        *to = topk;
+    int R = r->t->R;
+    int *topk = ints((int64_t)c->n_moe * R * c->K + 1);
+    int *to = topk;
     for (int l = 0; l < c->L; l++) {
         if (!c->is_moe[l]) continue;
         device_download(to, r->t->act.saved[l].topk, (size_t)R * (size_t)c->K * sizeof(int));
@@ -62,7 +61,8 @@ static double final_norms(const Run *r, const Fixture *f, const char *optimizer,
     int64_t n;
     int equal;
     char *key = xasprintf("final_%s", optimizer);
-    double *expected = read_tensor(&f->expected, key, &n), worst = n == all.n ? 0 : INFINITY;
+    double *expected = read_tensor(&f->expected, key, &n);
+    double worst = n == all.n ? 0 : INFINITY;
     NamedNorm *norm = (NamedNorm *)xcalloc((size_t)all.n, sizeof *norm, "norms");
     read_all(r, &all, 0, 0, &equal);
     for (int i = 0; i < all.n; i++) {
@@ -95,8 +95,8 @@ static void check_first_update(const Fixture *f, const Run *r, const StepResult 
     got.all = weights_new(&r->m.c);
     read_dump(dump, &got);
     int64_t n;
-    double *logits = read_tensor(&f->expected, "logits", &n),
-           e = n == got.n_logits ? distance(got.logits, logits, n) : INFINITY;
+    double *logits = read_tensor(&f->expected, "logits", &n);
+    double e = n == got.n_logits ? distance(got.logits, logits, n) : INFINITY;
     check(e <= 1e-5, "%s: logits %.1e", f->name, e);
     check(relative(s->loss, scalar(f, "loss")) <= 1e-5, "%s: loss %.1e", f->name,
           relative(s->loss, scalar(f, "loss")));
@@ -122,7 +122,8 @@ static void check_first_update(const Fixture *f, const Run *r, const StepResult 
     }
     check(worst <= 2e-5 && gradients == got.all.n, "%s: %d gradients, worst %.1e (%s)", f->name,
           gradients, worst, name);
-    int *topk = read_routing(r), differ = 0;
+    int *topk = read_routing(r);
+    int differ = 0;
     double *expected = read_tensor(&f->expected, "topk", &n);
     for (int64_t i = 0; i < n; i++) differ += topk[i] != (int)expected[i];
     check(n == (int64_t)r->m.c.n_moe * r->t->R * r->m.c.K && !differ,
@@ -140,11 +141,13 @@ static void test_transformers(const Fixture *f) {
         const char *optimizer = kind == OPT_SGD ? "sgd" : "adamw";
         Setup s = fixture_setup(f, (OptimizerKind)kind);
         Run *r = run_open(f, 0, &s);
-        char *dump = xasprintf("%s/hf.safetensors", temporary), key[40];
+        char *dump = xasprintf("%s/hf.safetensors", temporary);
+        char key[40];
         int64_t n;
         snprintf(key, sizeof key, "losses_%s", optimizer);
-        double *losses = read_tensor(&f->expected, key, &n), worst_loss = n == 10 ? 0 : INFINITY,
-               worst_norm = 0;
+        double *losses = read_tensor(&f->expected, key, &n);
+        double worst_loss = n == 10 ? 0 : INFINITY;
+        double worst_norm = 0;
         snprintf(key, sizeof key, "grad_norms_%s", optimizer);
         double *norms = read_tensor(&f->expected, key, &n);
         int updates = quick ? 2 : 10;
@@ -207,7 +210,9 @@ static void test_naive(const Fixture *f) {
     Setup s = probe_setup(f);
     Run *r = run_open(f, 0, &s);
     const Config *c = &r->m.c;
-    Weights ours = weights_new(c), truth = weights_new(c), naive = weights_new(c);
+    Weights ours = weights_new(c);
+    Weights truth = weights_new(c);
+    Weights naive = weights_new(c);
     char *dump = xasprintf("%s/naive.safetensors", temporary);
     int equal;
     StepResult x = run_step(r, 1, 0, dump);
@@ -227,9 +232,10 @@ static void test_naive(const Fixture *f) {
     naive_run(&b, c, &truth, 0);
     SafeTensors d = safetensors_open(dump);
     int64_t n;
-    double *logits = read_tensor(&d, "logits", &n),
-           bound = FP64 ? 1e-7 : 1e-5; // the dump is fp32, whatever the build
-    double *e = (double *)xcalloc((size_t)truth.n, sizeof(double), "errors"), median = 0;
+    double *logits = read_tensor(&d, "logits", &n);
+    double bound = FP64 ? 1e-7 : 1e-5; // the dump is fp32, whatever the build
+    double *e = doubles(truth.n);
+    double median = 0;
     if (BF16) {
         naive_run(&rounded, c, &naive, 1);
         bound += 2 * distance(rounded.logits, b.logits, n);
@@ -244,12 +250,13 @@ static void test_naive(const Fixture *f) {
     double error = distance(logits, b.logits, n);
     check(error <= bound, "%s: logits against the naive model %.1e, bound %.1e", f->name, error,
           bound);
-    double wide = FP64 ? 1e-11 : BF16 ? 1e-2 : 1e-5;
+    double wide = by_precision(1e-11, 1e-5, 1e-2);
     check(relative(x.loss, b.loss) <= wide && relative(x.aux, b.aux) <= wide &&
               relative(x.z, b.z) <= wide,
           "%s: loss %.1e, aux %.1e, z %.1e against the naive model", f->name,
           relative(x.loss, b.loss), relative(x.aux, b.aux), relative(x.z, b.z));
-    double worst = 0, worst_error = 0;
+    double worst = 0;
+    double worst_error = 0;
     const char *name = "-";
     for (int i = 0; i < truth.n; i++) {
         error = distance(ours.weight[i].g, truth.weight[i].g, truth.weight[i].n);
@@ -295,12 +302,15 @@ static void test_differences(const Fixture *f) {
     Run *r = run_open(f, 0, &s);
     Weights all = weights_new(&r->m.c);
     char name[160];
-    int equal, flips = 0, probes = 0;
+    int equal;
+    int flips = 0;
+    int probes = 0;
     StepResult x = run_step(r, 1, 0, 0);
     read_all(r, &all, 1, 1, &equal);
     int *routing = read_routing(r);
     size_t routing_bytes = (size_t)r->m.c.n_moe * (size_t)r->t->R * (size_t)r->m.c.K * sizeof(int);
-    double floor_norm = 1e-3 * x.grad_norm / sqrt(all.n), worst = 0;
+    double floor_norm = 1e-3 * x.grad_norm / sqrt(all.n);
+    double worst = 0;
     char worst_name[160] = "-";
     uint64_t bits = 88172645463325252u;
     for (int b = 0; b < r->m.n_blocks; b++)
@@ -311,13 +321,15 @@ static void test_differences(const Fixture *f) {
             const Weight *w = &all.weight[weights_find(&all, name)];
             floatX *device = r->t->optimizer.state[b].param + g->offset;
             size_t n = (size_t)g->count;
-            floatX *keep = (floatX *)xmalloc(n * sizeof(floatX), "a tensor"),
-                   *moved = (floatX *)xmalloc(n * sizeof(floatX), "a tensor");
-            double *direction = (double *)xcalloc(n, sizeof(double), "a tensor");
+            floatX *keep = (floatX *)xmalloc(n * sizeof(floatX), "a tensor");
+            floatX *moved = (floatX *)xmalloc(n * sizeof(floatX), "a tensor");
+            double *direction = doubles(n);
             device_download(keep, device, n * sizeof(floatX));
             for (int which = 0; which < 2; which++) {
                 size_t most = 0;
-                double slope = 0, norm = 0, value[2];
+                double slope = 0;
+                double norm = 0;
+                double value[2];
                 for (size_t k = 0; k < n; k++) {
                     bits ^= bits << 13;
                     bits ^= bits >> 7;
@@ -326,7 +338,8 @@ static void test_differences(const Fixture *f) {
                     int pad = r->m.c.pad >= 0 && !strcmp(name, "model.embed_tokens.weight") &&
                               index / r->m.c.C ==
                                   r->m.c.pad; // no gradient by definition, not by calculus
-                    direction[k] = which || pad ? 0 : (bits & 1 ? 1 : -1) / sqrt((double)n);
+                    direction[k] = 0;
+                    if (!which && !pad) direction[k] = (bits & 1 ? 1 : -1) / sqrt((double)n);
                     if (!pad && fabs(w->g[index]) > fabs(w->g[g->first + (int64_t)most])) most = k;
                 }
                 if (which) direction[most] = 1;
@@ -372,9 +385,10 @@ static void same_bits(const char *name, const char *what, const Fixture *f, cons
                       const Outcome *base, int steps) {
     Outcome o = outcome_of(f, 0, s, steps);
     Difference d = difference_of(&o, base);
-    check(difference_worst(&d) == 0, "%s: %s has the same bits%s%s", name, what,
-          difference_worst(&d) == 0 ? "" : ": ",
-          difference_worst(&d) == 0 ? "" : difference_text(&d));
+    if (difference_worst(&d) == 0)
+        check(1, "%s: %s has the same bits", name, what);
+    else
+        check(0, "%s: %s has the same bits: %s", name, what, difference_text(&d));
     outcome_free(&o);
 }
 // Splitting regroups sums over rows: each group is rounded once more. fp32: a few 6e-8 relative to
@@ -385,7 +399,7 @@ static void same_rounded(const char *name, const char *what, const Fixture *f, c
                          const Outcome *base, int steps) {
     Outcome o = outcome_of(f, 0, s, steps);
     Difference d = difference_of(&o, base);
-    double bound = FP64 ? 1e-7 : BF16 ? 2e-2 : 5e-6; // fp64: dumps are written in fp32
+    double bound = by_precision(1e-7, 5e-6, 2e-2); // fp64: dumps are written in fp32
     check(difference_worst(&d) <= bound, "%s: %s: %s", name, what, difference_text(&d));
     outcome_free(&o);
 }
@@ -428,15 +442,14 @@ static void test_variants(const Fixture *f) {
                 Outcome o = outcome_of(f, 0, &v, steps);
                 Difference d = difference_of(&o, &plain);
                 d.aux = 0;
-                check(difference_worst(&d) <= (FP64   ? 1e-7
-                                               : BF16 ? 2e-2
-                                                      : 5e-6),
+                check(difference_worst(&d) <= by_precision(1e-7, 5e-6, 2e-2),
                       "%s: --rounds %d without aux: %s", f->name, rounds, difference_text(&d));
                 outcome_free(&o);
             }
             outcome_free(&plain);
         }
-        Setup end = s, layer;
+        Setup end = s;
+        Setup layer;
         end.step.clip = 0;
         layer = end;
         layer.step.update_layer = 1;
@@ -459,18 +472,19 @@ static void test_layer_clip(const Fixture *f) {
     Setup layer = s;
     layer.step.update_layer = 1;
     layer.step.clip = 0.3;
-    Run *a = run_open(f, 0, &layer), *b = run_open(f, 0, &s);
-    double scale = 1, worst = 0, smallest = 1;
+    Run *a = run_open(f, 0, &layer);
+    Run *b = run_open(f, 0, &s);
+    double scale = 1;
+    double worst = 0;
+    double smallest = 1;
     for (int i = 1; i <= (quick ? 2 : 5); i++) {
-        StepResult x = run_step(a, i, a->lr, 0), y = run_step(b, i, b->lr * scale, 0);
+        StepResult x = run_step(a, i, a->lr, 0);
+        StepResult y = run_step(b, i, b->lr * scale, 0);
         worst = fmax(worst, fmax(relative(x.loss, y.loss), relative(x.grad_norm, y.grad_norm)));
         scale = fmin(1, 0.3 / (x.grad_norm + 1e-6));
         smallest = fmin(smallest, scale);
     }
-    check(worst <= (FP64   ? 1e-12
-                    : BF16 ? 1e-2
-                           : 2e-6) &&
-              smallest < 0.9,
+    check(worst <= by_precision(1e-12, 2e-6, 1e-2) && smallest < 0.9,
           "%s: --update layer clips by the previous norm: %.1e (scale down to %.2f)", f->name,
           worst, smallest);
     run_close(a);
@@ -484,7 +498,8 @@ static void test_auto(const Fixture *f) {
     const int steps = quick ? 2 : 3;
     Outcome base = outcome_of(f, 0, &s, steps);
     Run *r = run_open(f, 0, &s);
-    size_t store = r->t->act.store_size, used = r->t->arena.used;
+    size_t store = r->t->act.store_size;
+    size_t used = r->t->arena.used;
     run_close(r);
     s.step.recompute = RECOMPUTE_AUTO;
     s.step.memory = used - store / 2;
@@ -505,16 +520,19 @@ static void test_utilisation(const Fixture *f) {
     Run *plain = run_open(f, 0, &s);
     s.step.expert_grad_scale = 1;
     Run *scaled = run_open(f, 0, &s);
-    Weights a = weights_new(&plain->m.c), b = weights_new(&plain->m.c);
+    Weights a = weights_new(&plain->m.c);
+    Weights b = weights_new(&plain->m.c);
     const Config *c = &plain->m.c;
-    int equal, unused = 0;
+    int equal;
+    int unused = 0;
     run_step(plain, 1, 0, 0);
     run_step(scaled, 1, 0, 0);
     read_all(plain, &a, 1, 1, &equal);
     read_all(scaled, &b, 1, 1, &equal);
     double worst = 0;
     for (int i = 0; i < a.n; i++) {
-        int layer, expert, moe = 0;
+        int layer, expert;
+        int moe = 0;
         double factor = 1;
         if (sscanf(a.weight[i].name, "model.layers.%d.mlp.experts.%d.", &layer, &expert) == 2) {
             for (int l = 0; l < layer; l++) moe += c->is_moe[l];
@@ -544,7 +562,8 @@ static void test_bias(const Fixture *f) {
     Run *r = run_open(f, 0, &s);
     const Config *c = &r->m.c;
     int wrong = 0;
-    double mean = (double)f->B * f->T * c->K / c->E, dispatch[2] = { 0, 0 };
+    double mean = (double)f->B * f->T * c->K / c->E;
+    double dispatch[2] = { 0, 0 };
     run_step(r, 1, 0, 0);
     for (int i = 0; i < c->n_moe * c->E; i++) {
         double count = (double)r->t->router.host_count[i];
@@ -575,13 +594,17 @@ static void test_unused_expert(const Fixture *f) {
     char *path = xasprintf("%s/config.json", f->dir);
     Config c = config_read(path);
     free(path);
-    float *bias = (float *)xcalloc((size_t)c.n_moe * (size_t)c.E, sizeof(float), "bias");
+    float *bias = floats((int64_t)c.n_moe * c.E);
     for (int l = 0; l < c.n_moe; l++) bias[l * c.E + c.E - 1] = -1000;
     s.bias = bias;
     Run *r = run_open(f, 0, &s);
-    Weights first = weights_new(&c), last = weights_new(&c);
-    int equal, changed = 0, tensors = 0;
-    double worst = 0, size = 0;
+    Weights first = weights_new(&c);
+    Weights last = weights_new(&c);
+    int equal;
+    int changed = 0;
+    int tensors = 0;
+    double worst = 0;
+    double size = 0;
     read_all(r, &first, 0, 0, &equal);
     for (int i = 1; i <= 20; i++) run_step(r, i, r->lr, 0);
     read_all(r, &last, 0, 0, &equal);
@@ -617,8 +640,11 @@ static void test_nonfinite(const Fixture *f) {
     s.step.skip_nonfinite = 1;
     Run *r = run_open(f, 0, &s);
     Outcome base = outcome_of(f, 0, &s, 1);
-    int block = r->m.head_block, equal, differ = 0;
-    floatX keep, bad = double_x(INFINITY);
+    int block = r->m.head_block;
+    int equal;
+    int differ = 0;
+    floatX keep;
+    floatX bad = double_x(INFINITY);
     device_download(&keep, r->t->optimizer.state[block].param, sizeof keep);
     device_upload(r->t->optimizer.state[block].param, &bad, sizeof bad);
     StepResult x = run_step(r, 1, r->lr, 0);
@@ -650,10 +676,12 @@ static void forward_only(const Fixture *f, int micro_batch) {
     double loss = trainer_evaluate(r->t, r->data, 0, f->B, 0);
     SafeTensors d = safetensors_open(dump);
     int64_t n;
-    int V = r->m.c.V, length = f->T - 3;
-    double *logits = read_tensor(&d, "logits", &n), worst = 0,
-           *wide = (double *)xcalloc((size_t)V, sizeof(double), "logits");
-    float *got = (float *)xcalloc((size_t)V, sizeof(float), "logits");
+    int V = r->m.c.V;
+    int length = f->T - 3;
+    double *logits = read_tensor(&d, "logits", &n);
+    double worst = 0;
+    double *wide = doubles(V);
+    float *got = floats(V);
     trainer_logits(r->t, r->t->tokens.host_ids, length, got);
     for (int v = 0; v < V; v++) wide[v] = (double)got[v];
     worst = distance(wide, logits + (size_t)(length - 1) * (size_t)V, V);
@@ -693,7 +721,8 @@ static void test_8bit(const Fixture *f) {
 }
 
 int main(int argc, char **argv) {
-    const char *root = "dev/fixtures", *only = 0;
+    const char *root = "dev/fixtures";
+    const char *only = 0;
     int threads = 1; // the models are tiny: one thread is fastest; test_kernels shows that the bits
                      // do not depend on it
     CommOptions comm = { 120, 0, 1 };
@@ -715,7 +744,8 @@ int main(int argc, char **argv) {
     }
     comm_start(comm);
     device_init(comm_local_rank(), threads);
-    int rank = 0, *ranks = (int *)xcalloc((size_t)comm_world_size(), sizeof(int), "ranks");
+    int rank = 0;
+    int *ranks = ints(comm_world_size());
     for (; rank < comm_world_size(); rank++) ranks[rank] = rank;
     Comm *all = comm_group("test", ranks, comm_world_size());
     free(ranks);

@@ -36,7 +36,7 @@ static void naive_example(void) {
 
     example_rows("tokens u", "token", u, R, C);
     example_rows("router Wr, a row an expert", "expert", router, E, C);
-    Routing y = route(u, router, 0, R, &c);
+    NaiveRouting y = route(u, router, 0, R, &c);
     example_rows("logits z = u Wr^T, a column an expert", "token", y.z, R, E);
     example_rows("probabilities p = softmax(z)", "token", y.p, R, E);
     printf("chosen experts and their scores\n");

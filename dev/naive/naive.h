@@ -146,15 +146,15 @@ typedef struct {         // what it decides for R tokens
     number *score;       // (R,K) their weights in the sum
     number *load, *mean; // (E) share of the tokens that chose e, sums to K; mean of p
     number *lse;         // (R) log sum exp z
-} Routing;
+} NaiveRouting;
 
 // z = u Wr^T, p = softmax(z). The K largest p are chosen (ties: the lower expert), or `given`
 // (R,K) says which. u (R,C), Wr (E,C). These numbers are never rounded: they decide.
-static Routing route(const number *u, const number *Wr, const int *given, int64_t R,
-                     const NaiveConfig *c) {
+static NaiveRouting route(const number *u, const number *Wr, const int *given, int64_t R,
+                          const NaiveConfig *c) {
     int64_t C = c->C, E = c->E, K = c->K;
-    Routing y = { zeros(R * E), zeros(R * E), (int *)zeros(R * K), zeros(R * K), zeros(E),
-                  zeros(E),     zeros(R) };
+    NaiveRouting y = { zeros(R * E), zeros(R * E), (int *)zeros(R * K), zeros(R * K), zeros(E),
+                       zeros(E),     zeros(R) };
     for (int64_t r = 0; r < R; r++) {
         number *z = y.z + r * E, *p = y.p + r * E, sum = 0, chosen = 0;
         int *topk = y.topk + r * K, n = 0;
@@ -181,7 +181,7 @@ static Routing route(const number *u, const number *Wr, const int *given, int64_
 }
 // From dscore (R,K) and the router's own losses to dz (R,E), which it returns; du += dz Wr,
 // dWr += dz^T u. load (E): the auxiliary loss's; aux, z_loss: a token's share of each coefficient.
-static number *route_back(number *du, number *dWr, const number *dscore, const Routing *y,
+static number *route_back(number *du, number *dWr, const number *dscore, const NaiveRouting *y,
                           const number *load, double aux, double z_loss, const number *u,
                           const number *Wr, int64_t R, const NaiveConfig *c) {
     int64_t C = c->C, E = c->E, K = c->K;
@@ -288,7 +288,7 @@ typedef struct {           // what a layer's forward leaves for its backward
     number *h, *q, *k, *v; // (R,C) norm(x); (R,H,D) (R,KV,D) (R,KV,D)
     number *qn, *kn, *p;   // q and k with norm and rotation; (R,H,T) attention's weights
     number *o, *mid, *u;   // (R,H,D); (R,C) the layer between its halves; its norm
-    Routing routing;
+    NaiveRouting routing;
 } NaiveLayer;
 
 static void add_into(number *a, const number *b, int64_t n) {
@@ -330,7 +330,7 @@ static void naive_layer_back(number *dx, const NaiveLayer *s, Weight *w, int moe
                              const number *load, double aux, double z_loss, int64_t R, int64_t T,
                              const NaiveConfig *c) {
     int64_t C = c->C, H = c->H, KV = c->KV, D = c->D;
-    const Routing *y = &s->routing;
+    const NaiveRouting *y = &s->routing;
     number *du = zeros(R * C), *dh = zeros(R * C), *d_o = zeros(R * H * D);
     number *dqn = zeros(R * H * D), *dkn = zeros(R * KV * D), *dv = zeros(R * KV * D);
     number *dq = zeros(R * H * D), *dk = zeros(R * KV * D), *dscore = zeros(R * (moe ? c->K : 1));
@@ -373,7 +373,7 @@ static void naive_model(NaiveBatch *b, const NaiveConfig *c, const Weights *all)
     // The router's losses: load and mean pooled over the layers (each layer's share is equal).
     b->loss = b->aux = b->z = 0;
     for (int64_t l = 0; l < L; l++) {
-        const Routing *y = &layer[l].routing;
+        const NaiveRouting *y = &layer[l].routing;
         for (int64_t r = 0; c->is_moe[l] && r < R; r++)
             b->z += (double)y->lse[r] * y->lse[r] / (double)(R * n_moe);
         for (int64_t e = 0; c->is_moe[l] && e < E; e++) {

@@ -34,7 +34,7 @@ static int next_layout(Layout *l, const Config *c, int *turn) {
 
 // A selection bias (n_moe, E): experts [first, first + n) may be chosen, no other.
 static float *only_experts(const Config *c, int first, int n) {
-    float *bias = (float *)xcalloc((size_t)c->n_moe * (size_t)c->E + 1, sizeof(float), "bias");
+    float *bias = floats((int64_t)c->n_moe * c->E + 1);
     for (int i = 0; i < c->n_moe * c->E; i++)
         bias[i] = i % c->E >= first && i % c->E < first + n ? 0.0f : -1000.0f;
     return bias;
@@ -56,7 +56,8 @@ static void compare_layouts(const Fixture *f, const Config *c, Setup s, int step
     Outcome solo = outcome_of(f, 0, &one, steps);
     Layout l;
     double worst = 0;
-    int cases = 0, wrong = 0;
+    int cases = 0;
+    int wrong = 0;
     char text[700] = "";
     for (int turn = 0; next_layout(&l, c, &turn);) {
         int ranks = l.dp * l.fsdp * l.ep / (l.dispatch == DISPATCH_ALLREDUCE ? l.ep : 1);
@@ -90,7 +91,8 @@ static Fixture one_expert_fixture(const Fixture *f) {
     if (mkdir(g.dir, 0700)) die("%s: cannot make it|free space", g.dir);
     static const char *const names[] = { "config.json", "model.safetensors.index.json",
                                          "model.safetensors", 0 };
-    char from[600], to[600], *full = realpath(f->dir, 0);
+    char from[600], to[600];
+    char *full = realpath(f->dir, 0);
     for (int i = 1; names[i]; i++) {
         snprintf(from, sizeof from, "%s/%s", full, names[i]);
         snprintf(to, sizeof to, "%s/%s", g.dir, names[i]);
@@ -128,7 +130,8 @@ static void test_loads(const Fixture *f, const Config *c, int batch) {
     Setup s = fixture_setup(f, OPT_SGD);
     s.step.batch = batch;
     s.step.balance_rate = 1e-30; // switches the bias on without moving it
-    float *half = only_experts(c, 0, c->E / 2), *last;
+    float *half = only_experts(c, 0, c->E / 2);
+    float *last;
     s.bias = half;
     compare_layouts(f, c, s, 20, -1, 1,
                     "experts 0 .. E/2-1 only: ranks of the upper half get no token");
@@ -156,12 +159,15 @@ static void test_unused(const Fixture *f, const Config *c, int batch) {
     float *bias = only_experts(c, 0, c->E - 1);
     s.bias = bias;
     Layout l;
-    int wrong = 0, cases = 0, tensors = 0;
+    int wrong = 0;
+    int cases = 0;
+    int tensors = 0;
     for (int turn = 0; next_layout(&l, c, &turn);) {
         int ranks = l.dp * l.fsdp * l.ep / (l.dispatch == DISPATCH_ALLREDUCE ? l.ep : 1);
         if (batch % ranks) continue;
         Run *r = run_open(f, &l, &s);
-        Weights first = weights_new(c), last = weights_new(c);
+        Weights first = weights_new(c);
+        Weights last = weights_new(c);
         int equal, copies;
         read_all(r, &first, 0, 0, &equal);
         for (int i = 1; i <= 20; i++) run_step(r, i, r->lr, 0);
@@ -197,7 +203,8 @@ static void test_unused(const Fixture *f, const Config *c, int batch) {
 
 // ---- changing counts ------------------------------------------------------------------------
 static long resident_pages(void) {
-    long size = 0, resident = 0;
+    long size = 0;
+    long resident = 0;
     FILE *f = fopen("/proc/self/statm", "r");
     if (f) {
         if (fscanf(f, "%ld %ld", &size, &resident) != 2) resident = 0;
@@ -226,18 +233,20 @@ static void test_changing(const Fixture *f, const Config *c, int batch, int upda
     s.step.balance_rate = 1e-30;
     s.step.micro_batch = 1;
     size_t n = (size_t)c->n_moe * (size_t)c->E;
-    float *bias = (float *)xcalloc(n, sizeof(float), "bias");
+    float *bias = floats(n);
     Layout l;
     for (int turn = 0; next_layout(&l, c, &turn);) {
         int ranks = l.dp * l.fsdp * l.ep / (l.dispatch == DISPATCH_ALLREDUCE ? l.ep : 1);
         if (l.ep == 1 || batch % ranks ||
             (l.dispatch != DISPATCH_ALLTOALL && l.ep != comm_world_size()))
             continue;
-        Run *one = run_open(f, 0, &s), *r = run_open(f, &l, &s);
+        Run *one = run_open(f, 0, &s);
+        Run *r = run_open(f, &l, &s);
         uint64_t bits = 0x9e3779b97f4a7c15u;
         int64_t *before = (int64_t *)xcalloc(n, sizeof(int64_t), "counts");
         int unchanged = 0;
-        long early = 0, late = 0;
+        long early = 0;
+        long late = 0;
         size_t arena = r->t->arena.used;
         double worst = 0;
         for (int i = 1; i <= updates; i++) {
@@ -249,7 +258,8 @@ static void test_changing(const Fixture *f, const Config *c, int batch, int upda
             }
             trainer_set_bias(one->t, bias, n);
             trainer_set_bias(r->t, bias, n);
-            StepResult a = run_step(one, i, 0, 0), b = run_step(r, i, 0, 0);
+            StepResult a = run_step(one, i, 0, 0);
+            StepResult b = run_step(r, i, 0, 0);
             worst = fmax(worst, fmax(relative(b.loss, a.loss), relative(b.grad_norm, a.grad_norm)));
             unchanged += !memcmp(before, r->t->router.host_count, n * sizeof(int64_t));
             memcpy(before, r->t->router.host_count, n * sizeof(int64_t));
@@ -339,7 +349,8 @@ static void test_head_chunks(const Fixture *f) {
 }
 
 int main(int argc, char **argv) {
-    const char *root = "dev/fixtures", *base = getenv("TMPDIR");
+    const char *root = "dev/fixtures";
+    const char *base = getenv("TMPDIR");
     int quick = 0;
     CommOptions comm = { 120, 0, 1 };
     comm_init(&argc, &argv);
@@ -353,7 +364,8 @@ int main(int argc, char **argv) {
     }
     comm_start(comm);
     device_init(comm_local_rank(), 1);
-    int world = comm_world_size(), *ranks = (int *)xcalloc((size_t)world, sizeof(int), "ranks");
+    int world = comm_world_size();
+    int *ranks = ints(world);
     for (int i = 0; i < world; i++) ranks[i] = i;
     Comm *all = comm_group("test", ranks, world);
     free(ranks);

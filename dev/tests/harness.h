@@ -35,6 +35,15 @@ MOE_PRINTF(2, 3) static void check(int ok, const char *format, ...) {
         failed++;
 }
 
+// ---- zeroed arrays, freed by the caller -----------------------------------------------------
+static double *doubles(int64_t n) {
+    return (double *)xcalloc((size_t)n + 1, sizeof(double), "a test array");
+}
+static float *floats(int64_t n) {
+    return (float *)xcalloc((size_t)n + 1, sizeof(float), "a test array");
+}
+static int *ints(int64_t n) { return (int *)xcalloc((size_t)n + 1, sizeof(int), "a test array"); }
+
 // ---- tensors of a whole model, in double: those of the naive model -----------------------------
 static NaiveConfig naive_config(const Config *c) {
     NaiveConfig n = { c->V,    c->C,   c->L,       c->H,         c->KV,     c->D,
@@ -98,7 +107,8 @@ static Fixture fixture_open(const char *root, const char *name) {
     f.name = name;
     f.dir = xasprintf("%s/%s", root, name);
     f.tokens = xasprintf("%s/tokens.bin", f.dir);
-    char *path = xasprintf("%s/meta.json", f.dir), *text = read_text(path);
+    char *path = xasprintf("%s/meta.json", f.dir);
+    char *text = read_text(path);
     cJSON *meta = text ? cJSON_Parse(text) : 0;
     if (!meta)
         die("%s: cannot read|run from the root of the repository, or give --fixtures DIR", path);
@@ -271,7 +281,8 @@ static void read_shards(const Run *r, Weights *all, int state, int into_g) {
                           r->m.block[b].segment_slice[i], name);
             if (strcmp(all->weight[at].name, name)) at = weights_find(all, name);
             double *to = (into_g ? all->weight[at].g : all->weight[at].w) + s->first;
-            size_t n = (size_t)s->count, width = state ? sizeof(real) : sizeof(floatX);
+            size_t n = (size_t)s->count;
+            size_t width = state ? sizeof(real) : sizeof(floatX);
             char *raw = (char *)xmalloc(n * width, "a shard");
             device_download(raw,
                             state ? (const char *)(o->m + s->offset)
@@ -286,13 +297,14 @@ static void read_shards(const Run *r, Weights *all, int state, int into_g) {
 // The whole model on every rank. *equal: whether data-parallel copies of a shard hold the same
 // bits.
 static void read_all(const Run *r, Weights *all, int state, int into_g, int *equal) {
-    size_t n = 0, at;
+    size_t n = 0;
+    size_t at;
     *equal = 1;
     read_shards(r, all, state, into_g);
     if (r->g.world == 1) return;
     for (int i = 0; i < all->n; i++) n += (size_t)all->weight[i].n;
-    double *mine = (double *)xcalloc(n, sizeof(double), "a model"),
-           *every = (double *)xcalloc(n * (size_t)r->g.world, sizeof(double), "a model");
+    double *mine = doubles(n);
+    double *every = doubles((int64_t)n * r->g.world);
     for (int i = 0; i < all->n; i++)
         for (int64_t k = 0; k < all->weight[i].n; k++)
             (into_g ? all->weight[i].g : all->weight[i].w)[k] = NAN;
@@ -384,16 +396,25 @@ static void outcome_free(Outcome *o) {
     weights_free(&o->all);
 }
 
+// ---- bounds ---------------------------------------------------------------------------------
+enum { FP64 = sizeof(real) == 8, BF16 = sizeof(floatX) == 2 };
+static double by_precision(double fp64, double fp32, double bf16) {
+    if (FP64) return fp64;
+    return BF16 ? bf16 : fp32;
+}
+
 // ---- comparison -----------------------------------------------------------------------------
 // |a - b| / |b| in the 2-norm. A tensor that must be zero (an expert without tokens, I3) must be
 // exactly zero. NaN is infinitely far away.
 static double distance(const double *a, const double *b, int64_t n) {
-    double difference = 0, size = 0;
+    double difference = 0;
+    double size = 0;
     for (int64_t i = 0; i < n; i++) {
         difference += (a[i] - b[i]) * (a[i] - b[i]);
         size += b[i] * b[i];
     }
-    double e = size > 0 ? sqrt(difference / size) : difference == 0 ? 0 : INFINITY;
+    if (size == 0) return difference == 0 ? 0 : INFINITY;
+    double e = sqrt(difference / size);
     return isnan(e) ? INFINITY : e;
 }
 static double relative(double a, double b) {
@@ -405,8 +426,9 @@ static double relative(double a, double b) {
 // gradients: over all of them together.
 static double worst_of(const Weights *a, const Weights *b, int gradients, const char **name) {
     double worst = -1;
-    if (gradients && sizeof(floatX) == 2) { // bf16: see layouts.h
-        double difference = 0, size = 0;
+    if (gradients && BF16) { // bf16: see layouts.h
+        double difference = 0;
+        double size = 0;
         for (int i = 0; i < a->n; i++)
             for (int64_t k = 0; k < a->weight[i].n; k++) {
                 difference += pow(a->weight[i].g[k] - b->weight[i].g[k], 2);

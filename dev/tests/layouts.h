@@ -24,7 +24,8 @@ static char *uneven_tokens(const Fixture *f, int ignore, int batch, int updates)
     }; // first half, second half, all but one, none, every other
     char *path = xasprintf("%s/uneven%d.bin", temporary, comm_world_rank());
     unsigned char *bytes = (unsigned char *)xcalloc(1 << 20, 1, "tokens");
-    FILE *in = fopen(f->tokens, "rb"), *out = fopen(path, "wb");
+    FILE *in = fopen(f->tokens, "rb");
+    FILE *out = fopen(path, "wb");
     size_t n = in ? fread(bytes, 1, 1 << 20, in) : 0;
     if (!out || n < 1024 + 2 * (size_t)(updates * batch * f->T + 1))
         die("%s: too few tokens for %d updates|write the fixtures again", f->tokens, updates);
@@ -48,12 +49,17 @@ typedef struct {
 typedef struct {
     int dp, fsdp, ep;
 } Shape;
-static const char *const dispatch_names[] = { "alltoall", "allgather", "allreduce" },
-                         *const recompute_names[] = { "none", "moe", "layer", "auto" };
+static const char *const dispatch_names[] = { "alltoall", "allgather", "allreduce" };
+static const char *const recompute_names[] = { "none", "moe", "layer", "auto" };
+static const char *const attention_names[] = { "data", "heads" };
+static const char *const update_names[] = { "end", "layer" };
+static const char *const copies_text[] = { "; COPIES DIFFER", "" };
+static const char *const counts_text[] = { "; COUNTS DIFFER", "" };
 
 // The micro-batch: choice 0 = all, 1 = single sequences, 2 = halves.
 static int micro_of(int choice, int sequences) {
-    return choice == 0 ? sequences : choice == 1 ? 1 : sequences / 2;
+    if (choice == 0) return sequences;
+    return choice == 1 ? 1 : sequences / 2;
 }
 
 // Sequences of a rank in this case; 0 where the case is impossible, or the same as another one:
@@ -61,8 +67,8 @@ static int micro_of(int choice, int sequences) {
 // where both do something.
 static int local_sequences(const Config *c, const Shape *shape, const Case *k, int batch) {
     const Shape *s = &shape[k->value[0]];
-    int ranks = s->dp * s->fsdp * s->ep / (k->value[1] == DISPATCH_ALLREDUCE ? s->ep : 1),
-        sequences = batch % ranks ? 0 : batch / ranks;
+    int ranks = s->dp * s->fsdp * s->ep / (k->value[1] == DISPATCH_ALLREDUCE ? s->ep : 1);
+    int sequences = batch % ranks ? 0 : batch / ranks;
     if (s->ep == 1 && (k->value[1] || k->value[2])) return 0;
     if (k->value[2] && c->KV % s->ep) return 0;
     if ((k->value[4] == 1 && sequences < 2) ||
@@ -77,7 +83,8 @@ static int covering(Case *out, const Config *c, const Shape *shape, int n_shapes
     const int size[FACTORS] = { n_shapes, 3, 2, 4, 3, 2 };
     static unsigned char covered[FACTORS][MAX_VALUES][FACTORS][MAX_VALUES];
     static Case all[MAX_CASES];
-    int n_all = 0, n = 0;
+    int n_all = 0;
+    int n = 0;
     memset(covered, 0, sizeof covered);
     for (int i = 0, total = size[0] * 3 * 2 * 4 * 3 * 2; i < total; i++) {
         Case k;
@@ -88,7 +95,8 @@ static int covering(Case *out, const Config *c, const Shape *shape, int n_shapes
         if (local_sequences(c, shape, &k, batch)) all[n_all++] = k;
     }
     for (;;) {
-        int best = -1, most = 0;
+        int best = -1;
+        int most = 0;
         for (int i = 0; i < n_all; i++) {
             int gain = 0;
             for (int a = 0; a < FACTORS; a++)
@@ -121,14 +129,14 @@ static int shapes_of(Shape *shape, int world, const Config *c) {
 }
 
 // ---- the tests ------------------------------------------------------------------------------
-static double layout_bound(void) {
-    return sizeof(real) == 8 ? 1e-7 : sizeof(floatX) == 2 ? 4e-2 : 1e-5;
-} // fp64: gradients come from dumps, which are fp32
+// fp64: gradients come from dumps, which are fp32.
+static double layout_bound(void) { return by_precision(1e-7, 1e-5, 4e-2); }
 
 static void test_cover(const Fixture *f, const Config *c, const Shape *shape, int n_shapes,
                        int batch) {
     static Case cases[MAX_CASES];
-    int n = covering(cases, c, shape, n_shapes, batch), steps = quick ? 2 : 5;
+    int n = covering(cases, c, shape, n_shapes, batch);
+    int steps = quick ? 2 : 5;
     if (quick && n > 8)
         n = 8; // each covers as many of the open pairs as one case can: the first ones most of them
     const int ignore = f->ignore < 0 ? 0 : f->ignore;
@@ -161,11 +169,11 @@ static void test_cover(const Fixture *f, const Config *c, const Shape *shape, in
             counts = counts && o.r[k].valid == solo[0].r[k].valid &&
                      o.r[k].expert_dead == solo[v[5]].r[k].expert_dead;
         check(
-            difference_worst(&d) <= layout_bound() && o.equal && (counts || sizeof(floatX) == 2),
+            difference_worst(&d) <= layout_bound() && o.equal && (counts || BF16),
             "dp %d fsdp %d ep %d, %s, attention %s, recompute %s, micro-batch %d of %d, update %s: %s%s%s",
-            l.dp, l.fsdp, l.ep, dispatch_names[v[1]], v[2] ? "heads" : "data",
-            recompute_names[v[3]], s.step.micro_batch, sequences, v[5] ? "layer" : "end",
-            difference_text(&d), o.equal ? "" : "; COPIES DIFFER", counts ? "" : "; COUNTS DIFFER");
+            l.dp, l.fsdp, l.ep, dispatch_names[v[1]], attention_names[v[2]], recompute_names[v[3]],
+            s.step.micro_batch, sequences, update_names[v[5]], difference_text(&d),
+            copies_text[o.equal], counts_text[counts]);
         outcome_free(&o);
     }
     outcome_free(&solo[0]);
@@ -185,11 +193,13 @@ static void test_layout_transformers(const Fixture *f, const Config *c, const Sh
         const int updates = quick ? 2 : 10;
         Outcome o = outcome_of(f, &l, &s, updates);
         int64_t n;
-        double *losses = read_tensor(&f->expected, "losses_sgd", &n),
-               *norms = read_tensor(&f->expected, "grad_norms_sgd", &n),
-               *logits = read_tensor(&f->expected, "logits", &n);
-        double loss = 0, norm = 0, gradient = 0,
-               z = n == o.n_logits ? distance(o.logits, logits, n) : INFINITY;
+        double *losses = read_tensor(&f->expected, "losses_sgd", &n);
+        double *norms = read_tensor(&f->expected, "grad_norms_sgd", &n);
+        double *logits = read_tensor(&f->expected, "logits", &n);
+        double loss = 0;
+        double norm = 0;
+        double gradient = 0;
+        double z = n == o.n_logits ? distance(o.logits, logits, n) : INFINITY;
         for (int k = 0; k < updates; k++) {
             loss = fmax(loss, relative(o.r[k].loss, losses[k]));
             norm = fmax(norm, relative(o.r[k].grad_norm, norms[k]));
@@ -201,12 +211,10 @@ static void test_layout_transformers(const Fixture *f, const Config *c, const Sh
             gradient = fmax(gradient, distance(o.all.weight[k].g, g, n));
             free(g);
         }
-        double bound = sizeof(floatX) == 2
-                           ? 0.2
-                           : 1e-5; // bf16: near choices of the router fall differently than in fp32
+        double bound =
+            BF16 ? 0.2 : 1e-5; // bf16: near choices of the router fall differently than in fp32
         check(
-            loss <= bound && norm <= bound && z <= bound &&
-                (gradient <= 2 * bound || sizeof(floatX) == 2),
+            loss <= bound && norm <= bound && z <= bound && (gradient <= 2 * bound || BF16),
             "dp %d fsdp %d ep %d, %s, attention %s against transformers: logits %.1e, gradients %.1e, %d losses %.1e, norms %.1e",
             l.dp, l.fsdp, l.ep, dispatch_names[l.dispatch], l.heads ? "heads" : "data", z, gradient,
             updates, loss, norm);
@@ -221,16 +229,15 @@ static void test_layout_transformers(const Fixture *f, const Config *c, const Sh
 // group: the others receive nothing, the first everything.
 static void test_edge_load(const Fixture *f, const Config *c, const Shape *shape, int n_shapes,
                            int batch) {
-    float *bias = (float *)xcalloc((size_t)c->n_moe * (size_t)c->E, sizeof(float), "bias");
+    float *bias = floats((int64_t)c->n_moe * c->E);
     for (int i = 0; i < c->n_moe * c->E; i++) bias[i] = i % c->E < c->K ? 0.0f : -1000.0f;
     Setup s = fixture_setup(f, OPT_SGD);
     s.step.batch = batch;
     s.step.balance_rate = 1e-30; // switches the bias on without moving it
     s.bias = bias;
-    int steps = quick                    ? 2
-                : 20 * batch > 10 * f->B ? 10
-                                         : 20; // the loader wraps, so more updates than the file
-                                               // has are fine; fewer keep it short for odd worlds
+    // The loader wraps, so more updates than the file has are fine; fewer keep odd worlds short.
+    int steps = 20 * batch > 10 * f->B ? 10 : 20;
+    if (quick) steps = 2;
     Outcome solo = outcome_of(f, 0, &s, steps);
     for (int i = 0; i < n_shapes; i++)
         for (int dispatch = 0; dispatch < 3 && shape[i].ep > 1; dispatch++) {
@@ -258,7 +265,8 @@ static void test_layout_evaluation(const Fixture *f, const Shape *shape, int n_s
     Setup s = fixture_setup(f, OPT_SGD);
     s.step.batch = batch;
     Run *r = run_open(f, 0, &s);
-    double expected = trainer_evaluate(r->t, r->data, 0, batch + 1, 0), worst = 0;
+    double expected = trainer_evaluate(r->t, r->data, 0, batch + 1, 0);
+    double worst = 0;
     run_close(r);
     for (int i = 0; i < n_shapes; i++) {
         Layout l = { shape[i].dp, shape[i].fsdp, shape[i].ep, DISPATCH_ALLTOALL, 0 };
@@ -266,8 +274,8 @@ static void test_layout_evaluation(const Fixture *f, const Shape *shape, int n_s
         worst = fmax(worst, relative(trainer_evaluate(r->t, r->data, 0, batch + 1, 0), expected));
         run_close(r);
     }
-    check(worst <= (sizeof(floatX) == 2 ? 1e-2 : 1e-6),
-          "validation loss of %d windows in %d layouts: %.1e", batch + 1, n_shapes, worst);
+    check(worst <= (BF16 ? 1e-2 : 1e-6), "validation loss of %d windows in %d layouts: %.1e",
+          batch + 1, n_shapes, worst);
 }
 
 static void test_layouts(const Fixture *f) {
@@ -276,8 +284,10 @@ static void test_layouts(const Fixture *f) {
     free(path);
     Shape shape[MAX_VALUES];
     const int windows = 8; // what uneven_tokens marks
-    int world = comm_world_size(), n = shapes_of(shape, world, &c),
-        batch = windows % world ? world * (windows / world > 0 ? windows / world : 1) : windows;
+    int world = comm_world_size();
+    int n = shapes_of(shape, world, &c);
+    int batch = windows - windows % world; // the most that divides, at least one each
+    if (batch == 0) batch = world;
     if (f->B % world == 0) test_layout_transformers(f, &c, shape, n);
     test_cover(f, &c, shape, n, batch);
     test_edge_load(f, &c, shape, n, batch);

@@ -22,19 +22,18 @@ static int64_t differing(const Run *r, const SafeTensors *file, int state, int64
                           r->m.block[b].segment_slice[i], name);
             snprintf(key, sizeof key, "%s%s", name, suffix[state]);
             const SafeTensor *t = safetensors_find(file, key);
-            size_t width = state ? sizeof(real) : sizeof(floatX), bytes = (size_t)s->count * width;
+            size_t width = state ? sizeof(real) : sizeof(floatX);
+            size_t bytes = (size_t)s->count * width;
             *n += s->count;
             if (!t || dtype_size(t->type) != width) {
                 wrong += s->count;
                 continue;
             }
-            char *here = (char *)xmalloc(bytes, "a shard"),
-                 *there = (char *)xmalloc(bytes, "a shard");
-            device_download(here,
-                            state == 0   ? (const void *)(o->param + s->offset)
-                            : state == 1 ? (const void *)(o->m + s->offset)
-                                         : (const void *)(o->v + s->offset),
-                            bytes);
+            char *here = (char *)xmalloc(bytes, "a shard");
+            char *there = (char *)xmalloc(bytes, "a shard");
+            const void *from = o->param + s->offset;
+            if (state) from = (state == 1 ? o->m : o->v) + s->offset;
+            device_download(here, from, bytes);
             safetensors_read(file, t, s->first * (int64_t)width, there, (int64_t)bytes);
             for (int64_t k = 0; k < s->count; k++)
                 wrong += memcmp(here + (size_t)k * width, there + (size_t)k * width, width) != 0;
@@ -56,10 +55,11 @@ int main(int argc, char **argv) {
     f.tokens = argv[2];
     f.T = 16;
     f.ignore = -1;
-    char *path = xasprintf("%s/config.json", f.dir),
-         *state_path = xasprintf("%s/optimizer.safetensors", f.dir);
+    char *path = xasprintf("%s/config.json", f.dir);
+    char *state_path = xasprintf("%s/optimizer.safetensors", f.dir);
     Config c = config_read(path);
-    SafeTensors model = safetensors_open_folder(f.dir), state = safetensors_open(state_path);
+    SafeTensors model = safetensors_open_folder(f.dir);
+    SafeTensors state = safetensors_open(state_path);
     Shape shape[MAX_VALUES];
     int n = shapes_of(shape, comm_world_size(), &c);
     for (int i = 0; i < 2 * n; i++) {
@@ -70,11 +70,13 @@ int main(int argc, char **argv) {
         s.step.batch = 2 * comm_world_size();
         Run *r = run_open(&f, &l, &s);
         checkpoint_resume(r->k, f.dir, r->t->optimizer.state);
-        int64_t wrong = 0, numbers = 0, parameters = 0;
+        int64_t wrong = 0;
+        int64_t numbers = 0;
+        int64_t parameters = 0;
         for (int k = 0; k < 3; k++) wrong += differing(r, k ? &state : &model, k, &numbers);
         for (int k = 0; k < model.n; k++) parameters += safetensors_elements(&model.tensor[k]);
-        double all_wrong = comm_sum(r->g.all, (double)wrong),
-               all = comm_sum(r->g.all, (double)numbers);
+        double all_wrong = comm_sum(r->g.all, (double)wrong);
+        double all = comm_sum(r->g.all, (double)numbers);
         check(all_wrong == 0 && all == 3.0 * (double)parameters * l.dp,
               "dp %d fsdp %d ep %d%s: parameters and both moments, %.0f numbers, %.0f differ", l.dp,
               l.fsdp, l.ep, l.heads ? ", heads split" : "", all, all_wrong);

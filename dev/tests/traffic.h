@@ -17,7 +17,8 @@ static int64_t group_bytes(Comm *g) {
 static int traffic_equal(const Run *r, char *text, size_t size) {
     const Trainer *t = r->t;
     const Grid *g = &r->g;
-    double micro = (double)t->n_micro * t->o.rounds, dispatches = micro * r->m.c.n_moe;
+    double micro = (double)t->n_micro * t->o.rounds;
+    double dispatches = micro * r->m.c.n_moe;
     Routing routing = { (double)t->counts.sent / dispatches,
                         (double)t->counts.received / dispatches,
                         t->counts.sent ? (double)t->counts.redispatched / (double)t->counts.sent
@@ -56,13 +57,19 @@ static void test_traffic(const Fixture *f, int quick) {
     Config c = config_read(path);
     free(path);
     Shape shape[MAX_VALUES];
-    int world = comm_world_size(), n = shapes_of(shape, world, &c), batch = 4 * world, cases = 0,
-        wrong = 0;
+    int world = comm_world_size();
+    int n = shapes_of(shape, world, &c);
+    int batch = 4 * world;
+    int cases = 0;
+    int wrong = 0;
     char first[256] = "";
     for (int i = 0; i < n; i++)
         for (int which = 0; which < 3 * 2 * 4 * 2 * 2; which++) {
-            int dispatch = which % 3, heads = which / 3 % 2, recompute = which / 6 % 4,
-                update = which / 24 % 2, rounds = 1 + which / 48;
+            int dispatch = which % 3;
+            int heads = which / 3 % 2;
+            int recompute = which / 6 % 4;
+            int update = which / 24 % 2;
+            int rounds = 1 + which / 48;
             if ((quick && which % 7 != i % 7) || (update && rounds > 1) ||
                 (shape[i].ep == 1 && (dispatch || heads)) || (heads && c.KV % shape[i].ep))
                 continue;
@@ -81,8 +88,8 @@ static void test_traffic(const Fixture *f, int quick) {
             if (recompute == RECOMPUTE_AUTO) r->t->act.store_size /= 2;
             run_step(r, 1, r->lr, 0);
             char text[256] = "";
-            int equal = traffic_equal(r, text, sizeof text),
-                all_equal = comm_max(r->g.all, !equal) == 0;
+            int equal = traffic_equal(r, text, sizeof text);
+            int all_equal = comm_max(r->g.all, !equal) == 0;
             if (!all_equal && !wrong) {
                 int speaker = (int)comm_max(r->g.all, equal ? -1 : r->g.rank);
                 comm_broadcast(r->g.all, text, sizeof text, speaker);
