@@ -206,8 +206,9 @@ static void naive_run(NaiveBatch *b, const Config *config, Weights *all, int rou
 // version's. A tensor of a few numbers (a q norm of 8) has an error that is a small sample of a
 // random variable, so the yardstick of a tensor is the larger of its own naive error and the median
 // over all tensors. What both round alike (the fp32 parts) adds 1e-5.
-static void test_naive(const Fixture *f) {
+static void test_naive(const Fixture *f, const char *replay) {
     Setup s = probe_setup(f);
+    s.replay = replay;
     Run *r = run_open(f, 0, &s);
     const Config *c = &r->m.c;
     Weights ours = weights_new(c);
@@ -289,6 +290,39 @@ static void test_naive(const Fixture *f) {
     weights_free(&truth);
     weights_free(&naive);
     run_close(r);
+}
+
+// A replayed routing, which the router would not choose: the naive model with the same choice. And
+// what a run records gives the same bits when it is replayed.
+static void test_replay(const Fixture *f) {
+    char *path = xasprintf("%s/config.json", f->dir), *step = 0;
+    Config c = config_read(path);
+    free(path);
+    path = xasprintf("%s/routing", temporary);
+    if (c.n_moe) {
+        write_routing(path, &c, f->B, f->T);
+        test_naive(f, path);
+        unlink(path);
+        Setup s = probe_setup(f);
+        Run *r = run_open(f, 0, &s);
+        r->t->routing = routing_open(r->t, path, "");
+        StepResult recorded = run_step(r, 1, 0, 0);
+        run_close(r);
+        step = xasprintf("%s/step_1.safetensors", path);
+        s.replay = step;
+        r = run_open(f, 0, &s);
+        StepResult replayed = run_step(r, 1, 0, 0);
+        run_close(r);
+        check(recorded.loss == replayed.loss && recorded.grad_norm == replayed.grad_norm,
+              "%s: a recorded routing replayed: loss %.1e, norm %.1e", f->name,
+              relative(replayed.loss, recorded.loss),
+              relative(replayed.grad_norm, recorded.grad_norm));
+        unlink(step);
+        rmdir(path);
+    }
+    free(step);
+    free(path);
+    config_free(&c);
 }
 
 // Central differences of the total loss through the whole model, fp64 builds: for every HF tensor
@@ -761,7 +795,8 @@ int main(int argc, char **argv) {
         if (only && strcmp(only, fixture_names[i])) continue;
         Fixture f = fixture_open(root, fixture_names[i]);
         test_transformers(&f);
-        test_naive(&f);
+        test_naive(&f, 0);
+        test_replay(&f);
         if (FP64) test_differences(&f);
         test_variants(&f);
         test_layer_clip(&f);

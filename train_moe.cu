@@ -304,6 +304,7 @@ static void train(Run *r) {
     r->report.begin = now_seconds();
     if (r->first < o->steps && *o->dump) t->dump = dump_open(o->dump, t);
     if (r->first < o->steps && o->trace_token >= 0) t->trace = trace_open(t, o->trace_token);
+    if (r->first < o->steps) t->routing = routing_open(t, o->routing_record, o->routing_replay);
     for (int64_t step = r->first + 1; step <= o->steps; step++) {
         double begin = now_seconds();
         StepResult s = update(r, step, o->lr * schedule_factor(&schedule, step));
@@ -373,6 +374,7 @@ static void run_free(Run *r) {
     run_folder_close(&r->folder);
     checkpoint_free(r->checkpoint);
     arena_free(&r->staging);
+    routing_close(r->trainer->routing);
     trainer_free(r->trainer);
     tokens_close(r->tokens);
     loader_close(r->data);

@@ -257,7 +257,7 @@ static void kernels(const Config *c, const Trainer *t, const Bench *b, Arena *ar
            attention_backward(dq, dk, dv, q, o, lse, qn, kn, v, 0, workspace, B, T, c->H, c->KV,
                               c->D));
     KERNEL("router_forward", L, 2 * RC * E, 0,
-           router_forward(z, topk, score, stats, h, Wr, 0, c->norm_topk, R, C, E, K));
+           router_forward(z, topk, score, stats, h, Wr, 0, 0, c->norm_topk, R, C, E, K));
     router_share(share, stats.count, R, 1, E);
     for (int i = 0; i < R * K; i++) dscore[i] = (real)0.01 * (real)(i % 7);
     KERNEL("router_backward_add", L, 4 * RC * E, 0,

@@ -274,12 +274,13 @@ static void experts(const Shape *s, Arena *a) {
                       E,
                       K };
     if (!a->base) return;
-    router_forward(z, topk, score, stats, x, Wr, 0, 1, R, C, E,
+    router_forward(z, topk, score, stats, x, Wr, 0, 0, 1, R, C, E,
                    K); // scores for what follows; the router is timed with choices of its own
     router_share(share, stats.count, R, 1, E);
     row_index_build(&plan, choice, 0, 0);
     if (skew == 0) {
-        BENCH("router_forward", "", router_forward(z, topk, score, stats, x, Wr, 0, 1, R, C, E, K));
+        BENCH("router_forward", "",
+              router_forward(z, topk, score, stats, x, Wr, 0, 0, 1, R, C, E, K));
         BENCH("router_backward_add", "",
               router_backward_add(dy, dWr, dz, score, z, topk, score, x, Wr, share, 1e-3, 0, 1, 0,
                                   R, C, E, K));

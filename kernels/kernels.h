@@ -107,10 +107,11 @@ typedef struct {
 // logits (R,E) fp32 = u W^T whatever floatX is; p = softmax(logits); topk (R,K) = the K largest of
 // p (of p + bias where bias (E) is given: selection only), ties to the lowest id, then sorted
 // ASCENDING by expert id; score (R,K) = p there, divided by their sum if normalize. Adds to stats
-// (may be all zero pointers: not wanted).
+// (may be all zero pointers: not wanted). given: topk holds the choice already, K different ids in
+// ascending order, and is only read.
 void router_forward(real *logits, int *topk, real *score, RouterStats stats,
                     const floatX *u /*(R,C)*/, const floatX *W /*(E,C)*/, const real *bias,
-                    int normalize, int64_t R, int64_t C, int64_t E, int64_t K);
+                    int given, int normalize, int64_t R, int64_t C, int64_t E, int64_t K);
 // With S the chosen set, c = sum over S of score*dscore:
 //   normalised: dz_e = score_e (dscore_e - c) on S, 0 elsewhere.  Not: dz_e = p_e ([e in S]
 //   dscore_e - sum over S of p dscore). aux:  dz_e += aux_scale * p_e (f_e - sum_j f_j p_j), f (E)

@@ -430,8 +430,8 @@ static void test_router_case(const Gate *c) {
         count[run] = TEST_TAKE(int64_t, c->E), prob[run] = zeros(c->E), stat[run] = zeros(2);
         for (int e = 0; e < c->E; e++) count[run][e] = 5;
         RouterStats stats = { count[run], prob[run], stat[run] };
-        router_forward(logits[run], topk[run], score[run], stats, u, W, 0, c->normalize, c->R, c->C,
-                       c->E, c->K);
+        router_forward(logits[run], topk[run], score[run], stats, u, W, 0, 0, c->normalize, c->R,
+                       c->C, c->E, c->K);
         du[run] = test_x(du_before, n),
         dW[run] = run ? test_grad(dW_before, w) : TEST_TAKE(gradX, w);
         router_backward_add(du[run], dW[run], dz[run], dscore, logits[run], topk[run], score[run],
@@ -503,7 +503,7 @@ static void route(const double *logits, int E, int K, const real *bias, int norm
     floatX *W = test_x(logits, (size_t)E), *u = TEST_TAKE(floatX, 1);
     RouterStats none = { 0, 0, 0 };
     store(u, 1);
-    router_forward(TEST_TAKE(real, E), topk, score, none, u, W, bias, normalize, 1, 1, E, K);
+    router_forward(TEST_TAKE(real, E), topk, score, none, u, W, bias, 0, normalize, 1, 1, E, K);
 }
 static void test_router(void) {
     static const Gate cases[] = {

@@ -407,8 +407,8 @@ static void test_router() {
     put(u + (int64_t)(R - 1) * C, row);
     put(du + (int64_t)(R - 1) * C, drow);
     put(dscore + (int64_t)(R - 1) * K, ds);
-    router_forward(logits, topk, score, none, u, W, 0, 1, R, C, E, K);
-    router_forward(logits_n, topk_n, score_n, none, un, W, 0, 1, 1, C, E, K);
+    router_forward(logits, topk, score, none, u, W, 0, 0, 1, R, C, E, K);
+    router_forward(logits_n, topk_n, score_n, none, un, W, 0, 0, 1, 1, C, E, K);
     router_backward_add(du, dW, dz, dscore, logits, topk, score, u, W, f, 0, 0.5, 1, 0, R, C, E, K);
     router_backward_add(dun, dW, dzn, dscore_n, logits_n, topk_n, score_n, un, W, f, 0, 0.5, 1, 0,
                         1, C, E, K);

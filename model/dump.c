@@ -20,7 +20,7 @@ struct Dump {
     int fd;
     Checkpoint *checkpoint; // the list of tensors, and staging
     Arena staging;          // outside the plan: a dump is a measurement
-    int64_t *at;            // (GRADIENTS + weights) first byte of each tensor
+    int64_t *at;            // (GRADIENTS + weights + 1) first byte of each tensor; the last: topk
 };
 
 static void die_dump(const Dump *d, int error) MOE_NORETURN;
@@ -33,7 +33,7 @@ static void die_dump(const Dump *d, int error) {
 // Creates the file on rank 0 and remembers where each tensor begins.
 static void lay_out(Dump *d, const Trainer *t) {
     const Checkpoint *list = d->checkpoint;
-    int n = GRADIENTS + list->n;
+    int topk = GRADIENTS + list->n, n = t->m->c.n_moe ? topk + 1 : topk;
     SafeTensor *tensor = (SafeTensor *)xcalloc((size_t)n, sizeof *tensor, "dump");
     SafeTensor logits = { "logits", DTYPE_F32, 3, { t->o.batch, t->o.T, t->m->c.V }, 0, 0, 0 };
     tensor[LOGITS] = logits;
@@ -47,6 +47,9 @@ static void lay_out(Dump *d, const Trainer *t) {
         g->shape[0] = w->vector ? w->cols : w->rows;
         g->shape[1] = w->vector ? 0 : w->cols;
     }
+    SafeTensor choice = { "topk", DTYPE_I32, 4, { t->m->c.n_moe, t->o.batch, t->o.T, t->m->c.K },
+                          0,      0,         0 };
+    if (n > topk) tensor[topk] = choice;
     OutFile file = { 0, 0, 0, 0 };
     file.header = safetensors_layout(tensor, n, &file.header_bytes, &file.bytes);
     int error = t->g->rank == 0 ? checkpoint_create_file(AT_FDCWD, d->path, &file) : 0;
@@ -54,7 +57,7 @@ static void lay_out(Dump *d, const Trainer *t) {
     d->at = (int64_t *)xmalloc((size_t)n * sizeof *d->at, "dump");
     for (int i = 0; i < n; i++) {
         d->at[i] = tensor[i].at;
-        if (i >= GRADIENTS) free(tensor[i].name);
+        if (i >= GRADIENTS && i < topk) free(tensor[i].name);
     }
     free(file.header);
     free(tensor);
@@ -97,6 +100,12 @@ void dump_gradient(Dump *d, const Trainer *t, int block, const gradX *grad) {
         write_numbers(d, GRADIENTS + checkpoint_weight(d->checkpoint, s), s->first,
                       grad + s->offset, DTYPE_REAL, s->count);
     }
+}
+
+void dump_routing(Dump *d, const Trainer *t) {
+    if (!t->m->c.n_moe) return;
+    int error = routing_write(t, d->fd, d->at[GRADIENTS + d->checkpoint->n]);
+    if (error) die_dump(d, error);
 }
 
 void dump_finish(Dump *d, Trainer *t, double loss, double aux) {

@@ -33,7 +33,7 @@ double trainer_evaluate(Trainer *t, Loader *data, int source, int64_t n_windows,
         valid += read_windows(t, data, source, first, sequences, n_windows, ids, targets);
         device_upload(t->tokens.ids, ids, bytes);
         device_upload(t->tokens.targets, targets, bytes);
-        step_forward(t, t->n_micro, 0);
+        step_forward(t, t->n_micro, 0, 0);
         step_head(t, 0, 0);
     }
     free(ids);
@@ -54,7 +54,7 @@ void trainer_logits(Trainer *t, const int *ids, int length, float *logits) {
     memcpy(padded, ids, (size_t)length * sizeof(int));
     device_upload(t->tokens.ids, padded, (size_t)t->R * sizeof(int));
     free(padded);
-    step_forward(t, 1, 0);
+    step_forward(t, 1, 0, 0);
     HeadPointers p = head_get(t, 0);
     const floatX *x = saved_of(t, c->L, 0)->x + (int64_t)(length - 1) * c->C;
     rmsnorm_forward(h->x, h->rstd, x, p.norm, (real)c->rms_eps, 1, c->C);

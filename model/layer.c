@@ -24,13 +24,13 @@ static void attention_part(Workspace *w, Saved *s, const LayerWeights *p) {
 }
 
 void layer_forward_start(Workspace *w, InFlight *f, Saved *s, int layer, const LayerWeights *p,
-                         RouterStats stats, const real *bias) {
+                         RouterStats stats, const real *bias, int given) {
     const Config *c = w->c;
     attention_part(w, s, p);
     rmsnorm_forward(f->u, f->rstd, s->mid, p->mlp_norm, (real)c->rms_eps, w->R, c->C);
     if (!c->is_moe[layer]) return;
-    router_forward(s->logits, s->topk, s->score, stats, f->u, p->router, bias, c->norm_topk, w->R,
-                   c->C, c->E, c->K);
+    router_forward(s->logits, s->topk, s->score, stats, f->u, p->router, bias, given, c->norm_topk,
+                   w->R, c->C, c->E, c->K);
     dispatch_route(&f->index, f->dispatcher, s->topk);
     dispatch_start(f->dispatcher, FORWARD, f->u, s->score);
 }

@@ -72,9 +72,10 @@ void saved_expert_place(Saved *s, const Workspace *w, int layer, int64_t rows, i
 
 // ---- forward --------------------------------------------------------------------------------
 // saved->x is given; the attention group must be placed before _start, the expert group before
-// _experts. _start decides the routing (by p + bias if bias (E) is not 0) and adds it to stats.
+// _experts. _start decides the routing (by p + bias if bias (E) is not 0; given: topk
+// holds it already) and adds it to stats.
 void layer_forward_start(Workspace *w, InFlight *f, Saved *s, int layer, const LayerWeights *p,
-                         RouterStats stats, const real *bias);
+                         RouterStats stats, const real *bias, int given);
 void layer_forward_experts(Workspace *w, InFlight *f, Saved *s, int layer, const LayerWeights *p);
 void layer_forward_finish(Workspace *w, InFlight *f, Saved *s, int layer, floatX *out /*(R,C)*/);
 

@@ -142,7 +142,11 @@ typedef struct {
     X(selftest, "selftest", FLAG, "off", 0, 0, "",                                                \
       "build all groups, check and time every collective, then stop")                             \
     X(dump, "dump", TEXT, "", 0, 0, "FILE.safetensors",                                           \
-      "the first update's logits, loss, aux and gradients")                                       \
+      "the first update's logits, loss, aux, routing and gradients")                              \
+    X(routing_record, "routing-record", TEXT, "", 0, 0, "DIR",                                    \
+      "write the experts of every token of every update to DIR/step_N.safetensors")               \
+    X(routing_replay, "routing-replay", TEXT, "", 0, 0, "DIR|FILE",                               \
+      "take the experts of every token from there (a file: in the first update)")                 \
     X(profile, "profile", INT, "0", 0, MANY, "STEP", "print where the time of that update went")  \
     X(trace_token, "trace-token", INT, "-1", -1, MANY, "I",                                       \
       "follow token I of the first update through the experts")                                   \

@@ -162,7 +162,7 @@ static Stages stages_at(const Trainer *t, int pass, int n) {
 }
 
 // ---- forward --------------------------------------------------------------------------------
-static void layer_forward(Trainer *t, int l, int n, int training) {
+static void layer_forward(Trainer *t, int l, int n, int training, int given) {
     const RouterStats none = { 0, 0, 0 };
     RouterStats stats = training ? router_totals_of(t, l) : none;
     const real *bias = router_bias_of(t, l);
@@ -174,7 +174,7 @@ static void layer_forward(Trainer *t, int l, int n, int training) {
             InFlight *f = in_flight_of(t, at.enters);
             Saved *s = saved_of(t, l, at.enters);
             place_attention(t, s, f, training);
-            layer_forward_start(w, f, s, l, &p, stats, bias);
+            layer_forward_start(w, f, s, l, &p, stats, bias, given);
             place_experts(t, s, f, l, training);
         }
         if (at.computes >= 0)
@@ -189,7 +189,7 @@ static void layer_forward(Trainer *t, int l, int n, int training) {
     release_layer(t, l);
 }
 
-void step_forward(Trainer *t, int n, int training) {
+void step_forward(Trainer *t, int n, int training, int given) {
     const Config *c = &t->m->c;
     t->act.store_used = 0;
     gather_layer(t, 0);
@@ -200,7 +200,7 @@ void step_forward(Trainer *t, int n, int training) {
     for (int l = 0; l < c->L; l++) {
         gather_layer(t, l + 1);
         comm_where(-1, l, "forward");
-        layer_forward(t, l, n, training);
+        layer_forward(t, l, n, training, given);
     }
 }
 
@@ -461,10 +461,12 @@ StepResult trainer_step(Trainer *t, Loader *data, int64_t update, double lr) {
     double N = read_tokens(t, data, update), aux = 0;
     device_zero(t->head.loss_sum, sizeof(double));
     memset(&t->counts, 0, sizeof t->counts);
+    routing_start(t, update);
     for (t->round = 0; t->round < t->o.rounds; t->round++) {
         router_totals_clear(t, t->round == 0);
         upload_round(t);
-        step_forward(t, t->n_micro, 1);
+        step_forward(t, t->n_micro, 1, routing_given(t));
+        routing_made(t);
         router_totals_sum(t);
         step_head(t, 1, N);
         // --expert-grad-scale needs the counts before backward; else they are read after it.
@@ -474,6 +476,7 @@ StepResult trainer_step(Trainer *t, Loader *data, int64_t update, double lr) {
     }
     if (!t->o.update_layer) update_all(t, update, lr);
     StepResult r = report(t, update, lr, N, aux);
+    routing_finish(t);
     if (t->dump) dump_finish(t->dump, t, r.loss, r.aux);
     comm_step_end();
     return r;

@@ -38,6 +38,7 @@ typedef struct { // what one update tells, equal on all ranks
 
 typedef struct Dump Dump;   // checkpoint.h
 typedef struct Trace Trace; // trace.h
+typedef struct RoutingFiles RoutingFiles;
 
 typedef struct {                  // tokens of this rank
     int64_t sequences;            // of the update
@@ -103,9 +104,10 @@ typedef struct Trainer {
     Head head;
     RouterTotals router;
     Norms norms;
-    int64_t updates; // made so far (t of the optimizer: skipped ones do not count)
-    Dump *dump;      // 0, or writes this update's logits and gradients
-    Trace *trace;    // 0, or follows one token of this update
+    int64_t updates;       // made so far (t of the optimizer: skipped ones do not count)
+    Dump *dump;            // 0, or writes this update's logits and gradients
+    Trace *trace;          // 0, or follows one token of this update
+    RoutingFiles *routing; // 0, or records or replays the routing
 } Trainer;
 
 // ---- trainer.c ------------------------------------------------------------------------------
@@ -126,7 +128,8 @@ StepResult trainer_step(Trainer *t, Loader *data, int64_t update, double lr);
 // Ends the run after such an update, naming the first block of backward that is not finite.
 void trainer_die_nonfinite(Trainer *t, int64_t update);
 // Runs the first n micro-batches of the tokens through all layers. training: saves activations.
-void step_forward(Trainer *t, int n, int training);
+// given: the saved topk are already there, and the router computes their scores.
+void step_forward(Trainer *t, int n, int training, int given);
 // Adds the losses of all micro-batches to head.loss_sum. training: computes act.dx and the head's
 // gradients with the loss seed 1/N (I1, one gradient rule); N is not used without it.
 void step_head(Trainer *t, int training, double N);
@@ -167,6 +170,24 @@ void router_totals_report(const Trainer *t, StepResult *r);
 void router_bias_update(Trainer *t);
 // Sets the selection bias (n) from host memory; n = MoE layers * E.
 void trainer_set_bias(Trainer *t, const float *bias, size_t n);
+
+// ---- routing.c ------------------------------------------------------------------------------
+// Prepares to write the routing of every update to the folder `record`, and to take it from
+// `replay`, a folder of such files or one file for the first update. "" is neither; returns 0 if
+// both are. Dies if the model has no experts or replay does not exist.
+RoutingFiles *routing_open(const Trainer *t, const char *record, const char *replay);
+void routing_close(RoutingFiles *f);
+// Open and close the files of an update. Die on a file that is missing or not of its shape.
+void routing_start(Trainer *t, int64_t update);
+void routing_finish(Trainer *t);
+// Before a round's forward: tells whether its choices are given, and puts them into the saved topk.
+// Dies on ids that are not K different experts.
+int routing_given(Trainer *t);
+// After a round's forward: records its choices, also in a dump.
+void routing_made(Trainer *t);
+// Writes this rank's part of the round's topk (MoE layers, B, T, K), which begins at byte `at` of
+// fd. Returns 0 or errno.
+int routing_write(const Trainer *t, int fd, int64_t at);
 
 // ---- evaluate.c -----------------------------------------------------------------------------
 // Returns the mean cross entropy over the first n_windows windows of a source of data, in file

@@ -163,7 +163,8 @@ typedef struct {
     StepOptions step;
     OptimizerOptions opt;
     const char *tokens;
-    const float *bias; // (n_moe, E) selection bias of the whole run, 0 = none
+    const float *bias;  // (n_moe, E) selection bias of the whole run, 0 = none
+    const char *replay; // file with the routing of the first update, 0 = none
 } Setup;
 typedef struct {
     Model m;
@@ -230,10 +231,12 @@ static Run *run_open(const Fixture *f, const Layout *l, const Setup *s) {
     arena_commit(&r->staging);
     r->k = checkpoint_create(&r->m, r->g.all, r->g.dp_rank == 0, &r->staging);
     checkpoint_load_model(r->k, f->dir, r->t->optimizer.state);
+    if (s->replay) r->t->routing = routing_open(r->t, "", s->replay);
     if (s->bias) trainer_set_bias(r->t, s->bias, (size_t)config.n_moe * (size_t)config.E);
     return r;
 }
 static void run_close(Run *r) {
+    routing_close(r->t->routing);
     trainer_free(r->t);
     checkpoint_free(r->k);
     arena_free(&r->staging);
@@ -336,6 +339,31 @@ static void read_all(const Run *r, Weights *all, int state, int into_g, int *equ
     }
     free(mine);
     free(every);
+}
+
+// A file for --routing-replay: K different experts for every token, at random, ascending.
+static void write_routing(const char *path, const Config *c, int64_t B, int64_t T) {
+    SafeTensor topk = { (char *)"topk", DTYPE_I32, 4, { c->n_moe, B, T, c->K }, 0, 0, 0 };
+    size_t header_bytes, n = (size_t)(c->n_moe * B * T) * (size_t)c->K;
+    int64_t bytes;
+    char *header = safetensors_layout(&topk, 1, &header_bytes, &bytes);
+    int *choice = (int *)xcalloc(n, sizeof(int), "a routing");
+    uint32_t state = 1;
+    for (size_t i = 0; i < n; i += (size_t)c->K) {
+        int chosen = 0;
+        for (int e = 0; e < c->E && chosen < c->K; e++) {
+            state = state * 1664525u + 1013904223u;
+            // Selection sampling: each of the E - e experts left is one of the K - chosen wanted.
+            if ((int)((state >> 8) % (uint32_t)(c->E - e)) < c->K - chosen)
+                choice[i + (size_t)chosen++] = e;
+        }
+    }
+    FILE *f = fopen(path, "wb");
+    if (!f || fwrite(header, 1, header_bytes, f) != header_bytes ||
+        fwrite(choice, sizeof(int), n, f) != n || fclose(f))
+        die("cannot write %s|set TMPDIR", path);
+    free(header);
+    free(choice);
 }
 
 // ---- outcomes: what a run of some updates gives, whatever its layout ------------------------

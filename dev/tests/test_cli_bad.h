@@ -257,9 +257,36 @@ static void bad_places(void) {
     }
 }
 
+// Routings: a record of $S, and files that are none.
+static void bad_routing(void) {
+    good("eval exec $B $S --steps 2 --routing-record $T/routing");
+    bad("no such routing", "cannot read the routing", "$S --routing-replay $T/none");
+    bad("a routing for fewer updates", "the routing of update 3",
+        "$S --steps 3 --routing-replay $T/routing");
+    bad("a routing of another shape", "not a tensor topk of int32",
+        "$S --steps 1 --batch 8 --routing-replay $T/routing");
+    bad("a routing that is something else", "not a tensor topk of int32",
+        "$S --steps 1 --routing-replay $F/gqa/model.safetensors");
+    bad("a record that cannot be made", "cannot", "$S --steps 1 --routing-record /dev/null/x");
+    size_t n;
+    char *text = slurp(at("routing/step_1.safetensors"), &n);
+    int *last = (int *)(void *)(text + n - 2 * sizeof(int)), keep = last[1];
+    last[1] = last[0];
+    write_file("twice.safetensors", text, n);
+    bad("an expert chosen twice", "is chosen twice",
+        "$S --steps 1 --routing-replay $T/twice.safetensors");
+    last[1] = 1000;
+    write_file("range.safetensors", text, n);
+    bad("an expert that does not exist", "expert 1000 is not one of the model's",
+        "$S --steps 1 --routing-replay $T/range.safetensors");
+    last[1] = keep;
+    free(text);
+}
+
 static void test_bad(void) {
     bad_options();
     bad_models();
     bad_data();
     bad_places();
+    bad_routing();
 }

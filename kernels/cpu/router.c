@@ -46,8 +46,8 @@ static void select_top(int *topk, real *value, const real *p, const real *bias, 
     }
 }
 void router_forward(real *logits, int *topk, real *score, RouterStats stats, const floatX *u,
-                    const floatX *W, const real *bias, int normalize, int64_t R, int64_t C,
-                    int64_t E, int64_t K) {
+                    const floatX *W, const real *bias, int given, int normalize, int64_t R,
+                    int64_t C, int64_t E, int64_t K) {
     kernel_begin("router_forward", 2.0 * R * C * E);
     int chunks = (int)div_up(R, CHUNK),
         width = 2 * E + 2; // a chunk's statistics: E probabilities, E counts, lse^2, entropy
@@ -64,7 +64,7 @@ void router_forward(real *logits, int *topk, real *score, RouterStats stats, con
             const real *z = logits + r * E;
             int *ids = topk + r * K;
             real lse = softmax(p, z, E), total = 0;
-            select_top(ids, value, p, bias, E, K);
+            if (!given) select_top(ids, value, p, bias, E, K);
             for (int k = 0; k < K; k++) total += p[ids[k]];
             for (int k = 0; k < K; k++)
                 score[r * K + k] = normalize ? p[ids[k]] / total : p[ids[k]];

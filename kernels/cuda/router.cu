@@ -36,11 +36,33 @@ static __device__ float softmax(float *p, const real *z, int E) {
     __syncwarp();
     return top + logf(sum);
 }
+// One warp: the expert with the largest value, the lowest id of equals, among those whose count is
+// not negative. Rows of NaN give the lowest ids: id E stands for "none yet", and any NaN beats it.
+// A lane reads its own experts only.
+static __device__ int best_left(const float *value, const int *count, int E) {
+    int lane = threadIdx.x % 32, id = E;
+    float best = 0;
+#pragma unroll 1
+    for (int e = lane; e < E; e += 32)
+        if (count[e] >= 0 && (id == E || value[e] > best)) {
+            best = value[e];
+            id = e;
+        }
+    for (int d = 16; d > 0; d /= 2) {
+        float other = __shfl_xor_sync(0xffffffffu, best, d);
+        int from = __shfl_xor_sync(0xffffffffu, id, d);
+        if (from < E && (id == E || other > best || (!(best > other) && from < id))) {
+            best = other;
+            id = from;
+        }
+    }
+    return id;
+}
 // Statistics of a block's tokens: partial (gridDim, 2E + 2) doubles: E probabilities, E counts,
 // lse^2, entropy.
 static __global__ void __launch_bounds__(WARPS * 32)
     route_kernel(int *topk, real *score, double *partial, const real *logits, const real *bias,
-                 int normalize, int R, int E, int K, int tokens) {
+                 int given, int normalize, int R, int E, int K, int tokens) {
     extern __shared__ float shared[]; // a warp: E probabilities, E values, E sums, E counts
     __shared__ double tail[WARPS][2];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -65,28 +87,10 @@ static __global__ void __launch_bounds__(WARPS * 32)
             tail[warp][0] += (double)lse * lse;
             tail[warp][1] += (double)entropy;
         }
-        // K rounds of a warp-wide argmax by (value descending, id ascending) over the experts that
-        // are not yet taken: a negative count marks those that are. Rows of NaN choose the lowest
-        // ids: id E stands for "none yet", and any NaN beats it. A lane reads and marks its own
-        // experts only.
+        // A negative count marks the experts that are taken; a lane marks its own only.
         for (int k = 0; k < K; k++) {
-            float best = 0;
-            int id = E;
-#pragma unroll 1
-            for (int e = lane; e < E; e += 32)
-                if (count[e] >= 0 && (id == E || value[e] > best)) {
-                    best = value[e];
-                    id = e;
-                }
-            for (int d = 16; d > 0; d /= 2) {
-                float other = __shfl_xor_sync(0xffffffffu, best, d);
-                int from = __shfl_xor_sync(0xffffffffu, id, d);
-                if (from < E && (id == E || other > best || (!(best > other) && from < id))) {
-                    best = other;
-                    id = from;
-                }
-            }
-            if (lane == id % 32) count[id] = -1 - count[id]; // taken; undone below
+            int id = given ? topk[r * K + k] : best_left(value, count, E);
+            if (lane == id % 32) count[id] = -1 - count[id]; // undone below
         }
         __syncwarp(); // selection is over: the place of the values is free
         // Ascending ids: every lane looks at its 32nd of the experts, a ballot gives the place.
@@ -160,8 +164,8 @@ static void check_experts(int E, int K) {
             E_MAX);
 }
 void router_forward(real *logits, int *topk, real *score, RouterStats stats, const floatX *u,
-                    const floatX *W, const real *bias, int normalize, int64_t R, int64_t C,
-                    int64_t E, int64_t K) {
+                    const floatX *W, const real *bias, int given, int normalize, int64_t R,
+                    int64_t C, int64_t E, int64_t K) {
     kernel_begin("router_forward", 2.0 * R * C * E);
     check_experts(E, K);
     if (R == 0) return;
@@ -172,7 +176,7 @@ void router_forward(real *logits, int *topk, real *score, RouterStats stats, con
     double *partial = (double *)device_scratch(
         SCRATCH_PARTIAL, (size_t)blocks * (size_t)(2 * E + 2) * sizeof(double));
     route_kernel<<<blocks, WARPS * 32, warp_memory(route_kernel, 4 * E), compute_stream()>>>(
-        topk, score, partial, logits, bias, normalize, R, E, K, tokens);
+        topk, score, partial, logits, bias, given, normalize, R, E, K, tokens);
     LAUNCHED();
     statistics_kernel<<<grid_for(2 * E + 2, 32), STATISTICS_WARPS * 32, 0, compute_stream()>>>(
         stats, partial, blocks, E);
