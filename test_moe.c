@@ -16,7 +16,7 @@
 #define _POSIX_C_SOURCE 200809L
 #endif
 #include "dev/tests/harness.h"
-#include "dev/tests/layouts.h"
+#include "dev/tests/documents.h"
 
 static const char *const fixture_names[] = { "gqa", "tied", "dense", "wide", "parallel", "skewed" };
 enum { FIXTURES = sizeof fixture_names / sizeof *fixture_names };
@@ -804,6 +804,7 @@ int main(int argc, char **argv) {
         test_utilisation(&f);
         test_nonfinite(&f);
         test_forward_only(&f);
+        test_documents(&f);
         if (!quick) {
             test_bias(&f);
             test_unused_expert(&f);
@@ -814,6 +815,7 @@ int main(int argc, char **argv) {
     if (comm_world_size() > 1 || comm.force) {
         Fixture f = fixture_open(root, "parallel");
         test_layouts(&f);
+        test_layout_inputs(&f);
         fixture_close(&f);
     }
     if (comm_world_rank() == 0) {

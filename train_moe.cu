@@ -103,6 +103,12 @@ static StepOptions step_options(const Options *o, const Config *c) {
     s.aux_per_layer = o->aux_pool;
     // -1 marks ignored targets themselves, so no id is asked for by -2.
     s.ignore_target = o->ignore_target < 0 ? -2 : (int)o->ignore_target;
+    s.documents = o->documents;
+    s.document_end = o->document_end < 0 ? c->eos : (int)o->document_end;
+    if (s.documents && (s.document_end < 0 || s.document_end >= c->V))
+        die("--documents mask: the model has no end-of-text token %d|"
+            "give --document-end ID, from 0 to %d",
+            s.document_end, c->V - 1);
     s.skip_nonfinite = o->skip_nonfinite;
     s.expert_grad_scale = o->expert_grad_scale;
     s.balance_rate = o->balance ? o->balance_rate : 0;

@@ -333,6 +333,6 @@ double config_total_parameters(const Config *c) {
     return layer_matrices(c, c->E) + norm_weights(c) + (c->tied ? 1.0 : 2.0) * c->V * c->C;
 }
 
-double config_flops_per_token(const Config *c, int T) {
+double config_flops_per_token(const Config *c, double T) {
     return 6 * config_matrix_parameters(c) + 12.0 * c->L * c->H * c->D * T / 2;
 }

@@ -11,12 +11,9 @@ static int64_t read_windows(const Trainer *t, Loader *data, int source, int64_t 
     int64_t T = t->o.T, valid = 0;
     for (int64_t s = 0; s < sequences; s++) {
         int counts = first + s < n_windows;
-        int *target = targets + s * T;
-        loader_read_source(data, source, counts ? first + s : 0, ids + s * T, target);
-        for (int64_t i = 0; i < T; i++) {
-            if (!counts || target[i] == t->o.ignore_target) target[i] = -1;
-            valid += target[i] >= 0;
-        }
+        loader_read_source(data, source, counts ? first + s : 0, ids + s * T, targets + s * T);
+        for (int64_t i = 0; i < T && !counts; i++) targets[s * T + i] = -1;
+        valid += step_targets(t, ids + s * T, targets + s * T);
     }
     return valid;
 }
@@ -25,16 +22,15 @@ static int64_t read_windows(const Trainer *t, Loader *data, int source, int64_t 
 double trainer_evaluate(Trainer *t, Loader *data, int source, int64_t n_windows,
                         double *n_targets) {
     int64_t tokens = t->n_micro * t->R, sequences = tokens / t->o.T, valid = 0;
-    size_t bytes = (size_t)tokens * sizeof(int);
-    int *ids = (int *)xmalloc(2 * bytes, "validation tokens"), *targets = ids + tokens;
+    size_t bytes = 2 * (size_t)tokens * sizeof(int);
+    int *ids = (int *)xmalloc(bytes, "validation tokens"), *targets = ids + tokens;
     device_zero(t->head.loss_sum, sizeof(double));
     for (int64_t pass = 0; pass < n_windows; pass += sequences * t->g->data_ranks) {
         int64_t first = pass + t->g->data_rank * sequences;
         valid += read_windows(t, data, source, first, sequences, n_windows, ids, targets);
-        device_upload(t->tokens.ids, ids, bytes);
-        device_upload(t->tokens.targets, targets, bytes);
+        step_upload(t, ids, targets, t->n_micro);
         step_forward(t, t->n_micro, 0, 0);
-        step_head(t, 0, 0);
+        step_head(t, 0);
     }
     free(ids);
     comm_wait(all_reduce_start(t->g->all, t->head.loss_sum, 1, DTYPE_F64, STREAM_EXCHANGE));
@@ -52,7 +48,7 @@ void trainer_logits(Trainer *t, const int *ids, int length, float *logits) {
     Head *h = &t->head;
     int *padded = (int *)xcalloc((size_t)t->R, sizeof(int), "prompt");
     memcpy(padded, ids, (size_t)length * sizeof(int));
-    device_upload(t->tokens.ids, padded, (size_t)t->R * sizeof(int));
+    step_upload(t, padded, 0, 1);
     free(padded);
     step_forward(t, 1, 0, 0);
     HeadPointers p = head_get(t, 0);

@@ -5,7 +5,7 @@
 
 // ---- forward --------------------------------------------------------------------------------
 // q .. mid from x.
-static void attention_part(Workspace *w, Saved *s, const LayerWeights *p) {
+static void attention_part(Workspace *w, const InFlight *f, Saved *s, const LayerWeights *p) {
     const Config *c = w->c;
     int64_t R = w->R, C = c->C, A = w->attention_rows, T = w->T;
     int64_t Q = w->heads * c->D, KV = w->kv_heads * c->D;
@@ -14,10 +14,10 @@ static void attention_part(Workspace *w, Saved *s, const LayerWeights *p) {
     linear_forward(s->q, h, p->q, A, Q, C);
     linear_forward(s->k, h, p->k, A, KV, C);
     linear_forward(s->v, h, p->v, A, KV, C);
-    qk_norm_rope_forward(w->qn, w->kn, s->q, s->k, p->q_norm, p->k_norm, w->cos, w->sin, 0,
-                         (real)c->rms_eps, A, T, w->heads, w->kv_heads, c->D);
-    attention_forward(s->o, s->lse, w->qn, w->kn, s->v, 0, w->attention, A / T, T, w->heads,
-                      w->kv_heads, c->D);
+    qk_norm_rope_forward(w->qn, w->kn, s->q, s->k, p->q_norm, p->k_norm, w->cos, w->sin,
+                         f->position, (real)c->rms_eps, A, T, w->heads, w->kv_heads, c->D);
+    attention_forward(s->o, s->lse, w->qn, w->kn, s->v, f->position, w->attention, A / T, T,
+                      w->heads, w->kv_heads, c->D);
     linear_forward(heads_target(w->split, s->mid), s->o, p->o, A, C, Q);
     heads_reduce(w->split, s->mid);
     add(s->mid, s->mid, s->x, (size_t)(R * C));
@@ -26,7 +26,7 @@ static void attention_part(Workspace *w, Saved *s, const LayerWeights *p) {
 void layer_forward_start(Workspace *w, InFlight *f, Saved *s, int layer, const LayerWeights *p,
                          RouterStats stats, const real *bias, int given) {
     const Config *c = w->c;
-    attention_part(w, s, p);
+    attention_part(w, f, s, p);
     rmsnorm_forward(f->u, f->rstd, s->mid, p->mlp_norm, (real)c->rms_eps, w->R, c->C);
     if (!c->is_moe[layer]) return;
     router_forward(s->logits, s->topk, s->score, stats, f->u, p->router, bias, given, c->norm_topk,
@@ -66,7 +66,7 @@ void layer_forward_finish(Workspace *w, InFlight *f, Saved *s, int layer, floatX
 void layer_backward_start(Workspace *w, InFlight *f, Saved *s, int layer, const LayerWeights *p,
                           const floatX *dx) {
     const Config *c = w->c;
-    if (!s->has_attention) attention_part(w, s, p);
+    if (!s->has_attention) attention_part(w, f, s, p);
     rmsnorm_forward(f->u, f->rstd, s->mid, p->mlp_norm, (real)c->rms_eps, w->R, c->C);
     if (!c->is_moe[layer]) return;
     dispatch_route(&f->index, f->dispatcher, s->topk);
@@ -119,13 +119,13 @@ void layer_backward_finish(Workspace *w, InFlight *f, Saved *s, int layer, const
     const floatX *h = heads_gather(w->split, w->h), *d_mid = heads_reduce_adjoint(w->split, dx);
     linear_backward_input(w->d_o, d_mid, p->o, A, C, Q);
     linear_backward_weight(d->o, d_mid, s->o, accumulate_qkvo, A, C, Q);
-    qk_norm_rope_forward(w->qn, w->kn, s->q, s->k, p->q_norm, p->k_norm, w->cos, w->sin, 0,
-                         (real)c->rms_eps, A, T, w->heads, w->kv_heads, c->D);
-    attention_backward(w->dq, w->dk, w->dv, w->d_o, s->o, s->lse, w->qn, w->kn, s->v, 0,
+    qk_norm_rope_forward(w->qn, w->kn, s->q, s->k, p->q_norm, p->k_norm, w->cos, w->sin,
+                         f->position, (real)c->rms_eps, A, T, w->heads, w->kv_heads, c->D);
+    attention_backward(w->dq, w->dk, w->dv, w->d_o, s->o, s->lse, w->qn, w->kn, s->v, f->position,
                        w->attention, A / T, T, w->heads, w->kv_heads, c->D);
     qk_norm_rope_backward(w->dq, w->dk, d->q_norm, d->k_norm, w->dq, w->dk, s->q, s->k, p->q_norm,
-                          p->k_norm, w->cos, w->sin, 0, (real)c->rms_eps, accumulate, A, T,
-                          w->heads, w->kv_heads, c->D);
+                          p->k_norm, w->cos, w->sin, f->position, (real)c->rms_eps, accumulate, A,
+                          T, w->heads, w->kv_heads, c->D);
     linear_backward_weight(d->q, w->dq, h, accumulate_qkvo, A, Q, C);
     linear_backward_weight(d->k, w->dk, h, accumulate_qkvo, A, KV, C);
     linear_backward_weight(d->v, w->dv, h, accumulate_qkvo, A, KV, C);

@@ -25,6 +25,7 @@ typedef struct {
     real *dscore;           // (R,K)
     Dispatcher *dispatcher; // 0 in a model without experts
     RowIndex index;         // from pool tokens to expert rows
+    const int *position;    // (A) of each token in its document; 0: in its sequence
     Saved scratch;          // holds q, k, v, o, lse and mid where they are not saved
 } InFlight;
 

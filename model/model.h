@@ -44,8 +44,9 @@ double config_matrix_parameters(const Config *c);
 double config_active_parameters(const Config *c);
 double config_total_parameters(const Config *c);
 // Counts the FLOPs of one token of a sequence of T, forward and backward, without recomputation:
-// 6 * config_matrix_parameters + 12 * L * H * D * T / 2 (the causal half of attention).
-double config_flops_per_token(const Config *c, int T);
+// 6 * config_matrix_parameters + 12 * L * H * D * T / 2 (the causal half of attention). Where a
+// sequence is several documents, T is the mean length of the document that a token is in.
+double config_flops_per_token(const Config *c, double T);
 
 // ---- the parameter table (I6, one table) ----------------------------------------------------
 typedef enum { // decides how a parameter is sharded, reduced and sliced; nothing else does

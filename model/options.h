@@ -46,6 +46,10 @@ typedef struct {
       "order of sequences: a permutation by (seed, epoch), or file order")                        \
     X(loss_mask, "loss-mask", CHOICE, "auto", 0, 0, "auto|off|require",                           \
       "which tokens are targets: the file x.mask beside each shard x.bin says it")                \
+    X(documents, "documents", CHOICE, "join", 0, 0, "join|mask",                                  \
+      "mask: attention and positions begin again after each end-of-text token")                   \
+    X(document_end, "document-end", INT, "-1", -1, MANY, "ID",                                    \
+      "the end-of-text token of --documents mask (-1: the config's eos_token_id)")                \
     X(ignore_target, "ignore-target", INT, "-1", -MANY, MANY, "ID",                               \
       "targets equal to this id do not count")                                                    \
     X(seed, "seed", INT, "1337", -DIGITS_15, DIGITS_15, "N",                                      \

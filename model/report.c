@@ -215,6 +215,9 @@ void report_start(const Report *r, const Trainer *t, const Options *o, const cha
                "sees some of them twice\n",
                (long long)loader_windows(train), (long long)t->o.batch);
     char word[OPTION_WORD];
+    if (t->o.documents)
+        printf("documents  attention sees its own document, which ends with token %d\n",
+               t->o.document_end);
     printf("optimizer  %s, lr %g, weight decay %g, clip %g, update %s",
            options_choice(o, "optimizer", word), o->lr, o->weight_decay, o->grad_clip,
            t->o.update_layer ? "layer (clips by the previous update's norm, the first is unclipped)"
@@ -268,9 +271,13 @@ void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s,
     if (!r->active) return;
     const Config *c = &t->m->c;
     double rate = (double)s->tokens / seconds,
-           mfu = r->peak > 0 ? rate * r->flops_per_token / r->peak : NAN;
-    printf("step %lld/%lld (%.0f%%) | loss %.4f", (long long)step, (long long)r->steps,
-           100.0 * (double)step / (double)r->steps, s->loss);
+           mfu = r->peak > 0 ? rate * config_flops_per_token(c, s->visible) / r->peak : NAN;
+    printf("step %lld/%lld (%.0f%%) | ", (long long)step, (long long)r->steps,
+           100.0 * (double)step / (double)r->steps);
+    if (s->valid)
+        printf("loss %.4f", s->loss);
+    else
+        printf("no targets");
     if (c->n_moe) printf(" aux %.3f", s->aux);
     printf(" | norm %.3g lr %.3g", s->grad_norm, s->lr);
     if (c->n_moe) printf(" | load %.1fx", s->expert_load_max);
@@ -288,7 +295,7 @@ void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s,
     log_number(r->log, "z", s->z);
     log_number(r->log, "grad_norm", s->grad_norm);
     log_number(r->log, "lr", s->lr);
-    fprintf(r->log, ",\"tokens\":%lld", (long long)s->tokens);
+    fprintf(r->log, ",\"tokens\":%lld,\"targets\":%lld", (long long)s->tokens, (long long)s->valid);
     log_number(r->log, "ms", 1e3 * seconds);
     log_number(r->log, "tok_s", rate);
     log_number(r->log, "mfu", mfu);

@@ -95,6 +95,8 @@ RouterLoss router_loss_of(const Trainer *t, int layer) {
     double pooled = round_positions(t) * c->n_moe * t->o.rounds;
     RouterLoss loss = { t->router.share + i * c->E, t->o.aux_coef * c->E / pooled,
                         t->o.z_coef / pooled };
+    // An update without targets has no gradient at all.
+    if (t->tokens.valid == 0) loss.aux_scale = loss.z_scale = 0;
     return loss;
 }
 

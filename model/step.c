@@ -19,25 +19,80 @@
 #include <stdlib.h>
 
 // ---- tokens ---------------------------------------------------------------------------------
-// Reads this rank's contiguous part of the update's windows. Returns N, targets of all ranks.
-static double read_tokens(Trainer *t, Loader *data, int64_t update) {
-    int64_t T = t->o.T, valid = 0;
-    int64_t first = (update - 1) * t->o.batch + t->g->data_rank * t->tokens.sequences;
-    for (int64_t s = 0; s < t->tokens.sequences; s++) {
-        int *target = t->tokens.host_targets + s * T;
-        loader_read(data, first + s, t->tokens.host_ids + s * T, target);
-        for (int64_t i = 0; i < T; i++) {
-            if (target[i] == t->o.ignore_target) target[i] = -1;
-            valid += target[i] >= 0;
-        }
-    }
-    return comm_sum(t->g->all, (double)valid);
+static int ends_document(const Trainer *t, int id) {
+    return t->o.documents && id == t->o.document_end;
 }
 
-static void upload_round(Trainer *t) {
-    int64_t n = t->n_micro * t->R, first = t->round * n;
-    device_upload(t->tokens.ids, t->tokens.host_ids + first, (size_t)n * sizeof(int));
-    device_upload(t->tokens.targets, t->tokens.host_targets + first, (size_t)n * sizeof(int));
+// A target whose input ends a document would be the first token of another one.
+int64_t step_targets(const Trainer *t, const int *ids, int *targets) {
+    int64_t valid = 0;
+    for (int i = 0; i < t->o.T; i++) {
+        if (targets[i] == t->o.ignore_target) targets[i] = -1;
+        if (ends_document(t, ids[i])) targets[i] = -1;
+        valid += targets[i] >= 0;
+    }
+    return valid;
+}
+
+// Half the square of the length of each document in a window, as causal attention is counted.
+static double window_pairs(const Trainer *t, const int *ids) {
+    double pairs = 0, length = 0;
+    for (int i = 0; i < t->o.T; i++) {
+        length++;
+        if (i + 1 < t->o.T && !ends_document(t, ids[i])) continue;
+        pairs += length * length / 2;
+        length = 0;
+    }
+    return pairs;
+}
+
+// Reads this rank's contiguous part of the update's windows.
+static void read_tokens(Trainer *t, Loader *data, int64_t update) {
+    int64_t T = t->o.T, valid = 0;
+    double pairs = 0;
+    int64_t first = (update - 1) * t->o.batch + t->g->data_rank * t->tokens.sequences;
+    for (int64_t s = 0; s < t->tokens.sequences; s++) {
+        int *ids = t->tokens.host_ids + s * T, *targets = t->tokens.host_targets + s * T;
+        loader_read(data, first + s, ids, targets);
+        valid += step_targets(t, ids, targets);
+        pairs += window_pairs(t, ids);
+    }
+    t->tokens.valid = comm_sum(t->g->all, (double)valid);
+    t->tokens.pairs = comm_sum(t->g->all, pairs);
+}
+
+// position[i] of ids (n) in windows of T: 0 at the start of a window and after each end of a
+// document.
+static void document_positions(const Trainer *t, int *position, const int *ids, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        int begins = i % t->o.T == 0 || ends_document(t, ids[i - 1]);
+        position[i] = begins ? 0 : position[i - 1] + 1;
+    }
+}
+
+// Where heads are split, attention sees the tokens of the whole ep group, in the order of its
+// ranks.
+static void upload_positions(Trainer *t, const int *ids, int n) {
+    int64_t R = t->R, rows = t->work.attention_rows, ranks = rows / R, mine = n * R;
+    int *all = t->tokens.host_position, *own = all + ranks * mine, *ordered = own + mine;
+    document_positions(t, own, ids, mine);
+    if (ranks == 1) {
+        device_upload(t->tokens.position, own, (size_t)mine * sizeof(int));
+        return;
+    }
+    comm_all_gather_host(t->g->ep_group, all, own, (size_t)mine * sizeof(int));
+    for (int64_t m = 0; m < n; m++)
+        for (int64_t rank = 0; rank < ranks; rank++)
+            memcpy(ordered + m * rows + rank * R, all + rank * mine + m * R,
+                   (size_t)R * sizeof(int));
+    device_upload(t->tokens.position, ordered, (size_t)(n * rows) * sizeof(int));
+}
+
+void step_upload(Trainer *t, const int *ids, const int *targets, int n) {
+    size_t bytes = (size_t)(n * t->R) * sizeof(int);
+    device_upload(t->tokens.ids, ids, bytes);
+    if (targets) device_upload(t->tokens.targets, targets, bytes);
+    if (t->tokens.position) upload_positions(t, ids, n);
 }
 
 // ---- parts of a micro-batch, blocks of a layer ----------------------------------------------
@@ -48,6 +103,14 @@ InFlight *in_flight_of(const Trainer *t, int micro) {
 }
 Saved *saved_of(const Trainer *t, int layer, int micro) {
     return &t->act.saved[(int64_t)layer * t->n_micro + micro];
+}
+
+// The slot of a micro-batch that enters a layer.
+static InFlight *enter(Trainer *t, int micro) {
+    InFlight *f = in_flight_of(t, micro);
+    const int *position = t->tokens.position;
+    f->position = position ? position + micro * t->work.attention_rows : 0;
+    return f;
 }
 
 typedef struct { // blocks first .. first + count - 1: the dense one, then the local one
@@ -171,7 +234,7 @@ static void layer_forward(Trainer *t, int l, int n, int training, int given) {
     for (int pass = 0; pass < passes(t, n); pass++) {
         Stages at = stages_at(t, pass, n);
         if (at.enters >= 0) {
-            InFlight *f = in_flight_of(t, at.enters);
+            InFlight *f = enter(t, at.enters);
             Saved *s = saved_of(t, l, at.enters);
             place_attention(t, s, f, training);
             layer_forward_start(w, f, s, l, &p, stats, bias, given);
@@ -244,10 +307,11 @@ static void head_chunk(Trainer *t, const HeadPointers *p, int micro, int64_t row
                      accumulates(t, t->m->head_block, !first), n, c->C);
 }
 
-void step_head(Trainer *t, int training, double N) {
+void step_head(Trainer *t, int training) {
     comm_where(-1, t->m->c.L, "head");
     HeadPointers p = head_get(t, training);
     if (training) gather_layer(t, t->m->c.L - 1);
+    double N = t->tokens.valid;
     real seed = (real)(N > 0 ? 1 / N : 0);
     for (int m = 0; m < t->n_micro; m++)
         for (int64_t row = 0; row < t->R; row += t->head.chunk) {
@@ -341,7 +405,7 @@ static void layer_backward(Trainer *t, int l) {
     for (int pass = 0; pass < passes(t, t->n_micro); pass++) {
         Stages at = stages_at(t, pass, t->n_micro);
         if (at.enters >= 0) {
-            InFlight *f = in_flight_of(t, at.enters);
+            InFlight *f = enter(t, at.enters);
             Saved *s = saved_of(t, l, at.enters);
             if (!s->has_attention) saved_attention_place(s, w, f, 0);
             layer_backward_start(w, f, s, l, &p, micro_dx(t, at.enters));
@@ -425,7 +489,8 @@ static void check_same_norm(const Trainer *t, real norm, int64_t update) {
             (long long)update, (double)norm);
 }
 
-static StepResult report(Trainer *t, int64_t update, double lr, double N, double aux) {
+static StepResult report(Trainer *t, int64_t update, double lr, double aux) {
+    double N = t->tokens.valid;
     Norms *norms = &t->norms;
     int n_blocks = t->m->n_blocks;
     StepResult r;
@@ -443,7 +508,9 @@ static StepResult report(Trainer *t, int64_t update, double lr, double N, double
     r.grad_norm = (double)norm;
     r.lr = lr;
     r.tokens = t->o.batch * t->o.T;
-    r.valid = (int64_t)(N / (t->g->world / t->g->data_ranks));
+    double copies = t->g->world / t->g->data_ranks; // of every token
+    r.valid = (int64_t)(N / copies);
+    r.visible = 2 * t->tokens.pairs / copies / (double)r.tokens;
     router_totals_report(t, &r);
     check_same_norm(t, norm, update);
     if (!isfinite(r.grad_norm)) {
@@ -458,24 +525,26 @@ static StepResult report(Trainer *t, int64_t update, double lr, double N, double
 
 StepResult trainer_step(Trainer *t, Loader *data, int64_t update, double lr) {
     comm_where(update, -1, "tokens");
-    double N = read_tokens(t, data, update), aux = 0;
+    double aux = 0;
+    read_tokens(t, data, update);
     device_zero(t->head.loss_sum, sizeof(double));
     memset(&t->counts, 0, sizeof t->counts);
     routing_start(t, update);
     for (t->round = 0; t->round < t->o.rounds; t->round++) {
         router_totals_clear(t, t->round == 0);
-        upload_round(t);
+        int64_t first = t->round * t->n_micro * t->R;
+        step_upload(t, t->tokens.host_ids + first, t->tokens.host_targets + first, t->n_micro);
         step_forward(t, t->n_micro, 1, routing_given(t));
         routing_made(t);
         router_totals_sum(t);
-        step_head(t, 1, N);
+        step_head(t, 1);
         // --expert-grad-scale needs the counts before backward; else they are read after it.
         if (t->o.expert_grad_scale) aux += router_totals_collect(t);
         step_backward(t, update, lr);
         if (!t->o.expert_grad_scale) aux += router_totals_collect(t);
     }
     if (!t->o.update_layer) update_all(t, update, lr);
-    StepResult r = report(t, update, lr, N, aux);
+    StepResult r = report(t, update, lr, aux);
     routing_finish(t);
     if (t->dump) dump_finish(t->dump, t, r.loss, r.aux);
     comm_step_end();

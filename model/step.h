@@ -19,18 +19,20 @@ typedef struct {
     int update_layer; // step a layer inside backward, clipped by the norm of the update before
     double clip;      // gradient norm, 0 = no clipping
     double aux_coef, z_coef;
-    int aux_per_layer;     // aux is the mean of the layers' values, not one pooled statistic
-    int ignore_target;     // this id does not count as a target; -1 = none
-    int skip_nonfinite;    // a non-finite gradient skips the update instead of ending the run
-    int expert_grad_scale; // an expert's gradient is multiplied by mean count / own count
-    double balance_rate;   // bias += rate * sign(mean count - count) after an update; 0 = off
-    size_t memory;         // bytes to use for RECOMPUTE_AUTO; 0 = what device_memory() says
+    int aux_per_layer;           // aux is the mean of the layers' values, not one pooled statistic
+    int ignore_target;           // this id does not count as a target; -1 = none
+    int documents, document_end; // 1: attention and positions begin again after that token
+    int skip_nonfinite;          // a non-finite gradient skips the update instead of ending the run
+    int expert_grad_scale;       // an expert's gradient is multiplied by mean count / own count
+    double balance_rate;         // bias += rate * sign(mean count - count) after an update; 0 = off
+    size_t memory;               // bytes to use for RECOMPUTE_AUTO; 0 = what device_memory() says
     uint64_t seed;
 } StepOptions;
 
 typedef struct { // what one update tells, equal on all ranks
     double loss, aux, z, grad_norm, lr;
     int64_t tokens, valid;  // distinct positions, and targets that count
+    double visible;         // mean length of the document that a token is in (T without documents)
     int nonfinite;          // 1: the gradient is not finite, and nothing was changed
     int expert_dead;        // (layer, expert) pairs without a token
     double expert_load_max; // max / mean of the worst layer
@@ -43,6 +45,10 @@ typedef struct RoutingFiles RoutingFiles;
 typedef struct {                  // tokens of this rank
     int64_t sequences;            // of the update
     int *ids, *targets;           // (n_micro,R) device: the round
+    int *position;                // (n_micro,A) device, host: in its document; 0 = in its sequence
+    int *host_position;           // A = attention rows
+    double valid, pairs;          // of the update and all ranks: targets that count, pairs of a
+                                  // token and an earlier or equal one of its document, halves
     int *host_ids, *host_targets; // (sequences,T): the update
 } TokenBuffers;
 
@@ -131,8 +137,8 @@ void trainer_die_nonfinite(Trainer *t, int64_t update);
 // given: the saved topk are already there, and the router computes their scores.
 void step_forward(Trainer *t, int n, int training, int given);
 // Adds the losses of all micro-batches to head.loss_sum. training: computes act.dx and the head's
-// gradients with the loss seed 1/N (I1, one gradient rule); N is not used without it.
-void step_head(Trainer *t, int training, double N);
+// gradients with the loss seed 1/N (I1, one gradient rule), N = tokens.valid.
+void step_head(Trainer *t, int training);
 // The final norm and the head's matrix (a tied one is the embedding), and their gradients.
 typedef struct {
     const floatX *norm, *matrix; // (C) (V,C)
@@ -142,6 +148,11 @@ typedef struct {
 // Gathers them, and gives them back.
 HeadPointers head_get(Trainer *t, int training);
 void head_release(Trainer *t);
+// Reads a window: targets that do not count become -1. Returns those that count.
+int64_t step_targets(const Trainer *t, const int *ids, int *targets);
+// Uploads the first n micro-batches of the round's ids and, for documents, their positions, in
+// which every rank of the ep group takes part. targets may be 0: not wanted.
+void step_upload(Trainer *t, const int *ids, const int *targets, int n);
 // Address the parts of a micro-batch.
 int *micro_ids(const Trainer *t, int micro);             // (R)
 floatX *micro_dx(const Trainer *t, int micro);           // (R,C)

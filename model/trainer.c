@@ -127,8 +127,10 @@ static void allocate(Trainer *t, OptimizerOptions opt, Arena *a) {
     for (int i = 0; i < t->n_in_flight; i++) in_flight_create(&t->in_flight[i], &t->work, t->g, a);
     take_activations(t, a);
     take_head(t, a);
+    int64_t documents = t->o.documents ? t->work.attention_rows * t->n_micro : 0;
     t->tokens.ids = ARENA_TAKE(a, int, t->R * t->n_micro, "tokens");
     t->tokens.targets = ARENA_TAKE(a, int, t->R * t->n_micro, "tokens");
+    t->tokens.position = documents ? ARENA_TAKE(a, int, documents, "tokens") : 0;
     router_totals_create(&t->router, t->m, t->o.balance_rate > 0, a);
     take_norms(t, a);
     reserve_messages(t, a);
@@ -211,6 +213,9 @@ Trainer *trainer_create(Model *m, Grid *g, StepOptions o, OptimizerOptions opt, 
     size_t tokens = (size_t)t->tokens.sequences * (size_t)o.T;
     t->tokens.host_ids = (int *)xcalloc(tokens, sizeof(int), "tokens of an update");
     t->tokens.host_targets = (int *)xcalloc(tokens, sizeof(int), "tokens of an update");
+    // What the ep group has, what this rank has, and the group's in the order of attention.
+    size_t positions = (size_t)((2 * t->work.attention_rows + t->R) * t->n_micro);
+    t->tokens.host_position = (int *)xcalloc(positions, sizeof(int), "positions in documents");
     router_totals_create_host(&t->router, m);
     t->norms.host_blocks = (double *)xcalloc((size_t)m->n_blocks, sizeof(double), "norms");
     return t;
@@ -223,6 +228,7 @@ void trainer_free(Trainer *t) {
     router_totals_free(&t->router);
     free(t->tokens.host_ids);
     free(t->tokens.host_targets);
+    free(t->tokens.host_position);
     free(t->norms.host_blocks);
     free(t);
 }

@@ -285,35 +285,6 @@ static void wait_for_all(void) {
     free(ranks);
 }
 
-// A replayed routing, which no router would choose, gives the same update on every layout.
-static void test_layout_replay(const Fixture *f, const Config *c, const Shape *shape, int n_shapes,
-                               int batch) {
-    Setup s = fixture_setup(f, OPT_SGD);
-    char *path = xasprintf("%s/routing.safetensors", temporary);
-    s.step.batch = batch;
-    s.replay = path;
-    if (comm_world_rank() == 0) write_routing(path, c, batch, f->T);
-    wait_for_all();
-    Outcome solo = outcome_of(f, 0, &s, 1);
-    for (int i = 0; i < n_shapes; i++) {
-        Layout l = { shape[i].dp, shape[i].fsdp, shape[i].ep, (Dispatch)(i % 3), 0 };
-        Case k = { { i, i % 3, 0, 0, 0, 0 } };
-        if (!local_sequences(c, shape, &k, batch)) continue;
-        s.step.micro_batch = 1;
-        s.step.recompute = (Recompute)(i % 3);
-        Outcome o = outcome_of(f, &l, &s, 1);
-        Difference d = difference_of(&o, &solo);
-        check(difference_worst(&d) <= layout_bound(),
-              "dp %d fsdp %d ep %d, %s, recompute %s, a replayed routing: %s", l.dp, l.fsdp, l.ep,
-              dispatch_names[l.dispatch], recompute_names[i % 3], difference_text(&d));
-        outcome_free(&o);
-    }
-    outcome_free(&solo);
-    wait_for_all();
-    if (comm_world_rank() == 0) unlink(path);
-    free(path);
-}
-
 static void test_layouts(const Fixture *f) {
     char *path = xasprintf("%s/config.json", f->dir);
     Config c = config_read(path);
@@ -328,7 +299,6 @@ static void test_layouts(const Fixture *f) {
     test_cover(f, &c, shape, n, batch);
     test_edge_load(f, &c, shape, n, batch);
     test_layout_evaluation(f, shape, n, batch);
-    test_layout_replay(f, &c, shape, n, batch);
     config_free(&c);
 }
 #endif

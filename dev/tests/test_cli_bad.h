@@ -257,6 +257,15 @@ static void bad_places(void) {
     }
 }
 
+static void bad_documents(void) {
+    bad("an end-of-text token outside the vocabulary", "no end-of-text token 100000",
+        "$S --documents mask --document-end 100000");
+    change_config("endless.json", "\"vocab_size\"", "\"eos_token_id\":null,\"vocab_size\"");
+    bad("no end-of-text token", "no end-of-text token -1",
+        "$S --init $T/endless.json --documents mask");
+    bad("neither join nor mask", "choose one of join|mask", "$S --documents on");
+}
+
 // Routings: a record of $S, and files that are none.
 static void bad_routing(void) {
     good("eval exec $B $S --steps 2 --routing-record $T/routing");
@@ -288,5 +297,6 @@ static void test_bad(void) {
     bad_models();
     bad_data();
     bad_places();
+    bad_documents();
     bad_routing();
 }
