@@ -225,17 +225,20 @@ bool same_call(ncclComm *c, const Call &call) {
 }
 
 // ---- reductions
+template <class T> T combined(T s, T v, int op) {
+    switch (op) {
+    case ncclMax: return v > s ? v : s;
+    case ncclMin: return v < s ? v : s;
+    case ncclProd: return (T)(s * v);
+    default: return (T)(s + v); // ncclSum, ncclAvg
+    }
+}
 template <class T>
 void reduce_as(const char *all, size_t n, int ranks, size_t stride, int op, T *out) {
     for (size_t i = 0; i < n; i++) {
         T s = ((const T *)all)[i];
-        for (int r = 1; r < ranks; r++) {
-            T v = ((const T *)(all + (size_t)r * stride))[i];
-            s = op == ncclMax    ? (v > s ? v : s)
-                : op == ncclMin  ? (v < s ? v : s)
-                : op == ncclProd ? (T)(s * v)
-                                 : (T)(s + v);
-        }
+        for (int r = 1; r < ranks; r++)
+            s = combined(s, ((const T *)(all + (size_t)r * stride))[i], op);
         out[i] = op == ncclAvg ? (T)(s / (T)ranks) : s;
     }
 }
@@ -452,10 +455,9 @@ ncclResult_t ncclGetVersion(int *v) {
     return ncclSuccess;
 }
 const char *ncclGetErrorString(ncclResult_t r) {
-    return r == ncclSuccess           ? "no error"
-           : r == ncclInvalidArgument ? "invalid argument"
-           : r == ncclRemoteError     ? "remote error (emulated)"
-                                      : "NCCL error (emulated)";
+    if (r == ncclSuccess) return "no error";
+    if (r == ncclInvalidArgument) return "invalid argument";
+    return r == ncclRemoteError ? "remote error (emulated)" : "NCCL error (emulated)";
 }
 const char *ncclGetLastError(ncclComm_t) { return ""; }
 
