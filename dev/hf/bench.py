@@ -26,12 +26,12 @@ def step(a):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     flops, seconds, peaks, load, first = step_flops(model, config, a.batch, a.seq_len), [], [], 0.0, 0.0
     for s in range(-a.warmup, a.steps):
-        inputs, targets = windows.batch((s + a.warmup) * a.batch, a.batch)
+        inputs, targets, _ = windows.batch((s + a.warmup) * a.batch, a.batch)
         if s == 0:
             peaks.append(matmul_peak(torch.float32))
         start = time.perf_counter()
         logits, router = forward(model, inputs)
-        total, loss, _, _ = losses(config, logits, router, targets, config.router_aux_loss_coef, 0.0, "layers", None)
+        total, loss, _, _ = losses(config, logits, router, targets, config.router_aux_loss_coef, 0.0, "layers")
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

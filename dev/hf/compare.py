@@ -3,12 +3,18 @@
 
     python dev/hf/compare.py curves A/log.jsonl B/log.jsonl [more...] [--names NAME...] [--out plot.png] [--tol X] [--ranges 1-60 101-200]
     python dev/hf/compare.py dumps A.safetensors B.safetensors [--tol 2e-5] [--show 10]
+    python dev/hf/compare.py bf16 OURS.safetensors THEIRS.safetensors TRUTH.safetensors [--factor 2]
 
 curves: the first file is compared with each of the others, and the others among themselves (that is the noise to judge the first one by).
         Prints mean and largest absolute difference of the loss per range of steps; --out draws the curves and the differences below them.
 dumps:  A is judged against B. Deviations are norm-wise: |a - b| / |b|, where |b| is at least 1e-7 of the norm of all gradients (a gradient that is
         zero by algebra and rounding noise in one of the programs is no deviation). Names the first tensor in order of computation that is
-        beyond the tolerance, then the largest deviations. A bug shows in the first tensor; the rest is its consequence.
+        beyond the tolerance, then the largest deviations. A bug shows in the first tensor; the rest is its consequence. Where both hold the
+        routing (topk), tells for each MoE layer how many tokens have other experts, and the margins of those tokens: the gap between the
+        router logits of the last expert chosen and the first rejected, in the file that holds them (reference.py's). A flip with a margin
+        above rounding is no near tie.
+bf16:   OURS and THEIRS are first updates in bf16 with the routing of TRUTH, which is fp32. Every tensor's error against TRUTH is at most
+        --factor times that of THEIRS (FlashAttention's rule), with a floor of 2^-9 of the norm of a tensor that THEIRS happens to hit.
 
 Exit status: 0 within --tol (or none given for curves), 1 beyond it, 2 for input that cannot be compared.
 """
@@ -45,15 +51,65 @@ def order(name):
     return (11, name) if "embed" in name else (12, name)
 
 
-def dumps(a):
+def opener(*paths):
     try:
         from safetensors import safe_open
     except ImportError:
         die("safetensors is missing", "pip install safetensors")
-    for path in (a.a, a.b):
+    for path in paths:
         if not os.path.exists(path):
-            die(f"{path}: no such file", "give two files written by --dump")
+            die(f"{path}: no such file", "give files written by --dump")
+    return safe_open
+
+
+def routings(A, B, a, b):
+    """Prints how the choices of experts differ, layer by layer; the number of tokens that differ, or None where a file holds none."""
+    if "topk" not in A.keys() or "topk" not in B.keys():
+        return None
+    x, y = A.get_tensor("topk"), B.get_tensor("topk")
+    x, y = (t.reshape(t.shape[0], -1, t.shape[-1]) for t in (x, y))
+    if x.shape != y.shape:
+        die(f"topk: {x.shape} in {a}, {y.shape} in {b}", "the runs differ in batch, sequence length or model")
+    differ = (np.sort(x, -1) != np.sort(y, -1)).any(-1)
+    print(f"routing: {differ.sum()} of {differ.size} (layer, token) pairs have other experts")
+    source = B if "router" in B.keys() else A if "router" in A.keys() else None
+    for layer in np.flatnonzero(differ.any(1)):
+        text = f"  layer {layer}: {differ[layer].sum()} of {differ.shape[1]} tokens, first {np.flatnonzero(differ[layer])[0]}"
+        if source is not None:
+            logits = source.get_tensor("router")[layer].astype(np.float64).reshape(differ.shape[1], -1)[differ[layer]]
+            logits = -np.sort(-logits, -1)
+            gap = logits[:, x.shape[-1] - 1] - logits[:, x.shape[-1]]
+            text += f"; margins {gap.min():.2e} (closest) to {gap.max():.2e}"
+        print(text)
+    return int(differ.sum())
+
+
+def bf16(a):
+    safe_open = opener(a.ours, a.theirs, a.truth)
+    rows = []
+    with safe_open(a.ours, "np") as O, safe_open(a.theirs, "np") as H, safe_open(a.truth, "np") as T:
+        for name, file in ((a.ours, O), (a.theirs, H)):
+            if routings(file, T, name, a.truth):
+                die(f"{name} has another routing than {a.truth}", "replay it: --routing-replay")
+        for n in sorted((n for n in T.keys() if n in ("logits", "loss", "aux", "z") or n.startswith("grad.")), key=order):
+            if n not in O.keys() or n not in H.keys():
+                die(f"{n} is not in all three files", "give dumps of the same model")
+            o, h, t = (f.get_tensor(n).astype(np.float64).ravel() for f in (O, H, T))
+            norm = max(np.linalg.norm(t), 1e-300)
+            ours, theirs = np.linalg.norm(o - t) / norm, np.linalg.norm(h - t) / norm
+            rows.append((ours / max(theirs, 2.0 ** -9), ours, theirs, n))
+    bad = [r for r in rows if not r[0] <= a.factor]
+    print(f"bf16 against fp32, {len(rows)} tensors: median error {np.median([r[1] for r in rows]):.2e} here, {np.median([r[2] for r in rows]):.2e} in "
+          f"transformers; {len(bad)} beyond {a.factor:g} times theirs")
+    for ratio, ours, theirs, n in sorted(rows, reverse=True)[:a.show]:
+        print(f"  {ratio:5.2f} x  {ours:9.2e} here {theirs:9.2e} there  {n}")
+    return 1 if bad else 0
+
+
+def dumps(a):
+    safe_open = opener(a.a, a.b)
     with safe_open(a.a, "np") as A, safe_open(a.b, "np") as B:
+        routings(A, B, a.a, a.b)
         names_a, names_b = set(A.keys()), set(B.keys())
         known = lambda n: n in ("logits", "loss", "aux", "z") or n.startswith("grad.")
         for path, missing in ((a.b, names_a - names_b), (a.a, names_b - names_a)):
@@ -202,12 +258,18 @@ def main():
     d.add_argument("b")
     d.add_argument("--tol", type=float, default=2e-5)
     d.add_argument("--show", type=int, default=10, help="how many of the largest deviations")
+    h = commands.add_parser("bf16", help="errors of two bf16 first updates against fp32")
+    h.add_argument("ours")
+    h.add_argument("theirs")
+    h.add_argument("truth")
+    h.add_argument("--factor", type=float, default=2)
+    h.add_argument("--show", type=int, default=5, help="how many of the largest ratios")
     a = p.parse_args()
     if a.command == "curves":
         a.logs = [os.path.join(path, "log.jsonl") if os.path.isdir(path) else path for path in a.logs]
         if len(a.logs) < 2:
             die("one log", "give at least two")
-    sys.exit(curves(a) if a.command == "curves" else dumps(a))
+    sys.exit({"curves": curves, "dumps": dumps, "bf16": bf16}[a.command](a))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ Each folder holds
     tokens.bin                        an llm.c shard of exactly STEPS batches of B windows (read it in file order)
     expected.safetensors              inputs, targets (B, T); logits (B, T, V); loss, aux, z; grad.<name> of the total for every parameter;
                                       topk (L_moe, B*T, k) ascending; losses_sgd, losses_adamw, grad_norms_sgd, grad_norms_adamw (STEPS);
-                                      final_sgd, final_adamw: the L2 norm of every parameter after the last update, sorted by name
+                                      final_sgd, final_adamw: the L2 norm of every parameter after the last update, sorted by name;
+                                      counts (B, T): 1 where a target counts, in fixtures with a loss mask or documents
+    tokens.mask                       the loss mask of some: one byte a token
     meta.json                         the options of these runs, versions, and the rounding noise of transformers itself
 
 A tie in the routing would make a comparison meaningless, so weights are large (routing margins > 1e-3 in the first batch, > 5e-5 in all of
@@ -24,7 +26,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from reference import Windows, backward, die, expert_load, forward, gradients, load_model, losses, per_expert, precision, routing, train
+from reference import (MASK_MAGIC, Routing, Windows, backward, counting, die, expert_load, forward, gradients, load_model, losses, per_expert,
+                       positions, precision, routing, train)
 
 STEPS, MARGIN, MARGIN_RUNS, GRADIENT_NOISE, LOSS_NOISE = 10, 1e-3, 5e-5, 5e-6, 2e-6
 
@@ -71,6 +74,18 @@ FIXTURES = {
         "config": {"num_hidden_layers": 3, "num_experts": 16, "num_experts_per_tok": 2, "vocab_size": 64},
         "run": {"B": 4, "T": 24, "z_coef": 0.001},
         "trained": 150},
+    "documents": {                          # three documents in every window, one of them of one token; attention and positions end with each
+        "config": {"num_experts": 6, "vocab_size": 61, "eos_token_id": 9, "head_dim": 8},
+        "run": {"T": 20, "documents": "mask", "document_end": 9}},
+    "masks": {                                  # a loss mask; one sequence of every batch has no target at all; z-loss and ignored targets beside it
+        "config": {"num_experts": 6, "vocab_size": 61, "num_key_value_heads": 1, "head_dim": 8},
+        "run": {"z_coef": 0.001, "ignore_target": 4, "aux_pool": "layer"},
+        "masked": True},
+    "chat": {                                                   # documents and masks together, the head tied to the embedding
+        "config": {"num_experts": 6, "num_experts_per_tok": 3, "vocab_size": 61, "head_dim": 8, "tie_word_embeddings": True,
+                   "norm_topk_prob": False},
+        "run": {"T": 18, "documents": "mask", "document_end": 11, "z_coef": 0.001},
+        "masked": True},
 }
 
 
@@ -79,6 +94,38 @@ def write_shard(path, ids):
     head[:3] = 20240520, 1, len(ids)
     with open(path, "wb") as f:
         f.write(head.tobytes() + np.asarray(ids, np.uint16).tobytes())
+
+
+def write_mask(path, mask):
+    head = np.zeros(256, np.int32)
+    head[:3] = MASK_MAGIC, 1, len(mask)
+    with open(path, "wb") as f:
+        f.write(head.tobytes() + np.asarray(mask, np.uint8).tobytes())
+
+
+def end_documents(ids, T, end, seed):
+    """The same tokens with two ends of documents in every window of T, so that it holds three documents, one of them of one token: the middle
+    one in most windows, the first in every fourth, the last in every fourth."""
+    rng = np.random.default_rng(seed)
+    ids = [end - 1 if i == end else i for i in ids]
+    for window in range(len(ids) // T):
+        at = int(rng.integers(3, T - 5))
+        for place in {2: (0, at), 3: (at, T - 2)}.get(window % 4, (at, at + 1)):
+            ids[window * T + place] = end
+    return ids
+
+
+def loss_mask(n, B, T, seed):
+    """Runs of targets and of tokens that are none, as conversations have them; the second sequence of every batch has no target."""
+    rng = np.random.default_rng(seed)
+    mask, on = [], 1
+    while len(mask) < n:
+        mask += [on] * int(rng.integers(1, 8))
+        on = 1 - on
+    mask = mask[:n]
+    for window in range(1, (n - 1) // T, B):
+        mask[window * T + 1:window * T + T + 1] = [0] * T
+    return mask
 
 
 def text(V, n, seed, common=()):
@@ -146,25 +193,31 @@ def compute(folder, run, dtype):
     """Everything in expected.safetensors, computed from the files of the folder; margins and loads beside it."""
     windows, B = Windows([os.path.join(folder, "tokens.bin")], run["T"]), run["B"]
     ignore = None if run["ignore_target"] < 0 else run["ignore_target"]
-    common = (run["aux_coef"], run["z_coef"], run["aux_pool"], ignore)
+    end = run.get("document_end")
+    common = (run["aux_coef"], run["z_coef"], run["aux_pool"])
     model = load_model(folder, dtype)
     K = model.config.num_experts_per_tok
-    inputs, targets = windows.batch(0, B)
+    inputs, targets, counts = windows.batch(0, B)
+    counted = counting(inputs, targets, counts, ignore, end)
+    position = None if end is None else positions(inputs, end)
     assert ignore is None or (targets == ignore).sum(1).unique().numel() > 1           # windows differ in their number of valid targets
     assert model.config.pad_token_id is None or (inputs == model.config.pad_token_id).any()
-    with precision(dtype):
-        logits, router = forward(model, inputs)
-        total, loss, aux, z = losses(model.config, logits, router, targets, *common)
-        if run["aux_pool"] == "layers":                # our aux is the one transformers reports
+    with precision(dtype), Routing(model.config, inputs.numel()) as choice:
+        logits, router = forward(model, inputs, position)
+        total, loss, aux, z = losses(model.config, logits, router, counted, *common)
+        if run["aux_pool"] == "layers" and end is None:                # our aux is the one transformers reports
             assert torch.equal(aux, model(input_ids=inputs, output_router_logits=True).aux_loss)
         backward(model, total)
     topk, margin = routing(router, K)
+    assert torch.equal(topk, choice.topk(len(router)))
     result = {"inputs": inputs, "targets": targets, "logits": logits.detach(), "loss": loss.detach(), "aux": aux.detach(), "z": z.detach(),
               "topk": topk, **{f"grad.{n}": g.clone() for n, g in gradients(model).items()}}
+    if end is not None or windows.masks:
+        result["counts"] = (counted != -100).long()
     trace, load, margin_run = [], expert_load(router, K), math.inf
     for kind in ("sgd", "adamw"):
         model, seen = load_model(folder, dtype), []
-        for out in train(model, windows, B, STEPS, dtype, *common, optimizer=kind, **run[kind]):
+        for out in train(model, windows, B, STEPS, dtype, *common, ignore, optimizer=kind, **run[kind], document_end=end):
             sets, gap = routing(out["router"], K)
             seen.append((out["loss"], out["grad_norm"]))
             trace.append(sets)
@@ -197,7 +250,12 @@ def write_fixture(name, fixture, out, attempts=40):
                                                               attn_implementation="eager", experts_implementation="eager")
         randomize(model, seed)
         sprinkled = [i for i in (run["ignore_target"], config.get("pad_token_id", -1)) if i >= 0]
-        write_shard(os.path.join(folder, "tokens.bin"), text(V, STEPS * run["B"] * run["T"] + 1, seed, sprinkled))
+        ids = text(V, STEPS * run["B"] * run["T"] + 1, seed, sprinkled)
+        if "documents" in run:
+            ids = end_documents(ids, run["T"], run["document_end"], seed)
+        write_shard(os.path.join(folder, "tokens.bin"), ids)
+        if "masked" in fixture:
+            write_mask(os.path.join(folder, "tokens.mask"), loss_mask(len(ids), run["B"], run["T"], seed))
         if "trained" in fixture:
             skew(model, V, seed, fixture["trained"])
         write_checkpoint(model, config, folder, fixture.get("layout"))

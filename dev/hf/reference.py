@@ -4,7 +4,8 @@
     python dev/hf/reference.py --model DIR --train FILE... --seq-len 64 --batch 4 --steps 60 --optimizer sgd --lr 0.1 --out DIR
 
 Options carry train_moe's names, defaults and meanings. Windows are taken in file order (train_moe --shuffle off). --out receives log.jsonl
-and run.json; --dump FILE.safetensors receives the first update's logits, loss, aux, z and every gradient before clipping.
+and run.json; --dump FILE.safetensors receives the first update's logits, loss, aux, z, routing (topk, router logits) and every
+gradient before clipping.
 
 The loss comes from pre-shifted targets (Hugging Face's labels= shifts once more and drops the last target). With N valid targets
     loss  = -1/N sum log softmax(logits)[target]
@@ -12,6 +13,11 @@ The loss comes from pre-shifted targets (Hugging Face's labels= shifts once more
             pooled over the MoE layers, `layer`: the mean of the values of single layers
     z     = mean over tokens and MoE layers of logsumexp(router logits)^2
     total = loss + aux_coef * aux + z_coef * z        whose gradient is clipped, logged and dumped.
+
+--loss-mask, --documents and --document-end are train_moe's: a target counts if its byte in FILE.mask is 1 and it is not --ignore-target;
+with documents, attention sees a token's own document only (an explicit block-diagonal mask), positions begin at 0 in each, and a target
+whose input ends a document does not count. --routing-record DIR writes the choice of experts of every update; --routing-replay takes it
+from there (torch.topk is answered with the given ids) and computes scores, losses and gradients from the present logits.
 
 fp64 is double precision throughout: transformers casts norms, softmaxes and rotary angles to fp32 by name, and those casts are turned into
 casts to fp64. The rotary frequencies keep their fp32 bits, because they are constants of the model.
@@ -24,6 +30,9 @@ try:
     import transformers
 except ImportError as e:
     sys.exit(f"reference.py: {e}, hint: pip install -r {os.path.join(os.path.dirname(os.path.abspath(__file__)), 'requirements.txt')}")
+
+
+MASK_MAGIC = 20260520
 
 
 def die(what, hint):
@@ -43,19 +52,33 @@ def read_tokens(path):
     return np.memmap(path, kinds[head[0], head[1]], "r", offset=1024, shape=(int(head[2]),))
 
 
+def read_mask(path, n):
+    """The loss mask of n tokens: a header of 256 int32 (magic, version, count), then one byte a token, 1 where the token is a target."""
+    head = np.fromfile(path, np.int32, 256)
+    mask = np.fromfile(path, np.uint8, offset=1024)
+    if len(head) < 256 or head[0] != MASK_MAGIC or head[1] != 1 or head[2] != n or len(mask) != n or (n and mask.max() > 1):
+        die(f"{path}: not a loss mask of {n} tokens", f"magic {MASK_MAGIC}, version 1, the count of tokens, then bytes 0 and 1")
+    return mask
+
+
 class Windows:
     """Windows of T inputs and T targets (shifted by one): a file of n tokens has (n-1)/T of them; files follow one another, epochs wrap."""
 
-    def __init__(self, patterns, T, vocab=1 << 32):
+    def __init__(self, patterns, T, vocab=1 << 32, loss_mask="auto"):
         paths = [p for pattern in patterns for p in (sorted(glob.glob(pattern)) or die(f"{pattern}: no such file", "check --train"))]
         self.T, self.vocab, self.files = T, vocab, [read_tokens(p) for p in paths]
+        masks = [os.path.splitext(p)[0] + ".mask" for p in paths]
+        found = [] if loss_mask == "off" else [m for m in masks if os.path.exists(m)]
+        if len(found) not in (0, len(masks)) or loss_mask == "require" and not found:
+            die(f"{len(found)} of {len(masks)} token files have a .mask beside them", "give all of them one, or --loss-mask off")
+        self.masks = [read_mask(m, len(f)) for m, f in zip(masks, self.files)] if found else None
         self.ends = np.cumsum([max(len(f) - 1, 0) // T for f in self.files])
         if self.ends[-1] == 0:
             die("no file has a whole window", f"--seq-len {T} needs files of at least {T + 1} tokens")
 
     def batch(self, first, B):
-        """Windows first .. first+B-1 in file order: inputs and targets, (B, T) each."""
-        rows = []
+        """Windows first .. first+B-1 in file order: inputs, targets, and which targets the mask lets count, (B, T) each."""
+        rows, counts = [], []
         for w in range(first, first + B):
             w %= self.ends[-1]
             i = int(np.searchsorted(self.ends, w, side="right"))
@@ -63,8 +86,26 @@ class Windows:
             rows.append(self.files[i][at:at + self.T + 1].astype(np.int64))
             if rows[-1].max() >= self.vocab:
                 die(f"token id {rows[-1].max()} in a vocabulary of {self.vocab}", "these shards were written with another tokenizer")
+            counts.append(self.masks[i][at + 1:at + self.T + 1] == 1 if self.masks else np.ones(self.T, bool))
         rows = torch.from_numpy(np.stack(rows))
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.from_numpy(np.stack(counts))
+
+
+def counting(inputs, targets, counts, ignore=None, document_end=None):
+    """The targets, with -100 in place of those that do not count."""
+    if ignore is not None:
+        counts = counts & (targets != ignore)
+    if document_end is not None:
+        counts = counts & (inputs != document_end)
+    return targets.masked_fill(~counts.to(targets.device), -100)
+
+
+def positions(inputs, document_end):
+    """(B, T): the position of each token in its document; a document begins with the window and after each `document_end`."""
+    at = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
+    after_end = torch.zeros_like(inputs, dtype=torch.bool)
+    after_end[:, 1:] = inputs[:, :-1] == document_end
+    return at - torch.where(after_end, at, 0).cummax(1).values
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -99,15 +140,51 @@ def load_model(path, dtype="fp32", attn="eager", experts="eager"):
     return (model.double() if dtype == "fp64" else model).train()
 
 
-def forward(model, inputs):
-    """logits (B, T, V) and the raw router logits, one (B*T, E) per MoE layer."""
-    out = model(input_ids=inputs, output_router_logits=True, use_cache=False)
+class Routing(torch.overrides.TorchFunctionMode):
+    """Keeps the experts that every router chooses, or gives it those of `replay` (L_moe, B*T, k): torch.topk returns the ids given and the
+    scores found there. Transformers chooses by torch.topk once a layer, and once more where the auxiliary loss counts."""
+
+    def __init__(self, config, tokens, replay=None):
+        super().__init__()
+        self.E, self.K, self.tokens, self.replay, self.chosen = config.num_experts, config.num_experts_per_tok, tokens, replay, []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in (torch.topk, torch.Tensor.topk) or args[0].shape[-1] != self.E:
+            return func(*args, **kwargs)
+        scores = args[0]
+        layer, whole = len(self.chosen), scores.shape[0] != self.tokens
+        if self.replay is None:
+            out = func(*args, **kwargs)
+        else:
+            ids = self.replay.flatten(0, 1) if whole else self.replay[layer % len(self.replay)]
+            out = torch.return_types.topk((scores.gather(-1, ids.to(scores.device)), ids.to(scores.device)))
+        if not whole:
+            self.chosen.append(out[1].detach().sort(dim=-1).values)
+        return out
+
+    def topk(self, layers):
+        """(L_moe, B*T, k), ascending: the choice of the forward pass."""
+        return torch.stack(self.chosen[:layers]) if layers else torch.zeros(0, 0, self.K, dtype=torch.int64)
+
+
+def forward(model, inputs, position=None):
+    """logits (B, T, V) and the raw router logits, one (B*T, E) per MoE layer. With `position` (B, T) attention sees the own document only."""
+    if position is None:
+        out = model(input_ids=inputs, output_router_logits=True, use_cache=False)
+        logits = out.logits
+    else:                        # the parts of the same forward pass: its own auxiliary loss does not know masks of four dimensions
+        first = torch.arange(inputs.shape[1], device=inputs.device) - position
+        visible = (first[:, :, None] == first[:, None, :]).tril()
+        mask = torch.zeros(visible.shape, dtype=model.dtype, device=inputs.device).masked_fill(~visible, torch.finfo(model.dtype).min)
+        out = model.model(input_ids=inputs, attention_mask=mask[:, None], position_ids=position, output_router_logits=True, use_cache=False)
+        logits = model.lm_head(out.last_hidden_state)
     router = tuple(r for r in (out.router_logits or ()) if r is not None)
     for r in router:
         if (r.detach() >= 0).all() and (r.detach().float().sum(-1) - 1).abs().max() < 1e-2:
             die(f"transformers {transformers.__version__} returns probabilities as router logits: its auxiliary loss applies softmax twice",
                 "use transformers >= 5.6, or 4.51 to 4.57")
-    return out.logits, router
+    return logits, router
 
 
 def routing(router, top_k):
@@ -121,11 +198,12 @@ def routing(router, top_k):
     return torch.stack(sets) if sets else torch.zeros(0, 0, top_k, dtype=torch.int64), gap
 
 
-def losses(config, logits, router, targets, aux_coef, z_coef, aux_pool, ignore):
-    """total, loss, aux, z as scalars; total carries the gradient. The formulas are at the top of this file."""
+def losses(config, logits, router, targets, aux_coef, z_coef, aux_pool):
+    """total, loss, aux, z as scalars; total carries the gradient; targets of -100 do not count. Without any target that counts the loss is
+    zero here, and null in the log. The formulas are at the top of this file."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    loss = torch.nn.functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-100 if ignore is None else ignore)
+    loss = torch.nn.functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="mean" if (targets != -100).any() else "sum")
     aux = z = torch.zeros((), dtype=wide.dtype)
     if router:
         E, K = router[0].shape[-1], config.num_experts_per_tok
@@ -205,19 +283,24 @@ def steps_or_ratio(text, steps):
 
 
 def train(model, windows, B, steps, dtype="fp32", aux_coef=0.0, z_coef=0.0, aux_pool="layers", ignore=None, optimizer="sgd", lr=1e-3,
-          momentum=0.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, grad_clip=1.0, factor=lambda s: 1.0, inspect=lambda out: None):
-    """Yields one dict per finished update, its values from before it; inspect(dict) is called while the gradients are still unclipped."""
+          momentum=0.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, grad_clip=1.0, factor=lambda s: 1.0, inspect=lambda out: None,
+          document_end=None, replay=lambda s: None):
+    """Yields one dict per finished update, its values from before it; inspect(dict) is called while the gradients are still unclipped.
+    document_end: the id that ends a document, or None; replay(s): the routing of update s (L_moe, B*T, k), or None."""
     opt = make_optimizer(model, optimizer, lr, weight_decay, momentum, beta1, beta2, eps)
     for s in range(steps):
         start = time.perf_counter()
-        inputs, targets = (x.to(model.device) for x in windows.batch(s * B, B))
-        with precision(dtype):
-            logits, router = forward(model, inputs)
-            total, loss, aux, z = losses(model.config, logits, router, targets, aux_coef, z_coef, aux_pool, ignore)
+        inputs, targets, counts = (x.to(model.device) for x in windows.batch(s * B, B))
+        targets = counting(inputs, targets, counts, ignore, document_end)
+        position = None if document_end is None else positions(inputs, document_end)
+        with precision(dtype), Routing(model.config, inputs.numel(), replay(s)) as choice:
+            logits, router = forward(model, inputs, position)
+            total, loss, aux, z = losses(model.config, logits, router, targets, aux_coef, z_coef, aux_pool)
             backward(model, total)
         norm = grad_norm(model)
         out = {"step": s + 1, "loss": loss.item(), "aux": aux.item(), "z": z.item(), "grad_norm": norm, "lr": lr * factor(s),
-               "inputs": inputs, "targets": targets, "logits": logits.detach(), "router": tuple(r.detach() for r in router)}
+               "inputs": inputs, "targets": targets, "logits": logits.detach(), "router": tuple(r.detach() for r in router),
+               "topk": choice.topk(len(router))}
         inspect(out)
         clip(model, norm, grad_clip)
         for group in opt.param_groups:
@@ -266,23 +349,46 @@ def log_line(values):
 
 
 def write_safetensors(path, tensors):
-    """{name: tensor} as fp32, one tensor at a time: gradients as large as the model are not copied once more."""
+    """{name: tensor} as fp32 or int32, one tensor at a time: gradients as large as the model are not copied once more."""
     header, at = {"__metadata__": {"format": "pt", "origin": f"transformers {transformers.__version__}"}}, 0
     for n, t in tensors.items():
-        header[n] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [at, at + 4 * t.numel()]}
+        header[n] = {"dtype": "F32" if t.is_floating_point() else "I32", "shape": list(t.shape), "data_offsets": [at, at + 4 * t.numel()]}
         at += 4 * t.numel()
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for t in tensors.values():
-            f.write(t.float().contiguous().cpu().numpy())
+            f.write((t.float() if t.is_floating_point() else t.int()).contiguous().cpu().numpy())
 
 
 def dump(path, out, model):
     """The values of the first update, gradients unclipped."""
     tensors = {"logits": out["logits"], **{k: torch.tensor(out[k], dtype=torch.float64) for k in ("loss", "aux", "z")}}
+    if out["router"]:
+        tensors |= {"topk": out["topk"].unflatten(1, out["inputs"].shape), "router": torch.stack(out["router"]).unflatten(1, out["inputs"].shape)}
     write_safetensors(path, tensors | {f"grad.{n}": g for n, g in gradients(model).items()})
+
+
+def replayed(source, config):
+    """The function (s) -> routing of update s, or None, from a folder of step_N.safetensors or from one file, which is the first update's."""
+    from safetensors.torch import load_file
+    if not source:
+        return lambda s: None
+    if not os.path.exists(source):
+        die(f"{source}: no such file or folder", "--routing-replay takes what --routing-record or --dump wrote")
+
+    def routing_of(s):
+        path = os.path.join(source, f"step_{s + 1}.safetensors") if os.path.isdir(source) else source
+        if not os.path.isdir(source) and s > 0:
+            return None
+        if not os.path.exists(path):
+            die(f"{path}: no such file", "record as many updates as are replayed")
+        ids = load_file(path)["topk"].long().flatten(1, 2)
+        if ids.shape[-1] != config.num_experts_per_tok or ids.min() < 0 or ids.max() >= config.num_experts or (ids.diff(dim=-1) <= 0).any():
+            die(f"{path}: topk {tuple(ids.shape)} is no routing of this model", "ids ascend and are below the number of experts")
+        return ids
+    return routing_of
 
 
 def main():
@@ -303,6 +409,11 @@ def main():
     add("--aux-coef", type=float, help="default: the config's router_aux_loss_coef")
     add("--aux-pool", choices=["layers", "layer"], default="layers")
     add("--ignore-target", type=int, help="targets equal to this id do not count")
+    add("--loss-mask", choices=["auto", "off", "require"], default="auto", help="FILE.mask beside a token file: which tokens are targets")
+    add("--documents", choices=["join", "mask"], default="join", help="mask: attention within documents only")
+    add("--document-end", type=int, help="the id that ends a document; default: the config's eos_token_id")
+    add("--routing-record", help="folder for step_N.safetensors with the experts of every token")
+    add("--routing-replay", help="such a folder, or a file for the first update: the experts are taken from there")
     add("--schedule", choices=["constant", "linear", "cosine", "wsd"], default="constant")
     add("--warmup", default="0", help="steps, or a ratio with a point in it")
     add("--decay", default="0", help="the last part of wsd: steps, or a ratio with a point in it")
@@ -319,7 +430,15 @@ def main():
     torch.use_deterministic_algorithms(True, warn_only=a.device != "cpu")
     model = load_model(a.model, a.dtype, a.attn, a.experts).to(a.device)
     config = model.config
-    windows = Windows(a.train, a.seq_len, config.vocab_size)
+    windows = Windows(a.train, a.seq_len, config.vocab_size, a.loss_mask)
+    document_end = None
+    if a.documents == "mask":
+        document_end = config.eos_token_id if a.document_end is None else a.document_end
+        document_end = document_end[0] if isinstance(document_end, list) else document_end
+        if document_end is None:
+            die("--documents mask, and the config has no eos_token_id", "give --document-end ID")
+    if a.routing_record:
+        os.makedirs(a.routing_record, exist_ok=True)
     aux_coef = config.router_aux_loss_coef if a.aux_coef is None else a.aux_coef
     warmup, decay = steps_or_ratio(a.warmup, a.steps), steps_or_ratio(a.decay, a.steps)
     flops, peak = step_flops(model, config, a.batch, a.seq_len), math.inf if a.device != "cpu" else matmul_peak(torch.float64 if a.dtype == "fp64" else torch.float32)
@@ -333,13 +452,23 @@ def main():
             json.dump({**vars(a), "aux_coef": aux_coef, **versions}, f, indent=2)
         log = open(os.path.join(a.out, "log.jsonl"), "w")
     factor = lambda s: lr_factor(s, a.schedule, a.steps, warmup, decay, a.final_lr)
-    inspect = lambda out: dump(a.dump, out, model) if a.dump and out["step"] == 1 else None
+
+    def inspect(out):
+        if a.dump and out["step"] == 1:
+            dump(a.dump, out, model)
+        if a.routing_record:
+            path = os.path.join(a.routing_record, f"step_{out['step']}.safetensors")
+            write_safetensors(path, {"topk": out["topk"].unflatten(1, out["inputs"].shape)})
+
     for out in train(model, windows, a.batch, a.steps, a.dtype, aux_coef, a.z_coef, a.aux_pool, a.ignore_target, a.optimizer, a.lr,
-                     a.momentum, a.beta1, a.beta2, a.eps, a.weight_decay, a.grad_clip, factor, inspect):
+                     a.momentum, a.beta1, a.beta2, a.eps, a.weight_decay, a.grad_clip, factor, inspect, document_end,
+                     replayed(a.routing_replay, config)):
         seconds, tokens = out["seconds"], a.batch * a.seq_len
         load, dead = expert_load(out["router"], config.num_experts_per_tok)
         line = {k: out[k] for k in ("step", "loss", "aux", "z", "grad_norm", "lr")}
-        line |= {"tokens": tokens, "ms": seconds * 1e3, "tok_s": tokens / seconds, "mfu": flops / seconds / peak,
+        targets = int((out["targets"] != -100).sum())
+        line["loss"] = line["loss"] if targets else math.nan
+        line |= {"tokens": tokens, "targets": targets, "ms": seconds * 1e3, "tok_s": tokens / seconds, "mfu": flops / seconds / peak,
                  "expert_load_max": load, "expert_dead": dead}
         if log:
             log.write(log_line(line))
