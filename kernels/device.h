@@ -80,6 +80,12 @@ void device_copy(void *dst, const void *src, size_t bytes); // device to device,
 void device_upload(void *device, const void *host,
                    size_t bytes); // ordered before later COMPUTE work; host may be reused on return
 void device_download(void *host, const void *device, size_t bytes); // waits for COMPUTE
+// Starts a copy of at most 1 MiB to the host, after what COMPUTE was given so far, into memory that
+// the device reaches by itself. One at a time.
+void device_fetch_start(const void *device, size_t bytes);
+// Waits for that copy alone, and not for what COMPUTE was given since; returns where it lies until
+// the next one starts.
+const void *device_fetch_wait(void);
 // Debug builds: fill with NaN bytes (0xff). Elsewhere nothing.
 void device_poison(void *dst, size_t bytes);
 MOE_END_C

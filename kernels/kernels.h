@@ -150,6 +150,32 @@ void row_index_build(RowIndex *plan, const int *choice, const int *n_pool, int f
 // The plan of a dense MLP: one expert that every one of R tokens chose (K = 1, E = 1).
 void row_index_dense(RowIndex *plan, int64_t R);
 
+// ---- routing over the ranks of an ep group --------------------------------------------------
+// Who sends what to whom follows from everybody's choice: ids (sources*R, K) are the global experts
+// of all tokens, ascending, and rank j has experts [j * E/ranks, (j+1) * E/ranks).
+typedef struct {
+    int64_t sources, ranks; // sources: ranks for tokens of their own, 1 for replicated ones
+    int64_t R, K, E;        // R: tokens of a source
+} RouteShape;
+static inline int64_t route_table_size(RouteShape s) { return s.sources * s.ranks + s.ranks + 1; }
+// A micro-batch's routing on one rank: what forward makes and backward needs again.
+typedef struct {
+    RowIndex index;  // from pool tokens to expert rows
+    int *send_token; // (R,J) and sum_row (R,J): see route_lists; 0 where it does not exchange
+    int *sum_row;
+    int *table; // host memory: see route_table
+} Route;
+// Fills table (route_table_size): [i * ranks + j] = tokens of source i that chose an expert of rank
+// j; then the expert rows of every rank, padded as row_index_build does; last the number of ids
+// that are not in [0,E).
+void route_table(int *table, const int *ids, RouteShape s);
+// Fills what rank `me` needs for an uneven exchange (sources = ranks), with J = min(ranks, K):
+// send_token (R,J), its token of every row that it sends, by destination, then token; sum_row
+// (R,J), the rows of each of its tokens among them, ascending, -1 = none; choice (ranks*R, K), the
+// ids of the tokens that it gets, by source, then token. What lies after the rows in use is
+// undefined.
+void route_lists(int *send_token, int *sum_row, int *choice, const int *ids, int me, RouteShape s);
+
 // H (M,2F) = pool[row_token] W1^T, gate columns 0..F-1, up columns F..2F-1;  A (M,F) = silu(gate) *
 // up, A may be 0 (recompute wants H alone).
 void experts_up(floatX *H, floatX *A, const floatX *pool /*(P,C)*/, const floatX *W1 /*(E,2F,C)*/,

@@ -31,7 +31,8 @@ void layer_forward_start(Workspace *w, InFlight *f, Saved *s, int layer, const L
     if (!c->is_moe[layer]) return;
     router_forward(s->logits, s->topk, s->score, stats, f->u, p->router, bias, given, c->norm_topk,
                    w->R, c->C, c->E, c->K);
-    dispatch_route(&f->index, f->dispatcher, s->topk);
+    f->route.table = s->route.table;
+    dispatch_route(&f->route, f->dispatcher, s->topk);
     dispatch_start(f->dispatcher, FORWARD, f->u, s->score);
 }
 
@@ -45,15 +46,16 @@ void layer_forward_experts(Workspace *w, InFlight *f, Saved *s, int layer, const
     }
     const real *score;
     const floatX *pool = dispatch_wait(f->dispatcher, FORWARD, &score);
+    if (s->route.index.row_token) saved_route_copy(s, w, &f->route);
     if (s->pool) {
-        int64_t P = f->index.P;
+        int64_t P = f->route.index.P;
         device_copy(s->pool, pool, (size_t)(P * c->C) * sizeof(floatX));
         device_copy(s->pool_score, score, (size_t)(P * c->K) * sizeof(real));
     }
-    experts_up(s->H, w->A, pool, p->up, &f->index, c->C, c->F);
-    experts_down(w->Y, w->A, p->down, &f->index, c->C, c->F);
+    experts_up(s->H, w->A, pool, p->up, &f->route.index, c->C, c->F);
+    experts_down(w->Y, w->A, p->down, &f->route.index, c->C, c->F);
     floatX *target = combine_target(f->dispatcher, FORWARD, f->y, 0, 0);
-    rows_weighted_sum(target, w->Y, score, &f->index, c->C);
+    rows_weighted_sum(target, w->Y, score, &f->route.index, c->C);
     combine_start(f->dispatcher, FORWARD, f->y, 0);
 }
 
@@ -69,7 +71,7 @@ void layer_backward_start(Workspace *w, InFlight *f, Saved *s, int layer, const 
     if (!s->has_attention) attention_part(w, f, s, p);
     rmsnorm_forward(f->u, f->rstd, s->mid, p->mlp_norm, (real)c->rms_eps, w->R, c->C);
     if (!c->is_moe[layer]) return;
-    dispatch_route(&f->index, f->dispatcher, s->topk);
+    dispatch_route_again(&f->route, f->dispatcher, s->topk, &s->route);
     if (!s->pool) dispatch_start(f->dispatcher, FORWARD, f->u, s->score);
     // out = mid + combine(...), so the gradient of the combined output is dx itself.
     dispatch_start(f->dispatcher, BACKWARD, dx, 0);
@@ -80,7 +82,7 @@ void layer_backward_experts(Workspace *w, InFlight *f, Saved *s, int layer, cons
     const Config *c = w->c;
     int moe = c->is_moe[layer];
     int64_t F = moe ? c->F : c->I;
-    const RowIndex *index = moe ? &f->index : &w->dense;
+    const RowIndex *index = moe ? &f->route.index : &w->dense;
     const floatX *pool = moe ? s->pool : f->u, *dpool = dx;
     const real *score = moe ? s->pool_score : 0;
     floatX *target = f->y;

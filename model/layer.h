@@ -24,7 +24,7 @@ typedef struct {
     real *rstd;             // (R) of u
     real *dscore;           // (R,K)
     Dispatcher *dispatcher; // 0 in a model without experts
-    RowIndex index;         // from pool tokens to expert rows
+    Route route;            // of the pass at hand
     const int *position;    // (A) of each token in its document; 0: in its sequence
     Saved scratch;          // holds q, k, v, o, lse and mid where they are not saved
 } InFlight;
@@ -37,6 +37,7 @@ typedef struct {
     int64_t heads, kv_heads; // of this rank
     int64_t attention_rows;  // tokens that its heads see: R, or ep * R where heads are split
     int tokens_move;         // ep > 1, and not --dispatch allreduce
+    int ep, destinations;    // ranks of an ep group; those that a token can travel to, or 0
     Heads *split;            // 0 if heads are not split
     RowIndex dense;          // of dense layers
     real *cos, *sin;         // (T,D/2)
@@ -70,6 +71,8 @@ size_t saved_expert_bytes(const Workspace *w, int layer, int64_t rows, int64_t p
 void saved_attention_place(Saved *s, const Workspace *w, const InFlight *f, char *memory);
 void saved_expert_place(Saved *s, const Workspace *w, int layer, int64_t rows, int64_t pool,
                         char *memory);
+// Copies the lists of a routing to where they are saved.
+void saved_route_copy(Saved *s, const Workspace *w, const Route *route);
 
 // ---- forward --------------------------------------------------------------------------------
 // saved->x is given; the attention group must be placed before _start, the expert group before

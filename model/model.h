@@ -186,6 +186,7 @@ typedef struct {
     floatX *H;         // (M,2F) gate and up before SwiGLU, of the rows in use
     floatX *pool;      // (P,C) what the experts saw, if tokens travel; else 0
     real *pool_score;  // (P,K) and the scores that came with it
+    Route route;       // the lists if ep > 1, else 0; its table, on the host, is always saved
 } Saved;
 MOE_END_C
 #endif

@@ -67,8 +67,9 @@ static void token_traffic(Traffic *s, const Config *c, const Grid *g, int64_t R,
         s->bytes[SEND_TOKENS] = 2 * passes * all_reduce_bytes(R * c->C, X, g->ep, g->ep_rank);
         return;
     }
-    // topk, for forward's row index and for backward's.
-    s->bytes[SEND_ROUTING] = 2 * passes * (g->ep - 1) * (double)(R * c->K) * sizeof(int);
+    // topk, for forward's row index and for backward's where it is not saved.
+    s->bytes[SEND_ROUTING] =
+        (1 + routing.rerouted) * passes * (g->ep - 1) * (double)(R * c->K) * sizeof(int);
     // A dispatch sends, a combine sends back what came. Forward: dispatch (token, scores), combine.
     // Backward: dispatch dy, combine (dx, dscore), and forward's dispatch where its pool is not
     // saved.
@@ -253,8 +254,8 @@ static Estimate try_layout(const Config *c, const Grid *g, StepOptions *o, Optim
     double respread = o->recompute == RECOMPUTE_NONE || o->recompute == RECOMPUTE_AUTO ? 0 : 1,
            reattended = o->recompute == RECOMPUTE_LAYER;
     double rows = plan_uniform_rows(c, g, t->R), rows_most = plan_most_rows(c, g, t->R);
-    Routing expected = { rows, rows, respread, reattended },
-            worst = { rows_most, (double)(g->ep - 1) * t->R, respread, reattended };
+    Routing expected = { rows, rows, respread, respread, reattended },
+            worst = { rows_most, (double)(g->ep - 1) * t->R, respread, respread, reattended };
     *uniform = plan_traffic(&m, g, o, expected);
     *most = plan_traffic(&m, g, o, worst);
     Estimate e = estimate(&m, g, o, opt, uniform, t->arena.used, k);

@@ -30,6 +30,7 @@ typedef struct {
     double sent, received; // token copies in the forward dispatch of a micro-batch, mean over MoE
                            // layers and micro-batches
     double respread;       // share of those sent that backward dispatches again (pool not saved)
+    double rerouted;       // share of dispatches whose row index backward makes again
     double reattended;     // share of (layer, micro-batch) pairs whose attention is computed again
 } Routing;
 // Computes the bytes from the sizes of the collectives.

@@ -193,6 +193,7 @@ static void place_experts(Trainer *t, Saved *s, const InFlight *f, int layer, in
         n->sent += load->sent_rows;
         n->received += load->received_rows;
         n->redispatched += s->has_experts ? 0 : load->sent_rows;
+        n->rerouted += !s->has_experts;
     }
     n->reattended += !s->has_attention;
     n->all += s->has_attention && s->has_experts;

@@ -54,6 +54,7 @@ typedef struct {                  // tokens of this rank
 
 typedef struct {                   // what the layers leave for backward
     Saved *saved;                  // (L+1,n_micro); row L has x alone: the head's input
+    int *tables;                   // host: the tables of their routings
     floatX *dx;                    // (n_micro,R,C) running gradient of every micro-batch
     char *store;                   // saved groups at their actual size, appended in forward
     size_t store_size, store_used; // bytes
@@ -63,6 +64,7 @@ typedef struct {              // what became of them in this update, on this ran
     int all, attention, none; // (layer, micro-batch) pairs by the groups that were saved
     int64_t sent, received;   // rows of forward dispatches to and from other ranks
     int64_t redispatched;     // of those sent, rows that backward dispatches again
+    int64_t rerouted;         // pairs whose row index backward makes again
     int64_t reattended;       // pairs whose attention is computed again
 } SavedCounts;
 

@@ -71,7 +71,7 @@ void trace_forward(Trainer *t, int layer, int micro) {
     device_download(k->expert, s->topk + chosen, (size_t)c->K * sizeof(int));
     device_download(k->score, s->score + chosen, (size_t)c->K * sizeof(real));
     if (t->work.tokens_move) return;
-    const RowIndex *index = &in_flight_of(t, micro)->index;
+    const RowIndex *index = &in_flight_of(t, micro)->route.index;
     device_download(k->row, index->token_row + chosen, (size_t)c->K * sizeof(int));
 }
 

@@ -66,12 +66,15 @@ static void take_parameters(Trainer *t, OptimizerOptions opt, Arena *a) {
 static void take_activations(Trainer *t, Arena *a) {
     const Config *c = &t->m->c;
     int64_t R = t->R, n = t->n_micro;
+    int64_t table = c->n_moe ? dispatch_table_size(t->g, c, R) : 0;
     t->act.saved = (Saved *)xcalloc((size_t)((c->L + 1) * n), sizeof(Saved), "kept activations");
+    t->act.tables = (int *)xcalloc((size_t)(c->n_moe * n * table + 1), sizeof(int), "routing");
     for (int l = 0; l <= c->L; l++)
         for (int64_t m = 0; m < n; m++) {
             Saved *s = &t->act.saved[l * n + m];
             s->x = ARENA_TAKE(a, floatX, R * c->C, "layer inputs");
             if (l == c->L || !c->is_moe[l]) continue;
+            s->route.table = t->act.tables + (t->m->moe_index[l] * n + m) * table;
             s->topk = ARENA_TAKE(a, int, R * c->K, "routing");
             s->score = ARENA_TAKE(a, real, R * c->K, "routing");
             s->logits = ARENA_TAKE(a, real, R * c->E, "routing");
@@ -141,6 +144,7 @@ static void release(Trainer *t) {
     for (int i = 0; i < t->n_in_flight; i++) in_flight_free(&t->in_flight[i]);
     free(t->in_flight);
     free(t->act.saved);
+    free(t->act.tables);
     workspace_free(&t->work);
     optimizer_free(&t->optimizer);
     fsdp_free(t->fsdp);

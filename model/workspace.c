@@ -26,12 +26,46 @@ static size_t attention_layout(Saved *s, const Workspace *w, char *base) {
     return used;
 }
 
+// The lists of a routing, if there are other ranks.
+static void route_layout(Route *route, const Workspace *w, int layer, int64_t rows, int64_t pool,
+                         char *base, size_t *used) {
+    const Config *c = w->c;
+    RowIndex none = { 0, 0, 0, 0, 0, 0, 0 }, *index = &route->index;
+    int64_t sent = w->R * w->destinations;
+    *index = none;
+    route->send_token = route->sum_row = 0;
+    if (w->ep == 1 || !c->is_moe[layer]) return;
+    index->row_token = (int *)append(base, used, rows, sizeof(int));
+    index->token_row = (int *)append(base, used, pool * c->K, sizeof(int));
+    index->expert_row = (int *)append(base, used, c->E / w->ep + 1, sizeof(int));
+    if (!sent) return;
+    route->send_token = (int *)append(base, used, sent, sizeof(int));
+    route->sum_row = (int *)append(base, used, sent, sizeof(int));
+}
+
+void saved_route_copy(Saved *s, const Workspace *w, const Route *route) {
+    RowIndex *to = &s->route.index;
+    const RowIndex *from = &route->index;
+    to->M = from->M;
+    to->P = from->P;
+    to->E = from->E;
+    to->K = from->K;
+    device_copy(to->row_token, from->row_token, (size_t)to->M * sizeof(int));
+    device_copy(to->token_row, from->token_row, (size_t)(to->P * to->K) * sizeof(int));
+    device_copy(to->expert_row, from->expert_row, (size_t)(to->E + 1) * sizeof(int));
+    size_t sent = (size_t)(w->R * w->destinations) * sizeof(int);
+    if (!sent) return;
+    device_copy(s->route.send_token, route->send_token, sent);
+    device_copy(s->route.sum_row, route->sum_row, sent);
+}
+
 static size_t expert_layout(Saved *s, const Workspace *w, int layer, int64_t rows, int64_t pool,
                             char *base) {
     const Config *c = w->c;
     int64_t F = c->is_moe[layer] ? c->F : c->I;
     size_t used = 0;
     s->H = (floatX *)append(base, &used, rows * 2 * F, sizeof(floatX));
+    route_layout(&s->route, w, layer, rows, pool, base, &used);
     s->pool = 0;
     s->pool_score = 0;
     if (w->tokens_move && c->is_moe[layer]) {
@@ -96,6 +130,10 @@ void workspace_create(Workspace *w, const Model *m, const Grid *g, int64_t B, in
     w->kv_heads = c->KV / parts;
     w->attention_rows = heads_rows(g, w->R);
     w->tokens_move = g->ep > 1 && g->dispatch != DISPATCH_ALLREDUCE;
+    w->ep = g->ep;
+    w->destinations = 0;
+    if (g->ep > 1 && g->dispatch == DISPATCH_ALLTOALL)
+        w->destinations = g->ep < c->K ? g->ep : c->K;
     w->split = heads_create(g, c, w->R, arena);
     int64_t rows = 0, hidden = 0; // most expert rows, and rows * width, of any kind of layer
     if (c->n_moe) {

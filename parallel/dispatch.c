@@ -1,22 +1,25 @@
-// Three dispatchers behind one pair of linear maps. Notation: n = ep ranks, R tokens of each, J =
-// min(n, K) = ranks that one token can go to, P = pool tokens here.
+// Three dispatchers behind one pair of linear maps (dispatch.h), on collectives of comm.h and the
+// routing kernels of kernels.h. Notation: n = ep ranks, R tokens of each, J = min(n, K) = ranks
+// that one token can go to, P = pool tokens here.
 //
 //   alltoall    S = the 0/1 matrix that copies a token once to every rank where one of its experts
-//   lives; pool = S x, y = S^T out. Sent rows stand by (destination, token), a pool
-//               by (source, token): ranks hold contiguous slices of the batch, so the rows of every
+//               lives; pool = S x, y = S^T out. Sent rows stand by (destination, token), a pool by
+//               (source, token): ranks hold contiguous slices of the batch, so the rows of every
 //               expert are in the order of the one-process batch.
-//   allgather   S = all tokens to all ranks; S^T = the sum over ranks of their slices. The plan
-//   drops the experts that live elsewhere, so expert rows are the routed ones. allreduce   x is the
-//   same on all ranks; pool = x and y = sum of the ranks' parts. Adjoint: every replica of y got
-//   its own dy (its loss share is 1/n of the token's), so
-//               dpool = sum of the ranks' dy; and dx is one term of the sum over replicas that the
-//               dense gradients make anyway (I1): nothing is sent.
+//   allgather   S = all tokens to all ranks; S^T = the sum over ranks of their slices. The row
+//   index
+//               drops the experts that live elsewhere, so expert rows are the routed ones.
+//   allreduce   x is the same on all ranks; pool = x and y = sum of the ranks' parts. Adjoint:
+//   every
+//               replica of y got its own dy (its loss share is 1/n of the token's), so dpool = sum
+//               of the ranks' dy; and dx is one term of the sum over replicas that the dense
+//               gradients make anyway (I1, one gradient rule): nothing is sent.
 //
-// Which rows travel follows from topk alone, and after its all-gather every rank has all of it: no
-// sizes are exchanged, and every rank knows the load of every other. Buffers, in tokens of C floatX
-// (alltoall): pool, dpool, out of n R, stage of R J.
-//   stage sends the FORWARD dispatch and receives every combine;  out sends the BACKWARD dispatch,
-//   later it is the target of the experts: never two uses at a time.
+// Which rows travel follows from topk alone, and after its all-gather every rank's device has all
+// of it: no sizes are exchanged, and the table of rows tells every host the load of every rank.
+// Buffers, in tokens of C floatX (alltoall): pool, dpool, out of n R, stage of R J. stage sends the
+// FORWARD dispatch and receives every combine; out sends the BACKWARD dispatch and is later the
+// target of the experts: never two uses at a time.
 #include "dispatch.h"
 #include "../kernels/fail.h"
 #include <stdlib.h>
@@ -24,269 +27,316 @@
 
 struct Dispatcher {
     Comm *group;
-    Dispatch dispatch;
+    Dispatch kind;
     int local; // 1: nothing moves, every call returns its argument (ep = 1 without --force-comm)
-    int n, me, R, C, E, K, J, bound; // E: all experts; bound: tokens of the largest pool
-    int *row_token, *token_row, *expert_row;
-    int *all_topk; // (n R, K) everybody's topk
-    int *choice;   // (bound, K) topk of the pool; all_topk itself with allgather
-    int *send_token, *sum_row,
-        *pool_token; // alltoall: (R J) my token of each sent row; (R, J) sent rows of each token,
-                     // -1; (bound) row of all_topk of each pool token
+    int n, me;
+    int64_t R, C, E, K, J, bound; // E: all experts; bound: tokens of the largest pool
+    RouteShape shape;
+    RowIndex index;                     // with the arrays of its own
+    int *all_topk;                      // (n R, K) everybody's topk
+    int *table;                         // (route_table_size)
+    int *choice;                        // (bound, K) alltoall: topk of the pool
+    int *own_send_token, *own_sum_row;  // alltoall: see Route
+    const int *send_token, *sum_row;    // of the routing at hand: its own, or saved ones
     floatX *pool[2], *out, *stage;      // by pass
     real *score, *dscore, *score_stage; // (bound, K) twice; (R J, K)
-    int *host_topk, *host_index; // host: (n R, K);  send_token, sum_row, pool_token behind one
-                                 // another as on the device
-    int *expert_count,
-        *per_rank; // host: (E) rows of every expert; (n) scratch of the loops over tokens
-    int64_t *send_rows, *recv_rows; // host: (n)
+    int64_t *send_rows, *recv_rows;     // host: (n)
     DispatchLoad load;
-    struct {
+    struct { // what the calls between start and wait hold, by pass
         const floatX *x;
         const real *score;
         floatX *y;
         real *dscore;
         Request rows, scores;
-    } at[2]; // what the calls between start and wait hold, by pass
+    } at[2];
 };
 
-int dispatch_pool_bound(const Grid *g, int R) {
-    int64_t bound = g->dispatch == DISPATCH_ALLREDUCE ? R : (int64_t)g->ep * R;
+int64_t dispatch_pool_bound(const Grid *g, int64_t R) {
+    int64_t bound = g->dispatch == DISPATCH_ALLREDUCE ? R : g->ep * R;
     if (bound > INT32_MAX)
-        die("%d ranks of an ep group with %d tokens each make a pool of %lld tokens|use a smaller --micro-batch or --ep",
-            g->ep, R, (long long)bound);
-    return (int)bound;
+        die("%d ranks of an ep group with %lld tokens each make a pool of %lld tokens|use a smaller --micro-batch or --ep",
+            g->ep, (long long)R, (long long)bound);
+    return bound;
 }
 
-Dispatcher *dispatcher_create(const Grid *g, const Config *c, int R, Arena *arena) {
-    Dispatcher *e = (Dispatcher *)xcalloc(1, sizeof(Dispatcher), "an exchange");
-    const int n = g->ep, K = c->K, C = c->C, bound = dispatch_pool_bound(g, R);
-    e->group = g->ep_group,
-    e->local = g->ep_group ? comm_is_local(g->ep_group)
-                           : n == 1; // no group: a plan for a grid that does not run
-    e->dispatch = g->dispatch, e->n = n, e->me = g->ep_rank, e->R = R, e->C = C, e->E = c->E,
-    e->K = K, e->J = n < K ? n : K, e->bound = bound;
-    const size_t P = (size_t)bound, sent = (size_t)R * (size_t)e->J,
-                 M = (size_t)row_index_bound(bound, K, c->E / n);
-    e->row_token = ARENA_TAKE(arena, int, M, "row index of the experts");
-    e->token_row = ARENA_TAKE(arena, int, P *K, "row index of the experts");
-    e->expert_row = ARENA_TAKE(arena, int, c->E / n + 1, "row index of the experts");
-    e->load.pool = e->load.pool_max = bound, e->load.rows = e->load.rows_max = (int)M;
-    if (e->local) return e;
+static RouteShape shape_of(const Grid *g, const Config *c, int64_t R) {
+    RouteShape s = { g->dispatch == DISPATCH_ALLREDUCE ? 1 : g->ep, g->ep, R, c->K, c->E };
+    return s;
+}
 
-    e->host_topk = (int *)xcalloc((size_t)n * R * K + 1, sizeof(int), "the routing of an ep group");
-    e->expert_count = (int *)xcalloc((size_t)c->E, sizeof(int), "expert counts"),
-    e->per_rank = (int *)xcalloc((size_t)n, sizeof(int), "pool sizes");
-    e->pool[BACKWARD] = ARENA_TAKE(arena, floatX, P * C, "token exchange");
-    if (e->dispatch == DISPATCH_ALLREDUCE) {
-        comm_reserve(e->group, P * C * sizeof(floatX), arena);
-        return e;
+static int is_local(const Grid *g) {
+    if (!g->ep_group) return g->ep == 1; // no group: a plan for a grid that does not run
+    return comm_is_local(g->ep_group);
+}
+
+int64_t dispatch_table_size(const Grid *g, const Config *c, int64_t R) {
+    return is_local(g) ? 0 : route_table_size(shape_of(g, c, R));
+}
+
+Dispatcher *dispatcher_create(const Grid *g, const Config *c, int64_t R, Arena *arena) {
+    static const char *const index = "row index of the experts", *const exchange = "token exchange";
+    Dispatcher *d = (Dispatcher *)xcalloc(1, sizeof(Dispatcher), "a dispatcher");
+    const int64_t n = g->ep, K = c->K, C = c->C, P = dispatch_pool_bound(g, R);
+    const int64_t J = n < K ? n : K, M = row_index_bound(P, K, c->E / n);
+    d->group = g->ep_group;
+    d->local = is_local(g);
+    d->kind = g->dispatch;
+    d->n = g->ep;
+    d->me = g->ep_rank;
+    d->R = R;
+    d->C = C;
+    d->E = c->E;
+    d->K = K;
+    d->J = J;
+    d->bound = P;
+    d->shape = shape_of(g, c, R);
+    d->index.row_token = ARENA_TAKE(arena, int, M, index);
+    d->index.token_row = ARENA_TAKE(arena, int, P *K, index);
+    d->index.expert_row = ARENA_TAKE(arena, int, c->E / n + 1, index);
+    d->index.K = K;
+    d->index.E = c->E / n;
+    d->load.pool = d->load.pool_max = P;
+    d->load.rows = d->load.rows_max = M;
+    if (d->local) return d;
+
+    d->table = ARENA_TAKE(arena, int, route_table_size(d->shape), exchange);
+    d->pool[BACKWARD] = ARENA_TAKE(arena, floatX, P * C, exchange);
+    if (d->kind == DISPATCH_ALLREDUCE) {
+        comm_reserve(d->group, (size_t)(P * C) * sizeof(floatX), arena);
+        return d;
     }
-
-    e->all_topk = ARENA_TAKE(arena, int, P *K, "token exchange");
-    e->pool[FORWARD] = ARENA_TAKE(arena, floatX, P * C, "token exchange");
-    e->out = ARENA_TAKE(arena, floatX, P * C, "token exchange");
-    e->score = ARENA_TAKE(arena, real, P * K, "token exchange");
-    e->dscore = ARENA_TAKE(arena, real, P * K, "token exchange");
-    e->load.sent_rows = e->load.received_rows = (int64_t)(n - 1) * R;
-    if (e->dispatch == DISPATCH_ALLGATHER) {
-        e->choice = e->all_topk, comm_reserve(e->group, P * C * sizeof(floatX), arena);
-        return e;
+    d->all_topk = ARENA_TAKE(arena, int, P *K, exchange);
+    d->pool[FORWARD] = ARENA_TAKE(arena, floatX, P * C, exchange);
+    d->out = ARENA_TAKE(arena, floatX, P * C, exchange);
+    d->score = ARENA_TAKE(arena, real, P * K, exchange);
+    d->dscore = ARENA_TAKE(arena, real, P * K, exchange);
+    if (d->kind == DISPATCH_ALLGATHER) {
+        comm_reserve(d->group, (size_t)(P * C) * sizeof(floatX), arena);
+        return d;
     }
-
-    e->choice = ARENA_TAKE(arena, int, P *K, "token exchange");
-    e->send_token = ARENA_TAKE(arena, int, 2 * sent + P, "token exchange");
-    if (e->send_token) e->sum_row = e->send_token + sent, e->pool_token = e->sum_row + sent;
-    e->stage = ARENA_TAKE(arena, floatX, sent * C, "token exchange");
-    e->score_stage = ARENA_TAKE(arena, real, sent * K, "token exchange");
-    e->host_index = (int *)xcalloc(2 * sent + P + 1, sizeof(int), "the index of an exchange");
-    e->send_rows = (int64_t *)xcalloc((size_t)n, sizeof(int64_t), "send sizes"),
-    e->recv_rows = (int64_t *)xcalloc((size_t)n, sizeof(int64_t), "receive sizes");
-    return e;
+    d->choice = ARENA_TAKE(arena, int, P *K, exchange);
+    d->own_send_token = ARENA_TAKE(arena, int, R *J, exchange);
+    d->own_sum_row = ARENA_TAKE(arena, int, R *J, exchange);
+    d->stage = ARENA_TAKE(arena, floatX, R * J * C, exchange);
+    d->score_stage = ARENA_TAKE(arena, real, R * J * K, exchange);
+    d->send_rows = (int64_t *)xcalloc((size_t)n, sizeof(int64_t), "send sizes");
+    d->recv_rows = (int64_t *)xcalloc((size_t)n, sizeof(int64_t), "receive sizes");
+    return d;
 }
 
-void dispatcher_free(Dispatcher *e) {
-    if (!e) return;
-    free(e->host_topk), free(e->host_index), free(e->expert_count), free(e->per_rank),
-        free(e->send_rows), free(e->recv_rows), free(e);
+void dispatcher_free(Dispatcher *d) {
+    if (!d) return;
+    free(d->send_rows);
+    free(d->recv_rows);
+    free(d);
 }
 
-// ---- the plan -------------------------------------------------------------------------------
-// Load of every rank from everybody's topk: expert rows are padded per expert as row_index_build
-// does. Ids ascend, so the experts of one rank are neighbours in a token's list and a change of
-// rank is a new destination.
-static void measure(Dispatcher *e) {
-    const int n = e->n, K = e->K, local = e->E / n, tile = device_row_tile(), tokens = e->bound;
-    const int *topk = e->host_topk;
-    memset(e->expert_count, 0, (size_t)e->E * sizeof(int)),
-        memset(e->per_rank, 0, (size_t)n * sizeof(int));
-    for (size_t t = 0; t < (size_t)tokens; t++, topk += K)
-        for (int k = 0, end = 0; k < K; k++) { // end: first expert of the next rank
-            if ((unsigned)topk[k] >= (unsigned)e->E)
-                die("expert id %d of %d experts reached the exchange|the router's logits are not finite: lower the learning rate",
-                    topk[k], e->E);
-            e->expert_count[topk[k]]++;
-            if (topk[k] >= end) e->per_rank[topk[k] / local]++, end = (topk[k] / local + 1) * local;
-        }
-    DispatchLoad *l = &e->load;
+// ---- routing --------------------------------------------------------------------------------
+static void poison(void *p, int64_t count, size_t size) {
+    if (p) device_poison(p, (size_t)count * size);
+}
+
+static void poison_buffers(Dispatcher *d) {
+    poison(d->pool[FORWARD], d->bound * d->C, sizeof(floatX));
+    poison(d->pool[BACKWARD], d->bound * d->C, sizeof(floatX));
+    poison(d->out, d->bound * d->C, sizeof(floatX));
+    poison(d->score, d->bound * d->K, sizeof(real));
+    poison(d->dscore, d->bound * d->K, sizeof(real));
+    poison(d->stage, d->R * d->J * d->C, sizeof(floatX));
+    poison(d->score_stage, d->R * d->J * d->K, sizeof(real));
+}
+
+// The ids that the routing kernels look at: everybody's, or the replicated tokens'.
+static const int *gather_ids(Dispatcher *d, const int *topk) {
+    if (d->kind == DISPATCH_ALLREDUCE) return topk;
+    comm_wait(all_gather_start(d->group, d->all_topk, topk, (size_t)(d->R * d->K), DTYPE_I32,
+                               STREAM_EXCHANGE));
+    return d->all_topk;
+}
+
+// Sizes of messages and the loads of all ranks, from the table.
+static void read_table(Dispatcher *d, const int *table) {
+    const int n = d->n, *rows = table + d->shape.sources * n;
+    DispatchLoad *l = &d->load;
+    if (rows[n])
+        die("%d chosen expert ids are not among the %lld experts|the router's logits are not finite: lower the learning rate",
+            rows[n], (long long)d->E);
     l->pool_max = l->rows_max = 0;
     for (int j = 0; j < n; j++) {
-        int rows = 0, pool = e->dispatch == DISPATCH_ALLTOALL ? e->per_rank[j] : tokens;
-        for (int i = j * local; i < (j + 1) * local; i++)
-            rows += (e->expert_count[i] + tile - 1) / tile * tile;
-        if (j == e->me) l->pool = pool, l->rows = rows;
+        int64_t pool = d->bound;
+        if (d->kind == DISPATCH_ALLTOALL) {
+            pool = 0;
+            for (int i = 0; i < n; i++) pool += table[i * n + j];
+            d->send_rows[j] = table[d->me * n + j];
+            d->recv_rows[j] = table[j * n + d->me];
+        }
+        if (j == d->me) {
+            l->pool = pool;
+            l->rows = rows[j];
+        }
         if (pool > l->pool_max) l->pool_max = pool;
-        if (rows > l->rows_max) l->rows_max = rows;
+        if (rows[j] > l->rows_max) l->rows_max = rows[j];
     }
+    l->sent_rows = l->received_rows = 0;
+    if (d->kind == DISPATCH_ALLGATHER) l->sent_rows = l->received_rows = (n - 1) * d->R;
+    for (int j = 0; d->kind == DISPATCH_ALLTOALL && j < n; j++) {
+        if (j == d->me) continue;
+        l->sent_rows += d->send_rows[j];
+        l->received_rows += d->recv_rows[j];
+    }
+    d->index.P = l->pool;
+    d->index.M = l->rows;
 }
 
-// alltoall: the rows to send, where each token finds them when they come back, and the tokens that
-// arrive.
-static void route(Dispatcher *e) {
-    const int n = e->n, R = e->R, K = e->K, J = e->J, local = e->E / n, first = e->me * local;
-    const int *mine = e->host_topk + (size_t)e->me * R * K;
-    int *send_token = e->host_index, *sum_row = send_token + (size_t)R * J,
-        *pool_token = sum_row + (size_t)R * J, *row = e->per_rank; // row: next row to each rank
-    for (int i = 0, p = 0; i < n; i++) {                           // who sends to me
-        const int *topk = e->host_topk + (size_t)i * R * K, p0 = p;
-        for (int r = 0; r < R; r++, topk += K) {
-            int here = 0;
-            for (int k = 0; k < K; k++) here |= topk[k] >= first && topk[k] < first + local;
-            pool_token[p] = i * R + r,
-            p += here; // branchless; the entry behind the last one is scratch
-        }
-        e->recv_rows[i] = p - p0;
-    }
-    memset(e->send_rows, 0, (size_t)n * sizeof(int64_t));
-    for (int r = 0; r < R; r++)
-        for (int k = 0, end = 0; k < K; k++) {
-            int id = mine[(size_t)r * K + k];
-            if (id >= end) e->send_rows[id / local]++, end = (id / local + 1) * local;
-        }
-    for (int j = 0, at = 0; j < n; j++) row[j] = at, at += (int)e->send_rows[j];
-    for (int r = 0; r < R; r++) {
-        int j = 0;
-        for (int k = 0, end = 0; k < K; k++) {
-            int id = mine[(size_t)r * K + k];
-            if (id >= end)
-                sum_row[(size_t)r * J + j++] = row[id / local], send_token[row[id / local]++] = r,
-                                        end = (id / local + 1) * local;
-        }
-        for (; j < J; j++) sum_row[(size_t)r * J + j] = -1;
-    }
-    e->load.sent_rows = row[n - 1] - e->send_rows[e->me],
-    e->load.received_rows = e->load.pool - e->recv_rows[e->me];
-    device_upload(e->send_token, e->host_index,
-                  (2 * (size_t)R * J + (size_t)e->load.pool) * sizeof(int));
-    rows_gather(e->choice, e->all_topk, e->pool_token, e->load.pool, (size_t)K * sizeof(int));
+// The routing at hand is that of the dispatcher's own lists.
+static void route_with(Dispatcher *d, Route *route) {
+    route->index = d->index;
+    route->send_token = d->own_send_token;
+    route->sum_row = d->own_sum_row;
+    d->send_token = route->send_token;
+    d->sum_row = route->sum_row;
 }
 
-void dispatch_route(RowIndex *plan, Dispatcher *e, const int *topk) {
-    const int local = e->E / e->n;
-    plan->row_token = e->row_token, plan->token_row = e->token_row,
-    plan->expert_row = e->expert_row;
-    plan->K = e->K, plan->E = local, plan->P = e->load.pool, plan->M = e->load.rows;
-    if (e->local) {
-        row_index_build(plan, topk, 0, 0);
+// Without ranks to send to: bounds, and nothing to read.
+static void route_local(Dispatcher *d, Route *route, const int *topk) {
+    d->index.P = d->load.pool;
+    d->index.M = d->load.rows;
+    row_index_build(&d->index, topk, 0, 0);
+    route_with(d, route);
+}
+
+static void build_index(Dispatcher *d, const int *ids) {
+    row_index_build(&d->index, d->kind == DISPATCH_ALLTOALL ? d->choice : ids, 0,
+                    d->me * (int)d->index.E);
+}
+
+static void build_lists(Dispatcher *d, const int *ids) {
+    if (d->kind == DISPATCH_ALLTOALL)
+        route_lists(d->own_send_token, d->own_sum_row, d->choice, ids, d->me, d->shape);
+}
+
+void dispatch_route(Route *route, Dispatcher *d, const int *topk) {
+    if (d->local) {
+        route_local(d, route, topk);
         return;
     }
-
-    const size_t P = (size_t)e->bound, ids = (size_t)e->R * e->K;
-    for (int pass = 0; pass < 2; pass++)
-        if (e->pool[pass]) device_poison(e->pool[pass], P * e->C * sizeof(floatX));
-    if (e->out)
-        device_poison(e->out, P * e->C * sizeof(floatX)),
-            device_poison(e->score, P * e->K * sizeof(real)),
-            device_poison(e->dscore, P * e->K * sizeof(real));
-    if (e->stage)
-        device_poison(e->stage, (size_t)e->R * e->J * e->C * sizeof(floatX)),
-            device_poison(e->score_stage, (size_t)e->R * e->J * e->K * sizeof(real));
-    if (e->dispatch == DISPATCH_ALLREDUCE)
-        device_download(e->host_topk, topk, ids * sizeof(int));
-    else {
-        comm_wait(all_gather_start(e->group, e->all_topk, topk, ids, DTYPE_I32, STREAM_EXCHANGE));
-        device_download(e->host_topk, e->all_topk, (size_t)e->n * ids * sizeof(int));
-    }
-    measure(e);
-    if (e->dispatch == DISPATCH_ALLTOALL) route(e);
-    plan->P = e->load.pool, plan->M = e->load.rows;
-    row_index_build(plan, e->dispatch == DISPATCH_ALLREDUCE ? topk : e->choice, 0, e->me * local);
+    size_t bytes = (size_t)route_table_size(d->shape) * sizeof(int);
+    poison_buffers(d);
+    const int *ids = gather_ids(d, topk);
+    route_table(d->table, ids, d->shape);
+    device_fetch_start(d->table, bytes);
+    build_lists(d, ids); // while the host waits for the table
+    memcpy(route->table, device_fetch_wait(), bytes);
+    d->load.reads++;
+    read_table(d, route->table);
+    build_index(d, ids);
+    route_with(d, route);
 }
 
-const DispatchLoad *dispatch_load(const Dispatcher *e) { return &e->load; }
+void dispatch_route_again(Route *route, Dispatcher *d, const int *topk, const Route *saved) {
+    if (d->local) {
+        route_local(d, route, topk);
+        return;
+    }
+    poison_buffers(d);
+    read_table(d, saved->table);
+    if (saved->index.row_token) {
+        *route = *saved;
+        d->send_token = saved->send_token;
+        d->sum_row = saved->sum_row;
+        return;
+    }
+    const int *ids = gather_ids(d, topk);
+    build_lists(d, ids);
+    build_index(d, ids);
+    route->table = saved->table;
+    route_with(d, route);
+}
 
-// ---- dispatch ---------------------------------------------------------------------------------
+const DispatchLoad *dispatch_load(const Dispatcher *d) { return &d->load; }
+
+// ---- dispatch -------------------------------------------------------------------------------
 static const Request NOTHING = { -1 };
 
-void dispatch_start(Dispatcher *e, Pass pass, const floatX *x, const real *score) {
-    const size_t row = (size_t)e->C * sizeof(floatX), ids = (size_t)e->K * sizeof(real);
-    e->at[pass].x = x, e->at[pass].score = score, e->at[pass].rows = e->at[pass].scores = NOTHING;
-    if (e->local) return;
-    if (e->dispatch == DISPATCH_ALLTOALL) {
-        floatX *send = pass == FORWARD ? e->stage : e->out;
-        int rows = (int)(e->load.sent_rows + e->send_rows[e->me]);
-        rows_gather(send, x, e->send_token, rows, row);
-        e->at[pass].rows = all_to_all_start(e->group, e->pool[pass], e->recv_rows, send,
-                                            e->send_rows, row, STREAM_EXCHANGE);
+static Request exchange(Dispatcher *d, void *recv, const int64_t *recv_rows, const void *send,
+                        const int64_t *send_rows, size_t row) {
+    return all_to_all_start(d->group, recv, recv_rows, send, send_rows, row, STREAM_EXCHANGE);
+}
+
+void dispatch_start(Dispatcher *d, Pass pass, const floatX *x, const real *score) {
+    const size_t row = (size_t)d->C * sizeof(floatX), ids = (size_t)d->K * sizeof(real);
+    const size_t elements = (size_t)(d->R * d->C), scores = (size_t)(d->R * d->K);
+    d->at[pass].x = x;
+    d->at[pass].score = score;
+    d->at[pass].rows = d->at[pass].scores = NOTHING;
+    if (d->local) return;
+    if (d->kind == DISPATCH_ALLTOALL) {
+        floatX *send = pass == FORWARD ? d->stage : d->out;
+        int64_t rows = d->load.sent_rows + d->send_rows[d->me];
+        rows_gather(send, x, d->send_token, rows, row);
+        d->at[pass].rows = exchange(d, d->pool[pass], d->recv_rows, send, d->send_rows, row);
         if (!score) return;
-        rows_gather(e->score_stage, score, e->send_token, rows, ids);
-        e->at[pass].scores = all_to_all_start(e->group, e->score, e->recv_rows, e->score_stage,
-                                              e->send_rows, ids, STREAM_EXCHANGE);
-    } else if (e->dispatch == DISPATCH_ALLGATHER) {
-        e->at[pass].rows = all_gather_start(e->group, e->pool[pass], x, (size_t)e->R * e->C,
-                                            DTYPE_FLOATX, STREAM_EXCHANGE);
+        rows_gather(d->score_stage, score, d->send_token, rows, ids);
+        d->at[pass].scores = exchange(d, d->score, d->recv_rows, d->score_stage, d->send_rows, ids);
+    } else if (d->kind == DISPATCH_ALLGATHER) {
+        d->at[pass].rows =
+            all_gather_start(d->group, d->pool[pass], x, elements, DTYPE_FLOATX, STREAM_EXCHANGE);
         if (score)
-            e->at[pass].scores = all_gather_start(e->group, e->score, score, (size_t)e->R * e->K,
-                                                  DTYPE_REAL, STREAM_EXCHANGE);
+            d->at[pass].scores =
+                all_gather_start(d->group, d->score, score, scores, DTYPE_REAL, STREAM_EXCHANGE);
     } else if (pass == BACKWARD) {
-        device_copy(e->pool[BACKWARD], x, (size_t)e->R * row);
-        e->at[pass].rows = all_reduce_start(e->group, e->pool[BACKWARD], (size_t)e->R * e->C,
-                                            DTYPE_FLOATX, STREAM_EXCHANGE);
+        device_copy(d->pool[BACKWARD], x, (size_t)d->R * row);
+        d->at[pass].rows =
+            all_reduce_start(d->group, d->pool[BACKWARD], elements, DTYPE_FLOATX, STREAM_EXCHANGE);
     }
 }
 
-const floatX *dispatch_wait(Dispatcher *e, Pass pass, const real **score) {
-    int moves = !e->local && !(e->dispatch == DISPATCH_ALLREDUCE && pass == FORWARD);
-    comm_wait(e->at[pass].rows), comm_wait(e->at[pass].scores);
-    e->at[pass].rows = e->at[pass].scores = NOTHING;
-    if (score) *score = moves && e->at[pass].score ? e->score : e->at[pass].score;
-    return moves ? e->pool[pass] : e->at[pass].x;
+const floatX *dispatch_wait(Dispatcher *d, Pass pass, const real **score) {
+    int moves = !d->local && !(d->kind == DISPATCH_ALLREDUCE && pass == FORWARD);
+    comm_wait(d->at[pass].rows);
+    comm_wait(d->at[pass].scores);
+    d->at[pass].rows = d->at[pass].scores = NOTHING;
+    if (score) *score = moves && d->at[pass].score ? d->score : d->at[pass].score;
+    return moves ? d->pool[pass] : d->at[pass].x;
 }
 
 // ---- combine --------------------------------------------------------------------------------
-static int in_place(const Dispatcher *e) { return e->local || e->dispatch == DISPATCH_ALLREDUCE; }
+static int in_place(const Dispatcher *d) { return d->local || d->kind == DISPATCH_ALLREDUCE; }
 
-floatX *combine_target(Dispatcher *e, Pass pass, floatX *y, real *dscore, real **pool_dscore) {
-    if (pool_dscore) *pool_dscore = pass == FORWARD ? 0 : in_place(e) ? dscore : e->dscore;
-    return in_place(e) ? y : e->out;
+floatX *combine_target(Dispatcher *d, Pass pass, floatX *y, real *dscore, real **pool_dscore) {
+    if (pool_dscore && pass == FORWARD) *pool_dscore = 0;
+    if (pool_dscore && pass == BACKWARD) *pool_dscore = in_place(d) ? dscore : d->dscore;
+    return in_place(d) ? y : d->out;
 }
 
-void combine_start(Dispatcher *e, Pass pass, floatX *y, real *dscore) {
-    const size_t row = (size_t)e->C * sizeof(floatX), ids = (size_t)e->K * sizeof(real);
-    e->at[pass].y = y, e->at[pass].dscore = dscore, e->at[pass].rows = e->at[pass].scores = NOTHING;
-    if (e->local) return;
-    if (e->dispatch == DISPATCH_ALLTOALL) {
-        e->at[pass].rows = all_to_all_start(e->group, e->stage, e->send_rows, e->out, e->recv_rows,
-                                            row, STREAM_EXCHANGE);
+void combine_start(Dispatcher *d, Pass pass, floatX *y, real *dscore) {
+    const size_t row = (size_t)d->C * sizeof(floatX), ids = (size_t)d->K * sizeof(real);
+    const size_t elements = (size_t)(d->R * d->C), scores = (size_t)(d->R * d->K);
+    d->at[pass].y = y;
+    d->at[pass].dscore = dscore;
+    d->at[pass].rows = d->at[pass].scores = NOTHING;
+    if (d->local) return;
+    if (d->kind == DISPATCH_ALLTOALL) {
+        d->at[pass].rows = exchange(d, d->stage, d->send_rows, d->out, d->recv_rows, row);
         if (dscore)
-            e->at[pass].scores = all_to_all_start(e->group, e->score_stage, e->send_rows, e->dscore,
-                                                  e->recv_rows, ids, STREAM_EXCHANGE);
-    } else if (e->dispatch == DISPATCH_ALLGATHER) {
-        e->at[pass].rows = reduce_scatter_start(e->group, y, e->out, (size_t)e->R * e->C,
-                                                DTYPE_FLOATX, 0, STREAM_EXCHANGE);
+            d->at[pass].scores =
+                exchange(d, d->score_stage, d->send_rows, d->dscore, d->recv_rows, ids);
+    } else if (d->kind == DISPATCH_ALLGATHER) {
+        d->at[pass].rows =
+            reduce_scatter_start(d->group, y, d->out, elements, DTYPE_FLOATX, 0, STREAM_EXCHANGE);
         if (dscore)
-            e->at[pass].scores = reduce_scatter_start(
-                e->group, dscore, e->dscore, (size_t)e->R * e->K, DTYPE_REAL, 0, STREAM_EXCHANGE);
+            d->at[pass].scores = reduce_scatter_start(d->group, dscore, d->dscore, scores,
+                                                      DTYPE_REAL, 0, STREAM_EXCHANGE);
     } else if (pass == FORWARD)
-        e->at[pass].rows =
-            all_reduce_start(e->group, y, (size_t)e->R * e->C, DTYPE_FLOATX, STREAM_EXCHANGE);
+        d->at[pass].rows = all_reduce_start(d->group, y, elements, DTYPE_FLOATX, STREAM_EXCHANGE);
 }
 
-void combine_wait(Dispatcher *e, Pass pass) {
-    comm_wait(e->at[pass].rows), comm_wait(e->at[pass].scores);
-    e->at[pass].rows = e->at[pass].scores = NOTHING;
-    if (e->local || e->dispatch != DISPATCH_ALLTOALL) return;
-    rows_sum(e->at[pass].y, e->stage, e->sum_row, e->R, e->J, e->C);
-    if (e->at[pass].dscore)
-        rows_sum_real(e->at[pass].dscore, e->score_stage, e->sum_row, e->R, e->J, e->K);
+void combine_wait(Dispatcher *d, Pass pass) {
+    comm_wait(d->at[pass].rows);
+    comm_wait(d->at[pass].scores);
+    d->at[pass].rows = d->at[pass].scores = NOTHING;
+    if (d->local || d->kind != DISPATCH_ALLTOALL) return;
+    rows_sum(d->at[pass].y, d->stage, d->sum_row, d->R, d->J, d->C);
+    if (d->at[pass].dscore)
+        rows_sum_real(d->at[pass].dscore, d->score_stage, d->sum_row, d->R, d->J, d->K);
 }

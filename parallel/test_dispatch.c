@@ -165,9 +165,11 @@ static void problem_free(Problem *p) {
 typedef struct {
     Arena dispatcher_arena, arena;
     Dispatcher *e;
-    RowIndex plan;
+    Route route, saved;          // saved: with lists of its own
     int R, first_token, experts; // tokens here, the first of them in the problem, experts here
-    int *topk;
+    int *topk, *topk_other, *lists;
+    int *table; // host: two of them, 0 if nothing moves
+    int64_t table_size, sent;
     floatX *x, *y, *dy, *dx, *W1, *W2, *H, *A, *sA, *Y; // Y (M,C) also holds dX
     real *score, *dscore;
     gradX *dW1, *dW2;
@@ -181,6 +183,10 @@ static void slot_take(Slot *s, const Grid *g, const Config *c, int R) {
            k = (size_t)R * c->K, w = (size_t)local * c->F * c->C;
     Arena *a = &s->arena;
     s->e = dispatcher_create(g, c, R, &s->dispatcher_arena);
+    s->topk_other = ARENA_TAKE(a, int, k, "t");
+    s->sent = 0;
+    if (g->dispatch == DISPATCH_ALLTOALL) s->sent = R * (g->ep < c->K ? g->ep : c->K);
+    s->lists = ARENA_TAKE(a, int, (int64_t)M + bound * c->K + local + 1 + 2 * s->sent, "t");
     s->topk = ARENA_TAKE(a, int, k, "t"), s->score = ARENA_TAKE(a, real, k, "t"),
     s->dscore = ARENA_TAKE(a, real, k, "t");
     s->x = ARENA_TAKE(a, floatX, x, "t"), s->y = ARENA_TAKE(a, floatX, x, "t"),
@@ -196,11 +202,15 @@ static Slot slot_new(const Grid *g, const Config *c, int R) {
     slot_take(&s, g, c, R), dispatcher_free(s.e);
     arena_commit(&s.dispatcher_arena), arena_commit(&s.arena);
     slot_take(&s, g, c, R);
+    s.table_size = dispatch_table_size(g, c, R);
+    if (s.table_size) s.table = (int *)xcalloc((size_t)(2 * s.table_size), sizeof(int), "tables");
+    s.route.table = s.saved.table = s.table;
     s.R = R, s.experts = c->E / g->ep,
     s.first_token = g->dispatch == DISPATCH_ALLREDUCE ? 0 : g->ep_rank * R;
     return s;
 }
 static void slot_free(Slot *s) {
+    free(s->table);
     dispatcher_free(s->e), arena_free(&s->dispatcher_arena), arena_free(&s->arena);
 }
 
@@ -210,6 +220,10 @@ static void slot_load(Slot *s, const Problem *p) {
            first = (size_t)p->me * s->experts;
     poison(&s->dispatcher_arena), poison(&s->arena);
     device_upload(s->topk, p->topk + t * p->K, (size_t)s->R * p->K * sizeof(int));
+    int *other = (int *)xmalloc((size_t)s->R * p->K * sizeof(int), "another routing");
+    for (int i = 0; i < s->R * p->K; i++) other[i] = p->E - p->K + i % p->K; // the last K experts
+    device_upload(s->topk_other, other, (size_t)s->R * p->K * sizeof(int));
+    free(other);
     put(s->score, DTYPE_REAL, p->score + t * p->K, (size_t)s->R * p->K),
         put(s->x, DTYPE_FLOATX, p->x + t * C, s->R * C);
     put(s->W1, DTYPE_FLOATX, p->W1 + first * 2 * w, s->experts * 2 * w),
@@ -222,13 +236,47 @@ static void slot_load(Slot *s, const Problem *p) {
 }
 
 static void route_and_dispatch(Slot *s) {
-    dispatch_route(&s->plan, s->e, s->topk), dispatch_start(s->e, FORWARD, s->x, s->score);
+    dispatch_route(&s->route, s->e, s->topk);
+    dispatch_start(s->e, FORWARD, s->x, s->score);
+}
+// Back to forward's routing: makes the lists again, or takes saved ones.
+enum { NOT_AGAIN, MAKE_AGAIN, TAKE_SAVED, AGAIN_WAYS };
+static void copy_ints(int *to, const int *from, int64_t n) {
+    if (from) device_copy(to, from, (size_t)n * sizeof(int));
+}
+static void save_route(Slot *s, int again) {
+    RowIndex *to = &s->saved.index, *from = &s->route.index;
+    int *lists = s->lists;
+    memset(to, 0, sizeof *to);
+    if (again != TAKE_SAVED || !s->table) return;
+    *to = *from;
+    to->row_token = lists;
+    to->token_row = lists + from->M;
+    to->expert_row = to->token_row + from->P * from->K;
+    copy_ints(to->row_token, from->row_token, from->M);
+    copy_ints(to->token_row, from->token_row, from->P * from->K);
+    copy_ints(to->expert_row, from->expert_row, from->E + 1);
+    s->saved.send_token = to->expert_row + from->E + 1;
+    s->saved.sum_row = s->saved.send_token + s->sent;
+    copy_ints(s->saved.send_token, s->route.send_token, s->sent);
+    copy_ints(s->saved.sum_row, s->route.sum_row, s->sent);
+}
+static void route_again(Slot *s, const int *other_topk) {
+    // Another micro-batch has used the dispatcher in between.
+    Route other = s->route;
+    if (s->table) {
+        other.table = s->table + s->table_size;
+        dispatch_route(&other, s->e, other_topk);
+    }
+    dispatch_route_again(&s->route, s->e, s->topk, &s->saved);
+    dispatch_start(s->e, FORWARD, s->x, s->score);
 }
 static void forward(Slot *s, int C, int F) {
     s->pool = dispatch_wait(s->e, FORWARD, &s->pool_score);
-    experts_up(s->H, s->A, s->pool, s->W1, &s->plan, C, F);
-    experts_down(s->Y, s->A, s->W2, &s->plan, C, F);
-    rows_weighted_sum(combine_target(s->e, FORWARD, s->y, 0, 0), s->Y, s->pool_score, &s->plan, C);
+    experts_up(s->H, s->A, s->pool, s->W1, &s->route.index, C, F);
+    experts_down(s->Y, s->A, s->W2, &s->route.index, C, F);
+    rows_weighted_sum(combine_target(s->e, FORWARD, s->y, 0, 0), s->Y, s->pool_score,
+                      &s->route.index, C);
     combine_start(s->e, FORWARD, s->y, 0);
 }
 static void backward(Slot *s, int again, int C,
@@ -238,13 +286,13 @@ static void backward(Slot *s, int again, int C,
     floatX *target = combine_target(s->e, BACKWARD, s->dx, s->dscore, &pool_dscore);
     if (again)
         s->pool = dispatch_wait(s->e, FORWARD, &s->pool_score),
-        experts_up(s->H, 0, s->pool, s->W1, &s->plan, C, F);
-    experts_down_backward(s->H, s->sA, pool_dscore, dpool, s->H, s->W2, s->pool_score, &s->plan, C,
-                          F);
-    experts_up_backward(s->Y, s->H, s->W1, &s->plan, C, F);
-    rows_weighted_sum(target, s->Y, 0, &s->plan, C);
+        experts_up(s->H, 0, s->pool, s->W1, &s->route.index, C, F);
+    experts_down_backward(s->H, s->sA, pool_dscore, dpool, s->H, s->W2, s->pool_score,
+                          &s->route.index, C, F);
+    experts_up_backward(s->Y, s->H, s->W1, &s->route.index, C, F);
+    rows_weighted_sum(target, s->Y, 0, &s->route.index, C);
     combine_start(s->e, BACKWARD, s->dx, s->dscore);
-    experts_wgrad(s->dW1, s->dW2, s->pool, dpool, s->H, s->sA, &s->plan, 0, C, F);
+    experts_wgrad(s->dW1, s->dW2, s->pool, dpool, s->H, s->sA, &s->route.index, 0, C, F);
 }
 // The phases of `slots` micro-batches interleaved, as a pipelined layer issues them.
 static void run(Slot *s, int slots, int again, int C, int F) {
@@ -252,7 +300,8 @@ static void run(Slot *s, int slots, int again, int C, int F) {
     for (int i = 0; i < slots; i++) forward(s + i, C, F);
     for (int i = 0; i < slots; i++) combine_wait(s[i].e, FORWARD);
     for (int i = 0; i < slots; i++) {
-        if (again) route_and_dispatch(s + i);
+        if (again) save_route(s + i, again);
+        if (again) route_again(s + i, s[i].topk_other);
         dispatch_start(s[i].e, BACKWARD, s[i].dy, 0);
     }
     for (int i = 0; i < slots; i++) backward(s + i, again, C, F);
@@ -321,7 +370,8 @@ static double error_of(const Answer *a, const Problem *p, const Slot *s) {
 
 // ---- tests ----------------------------------------------------------------------------------
 static void test_load(const Slot *s, const Problem *p, const Grid *g, const char *what) {
-    DispatchLoad want = { 0, 0, 0, 0, 0, 0 };
+    const DispatchLoad *l = dispatch_load(s->e);
+    DispatchLoad want = { 0, 0, 0, 0, 0, 0, l->reads };
     int tile = device_row_tile(), n = p->n, local = p->E / n;
     for (int j = 0; j < n; j++) {
         int rows = 0, pool = 0, sent = 0, received = 0;
@@ -343,12 +393,13 @@ static void test_load(const Slot *s, const Problem *p, const Grid *g, const char
         if (g->dispatch != DISPATCH_ALLREDUCE)
             want.sent_rows += sent, want.received_rows += received;
     }
-    const DispatchLoad *l = dispatch_load(s->e);
-    check(comm_is_local(g->ep_group) || memcmp(l, &want, sizeof want) == 0,
-          "%s: pool %d rows %d largest %d %d sent %lld received %lld, want %d %d %d %d %lld %lld",
-          what, l->pool, l->rows, l->pool_max, l->rows_max, (long long)l->sent_rows,
-          (long long)l->received_rows, want.pool, want.rows, want.pool_max, want.rows_max,
-          (long long)want.sent_rows, (long long)want.received_rows);
+    check(
+        comm_is_local(g->ep_group) || memcmp(l, &want, sizeof want) == 0,
+        "%s: pool %lld rows %lld largest %lld %lld sent %lld received %lld, want %lld %lld %lld %lld %lld %lld",
+        what, (long long)l->pool, (long long)l->rows, (long long)l->pool_max,
+        (long long)l->rows_max, (long long)l->sent_rows, (long long)l->received_rows,
+        (long long)want.pool, (long long)want.rows, (long long)want.pool_max,
+        (long long)want.rows_max, (long long)want.sent_rows, (long long)want.received_rows);
 }
 
 static void test_layers(const Config *c, const Grid grid[3], int R) {
@@ -362,8 +413,14 @@ static void test_layers(const Config *c, const Grid grid[3], int R) {
             char what[160];
             snprintf(what, sizeof what, "ep %d K %d %s, %s", p.n, c->K, dispatch_name[d],
                      routing_name[routing]);
-            slot_load(slot + d, &p), run(slot + d, 1, routing & 1, p.C, p.F);
+            int64_t reads = dispatch_load(slot[d].e)->reads;
+            slot_load(slot + d, &p), run(slot + d, 1, routing % AGAIN_WAYS, p.C, p.F);
             test_load(slot + d, &p, grid + d, what);
+            // One read in forward, none in backward; test's own routing of another micro-batch
+            // aside.
+            reads = dispatch_load(slot[d].e)->reads - reads - (routing % AGAIN_WAYS != NOT_AGAIN);
+            check(comm_is_local(grid[d].ep_group) || reads == 1, "%s: the host read %lld tables",
+                  what, (long long)reads);
             a[d] = answer(slot + d, &p, grid + d);
             double e = error_of(a + d, &p, slot + d), bits = 0;
             check(e <= TOLERANCE, "%s: distance to one process %.2e", what, e);
@@ -388,7 +445,7 @@ static void test_layers(const Config *c, const Grid grid[3], int R) {
     problem_free(&p);
 }
 
-// 50 calls, two micro-batches in flight, another routing each time, every second one with the
+// 50 calls, two micro-batches in flight, another routing each time, two of three with the
 // forward dispatch repeated in backward (recompute).
 static void test_calls(const Config *c, const Grid *g, int R) {
     Problem p[2] = { problem_new(g, c, R), problem_new(g, c, R) };
@@ -400,12 +457,12 @@ static void test_calls(const Config *c, const Grid *g, int R) {
         for (int i = 0; i < 2; i++)
             problem_fill(p + i, (call + 3 * i) % ROUTINGS, 1000 + (uint64_t)(2 * call + i)),
                 solve(p + i, c), slot_load(s + i, p + i);
-        run(s, 2, call & 1, c->C, c->F);
+        run(s, 2, call % AGAIN_WAYS, c->C, c->F);
         for (int i = 0; i < 2; i++) {
             Answer a = answer(s + i, p + i, g);
             worst = largest(worst, error_of(&a, p + i, s + i)), answer_free(&a);
         }
-        pools += s->plan.P != last, last = s->plan.P;
+        pools += s->route.index.P != last, last = s->route.index.P;
     }
     check(worst <= TOLERANCE, "ep %d %s, 50 calls on poisoned memory: distance %.2e", g->ep,
           dispatch_name[g->dispatch], worst);
@@ -434,8 +491,8 @@ static void test_adjoint(const Config *c, const Grid *g, int R) {
         for (size_t i = 0; i < k; i++) score[i] = quarter(&seed);
         put(s.x, DTYPE_FLOATX, X, x), put(s.score, DTYPE_REAL, score, k);
         route_and_dispatch(&s);
-        size_t P = (size_t)s.plan.P * p.C, PK = (size_t)s.plan.P * p.K;
-        device_download(token_row, s.plan.token_row, PK * sizeof(int));
+        size_t P = (size_t)s.route.index.P * p.C, PK = (size_t)s.route.index.P * p.K;
+        device_download(token_row, s.route.index.token_row, PK * sizeof(int));
         for (size_t i = 0; i < P; i++) Y[i] = quarter(&seed);
         for (size_t i = 0; i < PK; i++) D[i] = token_row[i] < 0 ? 0 : quarter(&seed);
         // <dispatch_F (x, score), (Y, D)> = <(x, score), combine_B (Y, D)>
@@ -544,12 +601,13 @@ static void test_picture(const Config *base, const Grid *g) {
         put(s.score, DTYPE_REAL, score, 6);
     route_and_dispatch(&s);
     const floatX *arrived = dispatch_wait(s.e, FORWARD, 0);
-    check(s.plan.P == 4 && dispatch_load(s.e)->sent_rows == 2, "picture: %d pool tokens, %lld sent",
-          s.plan.P, (long long)dispatch_load(s.e)->sent_rows);
+    check(s.route.index.P == 4 && dispatch_load(s.e)->sent_rows == 2,
+          "picture: %lld pool tokens, %lld sent", (long long)s.route.index.P,
+          (long long)dispatch_load(s.e)->sent_rows);
     if (device_row_tile() == 1)
-        check(same(s.plan.row_token, row_token[me], 6) &&
-                  same(s.plan.token_row, token_row[me], 8) &&
-                  same(s.plan.expert_row, expert_row, 3),
+        check(same(s.route.index.row_token, row_token[me], 6) &&
+                  same(s.route.index.token_row, token_row[me], 8) &&
+                  same(s.route.index.expert_row, expert_row, 3),
               "picture: plan");
     get(got, arrived, DTYPE_FLOATX, 4);
     check(memcmp(got, pool[me], sizeof got) == 0, "picture: pool %g %g %g %g", got[0], got[1],

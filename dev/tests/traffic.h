@@ -19,11 +19,11 @@ static int traffic_equal(const Run *r, char *text, size_t size) {
     const Grid *g = &r->g;
     double micro = (double)t->n_micro * t->o.rounds;
     double dispatches = micro * r->m.c.n_moe;
-    Routing routing = { (double)t->counts.sent / dispatches,
-                        (double)t->counts.received / dispatches,
-                        t->counts.sent ? (double)t->counts.redispatched / (double)t->counts.sent
-                                       : 0,
-                        (double)t->counts.reattended / (micro * r->m.c.L) };
+    Routing routing = {
+        (double)t->counts.sent / dispatches, (double)t->counts.received / dispatches,
+        t->counts.sent ? (double)t->counts.redispatched / (double)t->counts.sent : 0,
+        (double)t->counts.rerouted / dispatches, (double)t->counts.reattended / (micro * r->m.c.L)
+    };
     Traffic plan = plan_traffic(&r->m, g, &t->o, routing);
     const double *b = plan.bytes;
     // The norm travels in the dense group, all other statistics in the group of all.

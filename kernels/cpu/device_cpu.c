@@ -139,6 +139,12 @@ void device_upload(void *device, const void *host, size_t bytes) {
 void device_download(void *host, const void *device, size_t bytes) {
     device_copy(host, device, bytes);
 }
+static const void *fetched;
+void device_fetch_start(const void *device, size_t bytes) {
+    (void)bytes;
+    fetched = device;
+}
+const void *device_fetch_wait(void) { return fetched; }
 // Large blocks in pieces on all threads: one core does not saturate the memory.
 enum { COPY_PIECE = 1 << 20 };
 void device_zero(void *dst, size_t bytes) {

@@ -28,6 +28,9 @@ enum { STAGES = 4 };
 static cudaStream_t streams[STREAM_COUNT];
 static cudaEvent_t stream_events[STREAM_COUNT], stage_events[STAGES];
 static char *stage_memory;
+static const size_t FETCH_BYTES = 1 << 20;
+static void *fetch_memory; // pinned: of device_fetch_start
+static cudaEvent_t fetch_event;
 static int stage_next, device_ready;
 static cudaDeviceProp properties;
 static struct {
@@ -71,6 +74,8 @@ void device_init(int local_rank, int threads) {
     CUDA_CHECK(cudaMallocHost((void **)&stage_memory, (size_t)STAGES * STAGE_BYTES));
     for (int s = 0; s < STAGES; s++)
         CUDA_CHECK(cudaEventCreateWithFlags(&stage_events[s], cudaEventDisableTiming));
+    CUDA_CHECK(cudaMallocHost(&fetch_memory, FETCH_BYTES));
+    CUDA_CHECK(cudaEventCreateWithFlags(&fetch_event, cudaEventDisableTiming));
     gemm_init();
     device_ready = 1;
 }
@@ -86,6 +91,8 @@ void device_finish(void) {
     }
     for (int s = 0; s < STAGES; s++) CUDA_CHECK(cudaEventDestroy(stage_events[s]));
     CUDA_CHECK(cudaFreeHost(stage_memory));
+    CUDA_CHECK(cudaEventDestroy(fetch_event));
+    CUDA_CHECK(cudaFreeHost(fetch_memory));
     for (int s = 0; s < STREAM_COUNT; s++) {
         CUDA_CHECK(cudaEventDestroy(stream_events[s]));
         CUDA_CHECK(cudaStreamDestroy(streams[s]));
@@ -206,6 +213,16 @@ void device_download(void *host, const void *device, size_t bytes) {
         CUDA_CHECK(
             cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, streams[STREAM_COMPUTE]));
     CUDA_CHECK(cudaStreamSynchronize(streams[STREAM_COMPUTE]));
+}
+void device_fetch_start(const void *device, size_t bytes) {
+    if (bytes > FETCH_BYTES) die("a fetch of %zu bytes|a bug of the caller", bytes);
+    cudaStream_t s = streams[STREAM_COMPUTE];
+    CUDA_CHECK(cudaMemcpyAsync(fetch_memory, device, bytes, cudaMemcpyDeviceToHost, s));
+    CUDA_CHECK(cudaEventRecord(fetch_event, s));
+}
+const void *device_fetch_wait(void) {
+    CUDA_CHECK(cudaEventSynchronize(fetch_event));
+    return fetch_memory;
 }
 void device_poison(void *dst, size_t bytes) {
 #ifdef MOE_DEBUG
