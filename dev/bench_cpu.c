@@ -122,10 +122,11 @@ static void bench_step(Model *m, const Bench *b, const char *dir, const char *to
         median(peak, b->steps) * 1e-9, median(share, b->steps), seconds[0], load, first_loss,
         (double)usage.ru_maxrss / 1024, config_flops_per_token(&m->c, b->T), device_describe());
     fflush(stdout);
-    Profile *profile = profile_start();
+    Profile *profile = profile_start(t->g->all);
     trainer_step(t, data, b->warmup + b->steps + 1, 1e-5);
     fprintf(stderr, "kernels of one update\n");
     profile_print(profile, stderr);
+    profile_free(profile);
     free(seconds);
     loader_close(data);
     trainer_free(t);

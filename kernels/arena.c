@@ -78,6 +78,15 @@ void kernel_hook(KernelHook hook, void *context) {
     current_hook = hook;
     hook_context = context;
 }
+static void begin(KernelReport report) {
+    device_range(report.name);
+    if (current_hook) current_hook(hook_context, &report);
+}
 void kernel_begin(const char *name, double flops) {
-    if (current_hook) current_hook(hook_context, name, flops);
+    KernelReport report = { name, STREAM_COMPUTE, flops, 0 };
+    begin(report);
+}
+void call_begin(const char *name, Stream stream, double bytes) {
+    KernelReport report = { name, stream, 0, bytes };
+    begin(report);
 }

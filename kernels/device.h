@@ -27,16 +27,6 @@ double device_peak_flops(void);
 // Rows of an expert are padded to a multiple of this in a RowIndex (1 on CPUs).
 int device_row_tile(void);
 
-// ---- what runs now --------------------------------------------------------------------------
-// Receives the name of whatever begins, a string literal, and its FLOPs (0 where it has none to
-// speak of).
-typedef void (*KernelHook)(void *context, const char *name, double flops);
-// Reports to `hook` from now on; to nobody if it is 0. The profile uses it.
-void kernel_hook(KernelHook hook, void *context);
-// Reports that a kernel or a collective begins on the host, which also ends the one before it.
-// Every function of kernels.h that computes calls it first; costs one branch without a hook.
-void kernel_begin(const char *name, double flops);
-
 // ---- arenas (I10) ---------------------------------------------------------------------------
 // A bump allocator. With base 0 it only counts: the memory plan IS the allocation, run on counting
 // arenas, so the two cannot disagree. Every piece is aligned to 256 bytes. In debug builds
@@ -88,5 +78,23 @@ void device_fetch_start(const void *device, size_t bytes);
 const void *device_fetch_wait(void);
 // Debug builds: fill with NaN bytes (0xff). Elsewhere nothing.
 void device_poison(void *dst, size_t bytes);
+
+// ---- what runs now --------------------------------------------------------------------------
+typedef struct {
+    const char *name; // stays valid as long as the program
+    Stream stream;
+    double flops; // 0 where it has none to speak of
+    double bytes; // of a collective: what this rank sends
+} KernelReport;
+typedef void (*KernelHook)(void *context, const KernelReport *report);
+// Reports to `hook` from now on; to nobody if it is 0. The profile uses it.
+void kernel_hook(KernelHook hook, void *context);
+// Report that a kernel, or a collective or the wait for it, begins on the host, which also ends
+// what was before it. Every function of kernels.h that computes calls the first at its entry. They
+// cost a branch without a hook, and name the range for a profiler of the device.
+void kernel_begin(const char *name, double flops);
+void call_begin(const char *name, Stream stream, double bytes);
+// Ends the range of such a profiler (NVTX) and begins one of this name. CPUs: nothing.
+void device_range(const char *name);
 MOE_END_C
 #endif

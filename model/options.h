@@ -151,7 +151,8 @@ typedef struct {
       "write the experts of every token of every update to DIR/step_N.safetensors")               \
     X(routing_replay, "routing-replay", TEXT, "", 0, 0, "DIR|FILE",                               \
       "take the experts of every token from there (a file: in the first update)")                 \
-    X(profile, "profile", INT, "0", 0, MANY, "STEP", "print where the time of that update went")  \
+    X(profile, "profile", INT, "0", 0, MANY, "STEP",                                              \
+      "print where the time of that update went; --out gets it as a trace (Perfetto)")            \
     X(trace_token, "trace-token", INT, "-1", -1, MANY, "I",                                       \
       "follow token I of the first update through the experts")                                   \
     X(router_every, "router-every", INT, "0", 0, MANY, "N",                                       \

@@ -1,78 +1,171 @@
-// The table of --profile: time and FLOP/s of every kernel and collective of one update. Listens
-// through kernel_hook (kernels/device.h); offers profile_start and profile_print.
+// --profile: the reports of one update as a table of times and FLOP/s, and as a trace. Listens
+// through kernel_hook (kernels/device.h); contracts in profile.h.
 #include "profile.h"
 #include "../kernels/device.h"
 #include "../kernels/fail.h"
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { ROWS = 128 };
-typedef struct { // calls of one name and size: the same kernel on other shapes is another row
-    const char *name;
-    double flops, seconds;
-    int64_t calls;
-} ProfileRow;
+typedef struct {
+    KernelReport report;
+    double begin, end; // seconds since the start
+} Event;
 struct Profile {
-    ProfileRow row[ROWS];
-    int rows, current; // current: the row that runs now, -1 before the first report
-    double begin, since;
+    Comm *all;
+    Event *event;
+    int64_t events, capacity;
+    double start, seconds;
 };
 
-static int row_of(Profile *p, const char *name, double flops) {
-    for (int i = 0; i < p->rows; i++)
-        if (p->row[i].flops == flops && !strcmp(p->row[i].name, name)) return i;
-    if (p->rows == ROWS)
-        die("more than %d kinds of calls to profile|raise ROWS in model/profile.c", ROWS);
-    ProfileRow fresh = { name, flops, 0, 0 };
-    p->row[p->rows] = fresh;
-    return p->rows++;
-}
-
-static void stop_current(Profile *p) {
+static double now(const Profile *p) {
     device_sync();
-    double now = now_seconds();
-    if (p->current >= 0) p->row[p->current].seconds += now - p->since;
-    p->since = now;
+    return now_seconds() - p->start;
 }
 
-static void hear(void *context, const char *name, double flops) {
+static void hear(void *context, const KernelReport *report) {
     Profile *p = (Profile *)context;
-    stop_current(p);
-    p->current = row_of(p, name, flops);
-    p->row[p->current].calls++;
+    double time = now(p);
+    if (p->events) p->event[p->events - 1].end = time;
+    if (p->events == p->capacity) {
+        p->capacity = p->capacity ? 2 * p->capacity : 4096;
+        p->event = (Event *)realloc(p->event, (size_t)p->capacity * sizeof(Event));
+        if (!p->event) die("out of host memory for the profile|profile a smaller model");
+    }
+    Event e = { *report, time, time };
+    p->event[p->events++] = e;
 }
 
-Profile *profile_start(void) {
+Profile *profile_start(Comm *all) {
     Profile *p = (Profile *)xcalloc(1, sizeof(Profile), "profile");
+    p->all = all;
     device_sync();
-    p->current = -1;
-    p->begin = p->since = now_seconds();
+    comm_barrier(all);
+    p->start = now_seconds();
     kernel_hook(hear, p);
     return p;
 }
 
+// ---- the table ------------------------------------------------------------------------------
+typedef struct { // reports of one name and about one size: the same kernel on other shapes is apart
+    const char *name;
+    double size, flops, seconds, bytes; // size: FLOPs of the first
+    int64_t times;
+} Row;
+
 static int by_time(const void *a, const void *b) {
-    double x = ((const ProfileRow *)a)->seconds, y = ((const ProfileRow *)b)->seconds;
+    double x = ((const Row *)a)->seconds, y = ((const Row *)b)->seconds;
     return (x < y) - (x > y);
+}
+
+// What the routing decides differs a little from layer to layer.
+static int belongs(const Row *row, const KernelReport *r) {
+    int near = row->size == r->flops || (r->flops < 2 * row->size && row->size < 2 * r->flops);
+    return near && !strcmp(row->name, r->name);
+}
+
+static void add_to_rows(Row *row, int *rows, const Event *e) {
+    int i = 0;
+    while (i < *rows && !belongs(&row[i], &e->report)) i++;
+    if (i == *rows) {
+        Row fresh = { e->report.name, e->report.flops, 0, 0, 0, 0 };
+        row[(*rows)++] = fresh;
+    }
+    row[i].flops += e->report.flops;
+    row[i].seconds += e->end - e->begin;
+    row[i].bytes += e->report.bytes;
+    row[i].times++;
 }
 
 void profile_print(Profile *p, FILE *file) {
     kernel_hook(0, 0);
-    stop_current(p);
-    double total = now_seconds() - p->begin;
-    qsort(p->row, (size_t)p->rows, sizeof(ProfileRow), by_time);
-    if (file)
-        fprintf(file, "profile: %.1f ms\n  %-34s %10s %7s %8s %10s %10s\n", 1e3 * total, "kernel",
-                "ms", "share", "times", "GFLOP each", "GFLOP/s");
-    for (int i = 0; file && i < p->rows; i++) {
-        const ProfileRow *r = &p->row[i];
-        fprintf(file, "  %-34s %10.2f %6.1f%% %8lld", r->name, 1e3 * r->seconds,
-                100 * r->seconds / total, (long long)r->calls);
-        if (r->flops > 0 && r->seconds > 0)
-            fprintf(file, " %10.3f %10.1f", 1e-9 * r->flops,
-                    1e-9 * r->flops * (double)r->calls / r->seconds);
+    p->seconds = now(p);
+    if (p->events) p->event[p->events - 1].end = p->seconds;
+    if (!file) return;
+    Row *row = (Row *)xcalloc((size_t)p->events + 1, sizeof(Row), "profile");
+    int rows = 0;
+    for (int64_t i = 0; i < p->events; i++) add_to_rows(row, &rows, &p->event[i]);
+    qsort(row, (size_t)rows, sizeof(Row), by_time);
+    fprintf(file, "profile: %.1f ms\n  %-42s %10s %7s %8s %10s %10s\n", 1e3 * p->seconds, "kernel",
+            "ms", "share", "times", "MFLOP each", "GFLOP/s");
+    for (int i = 0; i < rows; i++) {
+        fprintf(file, "  %-42s %10.2f %6.1f%% %8lld", row[i].name, 1e3 * row[i].seconds,
+                100 * row[i].seconds / p->seconds, (long long)row[i].times);
+        if (row[i].flops > 0 && row[i].seconds > 0)
+            fprintf(file, " %10.3f %10.1f", 1e-6 * row[i].flops / (double)row[i].times,
+                    1e-9 * row[i].flops / row[i].seconds);
+        if (row[i].bytes > 0) fprintf(file, " %10.3f MB sent", 1e-6 * row[i].bytes);
         fprintf(file, "\n");
     }
-    if (file) fflush(file);
+    fflush(file);
+    free(row);
+}
+
+// ---- the trace ------------------------------------------------------------------------------
+static const char *stream_name(Stream s) {
+    switch (s) {
+    case STREAM_COMPUTE: return "compute";
+    case STREAM_GATHER: return "weights and gradients";
+    case STREAM_EXCHANGE: return "tokens";
+    case STREAM_COUNT: break;
+    }
+    return "?";
+}
+
+// The events of this rank as JSON, each followed by a comma. Times are microseconds.
+static char *rank_events(const Profile *p, size_t *bytes) {
+    enum { LINE = 320 };
+    int rank = comm_rank(p->all);
+    size_t lines = (size_t)p->events + STREAM_COUNT + 1;
+    char *text = (char *)xmalloc(lines * LINE, "profile"), *at = text;
+    at += sprintf(at,
+                  "{\"name\":\"process_name\",\"ph\":\"M\",\"pid\":%d,\"args\":"
+                  "{\"name\":\"rank %d\"}},\n",
+                  rank, rank);
+    for (int s = 0; s < STREAM_COUNT; s++)
+        at += sprintf(at,
+                      "{\"name\":\"thread_name\",\"ph\":\"M\",\"pid\":%d,\"tid\":%d,\"args\":"
+                      "{\"name\":\"%s\"}},\n",
+                      rank, s, stream_name((Stream)s));
+    for (int64_t i = 0; i < p->events; i++) {
+        const Event *e = &p->event[i];
+        at += sprintf(at,
+                      "{\"name\":\"%.100s\",\"ph\":\"X\",\"pid\":%d,\"tid\":%d,\"ts\":%.3f,"
+                      "\"dur\":%.3f,\"args\":{\"flops\":%.0f,\"bytes\":%.0f}},\n",
+                      e->report.name, rank, (int)e->report.stream, 1e6 * e->begin,
+                      1e6 * (e->end - e->begin), e->report.flops, e->report.bytes);
+    }
+    *bytes = (size_t)(at - text);
+    return text;
+}
+
+void profile_trace(const Profile *p, const char *path) {
+    size_t bytes;
+    char *mine = rank_events(p, &bytes);
+    int ranks = comm_size(p->all);
+    size_t most = (size_t)comm_max(p->all, (int64_t)bytes) + 1;
+    char *padded = (char *)xcalloc(most, 1, "profile");
+    char *all = (char *)xmalloc((size_t)ranks * most, "profile");
+    memcpy(padded, mine, bytes);
+    comm_all_gather_host(p->all, all, padded, most);
+    if (comm_rank(p->all) == 0) {
+        FILE *f = fopen(path, "w");
+        if (!f) die("cannot write the trace %s: %s|free space under --out", path, strerror(errno));
+        fprintf(f, "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n");
+        for (int r = 0; r < ranks; r++) {
+            char *text = all + (size_t)r * most;
+            if (r == ranks - 1) text[strlen(text) - 2] = 0; // the last comma
+            fprintf(f, "%s", text);
+        }
+        fprintf(f, "\n]}\n");
+        if (fclose(f)) die("cannot write the trace %s: %s|free space", path, strerror(errno));
+    }
+    free(all);
+    free(padded);
+    free(mine);
+}
+
+void profile_free(Profile *p) {
+    free(p->event);
     free(p);
 }

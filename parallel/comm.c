@@ -329,7 +329,7 @@ static Request call_start(Call *c, size_t sent) {
     Comm *g = c->g;
     CommTraffic *t = &g->traffic[c->record.kind];
     int slot = (int)(c - calls);
-    kernel_begin(g->report[0][c->record.kind], 0);
+    call_begin(g->report[0][c->record.kind], c->stream, (double)sent);
     if (comm_options.check) {
         compare_calls(g, &c->record, c->to_rows, c->from_rows);
         own_buffers(c);
@@ -350,7 +350,7 @@ void comm_wait(Request r) {
     Call *c = &calls[r.id % COMM_CALLS];
     if (c->serial != r.id / COMM_CALLS)
         die("comm_wait for a call that was waited for already|a bug of the caller");
-    kernel_begin(c->g->report[1][c->record.kind], 0);
+    call_begin(c->g->report[1][c->record.kind], c->stream, 0);
     transport_wait(c, (int)(c - calls));
     if (c->user_dst) give_buffers_back(c);
     c->serial = 0;

@@ -181,6 +181,33 @@ static double number(const cJSON *object, const char *key) {
     const cJSON *v = cJSON_GetObjectItemCaseSensitive(object, key);
     return cJSON_IsNumber(v) ? v->valuedouble : NAN;
 }
+// A trace of --profile: events of every rank, in order, none inside another; with several ranks
+// also calls that send bytes.
+static void check_trace(const char *name, int ranks) {
+    char *text = slurp(at(name), 0);
+    cJSON *trace = text ? cJSON_Parse(text) : 0;
+    const cJSON *events = cJSON_GetObjectItemCaseSensitive(trace, "traceEvents"), *e;
+    double end[8] = { 0 }, bytes = 0, flops = 0;
+    int n[8] = { 0 }, overlaps = 0, kernels = 0;
+    cJSON_ArrayForEach(e, events) {
+        const cJSON *args = cJSON_GetObjectItemCaseSensitive(e, "args");
+        int rank = (int)number(e, "pid");
+        if (strcmp(cJSON_GetObjectItemCaseSensitive(e, "ph")->valuestring, "X")) continue;
+        overlaps += number(e, "ts") < end[rank] - 0.01;
+        end[rank] = number(e, "ts") + number(e, "dur");
+        bytes += number(args, "bytes");
+        flops += number(args, "flops");
+        kernels += !strcmp(cJSON_GetObjectItemCaseSensitive(e, "name")->valuestring, "experts_up");
+        n[rank]++;
+    }
+    int all = ranks < 8 && n[ranks - 1] > 50 && !n[ranks];
+    check(all && !overlaps && kernels > 0 && flops > 0 && (bytes > 0) == (ranks > 1),
+          "%s: %d events of the first rank of %d, %d overlap, %g FLOP, %g bytes sent", name, n[0],
+          ranks, overlaps, flops, bytes);
+    cJSON_Delete(trace);
+    free(text);
+}
+
 // A number of the line of update `step` (those with a loss).
 static double logged(const Log *l, int step, const char *key) {
     for (int i = 0; i < l->n; i++)
@@ -344,6 +371,8 @@ static void test_training(void) {
           "sgd with momentum: the first step is the plain one, the second is not");
     log_free(&a);
     log_free(&b);
+    good("eval exec $B $S --steps 2 --profile 2 --out $T/profiled");
+    check_trace("profiled/profile-2.trace.json", 1);
     good("eval exec $B $S --steps 4 --threads 2 --out $T/two --dump $T/two.safetensors");
     good("eval exec $B $S --steps 4 --threads 1 --out $T/one --dump $T/one.safetensors");
     check(same_logs("one", "two") && same_files(at("one.safetensors"), at("two.safetensors")) &&
@@ -662,6 +691,8 @@ static pid_t child_of(pid_t parent) {
 // ---- several ranks --------------------------------------------------------------------------
 static void test_ranks(const char *mpirun) {
     setenv("M", mpirun, 1);
+    good("eval exec $M -np 2 $B $S --ep 2 --steps 2 --profile 2 --out $T/profiled");
+    check_trace("profiled/profile-2.trace.json", 2);
     good("eval exec $B $S --steps 8 --out $T/r1 --lr 1e-3");
     good("eval exec $M -np 4 $B $S --steps 4 --ep 2 --fsdp 2 --out $T/r4 --lr 1e-3");
     static const char *const grids[] = { "$B", "$M -np 2 $B --fsdp 2", "$M -np 3 $B --batch 6",

@@ -133,6 +133,7 @@ void device_give(void *memory, size_t bytes) { munmap(memory, bytes); }
 void stream_order(Stream first, Stream then) { (void)first, (void)then; }
 void device_share(int on) { (void)on; }
 void device_sync(void) {}
+void device_range(const char *name) { (void)name; }
 void device_upload(void *device, const void *host, size_t bytes) {
     device_copy(device, host, bytes);
 }
