@@ -449,13 +449,17 @@ static void test_router(int R, int C, int E, int K, int normalize, int ties) {
     Buffer z = zeros(DOUBLE, 2), f = output(DOUBLE, E), du = random_input(X, (size_t)R * C),
            dW = output(REAL, (size_t)E * C), dW2 = random_input(REAL, (size_t)E * C);
     Buffer dz = output(REAL, (size_t)R * E), dscore = random_input(REAL, (size_t)R * K),
-           biased = output(INT, (size_t)R * K), score2 = output(REAL, (size_t)R * K);
+           biased = output(INT, (size_t)R * K), score2 = output(REAL, (size_t)R * K),
+           given = output(REAL, (size_t)R * K);
     RouterStats none = {};
     for (int w = CUDA; w < WORLDS; w++) {
         RouterStats stats = { count.l(w), prob.d(w), z.d(w) };
         CALL(w, router_forward, logits.r(w), biased.i(w), score2.r(w), none, u.x(w), W.x(w),
-             bias.r(w), normalize, R, C, E, K);
-        CALL(w, router_forward, logits.r(w), topk.i(w), score.r(w), stats, u.x(w), W.x(w), 0,
+             bias.r(w), 0, normalize, R, C, E, K);
+        CALL(w, router_forward, logits.r(w), topk.i(w), score.r(w), stats, u.x(w), W.x(w), 0, 0,
+             normalize, R, C, E, K);
+        // The biased choice is given: its ids stay, and without the bias they have the same scores.
+        CALL(w, router_forward, logits.r(w), biased.i(w), given.r(w), none, u.x(w), W.x(w), 0, 1,
              normalize, R, C, E, K);
         CALL(w, router_share, f.d(w), count.l(w), 100.0, 1, E);
         CALL(w, router_backward_add, du.x(w), dW.g(w), dz.r(w), dscore.r(w), logits.r(w), topk.i(w),
@@ -476,6 +480,7 @@ static void test_router(int R, int C, int E, int K, int normalize, int ties) {
     compare("dW", dW);
     compare("dW accumulated", dW2);
     compare("score with bias", score2);
+    compare("score of a given choice", given);
     end();
 }
 

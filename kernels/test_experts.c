@@ -554,6 +554,12 @@ static void test_router(void) {
     check(topk[0] == 4 && topk[1] == 5 &&
               fabs((double)score[0] - exp(1) / (2 * exp(2) + 4 * exp(1))) < 1e-6,
           "a bias chooses but does not weigh");
+    int given[2] = { 2, 4 };
+    RouterStats none = { 0, 0, 0 };
+    floatX *u = test_x(ties + 4, 1), *W = test_x(ties, 6);
+    router_forward(TEST_TAKE(real, 6), given, score, none, u, W, 0, 1, 1, 1, 1, 6, 2);
+    check(given[0] == 2 && given[1] == 4 && score[0] == (real)0.5 && score[1] == (real)0.5,
+          "a given choice stays, its scores are of the present logits");
     route(poison, 6, 3, 0, 1, topk, score);
     check(topk[0] == 0 && topk[1] == 1 && topk[2] == 2 && isnan(score[0]),
           "a NaN logit chooses the lowest ids and stays visible");
