@@ -264,7 +264,7 @@ static void kernels(const Config *c, const Trainer *t, const Bench *b, Arena *ar
     KERNEL("router_backward_add", L, 4 * RC * E, 0,
            router_backward_add(y, dW, dz, dscore, z, topk, score, h, Wr, share, 1e-3, 0,
                                c->norm_topk, 0, R, C, E, K));
-    KERNEL("row_index_build", 2 * L, 0, 3 * rows * sizeof(int), row_index_build(&plan, topk, 0, 0));
+    KERNEL("row_index_build", 2 * L, 0, 3 * rows * sizeof(int), row_index_build(&plan, topk, 0));
     KERNEL("experts_up", L, 4 * rows * F * C, 0, experts_up(H, A, h, W1, &plan, C, F));
     KERNEL("experts_down", L, 2 * rows * F * C, 0, experts_down(Y, A, W2, &plan, C, F));
     KERNEL("rows_weighted_sum", 2 * L, 0, (rows + R) * C * x,

@@ -277,7 +277,7 @@ static void experts(const Shape *s, Arena *a) {
     router_forward(z, topk, score, stats, x, Wr, 0, 0, 1, R, C, E,
                    K); // scores for what follows; the router is timed with choices of its own
     router_share(share, stats.count, R, 1, E);
-    row_index_build(&plan, choice, 0, 0);
+    row_index_build(&plan, choice, 0);
     if (skew == 0) {
         BENCH("router_forward", "",
               router_forward(z, topk, score, stats, x, Wr, 0, 0, 1, R, C, E, K));
@@ -287,7 +287,7 @@ static void experts(const Shape *s, Arena *a) {
     }
 #define ROUTED(kernel, ...) bench(s, kernel, variant.c_str(), load, [&] { __VA_ARGS__; })
     std::string variant = routing;
-    ROUTED("row_index_build", row_index_build(&plan, choice, 0, 0));
+    ROUTED("row_index_build", row_index_build(&plan, choice, 0));
     ROUTED("rows_weighted_sum", rows_weighted_sum(y, Y, score, &plan, C));
     ROUTED("rows_sum", rows_sum(y, Y, plan.token_row, R, K, C));
     for (const char *name : { "wgmma", "mma" }) {

@@ -577,9 +577,7 @@ static void test_experts(int P, int K, int E, int C, int F, Routing routing) {
             if (take[e]) ids[(size_t)p * K + k++] = e;
     }
     Plans p = make_plans(P, K, E);
-    int in_use = routing == FOREIGN ? P - P / 3 : P;
-    Buffer choice = input(INT, ids), n_pool = input(INT, Numbers(1, in_use)),
-           pool = random_input(X, (size_t)P * C),
+    Buffer choice = input(INT, ids), pool = random_input(X, (size_t)P * C),
            W1 = random_input(X, (size_t)E * 2 * F * C, 2 / sqrt(C));
     Buffer W2 = random_input(X, (size_t)E * C * F, 2 / sqrt(F)),
            score = random_input(REAL, (size_t)P * K), dpool = random_input(X, (size_t)P * C),
@@ -602,8 +600,7 @@ static void test_experts(int P, int K, int E, int C, int F, Routing routing) {
         dH1[w] = output(X, M * 2 * F);
         sA1[w] = output(X, M * F);
         const RowIndex *plan = &p.plan[w];
-        CALL(w, row_index_build, &p.plan[w], choice.i(w), routing == FOREIGN ? n_pool.i(w) : 0,
-             first);
+        CALL(w, row_index_build, &p.plan[w], choice.i(w), first);
         CALL(w, experts_up, H[w].x(w), A[w].x(w), pool.x(w), W1.x(w), plan, C, F);
         CALL(w, experts_up, again[w].x(w), 0, pool.x(w), W1.x(w), plan, C, F);
         CALL(w, experts_down, Y[w].x(w), A[w].x(w), W2.x(w), plan, C, F);
@@ -678,7 +675,7 @@ static void test_experts_budget(int P, int K, int E, int C, int F) {
     Buffer score = random_input(REAL, (size_t)P * K), choice = input(INT, ids);
     int multiprocessors;
     std::vector<Numbers> results[2];
-    row_index_build(&plan, choice.i(CUDA), 0, 0);
+    row_index_build(&plan, choice.i(CUDA), 0);
     CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
     for (int run = 0; run < 2; run++) {
         size_t M = plan.M;

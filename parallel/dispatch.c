@@ -201,12 +201,12 @@ static void route_with(Dispatcher *d, Route *route) {
 static void route_local(Dispatcher *d, Route *route, const int *topk) {
     d->index.P = d->load.pool;
     d->index.M = d->load.rows;
-    row_index_build(&d->index, topk, 0, 0);
+    row_index_build(&d->index, topk, 0);
     route_with(d, route);
 }
 
 static void build_index(Dispatcher *d, const int *ids) {
-    row_index_build(&d->index, d->kind == DISPATCH_ALLTOALL ? d->choice : ids, 0,
+    row_index_build(&d->index, d->kind == DISPATCH_ALLTOALL ? d->choice : ids,
                     d->me * (int)d->index.E);
 }
 

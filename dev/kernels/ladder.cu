@@ -118,7 +118,7 @@ static void climb(int P, int K, int E, int C, int F, bool timed) {
                       P,
                       E,
                       K };
-    row_index_build(&plan, ids, 0, 0);
+    row_index_build(&plan, ids, 0);
     int rows;
     device_download(&rows, plan.expert_row + E, sizeof rows);
     floatX *pool = random_matrix((int64_t)P * C, 2),

@@ -1,30 +1,31 @@
 // SGD, AdamW and AdamW with 8-bit moments on segments of flat shards, the gradient norm, and
-// initial weights.
+// initial weights: kernels.h's section "optimizer". Reads the codes of quant8.h and the noise of
+// random.h.
 //
-// Everything goes in blocks of 256 elements of the Hugging Face tensor: one block is one call of a
-// loop with a constant trip count (a shorter last block is padded), so an element meets the same
-// instructions wherever a shard was cut (I4), and compilers vectorise it without a tail. Formulas
-// are torch.optim's, in its order of operations, in real:
+// Everything goes in blocks of 256 elements of the Hugging Face tensor. One block is one call of a
+// loop with a constant trip count (a shorter last block is padded), so that an element meets the
+// same instructions wherever a shard was cut (I4, layout-free numbers), and compilers vectorise it
+// without a tail. Formulas are torch.optim's, in its order of operations, in real:
 //   SGD    g += wd p;  buf = t == 1 ? g : mu buf + g;  p -= lr buf
-//   AdamW  p *= 1 - lr wd;  m += (1-b1)(g - m);  v = b2 v + (1-b2) g^2;  p -= (lr / bc1) m /
-//   (sqrt(v) / sqrt(bc2) + eps),  bc = 1 - b^t
+//   AdamW  p *= 1 - lr wd;  m += (1-b1) (g - m);  v = b2 v + (1-b2) g^2;
+//          p -= (lr / bc1) m / (sqrt(v) / sqrt(bc2) + eps),   bc = 1 - b^t
 #include "../fail.h"
 #include "../quant8.h"
 #include "math.h"
 
-enum { BLOCK = QUANT8_BLOCK, PIECE = 256 }; // elements of a block; blocks of a task
+// Elements of a block; blocks of a piece.
+enum { BLOCK = QUANT8_BLOCK, PIECE = 256 };
 
-// ---- segments to tasks ----------------------------------------------------------------------
-// Cuts lie at multiples of 256 * PIECE elements of the TENSOR, so sums and noise do not depend on
-// where a segment begins.
+// ---- segments to pieces ---------------------------------------------------------------------
+// Elements [first, first + count) of a segment. Cuts lie at multiples of 256 * PIECE elements of
+// the tensor, so that sums and noise do not depend on where a segment begins.
 typedef struct {
     int segment;
     int64_t first, count;
-} Piece; // elements [first, first + count) of the segment
+} Piece;
 
-static int64_t until(
-    const Segment *segment, int64_t at, int64_t end,
-    int64_t step) { // elements from `at` to the tensor's next multiple of step, at most to end
+// Elements from `at` to the tensor's next multiple of `step`, at most to `end`.
+static int64_t until(const Segment *segment, int64_t at, int64_t end, int64_t step) {
     return lesser(end - at, step - (segment->first + at) % step);
 }
 static Piece *cut_pieces(const Segment *segments, int n_segments, int64_t *count) {
@@ -48,25 +49,34 @@ typedef struct {
 } Coefficients;
 
 static Coefficients coefficients(const OptimizerStep *o, real scale, double decay) {
-    double correction1 = 1 - pow(o->beta1, (double)o->t),
-           correction2 = 1 - pow(o->beta2, (double)o->t);
-    Coefficients c;
-    c.scale = scale, c.lr = (real)o->lr, c.momentum = (real)o->momentum, c.first = o->t == 1;
-    c.keep =
-        (real)(o->kind == OPT_SGD ? o->weight_decay * decay : 1 - o->lr * o->weight_decay * decay);
-    c.lerp = (real)(1 - o->beta1), c.beta2 = (real)o->beta2, c.square = (real)(1 - o->beta2),
-    c.eps = (real)o->eps;
-    c.root = (real)sqrt(correction2), c.step = (real)(o->lr / correction1);
+    double correction1 = 1 - pow(o->beta1, (double)o->t);
+    double correction2 = 1 - pow(o->beta2, (double)o->t);
+    Coefficients c = { .scale = scale,
+                       .lr = (real)o->lr,
+                       .momentum = (real)o->momentum,
+                       .lerp = (real)(1 - o->beta1),
+                       .beta2 = (real)o->beta2,
+                       .square = (real)(1 - o->beta2),
+                       .root = (real)sqrt(correction2),
+                       .eps = (real)o->eps,
+                       .step = (real)(o->lr / correction1),
+                       .first = o->t == 1 };
+    switch (o->kind) {
+    case OPT_SGD: c.keep = (real)(o->weight_decay * decay); break;
+    case OPT_ADAMW:
+    case OPT_ADAMW8: c.keep = (real)(1 - o->lr * o->weight_decay * decay); break;
+    }
     return c;
 }
 static void adamw_block(real *restrict p, const real *restrict g, real *restrict m,
                         real *restrict v, const Coefficients *c) {
     Coefficients k = *c;
     for (int i = 0; i < BLOCK; i++) {
-        real d = g[i] * k.scale, m1 = m[i] + k.lerp * (d - m[i]),
-             v1 = k.beta2 * v[i] + k.square * d * d;
+        real d = g[i] * k.scale, m1 = m[i] + k.lerp * (d - m[i]);
+        real v1 = k.beta2 * v[i] + k.square * d * d;
         real root = square_root(v1);
-        m[i] = m1, v[i] = v1;
+        m[i] = m1;
+        v[i] = v1;
         p[i] = k.keep * p[i] - k.step * m1 / (root / k.root + k.eps);
     }
 }
@@ -75,8 +85,8 @@ static void sgd_block(real *restrict p, const real *restrict g, real *restrict b
     Coefficients k = *c;
     for (int i = 0; i < BLOCK; i++) {
         real d = g[i] * k.scale + k.keep * p[i];
-        buf[i] =
-            k.first ? d : k.momentum * buf[i] + d; // not 0 * buf: the first step does not read it
+        // Not 0 * buf: the first step does not read it.
+        buf[i] = k.first ? d : k.momentum * buf[i] + d;
         p[i] -= k.lr * buf[i];
     }
 }
@@ -112,14 +122,15 @@ static void encode_block(uint8_t *m8, uint8_t *v8, float *m_scale, float *v_scal
     for (int i = 0; i < BLOCK; i++) code[i] = v8_encode(w[i] / top, w[i] > 0, bits[i]);
     for (int i = 0; i < BLOCK; i++) w[i] = v8_decode(code[i], top);
     for (int i = 0; i < BLOCK; i++) {
-        float s = (float)square_root(w[i]),
-              x = (float)m[i] / (w[i] > 0 ? s : INFINITY); // v8 = 0: u = 0
+        float s = (float)square_root(w[i]);
+        float x = (float)m[i] / (w[i] > 0 ? s : INFINITY); // v8 = 0: u = 0
         x = x < bound ? x : bound;
         u[i] = x > -bound ? x : -bound;
         size[i] = fabsf(u[i]);
     }
     float scale = largest(size), inverse = m8_inverse(scale);
-    *v_scale = top, *m_scale = scale;
+    *v_scale = top;
+    *m_scale = scale;
     memcpy(v8, code, (size_t)n);
     for (int i = 0; i < BLOCK; i++) bits[i] = noise_bits(noise, 1, (uint32_t)i) >> 16;
     for (int i = 0; i < BLOCK; i++) code[i] = m8_encode(u[i] * inverse, bits[i]);
@@ -135,51 +146,67 @@ static void store_param(floatX *param, const real *p, int nearest, Noise noise, 
         for (int i = 0; i < n; i++)
             param[i].bits = bf16_stochastic(p[i], noise_bits(noise, 2, (uint32_t)(lane + i)) >> 16);
 #else
-    (void)nearest, (void)noise, (void)lane;
+    (void)nearest;
+    (void)noise;
+    (void)lane;
     if (&param->v != p) store_row(param, p, n);
 #endif
 }
-// x itself where it holds a whole block, else a copy padded with zeros.
+// A whole block of x: x itself, or a copy padded with zeros where only n elements are left.
 static real *whole(real *x, real *copy, int n) {
     if (n == BLOCK) return x;
-    memset(copy, 0, BLOCK * sizeof(real)), memcpy(copy, x, (size_t)n * sizeof(real));
+    memset(copy, 0, BLOCK * sizeof(real));
+    memcpy(copy, x, (size_t)n * sizeof(real));
     return copy;
+}
+static void give_back(real *x, const real *block, int n) {
+    if (x != block) memcpy(x, block, (size_t)n * sizeof(real));
 }
 static void update_block(const OptimizerState *s, const OptimizerStep *o, const Coefficients *c,
                          const Segment *segment, int64_t at, int n, float bound) {
     int64_t i = segment->offset + at, q = segment->qblock + at / BLOCK;
+    int64_t element = segment->first + at;
     real p_copy[BLOCK], g_copy[BLOCK], m_copy[BLOCK] = { 0 }, v_copy[BLOCK] = { 0 };
     Noise noise = { { 0, 0, 0, 0 } };
     if (o->kind == OPT_ADAMW8 || (sizeof(floatX) < sizeof(real) && !s->master))
-        noise = noise_block(o->seed, segment->tensor, (uint64_t)((segment->first + at) / BLOCK),
-                            (uint64_t)o->step);
-    const real *g = &s->grad[i].v;
-    if (n < BLOCK)
-        memset(g_copy, 0, sizeof g_copy), memcpy(g_copy, g, (size_t)n * sizeof(real)), g = g_copy;
+        noise =
+            noise_block(o->seed, segment->tensor, (uint64_t)(element / BLOCK), (uint64_t)o->step);
+    // The gradient is const: `whole` returns it or its copy, and nothing below writes to it.
+    const real *g = whole((real *)&s->grad[i].v, g_copy, n);
+    real *p = p_copy;
+    if (s->master)
+        p = whole(s->master + i, p_copy, n);
+    else {
 #if defined(MOE_BF16)
-    real *p = s->master ? whole(s->master + i, p_copy, n) : p_copy;
-    if (!s->master) memset(p_copy, 0, sizeof p_copy), load_row(p_copy, s->param + i, n);
+        memset(p_copy, 0, sizeof p_copy);
+        load_row(p_copy, s->param + i, n);
 #else
-    real *p = whole(s->master ? s->master + i : &s->param[i].v, p_copy, n);
+        p = whole(&s->param[i].v, p_copy, n);
 #endif
+    }
     real *m = m_copy, *v = v_copy;
-    int exact = o->kind == OPT_ADAMW || (o->kind == OPT_SGD && s->m && o->momentum != 0);
-    if (exact) m = whole(s->m + i, m_copy, n);
-    if (o->kind == OPT_ADAMW) v = whole(s->v + i, v_copy, n);
-    if (o->kind == OPT_ADAMW8)
-        decode_block(m, v, s->m8 + i, s->v8 + i, s->m_scale[q], s->v_scale[q], n);
-
-    if (o->kind == OPT_SGD)
+    switch (o->kind) {
+    case OPT_SGD:
+        // Without momentum the buffer is the gradient and need not be kept.
+        if (s->m && o->momentum != 0) m = whole(s->m + i, m_copy, n);
         sgd_block(p, g, m, c);
-    else
+        if (s->m && o->momentum != 0) give_back(s->m + i, m, n);
+        break;
+    case OPT_ADAMW:
+        m = whole(s->m + i, m_copy, n);
+        v = whole(s->v + i, v_copy, n);
         adamw_block(p, g, m, v, c);
-
-    if (o->kind == OPT_ADAMW8)
+        give_back(s->m + i, m, n);
+        give_back(s->v + i, v, n);
+        break;
+    case OPT_ADAMW8:
+        decode_block(m, v, s->m8 + i, s->v8 + i, s->m_scale[q], s->v_scale[q], n);
+        adamw_block(p, g, m, v, c);
         encode_block(s->m8 + i, s->v8 + i, s->m_scale + q, s->v_scale + q, m, v, bound, noise, n);
-    if (exact && m == m_copy) memcpy(s->m + i, m, (size_t)n * sizeof(real));
-    if (o->kind == OPT_ADAMW && v == v_copy) memcpy(s->v + i, v, (size_t)n * sizeof(real));
-    if (s->master && p == p_copy) memcpy(s->master + i, p, (size_t)n * sizeof(real));
-    store_param(s->param + i, p, s->master != 0, noise, (int)((segment->first + at) % BLOCK), n);
+        break;
+    }
+    if (s->master) give_back(s->master + i, p, n);
+    store_param(s->param + i, p, s->master != 0, noise, (int)(element % BLOCK), n);
 }
 void optimizer_update(const OptimizerState *s, const Segment *segments, int n_segments,
                       const OptimizerStep *o, const real *scale) {
@@ -190,8 +217,7 @@ void optimizer_update(const OptimizerState *s, const Segment *segments, int n_se
     float bound = (float)adam_bound(o->beta1, o->beta2);
     for (int i = 0; o->kind == OPT_ADAMW8 && i < n_segments; i++)
         if (segments[i].first % BLOCK)
-            die("a shard starts at element %lld of a tensor, inside a block of 8-bit state|8-bit AdamW needs cuts at multiples of %d elements: choose "
-                "another --fsdp, or --optimizer adamw",
+            die("a shard starts at element %lld of a tensor, inside a block of 8-bit state|8-bit AdamW needs cuts at multiples of %d elements: choose another --fsdp, or --optimizer adamw",
                 (long long)segments[i].first, BLOCK);
     int64_t pieces;
     Piece *piece = cut_pieces(segments, n_segments, &pieces);
@@ -268,14 +294,13 @@ void init_segments(floatX *param, real *master, const Segment *segments, int n_s
     PARALLEL_TILES
     for (int64_t j = 0; j < pieces; j++) {
         const Segment *segment = segments + piece[j].segment;
-        for (int64_t i = piece[j].first, end = i + piece[j].count;
-             i < end;) { // one Philox gives two neighbours
-            Random128 bits =
-                random_normal_block(seed, segment->tensor, (uint64_t)(segment->first + i));
-            for (int half = (int)((segment->first + i) % 2); half < 2 && i < end; half++, i++) {
-                real value =
-                    (real)(std < 0 ? 1
-                                   : std * inverse_normal(random_uniform(random_half(bits, half))));
+        int64_t i = piece[j].first, end = i + piece[j].count;
+        while (i < end) { // one Philox gives two neighbours
+            int64_t element = segment->first + i;
+            Random128 bits = random_normal_block(seed, segment->tensor, (uint64_t)element);
+            for (int half = (int)(element % 2); half < 2 && i < end; half++, i++) {
+                double z = inverse_normal(random_uniform(random_half(bits, half)));
+                real value = (real)(std < 0 ? 1 : std * z);
                 store(param + segment->offset + i, value);
                 if (master) master[segment->offset + i] = value;
             }

@@ -23,9 +23,9 @@ int64_t row_index_bound(int64_t P, int64_t K, int64_t E_local) {
 
 struct ChoiceSource {
     RowIndex plan;
-    const int *choice, *n_pool;
+    const int *choice;
     int first;
-    __device__ int count() const { return n_pool && *n_pool < plan.P ? *n_pool : (int)plan.P; }
+    __device__ int count() const { return (int)plan.P; }
     __device__ int keys() const { return (int)plan.K; }
     __device__ int key(int i, int k) const {
         int c = choice[(int64_t)i * plan.K + k], e = c - first;
@@ -36,14 +36,14 @@ struct ChoiceSource {
         if (at >= 0) plan.row_token[at] = i;
     }
 };
-void row_index_build(RowIndex *plan, const int *choice, const int *n_pool, int first_expert) {
+void row_index_build(RowIndex *plan, const int *choice, int first_expert) {
     kernel_begin("row_index_build", 0);
     if (plan->M)
         CUDA_CHECK(cudaMemsetAsync(plan->row_token, 0xff, (size_t)plan->M * sizeof(int),
                                    compute_stream())); // -1
     if (plan->P == 0 || plan->K == 0)
         return device_zero(plan->expert_row, (size_t)(plan->E + 1) * sizeof(int));
-    ChoiceSource source = { *plan, choice, n_pool, first_expert };
+    ChoiceSource source = { *plan, choice, first_expert };
     int *counts =
         (int *)device_scratch(SCRATCH_SORT, sort_counts_size(plan->E, plan->P) * sizeof(int));
     stable_sort(counts, plan->expert_row, source, plan->E, plan->P, device_row_tile());
