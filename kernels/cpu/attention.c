@@ -170,7 +170,8 @@ void attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, c
                 real shrink = exp_real(before - most);
                 if (j0 > first && shrink != 1)
                     for (int64_t i = 0; i < D; i++) out[i] *= shrink;
-                w.sum[r] = w.sum[r] * shrink + row_sum(s + seen.from, count);
+                real sum = row_sum(s + seen.from, count);
+                w.sum[r] = j0 > first ? w.sum[r] * shrink + sum : sum;
                 w.most[r] = most;
             }
             gemm(0, 0, rows, D, nj, w.s, nj, vj, ldv, j0 > first ? 1 : 0, w.o, D);
