@@ -652,7 +652,7 @@ static void test_plan(int P, int K, int E) {
     Plans p = make_plans(P, K, E);
     Plans dense = make_plans(P, 1, 1);
     for (int w = CUDA; w < WORLDS; w++) {
-        CALL(w, row_index_build, &p.plan[w], choice.i(w), 0, 0);
+        CALL(w, row_index_build, &p.plan[w], choice.i(w), 0);
         CALL(w, row_index_dense, &dense.plan[w], P - P / 4);
     }
     compare_plans(p);
