@@ -2,10 +2,11 @@
 // they point at: floatX and gradX are structs of one number, so that `*x + *y` does not compile in
 // C and a device pointer is never read by mistake.
 //
-//   floatX   activations and weights              float (PRECISION=fp32, default), bf16
-//   (PRECISION=bf16), double (fp64, for finite differences) gradX    gradients of weights float, or
-//   double in the fp64 build real     what stays fp32 whatever floatX is:  router logits, scores,
-//   norm statistics, log-sum-exp, losses; double in the fp64 build
+//   floatX   activations and weights: float (PRECISION=fp32, the default), bf16 (PRECISION=bf16),
+//            double (PRECISION=fp64, for finite differences)
+//   gradX    gradients of weights: float, or double in the fp64 build
+//   real     what stays fp32 whatever floatX is: router logits, scores, norm statistics,
+//            log-sum-exp, losses; double in the fp64 build
 #ifndef MOE_TYPES_H
 #define MOE_TYPES_H
 #include <stddef.h>
@@ -61,13 +62,19 @@ static inline float floatx_to_float(floatX x) {
 #endif
 }
 
-// element types of buffers, messages and files
+// Element types of buffers, messages and files.
 typedef enum { DTYPE_F32, DTYPE_BF16, DTYPE_F16, DTYPE_F64, DTYPE_I32, DTYPE_I64, DTYPE_U8 } Dtype;
 static inline size_t dtype_size(Dtype d) {
-    return d == DTYPE_F64 || d == DTYPE_I64    ? 8
-           : d == DTYPE_BF16 || d == DTYPE_F16 ? 2
-           : d == DTYPE_U8                     ? 1
-                                               : 4;
+    switch (d) {
+    case DTYPE_U8: return 1;
+    case DTYPE_BF16:
+    case DTYPE_F16: return 2;
+    case DTYPE_F32:
+    case DTYPE_I32: return 4;
+    case DTYPE_F64:
+    case DTYPE_I64: return 8;
+    }
+    return 0;
 }
 #if defined(MOE_BF16)
 #define DTYPE_FLOATX DTYPE_BF16

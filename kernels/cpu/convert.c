@@ -1,11 +1,11 @@
 // Element types of buffers, messages and files: conversion between the floating-point ones (each
-// value rounded once, to nearest even) and a search for values that are not finite.
+// value rounded once, to nearest even) and a search for values that are not finite. Offers
+// kernels.h's convert and check_finite.
 #include "../fail.h"
 #include "math.h"
 
-enum {
-    BLOCK = 1024
-}; // elements converted at a time: two buffers that stay in the first cache level
+// Elements converted at a time: two buffers that stay in the first cache level.
+enum { BLOCK = 1024 };
 
 // ---- fp16 -----------------------------------------------------------------------------------
 // sign 1, exponent 5 (bias 15), fraction 10. The 15 bits after the sign, moved to fp32's place,

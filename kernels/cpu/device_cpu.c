@@ -1,5 +1,5 @@
 // The CPU as a device: its memory is the host's, its streams are program order, its copies are
-// memcpy.
+// memcpy. Offers device.h and the scratch memory of math.h.
 #define _GNU_SOURCE
 #include "../device.h"
 #include "../fail.h"
@@ -36,8 +36,8 @@ void device_init(int local_rank, int threads) {
     (void)local_rank;
 #ifdef _OPENMP
     if (threads > 0) omp_set_num_threads(threads);
-    omp_set_max_active_levels(
-        1); // kernels are parallel on one level: nested loops stay on their thread
+    // Kernels are parallel on one level: nested loops stay on their thread.
+    omp_set_max_active_levels(1);
 #else
     (void)threads;
 #endif
@@ -86,17 +86,21 @@ double device_peak_flops(void) {
     return last_peak = best;
 }
 const char *device_describe(void) {
-    const char *core = getenv("OPENBLAS_CORETYPE"), *threads = getenv("OPENBLAS_NUM_THREADS");
+    static const char *variables[] = { "OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS" };
     char inherited[192] = "";
-    if (core || threads)
-        snprintf(inherited, sizeof inherited,
-                 "; inherited from the environment: %s%.40s%s%s%.40s, which may halve the speed",
-                 core ? "OPENBLAS_CORETYPE=" : "", core ? core : "", core && threads ? " " : "",
-                 threads ? "OPENBLAS_NUM_THREADS=" : "", threads ? threads : "");
+    for (int i = 0; i < 2; i++) {
+        const char *value = getenv(variables[i]);
+        size_t at = strlen(inherited);
+        if (value)
+            snprintf(inherited + at, sizeof inherited - at, "%s %s=%.40s", at ? "," : "",
+                     variables[i], value);
+    }
     int n = thread_count();
-    snprintf(description, sizeof description, "cpu, %s, %d thread%s, %s product %.0f GFLOP/s%s",
-             gemm_library(), n, n == 1 ? "" : "s", sizeof(real) == 8 ? "fp64" : "fp32",
-             (last_threads == n ? last_peak : device_peak_flops()) * 1e-9, inherited);
+    double peak = last_threads == n ? last_peak : device_peak_flops();
+    snprintf(description, sizeof description, "cpu, %s, %d thread%s, %s product %.0f GFLOP/s%s%s%s",
+             gemm_library(), n, n == 1 ? "" : "s", sizeof(real) == 8 ? "fp64" : "fp32", peak * 1e-9,
+             *inherited ? "; inherited from the environment:" : "", inherited,
+             *inherited ? ", which may halve the speed" : "");
     return description;
 }
 size_t device_memory(void) {
@@ -107,13 +111,13 @@ size_t device_memory(void) {
         if (sscanf(line, "MemAvailable: %zu kB", &kib) == 1) break;
     if (f) fclose(f);
     if (kib) return kib * 1024;
-    long pages = sysconf(_SC_PHYS_PAGES),
-         page = sysconf(_SC_PAGESIZE); // no Linux: all physical memory is the best known bound
+    // Not Linux: all physical memory is the best known bound.
+    long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
     return pages > 0 && page > 0 ? (size_t)pages * (size_t)page : 0;
 }
 
 // ---- memory ---------------------------------------------------------------------------------
-// Fresh pages are zero by mmap. Writing one word of each from all threads dispatches them over
+// Fresh pages are zero by mmap. Writing one byte of each from all threads spreads them over the
 // memory controllers (first touch) and makes a machine that promised too much fail here, at the
 // start, not in the middle of a step.
 void *device_take(size_t bytes) {
@@ -130,7 +134,10 @@ void *device_take(size_t bytes) {
 void device_give(void *memory, size_t bytes) { munmap(memory, bytes); }
 
 // ---- streams and copies ---------------------------------------------------------------------
-void stream_order(Stream first, Stream then) { (void)first, (void)then; }
+void stream_order(Stream first, Stream then) {
+    (void)first;
+    (void)then;
+}
 void device_share(int on) { (void)on; }
 void device_sync(void) {}
 void device_range(const char *name) { (void)name; }
@@ -166,6 +173,7 @@ void device_poison(void *dst, size_t bytes) {
 #ifdef MOE_DEBUG
     memset(dst, 0xff, bytes);
 #else
-    (void)dst, (void)bytes;
+    (void)dst;
+    (void)bytes;
 #endif
 }

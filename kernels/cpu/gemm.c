@@ -4,9 +4,8 @@
 #include "../fail.h"
 #include <stdio.h>
 
-static int smaller(int a, int b) { return a < b ? a : b; }
 static void clear(real *C, int64_t ldc, int64_t m, int64_t n) {
-    for (int i = 0; i < m; i++) memset(C + i * ldc, 0, (size_t)n * sizeof(real));
+    for (int64_t i = 0; i < m; i++) memset(C + i * ldc, 0, (size_t)n * sizeof(real));
 }
 
 #if defined(MOE_BLAS)
@@ -23,8 +22,8 @@ void gemm_init(void) {
 const char *gemm_library(void) {
     static char text[96];
     if (!openblas_get_config || !openblas_get_corename) return "cblas";
-    char name[48] =
-        "OpenBLAS"; // "OpenBLAS 0.3.21 NO_LAPACKE DYNAMIC_ARCH ...": two words are wanted
+    // The first two words of "OpenBLAS 0.3.21 NO_LAPACKE DYNAMIC_ARCH ...".
+    char name[48] = "OpenBLAS";
     const char *config = openblas_get_config(), *end = strchr(config, ' ');
     if (end) end = strchr(end + 1, ' ');
     if (end && end - config < (int)sizeof name)
@@ -44,11 +43,11 @@ void gemm(int ta, int tb, int64_t m, int64_t n, int64_t k, const real *A, int64_
     CBLAS_TRANSPOSE transpose_a = ta ? CblasTrans : CblasNoTrans,
                     transpose_b = tb ? CblasTrans : CblasNoTrans;
 #if defined(MOE_FP64)
-    cblas_dgemm(CblasRowMajor, transpose_a, transpose_b, m, n, k, 1, A, (int)lda, B, (int)ldb, beta,
-                C, (int)ldc);
+    cblas_dgemm(CblasRowMajor, transpose_a, transpose_b, (int)m, (int)n, (int)k, 1, A, (int)lda, B,
+                (int)ldb, beta, C, (int)ldc);
 #else
-    cblas_sgemm(CblasRowMajor, transpose_a, transpose_b, m, n, k, 1, A, (int)lda, B, (int)ldb, beta,
-                C, (int)ldc);
+    cblas_sgemm(CblasRowMajor, transpose_a, transpose_b, (int)m, (int)n, (int)k, 1, A, (int)lda, B,
+                (int)ldb, beta, C, (int)ldc);
 #endif
 }
 #else
@@ -79,39 +78,39 @@ enum {
 void gemm_init(void) {}
 const char *gemm_library(void) { return "own matrix product, no BLAS"; }
 
-static const real *at(const real *A, int64_t lda, int transposed, int row, int column) {
+static const real *at(const real *A, int64_t lda, int transposed, int64_t row, int64_t column) {
     return A + (transposed ? column * lda + row : row * lda + column);
 }
 // Strips of `width` rows of op(A) (or columns of op(B), handed over transposed):
 // out[strip][p][width].
 static void pack(real *out, const real *A, int64_t lda, int transposed, int rows, int64_t k,
                  int width) {
-    for (int i0 = 0; i0 < rows; i0 += width) {
-        int w = smaller(width, rows - i0);
+    for (int64_t i0 = 0; i0 < rows; i0 += width) {
+        int64_t w = lesser(width, rows - i0);
         if (w < width) memset(out, 0, (size_t)width * k * sizeof(real));
         if (transposed)
-            for (int p = 0; p < k; p++)
-                for (int i = 0; i < w; i++) out[(int64_t)p * width + i] = A[p * lda + i0 + i];
+            for (int64_t p = 0; p < k; p++)
+                for (int64_t i = 0; i < w; i++) out[p * width + i] = A[p * lda + i0 + i];
         else
-            for (int i = 0; i < w; i++)
-                for (int p = 0; p < k; p++) out[(int64_t)p * width + i] = A[(i0 + i) * lda + p];
-        out += (int64_t)width * k;
+            for (int64_t i = 0; i < w; i++)
+                for (int64_t p = 0; p < k; p++) out[p * width + i] = A[(i0 + i) * lda + p];
+        out += width * k;
     }
 }
 // c (MR,NR) = a b over k, both packed; the two vectors of each row of c are separate variables of
 // the loop so that they live in registers.
 static void micro_kernel(real *c, const real *a, const real *b, int64_t k) {
     Vector c0[MR], c1[MR];
-    for (int i = 0; i < MR; i++) c0[i] = c1[i] = (Vector){ 0 };
-    for (int p = 0; p < k; p++, a += MR, b += NR) {
+    for (int64_t i = 0; i < MR; i++) c0[i] = c1[i] = (Vector){ 0 };
+    for (int64_t p = 0; p < k; p++, a += MR, b += NR) {
         Vector b0 = *(const Vector *)b, b1 = *(const Vector *)(b + LANES);
 #pragma GCC unroll 12
-        for (int i = 0; i < MR; i++) {
+        for (int64_t i = 0; i < MR; i++) {
             c0[i] += a[i] * b0;
             c1[i] += a[i] * b1;
         }
     }
-    for (int i = 0; i < MR; i++) {
+    for (int64_t i = 0; i < MR; i++) {
         *(Vector *)(c + i * NR) = c0[i];
         *(Vector *)(c + i * NR + LANES) = c1[i];
     }
@@ -120,24 +119,23 @@ void gemm(int ta, int tb, int64_t m, int64_t n, int64_t k, const real *A, int64_
           const real *B, int64_t ldb, real beta, real *C, int64_t ldc) {
     if (m == 0 || n == 0) return;
     if (beta == 0) clear(C, ldc, m, n);
-    int kc = smaller(KC, k), nc = (int)div_up(smaller(NC, n), NR) * NR;
-    real *packed_b = SCRATCH(SCRATCH_PACK, real, (size_t)kc * (nc + MC)),
-         *packed_a = packed_b + (size_t)kc * nc;
-    for (int j0 = 0; j0 < n; j0 += NC)
-        for (int p0 = 0; p0 < k; p0 += KC) {
-            int nj = smaller(NC, n - j0), kp = smaller(KC, k - p0);
+    int64_t kc = lesser(KC, k), nc = div_up(lesser(NC, n), NR) * NR;
+    real *packed_b = SCRATCH(SCRATCH_PACK, real, kc * (nc + MC)), *packed_a = packed_b + kc * nc;
+    for (int64_t j0 = 0; j0 < n; j0 += NC)
+        for (int64_t p0 = 0; p0 < k; p0 += KC) {
+            int64_t nj = lesser(NC, n - j0), kp = lesser(KC, k - p0);
             pack(packed_b, at(B, ldb, tb, p0, j0), ldb, !tb, nj, kp, NR);
-            for (int i0 = 0; i0 < m; i0 += MC) {
-                int mi = smaller(MC, m - i0);
+            for (int64_t i0 = 0; i0 < m; i0 += MC) {
+                int64_t mi = lesser(MC, m - i0);
                 pack(packed_a, at(A, lda, ta, i0, p0), lda, ta, mi, kp, MR);
-                for (int j = 0; j < nj; j += NR)
-                    for (int i = 0; i < mi; i += MR) {
+                for (int64_t j = 0; j < nj; j += NR)
+                    for (int64_t i = 0; i < mi; i += MR) {
                         real c[MR * NR];
-                        micro_kernel(c, packed_a + (int64_t)i * kp, packed_b + (int64_t)j * kp, kp);
-                        int rows = smaller(MR, mi - i), columns = smaller(NR, nj - j);
+                        micro_kernel(c, packed_a + i * kp, packed_b + j * kp, kp);
+                        int64_t rows = lesser(MR, mi - i), columns = lesser(NR, nj - j);
                         real *out = C + (i0 + i) * ldc + j0 + j;
-                        for (int r = 0; r < rows; r++)
-                            for (int s = 0; s < columns; s++) out[r * ldc + s] += c[r * NR + s];
+                        for (int64_t r = 0; r < rows; r++)
+                            for (int64_t s = 0; s < columns; s++) out[r * ldc + s] += c[r * NR + s];
                     }
             }
         }
@@ -148,11 +146,11 @@ void gemm(int ta, int tb, int64_t m, int64_t n, int64_t k, const real *A, int64_
 #if defined(MOE_BF16)
 enum { BLOCK_M = 256, BLOCK_N = 512, BLOCK_K = 512 };
 
-static void widen(real *out, const floatX *A, int64_t lda, int transposed, int row, int column,
-                  int rows, int columns) {
+static void widen(real *out, const floatX *A, int64_t lda, int transposed, int64_t row,
+                  int64_t column, int64_t rows, int64_t columns) {
     const floatX *from = A + (transposed ? column * lda + row : row * lda + column);
-    int lines = transposed ? columns : rows, length = transposed ? rows : columns;
-    for (int i = 0; i < lines; i++) load_row(out + (int64_t)i * length, from + i * lda, length);
+    int64_t lines = transposed ? columns : rows, length = transposed ? rows : columns;
+    for (int64_t i = 0; i < lines; i++) load_row(out + i * length, from + i * lda, length);
 }
 // real result in C, or floatX result in X
 static void gemm_blocks(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A,
@@ -162,17 +160,16 @@ static void gemm_blocks(int ta, int tb, int64_t m, int64_t n, int64_t k, const f
            c_size = X ? (size_t)BLOCK_M * BLOCK_N : 0;
     real *a = SCRATCH(SCRATCH_PANEL, real, a_size + b_size + c_size), *b = a + a_size,
          *c = b + b_size;
-    for (int j = 0; j < n; j += BLOCK_N)
-        for (int i = 0; i < m; i += BLOCK_M) {
-            int mi = smaller(BLOCK_M, m - i), nj = smaller(BLOCK_N, n - j);
+    for (int64_t j = 0; j < n; j += BLOCK_N)
+        for (int64_t i = 0; i < m; i += BLOCK_M) {
+            int64_t mi = lesser(BLOCK_M, m - i), nj = lesser(BLOCK_N, n - j);
             real *out = X ? c : C + i * ldc + j;
             int64_t ldo = X ? nj : ldc;
             if (X && beta != 0)
-                for (int r = 0; r < mi; r++)
-                    load_row(c + (int64_t)r * nj, X + (i + r) * ldc + j, nj);
+                for (int64_t r = 0; r < mi; r++) load_row(c + r * nj, X + (i + r) * ldc + j, nj);
             if (k == 0 && beta == 0) clear(out, ldo, mi, nj);
-            for (int p = 0; p < k; p += BLOCK_K) {
-                int kp = smaller(BLOCK_K, k - p);
+            for (int64_t p = 0; p < k; p += BLOCK_K) {
+                int kp = lesser(BLOCK_K, k - p);
                 widen(a, A, lda, ta, i, p, mi, kp);
                 if (i == 0 || k > BLOCK_K)
                     widen(b, B, ldb, tb, p, j, kp, nj); // one k block: b stays for all i
@@ -180,8 +177,7 @@ static void gemm_blocks(int ta, int tb, int64_t m, int64_t n, int64_t k, const f
                      ldo);
             }
             if (X)
-                for (int r = 0; r < mi; r++)
-                    store_row(X + (i + r) * ldc + j, c + (int64_t)r * nj, nj);
+                for (int64_t r = 0; r < mi; r++) store_row(X + (i + r) * ldc + j, c + r * nj, nj);
         }
 }
 void gemm_x(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int64_t lda,
@@ -210,33 +206,34 @@ void gemm_xx(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, i
 enum { TILE_LARGE = 512, TILE_MEDIUM = 256, TILE_SMALL = 128, TILES_WANTED = 16, TILES_NEEDED = 4 };
 static const double TILE_MIN_FLOP = 2e6; // some 20 microseconds: less is not worth handing out
 
-static int halved(int side) {
-    return (int)div_up(div_up(side, 2), 16) * 16;
-} // multiples of 16 keep the micro-kernels' edges rare
-static void gemm_tile(int64_t m, int64_t n, int64_t k, int *tile_m, int *tile_n) {
-    int tm = smaller(TILE_LARGE, m > 0 ? m : 1), tn = smaller(TILE_LARGE, n > 0 ? n : 1);
+// Multiples of 16 keep the micro-kernels' edges rare.
+static int64_t halved(int64_t side) { return div_up(div_up(side, 2), 16) * 16; }
+static void gemm_tile(int64_t m, int64_t n, int64_t k, int64_t *tile_m, int64_t *tile_n) {
+    int64_t tm = lesser(TILE_LARGE, m > 0 ? m : 1), tn = lesser(TILE_LARGE, n > 0 ? n : 1);
     for (;;) {
         int64_t tiles = div_up(m, tm) * div_up(n, tn);
-        int side = tm >= tn ? tm : tn, least = tiles < TILES_NEEDED   ? TILE_SMALL
-                                               : tiles < TILES_WANTED ? TILE_MEDIUM
-                                                                      : TILE_LARGE;
+        int64_t side = tm >= tn ? tm : tn, least = TILE_LARGE;
+        if (tiles < TILES_WANTED) least = TILE_MEDIUM;
+        if (tiles < TILES_NEEDED) least = TILE_SMALL;
         if (side <= least || 1.0 * tm * tn * k < TILE_MIN_FLOP) break;
         if (tm >= tn)
             tm = halved(tm);
         else
             tn = halved(tn);
     }
-    *tile_m = tm, *tile_n = tn;
+    *tile_m = tm;
+    *tile_n = tn;
 }
 static void gemm_parallel(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A,
                           int64_t lda, const floatX *B, int64_t ldb, real beta, real *C, floatX *X,
                           int64_t ldc) {
-    int tm, tn;
+    int64_t tm, tn;
     gemm_tile(m, n, k, &tm, &tn);
-    int rows = (int)div_up(m, tm), columns = (int)div_up(n, tn);
+    int64_t rows = div_up(m, tm), columns = div_up(n, tn);
     PARALLEL_TILES
-    for (int t = 0; t < rows * columns; t++) {
-        int i = t % rows * tm, j = t / rows * tn, mi = smaller(tm, m - i), nj = smaller(tn, n - j);
+    for (int64_t t = 0; t < rows * columns; t++) {
+        int64_t i = t % rows * tm, j = t / rows * tn, mi = lesser(tm, m - i),
+                nj = lesser(tn, n - j);
         const floatX *a = A + (ta ? i : i * lda), *b = B + (tb ? j * ldb : j);
         if (X)
             gemm_xx(ta, tb, mi, nj, k, a, lda, b, ldb, beta, X + i * ldc + j, ldc);

@@ -1,4 +1,5 @@
-// Linear maps y = x W^T and their backward: three matrix products over all threads.
+// Linear maps y = x W^T and their backward, linear_* of kernels.h: three matrix products over all
+// threads.
 //   y_ro = sum_n x_rn W_on   =>   dx_rn = sum_o dy_ro W_on,   dW_on = sum_r dy_ro x_rn.
 #include "gemm.h"
 

@@ -2,13 +2,14 @@
 // vectorise, parallel loops, scratch.
 //
 //   load, store          one floatX <-> real; store rounds bf16 to nearest even, NaN stays NaN
-//   load_row, store_row  the same for n elements;  view_row: without a copy where floatX already is
-//   real exp_real             e^x: fp32 builds a branch-free polynomial (within 2 units in the last
-//   place, whole range
-//                        including denormals, 0, +inf and NaN), fp64 builds libm's
+//   load_row, store_row  the same for n elements
+//   view_row             n elements as reals, without a copy where floatX is a real
+//   exp_real             e^x: fp32 builds a branch-free polynomial (within 2 units in the last
+//                        place over the whole range, including denormals, 0, +inf and NaN), fp64
+//                        builds libm's
 //   row_sum, row_dot, row_max   reductions over n reals in 16 fixed lanes: vector speed, one order
 //   OMP(...)             an OpenMP pragma, or nothing in builds without OpenMP
-//   scratch              grow-only memory of the calling thread
+//   scratch              memory of the calling thread that only grows
 #ifndef MOE_CPU_MATH_H
 #define MOE_CPU_MATH_H
 #include "../kernels.h"
@@ -20,9 +21,9 @@
 MOE_BEGIN_C
 
 // ---- threads --------------------------------------------------------------------------------
-// Determinism (I8): a parallel loop runs over items whose number follows from shapes alone; an item
-// is computed by one thread, in one order. Sums over items are added afterwards in item order. Then
-// the schedule does not touch a single bit.
+// Same bits for any number of threads (I8, deterministic): a parallel loop runs over items whose
+// number follows from shapes alone; an item is computed by one thread, in one order. Sums over
+// items are added afterwards in item order. Then the schedule does not touch a single bit.
 #ifdef _OPENMP
 #define MOE_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #define OMP(...) MOE_PRAGMA(omp __VA_ARGS__)
@@ -46,9 +47,10 @@ static inline int thread_index(void) {
     return 0;
 #endif
 }
-// `bytes` of memory that belong to the calling thread until it asks for the same slot again;
-// 64-byte aligned, contents undefined, grown on demand and never shrunk (I10: nothing is allocated
-// once every shape was seen). Slots keep nested users apart.
+// Returns `bytes` of memory that belong to the calling thread until it asks for the same slot
+// again: 64-byte aligned, contents undefined, grown on demand and never shrunk, so that nothing is
+// allocated once every shape was seen (I10, no allocation after the first step). Slots keep nested
+// users apart.
 enum { SCRATCH_PACK, SCRATCH_PANEL, SCRATCH_LOCAL, SCRATCH_LOCAL2, SCRATCH_SHARED, SCRATCH_SLOTS };
 void *scratch(int slot, size_t bytes);
 #define SCRATCH(slot, type, count) ((type *)scratch((slot), (size_t)(count) * sizeof(type)))
@@ -83,9 +85,8 @@ static inline const real *view_row(const floatX *x, real *buffer, int64_t n) {
     return &x->v;
 #endif
 }
-static inline real square_root(real x) {
-    return (real)sqrt((double)x);
-} // correctly rounded in fp32 too: 53 >= 2*24 + 2 bits
+// Correctly rounded in fp32 too: 53 >= 2*24 + 2 bits.
+static inline real square_root(real x) { return (real)sqrt((double)x); }
 static inline real larger(real a, real b) { return a > b ? a : b; }
 static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -116,9 +117,8 @@ static inline real exp_real(real x) {
     int32_t bits, magnitude;
     memcpy(&bits, &x, 4);
     magnitude = bits & 0x7fffffff;
-    bits ^= ((magnitude > LIMIT) & (magnitude <= INFINITE))
-                ? magnitude ^ LIMIT
-                : 0; // LIMIT instead of magnitude, the sign stays
+    // LIMIT instead of magnitude, the sign stays.
+    bits ^= ((magnitude > LIMIT) & (magnitude <= INFINITE)) ? magnitude ^ LIMIT : 0;
     float c;
     memcpy(&c, &bits, 4);
     float shifted = c * LOG2E + MAGIC, n = shifted - MAGIC, r = (c - n * LN2_HIGH) - n * LN2_LOW;
