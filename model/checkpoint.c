@@ -84,6 +84,7 @@ void checkpoint_free(Checkpoint *checkpoint) {
     free(checkpoint->by_id);
     free(checkpoint->source);
     free(checkpoint->attachment);
+    sums_free(&checkpoint->sums);
     free(checkpoint->host);
     free(checkpoint);
 }
@@ -275,7 +276,7 @@ static void place_model(Checkpoint *checkpoint, const SafeTensors *s, const char
 
 // ---- moving ---------------------------------------------------------------------------------
 // Index of the first element that is not finite, -1 where all are: exponent bits all ones.
-static int64_t not_finite(const void *data, Dtype type, int64_t n) {
+int64_t checkpoint_not_finite(const void *data, Dtype type, int64_t n) {
     uint64_t bad = 0;
     const uint16_t *h = (const uint16_t *)data, mask16 = type == DTYPE_BF16 ? 0x7f80 : 0x7c00;
     const uint32_t *f = (const uint32_t *)data, mask32 = 0x7f800000;
@@ -294,11 +295,6 @@ static int64_t not_finite(const void *data, Dtype type, int64_t n) {
     return -1;
 }
 
-typedef struct {
-    int fd;
-    const char *path;
-} Source;
-
 // Reads one part of one segment into the shard. Weights go to the master first; the parameter is
 // the master rounded once, as after an update.
 static void read_piece(Checkpoint *checkpoint, const Source *source, Place place, Part part,
@@ -310,10 +306,14 @@ static void read_piece(Checkpoint *checkpoint, const Source *source, Place place
         int64_t n = p.count - i < step ? p.count - i : step, bad;
         file_read_at(from->fd, from->path, place.at + (p.first + i) * size, checkpoint->host,
                      n * size);
-        if (part == PART_WEIGHT && (bad = not_finite(checkpoint->host, place.type, n)) >= 0)
-            die("%s: tensor %s: element %lld is NaN or infinite|"
-                "the checkpoint is damaged or its training diverged",
-                from->path, name, (long long)(p.first + i + bad));
+        bad = checkpoint_not_finite(checkpoint->host, place.type, n);
+        if (bad >= 0)
+            die("%s: tensor %s%s: element %lld is NaN or infinite|"
+                "the checkpoint is damaged or its training diverged: use an earlier one",
+                from->path, name, PART[part].suffix, (long long)(p.first + i + bad));
+        if (from->bytes)
+            sums_add(&checkpoint->sums, place.file, place.at + (p.first + i) * size,
+                     checkpoint->host, n * size);
         char *dst = p.data + i * (int64_t)dtype_size(p.type);
         if (place.type == p.type)
             device_upload(dst, checkpoint->host, (size_t)(n * size));
@@ -404,42 +404,64 @@ static void place_state(const Checkpoint *checkpoint, const SafeTensors *s, int 
     }
 }
 
+// What trainer.json in `dir` says, 0 where there is none (a model of another program).
+static cJSON *trainer_beside(const char *dir) {
+    char *path = xasprintf("%s/trainer.json", dir);
+    int there = !access(path, F_OK) || errno != ENOENT;
+    free(path);
+    return there ? checkpoint_trainer(dir) : 0;
+}
+
+// Compares what was read with the checksums of a checkpoint of ours.
+static void verify(Checkpoint *checkpoint, const char *dir, const cJSON *trainer,
+                   const Source *source, int n) {
+    uint32_t *sum = (uint32_t *)xcalloc((size_t)n, sizeof *sum, "checksums");
+    checkpoint_whole_sums(checkpoint, source, n, sum);
+    for (int i = 0; i < n; i++)
+        checkpoint_check_sum(dir, trainer, strrchr(source[i].path, '/') + 1, sum[i]);
+    free(sum);
+}
+
 static void load(Checkpoint *checkpoint, const char *dir, const OptimizerState *shard,
                  int with_state) {
+    cJSON *trainer = trainer_beside(dir);
+    if (trainer && with_state) checkpoint_check_small(dir, trainer);
     SafeTensors model = safetensors_open_folder(dir), state;
     memset(&state, 0, sizeof state);
     char *path = xasprintf("%s/optimizer.safetensors", dir);
-    if (with_state && !access(path, F_OK)) state = safetensors_open(path);
-    Source *source = (Source *)xmalloc((size_t)(model.n_files + 1) * sizeof *source, "file list");
-    for (int i = 0; i < model.n_files; i++) {
-        source[i].fd = model.fd[i];
-        source[i].path = model.path[i];
+    if (with_state && (!access(path, F_OK) || errno != ENOENT)) state = safetensors_open(path);
+    int n_files = model.n_files + state.n_files, sums = cJSON_HasObjectItem(trainer, "checksums");
+    Source *source = (Source *)xcalloc((size_t)n_files + 1, sizeof *source, "file list");
+    for (int i = 0; i < n_files; i++) {
+        const SafeTensors *from = i < model.n_files ? &model : &state;
+        int file = i < model.n_files ? i : 0;
+        source[i].fd = from->fd[file];
+        source[i].path = from->path[file];
+        if (sums) source[i].bytes = from->bytes[file];
     }
-    source[model.n_files].fd = state.n_files ? state.fd[0] : -1;
-    source[model.n_files].path = path;
     Place *place = (Place *)xmalloc((size_t)checkpoint->n * sizeof *place, "tensor places");
     if (!checkpoint->host)
         checkpoint->host = (char *)xmalloc(CHECKPOINT_STAGING, "checkpoint staging");
     checkpoint_progress_start(checkpoint, 0);
     place_model(checkpoint, &model, dir, place);
-    if (with_state)
-        place_state(checkpoint, &state, model.n_files, PART_MASTER,
-                    place); // more bits than the model file, where it is there
+    // Masters have more bits than the model's file, where they are there.
+    if (with_state) place_state(checkpoint, &state, model.n_files, PART_MASTER, place);
     read_part(checkpoint, source, place, PART_WEIGHT, shard);
-    if (with_state) {
-        unsigned want = checkpoint_state(shard);
-        if (want & STATE_8BIT) checkpoint_check_blocks(checkpoint);
+    unsigned want = with_state ? checkpoint_state(shard) : 0;
+    if (want & STATE_8BIT) checkpoint_check_blocks(checkpoint);
+    if (with_state)
         for (Part part = PART_M; part < PARTS; part = (Part)(part + 1)) {
             if (!(want & PART[part].state)) continue;
             place_state(checkpoint, &state, model.n_files, part, place);
             read_part(checkpoint, source, place, part, shard);
         }
-    }
+    if (sums) verify(checkpoint, dir, trainer, source, n_files);
     device_sync();
     checkpoint_progress_end(checkpoint);
     if (!checkpoint->rank && !checkpoint->n_attachments) load_attachments(checkpoint, dir);
     safetensors_close(&model);
     safetensors_close(&state);
+    cJSON_Delete(trainer);
     free(source);
     free(place);
     free(path);
@@ -467,12 +489,14 @@ char *checkpoint_folder(const char *out, int64_t step) {
 
 struct cJSON *checkpoint_trainer(const char *dir) {
     char *path = xasprintf("%s/trainer.json", dir), *text = 0;
-    int error = file_load(AT_FDCWD, path, 0, MAX_TRAINER, &text, 0);
+    int64_t bytes;
+    int error = file_load(AT_FDCWD, path, 0, MAX_TRAINER, &text, &bytes);
     if (error)
         die("%s: cannot read: %s|resume from a checkpoint of this program", path, file_why(error));
     cJSON *root = cJSON_Parse(text);
     if (!cJSON_IsObject(root))
         die("%s: not valid JSON|the checkpoint is damaged: resume from the one before it", path);
+    if (!sums_signed(text, bytes)) checkpoint_damaged(dir, "trainer.json");
     free(text);
     free(path);
     return root;

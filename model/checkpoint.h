@@ -10,8 +10,8 @@
 //       tokenizer*, vocab.json, ...   copied from the model that training started from
 //       optimizer.safetensors         per tensor: .master (where the model file has fewer bits than
 //                                     training), .m, .v or .m8 .v8 .m_scale .v_scale
-//       trainer.json                  step, the caller's values, sizes of all files: written last,
-//                                     so a folder with a matching one is complete
+//       trainer.json                  step, the caller's values, sizes and checksums of all files:
+//                                     written last, so a folder with a matching one is complete
 //   out/checkpoints/latest -> step_N  moves after the folder is synced and has its name
 //
 // Nothing in it depends on ranks (I4, layout-free numbers): files, order and offsets follow from
@@ -24,6 +24,7 @@
 #include "model.h"
 #include "run_folder.h"
 #include "../parallel/comm.h"
+#include <stdio.h>
 struct cJSON;
 struct Trainer;
 MOE_BEGIN_C
@@ -75,6 +76,9 @@ void checkpoint_resume(Checkpoint *checkpoint, const char *dir, const OptimizerS
 int64_t checkpoint_find(Comm *all, RunFolder *run);
 // Returns the path out/checkpoints/step_N, which the caller frees.
 char *checkpoint_folder(const char *out, int64_t step);
+// Reads every file of a checkpoint and compares it with its checksum; says so on `out`. Ends the
+// run naming the first file that differs.
+void checkpoint_verify(const char *dir, FILE *out);
 // Returns trainer.json of a checkpoint, which the caller deletes. Its numbers are doubles: 64-bit
 // values above 15 digits would need text.
 struct cJSON *checkpoint_trainer(const char *dir);
@@ -89,11 +93,13 @@ const char *trainer_text(const struct cJSON *trainer, const char *key);
 int64_t checkpoint_save(Checkpoint *checkpoint, RunFolder *run, int64_t step, SaveOptions o,
                         const OptimizerState *shard, const struct cJSON *trainer);
 // The phases of a save, for tests that play several ranks in one process: plan (every rank), begin
-// (one rank: folder, headers), shards (every rank: own ranges, synced), finish (one rank).
+// (one rank: folder, headers), shards (every rank: own ranges, synced), sums (every rank; played,
+// the one that finishes), finish (one rank).
 void checkpoint_save_plan(Checkpoint *checkpoint, RunFolder *run, int64_t step, SaveOptions o,
                           unsigned state);
 void checkpoint_save_begin(Checkpoint *checkpoint);
 void checkpoint_save_shards(Checkpoint *checkpoint, const OptimizerState *shard);
+void checkpoint_save_sums(Checkpoint *checkpoint);
 void checkpoint_save_finish(Checkpoint *checkpoint, const struct cJSON *trainer);
 
 // ---- --dump FILE: one update for other programs to check ----

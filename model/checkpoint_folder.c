@@ -48,16 +48,19 @@ int checkpoints_open(const RunFolder *f, int make) {
 enum { WHY = 200, NAME = 64 };
 
 // 1 where the folder `name` in `at` is a complete checkpoint; 0 where it is not: why says what it
-// lacks; -1 with errno where that cannot be seen. *step: of trainer.json.
+// lacks; -1 with errno where that cannot be seen,
+// EBADMSG where trainer.json is not what was written. *step: of trainer.json.
 static int is_complete(int at, const char *name, int flags, int64_t *step, char why[WHY]) {
     char *text = 0;
+    int64_t bytes = 0;
     int fd = folder_open(at, name, flags), complete = 0;
-    int error = fd < 0 ? errno : file_load(fd, "trainer.json", flags, MAX_TRAINER, &text, 0);
+    int error = fd < 0 ? errno : file_load(fd, "trainer.json", flags, MAX_TRAINER, &text, &bytes);
     snprintf(why, WHY, "trainer.json is missing");
     if (error == ENOENT || error == ESPIPE || error == EFBIG) {
         if (error != ENOENT) snprintf(why, WHY, "trainer.json is %s", file_why(error));
         error = 0;
     }
+    if (text && !sums_signed(text, bytes)) error = EBADMSG;
     cJSON *root = text ? cJSON_Parse(text) : 0;
     const cJSON *files = cJSON_GetObjectItemCaseSensitive(root, "files"),
                 *number = cJSON_GetObjectItemCaseSensitive(root, "step"), *file = 0;
@@ -65,7 +68,7 @@ static int is_complete(int at, const char *name, int flags, int64_t *step, char 
         *step = (int64_t)number->valuedouble;
         complete = 1;
     } else if (text)
-        snprintf(why, WHY, "trainer.json is damaged");
+        error = EBADMSG;
     cJSON_ArrayForEach(file, files) {
         struct stat st;
         if (!complete || error) break;
@@ -85,6 +88,10 @@ static int is_complete(int at, const char *name, int flags, int64_t *step, char 
 static int is_step(const RunFolder *f, int at, const char *name, int64_t step, char why[WHY]) {
     int64_t has = -1;
     int complete = is_complete(at, name, 0, &has, why);
+    if (complete < 0 && errno == EBADMSG) {
+        char *dir = xasprintf("%s/checkpoints/%s", f->path, name);
+        checkpoint_damaged(dir, "trainer.json");
+    }
     if (complete < 0) die_folder(f, name, errno);
     if (!complete || has == step) return complete;
     snprintf(why, WHY, "trainer.json is of step %lld", (long long)has);
@@ -253,22 +260,26 @@ int64_t checkpoints_newest(const RunFolder *f, int64_t below) {
     int error = list_steps(at, "step_", &s);
     if (error) die_folder(f, "", error);
     int64_t newest = -1;
-    char first[WHY] = "", why[WHY];
+    char *ignored = xasprintf("%s", ""), why[WHY];
     for (int i = 0; i < s.n && newest < 0; i++) {
         char name[NAME];
         if (s.step[i] >= below) continue;
         snprintf(name, sizeof name, "step_%" PRId64, s.step[i]);
-        if (is_step(f, at, name, s.step[i], why))
+        if (is_step(f, at, name, s.step[i], why)) {
             newest = s.step[i];
-        else if (below == INT64_MAX)
-            warn("%s/checkpoints/%s is not a complete checkpoint (%s): ignored", f->path, name,
-                 why);
-        if (!*first) snprintf(first, sizeof first, "step_%" PRId64 ": %.150s", s.step[i], why);
+            break;
+        }
+        char *longer = xasprintf("%s%s%s (%s)", ignored, *ignored ? ", " : "", name, why);
+        free(ignored);
+        ignored = longer;
     }
     if (newest < 0 && s.n && below == INT64_MAX)
-        die("%s/checkpoints: none of its %d step_N is a complete checkpoint (%s)|"
+        die("%s/checkpoints: none of its %d step_N is a complete checkpoint: %s|"
             "bring the missing file back, or start a new --out",
-            f->path, s.n, first);
+            f->path, s.n, ignored);
+    if (*ignored && below == INT64_MAX)
+        warn("%s/checkpoints: ignored, because not complete: %s", f->path, ignored);
+    free(ignored);
     free(s.step);
     if (newest >= 0 && f->lock >= 0) point_latest(f, at, newest);
     close(at);

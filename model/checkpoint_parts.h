@@ -3,7 +3,10 @@
 #ifndef MOE_CHECKPOINT_PARTS_H
 #define MOE_CHECKPOINT_PARTS_H
 #include "checkpoint.h"
+#include "checksum.h"
+#include "../kernels/fail.h"
 #include "safetensors.h"
+#include <stdio.h>
 struct cJSON;
 MOE_BEGIN_C
 
@@ -58,6 +61,7 @@ typedef struct {
     OutFile *file;       // (n_files) the model's, then optimizer.safetensors
     SafeTensor *tensor;  // (n_tensors) of the model's files, for the index
     Place *place[PARTS]; // (weights) each
+    uint32_t *sum;       // (n_files) checksums
 } SavePlan;
 
 struct Checkpoint {
@@ -76,6 +80,8 @@ struct Checkpoint {
     int has_source, warned;
     int n_attachments;
     Attachment *attachment;
+    int64_t bad;  // element that checkpoint_write_piece() found not finite
+    SumList sums; // of what this rank read or wrote, by file
     SavePlan plan;
     int64_t moved, to_move; // progress of a long load or save
     double began, shown;
@@ -104,14 +110,43 @@ void checkpoint_plan_free(SavePlan *p);
 // Creates file `name` in the open folder `at` at its full size with its header, synced. Returns 0
 // or an errno.
 int checkpoint_create_file(int at, const char *name, const OutFile *f);
-// Writes the numbers of `piece`, converted to the type of `place`, to their place in `fd`. Returns
-// 0 or errno.
+// Returns the index of the first of n numbers that is NaN or infinite, -1 where all are finite.
+int64_t checkpoint_not_finite(const void *data, Dtype type, int64_t n);
+// Writes the numbers of `piece`, converted to the type of `place`, to their place in `fd` and notes
+// their checksum. Returns 0 or an errno; EDOM: number checkpoint->bad is not finite.
 int checkpoint_write_piece(Checkpoint *checkpoint, int fd, Place place, Piece piece);
 // Show the progress of a load or save on rank 0's terminal. total: bytes that will move, 0 where
 // they are not known beforehand.
 void checkpoint_progress_start(Checkpoint *checkpoint, int64_t total);
 void checkpoint_progress(Checkpoint *checkpoint, const char *verb, int64_t bytes);
 void checkpoint_progress_end(const Checkpoint *checkpoint);
+
+// ---- checksums (checkpoint_sums.c) ----
+typedef struct {
+    int fd;
+    const char *path;
+    int64_t bytes;
+} Source; // an open file
+// Sums n whole files from checkpoint->sums of all ranks, which it empties; what no rank has read or
+// written (headers, tensors that are not used) is read for it. Every rank calls it and gets sum
+// (n).
+void checkpoint_whole_sums(Checkpoint *checkpoint, const Source *file, int n, uint32_t *sum);
+// Adds a file's checksum to the object "checksums" of trainer.json.
+void sums_json_add(struct cJSON *sums, const char *name, uint32_t sum);
+// Returns 0 where trainer.json has no checksum of that file.
+int sums_json_has(const struct cJSON *trainer, const char *name, uint32_t *sum);
+// Writes trainer.json's own checksum into its text, where its place is; returns the text.
+char *sums_sign(char *text);
+// Returns 1 where the text of trainer.json is the one that was written.
+int sums_signed(const char *text, int64_t bytes);
+// Ends the run because of a file of a checkpoint that is not the one that was written, naming the
+// newest older checkpoint that is complete.
+void checkpoint_damaged(const char *dir, const char *file) MOE_NORETURN;
+// Does so where trainer.json has another checksum of `file`.
+void checkpoint_check_sum(const char *dir, const struct cJSON *trainer, const char *file,
+                          uint32_t sum);
+// Checks the files of a checkpoint that hold no tensors, likewise.
+void checkpoint_check_small(const char *dir, const struct cJSON *trainer);
 
 // ---- folders under out/checkpoints (checkpoint_folder.c) ----
 enum { MAX_TRAINER = 64 << 20 }; // bytes of trainer.json; that of the 30B model has 200 kB

@@ -185,6 +185,7 @@ void checkpoint_plan_free(SavePlan *p) {
     free(p->file);
     free(p->tensor);
     free(p->folder);
+    free(p->sum);
     memset(p, 0, sizeof *p);
 }
 
@@ -250,8 +251,8 @@ int checkpoint_create_file(int at, const char *name, const OutFile *f) {
         error = errno;
     if (!error && ftruncate(fd, (off_t)f->bytes)) error = errno;
     if (!error) error = file_write_at(fd, 0, f->header, (int64_t)f->header_bytes);
-    if (!error && fsync(fd)) error = errno;
-    if (fd >= 0 && close(fd) && !error) error = errno;
+    if (!error) error = file_sync(fd);
+    if (fd >= 0 && close(fd) && !error && errno != EINTR) error = errno;
     return error;
 }
 
@@ -291,10 +292,30 @@ int checkpoint_write_piece(Checkpoint *checkpoint, int fd, Place place, Piece p)
             src = checkpoint->device;
         }
         device_download(checkpoint->host, src, (size_t)(n * size));
-        error = file_write_at(fd, place.at + (p.first + i) * size, checkpoint->host, n * size);
+        int saves = checkpoint->plan.run != 0; // a dump is free to hold what is not finite
+        int64_t bad = saves ? checkpoint_not_finite(checkpoint->host, place.type, n) : -1;
+        if (bad >= 0) {
+            checkpoint->bad = p.first + i + bad;
+            return EDOM;
+        }
+        int64_t at = place.at + (p.first + i) * size;
+        error = file_write_at(fd, at, checkpoint->host, n * size);
+        if (saves) sums_add(&checkpoint->sums, place.file, at, checkpoint->host, n * size);
         checkpoint_progress(checkpoint, "writing", n * size);
     }
     return error;
+}
+
+// A checkpoint that is not finite would replace the last one that is.
+static void fail_not_finite(const Checkpoint *checkpoint, Part part, const Segment *g) MOE_NORETURN;
+static void fail_not_finite(const Checkpoint *checkpoint, Part part, const Segment *g) {
+    const SavePlan *p = &checkpoint->plan;
+    int at = folder_open(p->run->fd, "checkpoints", O_NOFOLLOW);
+    if (at >= 0) folder_remove(at, p->name);
+    die("step %lld is not saved: tensor %s%s: element %lld is NaN or infinite|"
+        "the last checkpoint is intact: resume from it with a lower --lr or with --grad-clip",
+        (long long)p->step, checkpoint->weight[checkpoint_weight(checkpoint, g)].name,
+        PART[part].suffix, (long long)checkpoint->bad);
 }
 
 void checkpoint_save_shards(Checkpoint *checkpoint, const OptimizerState *shard) {
@@ -304,7 +325,7 @@ void checkpoint_save_shards(Checkpoint *checkpoint, const OptimizerState *shard)
     int *fd = (int *)xmalloc((size_t)p->n_files * sizeof *fd, "file list");
     int folder = open_folder(p);
     for (int i = 0; i < p->n_files; i++) {
-        fd[i] = openat(folder, p->file[i].name, O_RDWR | O_NOFOLLOW | O_CLOEXEC);
+        fd[i] = file_edit(folder, p->file[i].name);
         if (fd[i] < 0) fail(p, p->file[i].name, errno);
     }
     close(folder);
@@ -321,13 +342,14 @@ void checkpoint_save_shards(Checkpoint *checkpoint, const OptimizerState *shard)
                     total += piece.count * (int64_t)dtype_size(place.type);
                     int error =
                         pass ? checkpoint_write_piece(checkpoint, fd[place.file], place, piece) : 0;
+                    if (error == EDOM) fail_not_finite(checkpoint, part, g);
                     if (error) fail(p, p->file[place.file].name, error);
                 }
     }
     checkpoint_progress_end(checkpoint);
     for (int i = 0; i < p->n_files; i++) {
-        int error = fdatasync(fd[i]) ? errno : 0;
-        if (close(fd[i]) && !error) error = errno;
+        int error = file_sync(fd[i]);
+        if (close(fd[i]) && !error && errno != EINTR) error = errno;
         if (error) fail(p, p->file[i].name, error);
     }
     free(fd);
@@ -335,24 +357,39 @@ void checkpoint_save_shards(Checkpoint *checkpoint, const OptimizerState *shard)
     checkpoint->host = 0;
 }
 
+void checkpoint_save_sums(Checkpoint *checkpoint) {
+    SavePlan *p = &checkpoint->plan;
+    Source *file = (Source *)xmalloc((size_t)p->n_files * sizeof *file, "file list");
+    int folder = open_folder(p);
+    for (int i = 0; i < p->n_files; i++) {
+        file[i].path = p->file[i].name;
+        file[i].fd = file_open(folder, p->file[i].name, O_NOFOLLOW, &file[i].bytes);
+        if (file[i].fd < 0) fail(p, p->file[i].name, errno);
+    }
+    p->sum = (uint32_t *)xcalloc((size_t)p->n_files, sizeof *p->sum, "checksums");
+    checkpoint_whole_sums(checkpoint, file, p->n_files, p->sum);
+    for (int i = 0; i < p->n_files; i++) close(file[i].fd);
+    close(folder);
+    free(file);
+}
+
 // ---- finish ---------------------------------------------------------------------------------
-static void write_small(const SavePlan *p, int folder, const char *name, const char *data,
-                        size_t bytes) {
+// Writes a small file and notes its checksum.
+static void write_small(const SavePlan *p, int folder, cJSON *sums, const char *name,
+                        const char *data, size_t bytes) {
     int error = file_write(folder, name, data, bytes);
     if (error) fail(p, name, error);
+    if (sums) sums_json_add(sums, name, checksum(0, data, bytes));
 }
 
-static void write_json(const SavePlan *p, int folder, const char *name, cJSON *root) {
+static char *json_text(cJSON *root) {
     char *text = cJSON_Print(root);
-    if (!text) die("%s: out of host memory for its text|free memory", name);
-    write_small(p, folder, name, text, strlen(text));
-    cJSON_free(text);
+    if (!text) die("out of host memory for the text of a checkpoint|free memory");
     cJSON_Delete(root);
+    return text;
 }
 
-void checkpoint_save_finish(Checkpoint *checkpoint, const struct cJSON *trainer) {
-    SavePlan *p = &checkpoint->plan;
-    int folder = open_folder(p);
+static char *index_text(const SavePlan *p) {
     cJSON *index = cJSON_CreateObject(), *metadata = cJSON_AddObjectToObject(index, "metadata"),
           *map = cJSON_AddObjectToObject(index, "weight_map");
     double bytes = 0;
@@ -362,22 +399,36 @@ void checkpoint_save_finish(Checkpoint *checkpoint, const struct cJSON *trainer)
                               cJSON_CreateString(p->file[p->tensor[i].file].name));
     }
     cJSON_AddNumberToObject(metadata, "total_size", bytes);
-    write_json(p, folder, "model.safetensors.index.json", index);
-    char *config = config_export(&checkpoint->m->c, p->dtype);
-    write_small(p, folder, "config.json", config, strlen(config));
-    cJSON_free(config);
-    for (int i = 0; i < checkpoint->n_attachments; i++)
-        write_small(p, folder, checkpoint->attachment[i].name, checkpoint->attachment[i].data,
-                    checkpoint->attachment[i].bytes);
+    return json_text(index);
+}
+
+void checkpoint_save_finish(Checkpoint *checkpoint, const struct cJSON *trainer) {
+    SavePlan *p = &checkpoint->plan;
+    int folder = open_folder(p);
     cJSON *root = trainer ? cJSON_Duplicate(trainer, 1) : cJSON_CreateObject();
-    static const char *ours[] = { "step", "precision", "files" };
-    for (int i = 0; i < 3; i++) cJSON_DeleteItemFromObjectCaseSensitive(root, ours[i]);
+    static const char *ours[] = { "step", "precision", "files", "checksums" };
+    for (int i = 0; i < 4; i++) cJSON_DeleteItemFromObjectCaseSensitive(root, ours[i]);
     cJSON_AddNumberToObject(root, "step", (double)p->step);
     cJSON_AddStringToObject(root, "precision", PRECISION_NAME);
     cJSON *files = cJSON_AddObjectToObject(root, "files");
-    for (int i = 0; i < p->n_files; i++)
+    cJSON *sums = cJSON_AddObjectToObject(root, "checksums");
+    for (int i = 0; i < p->n_files; i++) {
         cJSON_AddNumberToObject(files, p->file[i].name, (double)p->file[i].bytes);
-    write_json(p, folder, "trainer.json", root);
+        sums_json_add(sums, p->file[i].name, p->sum[i]);
+    }
+    char *index = index_text(p), *config = config_export(&checkpoint->m->c, p->dtype);
+    write_small(p, folder, sums, "model.safetensors.index.json", index, strlen(index));
+    write_small(p, folder, sums, "config.json", config, strlen(config));
+    for (int i = 0; i < checkpoint->n_attachments; i++) {
+        const Attachment *a = &checkpoint->attachment[i];
+        write_small(p, folder, sums, a->name, a->data, a->bytes);
+    }
+    sums_json_add(sums, "trainer.json", 0);
+    char *text = sums_sign(json_text(root));
+    write_small(p, folder, 0, "trainer.json", text, strlen(text));
+    cJSON_free(text);
+    cJSON_free(index);
+    cJSON_free(config);
     int error = folder_sync(folder);
     if (error) fail(p, "", error);
     close(folder);
@@ -394,6 +445,7 @@ int64_t checkpoint_save(Checkpoint *checkpoint, RunFolder *run, int64_t step, Sa
     if (checkpoint->all) comm_barrier(checkpoint->all);
     checkpoint_save_shards(checkpoint, shard);
     if (checkpoint->all) comm_barrier(checkpoint->all);
+    checkpoint_save_sums(checkpoint);
     if (!checkpoint->rank) checkpoint_save_finish(checkpoint, trainer);
     if (checkpoint->all) comm_barrier(checkpoint->all);
     checkpoint_plan_free(&checkpoint->plan);

@@ -7,35 +7,22 @@
 // ends the run by name: a silently ignored window or scaling would train another model.
 #define _POSIX_C_SOURCE 200809L
 #include "model.h"
+#include "file.h"
 #include "../kernels/fail.h"
 #include <cjson/cJSON.h>
-#include <errno.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
-enum {
-    MAX_CONFIG_BYTES = 16 << 20
-}; // a config is a few kilobytes; anything larger is another file
+enum { MAX_CONFIG = 16 << 20 }; // bytes; a config is a few kilobytes
 
 static char *read_text(const char *path) {
-    struct stat st;
-    FILE *f = fopen(path, "rb");
-    if (!f)
+    char *text = 0;
+    int error = file_load(AT_FDCWD, path, 0, MAX_CONFIG, &text, 0);
+    if (error)
         die("%s: cannot open: %s|give a Hugging Face model folder, or the path of a config.json",
-            path, strerror(errno));
-    if (fstat(fileno(f), &st) || !S_ISREG(st.st_mode))
-        die("%s: not a file|give the path of a config.json", path);
-    if (st.st_size > MAX_CONFIG_BYTES)
-        die("%s: %lld bytes are too many for a config.json|is this another file?", path,
-            (long long)st.st_size);
-    char *text = xmalloc((size_t)st.st_size + 1, "config.json");
-    if (fread(text, 1, (size_t)st.st_size, f) != (size_t)st.st_size)
-        die("%s: cannot read: %s|check the file", path, strerror(errno));
-    fclose(f);
-    text[st.st_size] = 0;
+            path, file_why(error));
     return text;
 }
 

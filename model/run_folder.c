@@ -54,11 +54,10 @@ static void die_owned(const RunFolder *f, int fd) {
 RunFolder run_folder_own(const char *path) {
     folder_make(path);
     RunFolder f = run_folder_look(path);
-    struct stat st;
-    f.lock = openat(f.fd, LOCK, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0666);
-    if (f.lock < 0 || fstat(f.lock, &st) || !S_ISREG(st.st_mode))
+    f.lock = file_edit(f.fd, LOCK);
+    if (f.lock < 0)
         die("--out %s: cannot open its file %s: %s|choose a folder that this user may write to",
-            path, LOCK, file_why(f.lock < 0 ? errno : ESPIPE));
+            path, LOCK, file_why(errno));
     int error = try_lock(f.lock);
     if (error == EAGAIN || error == EACCES) die_owned(&f, f.lock);
     if (error)

@@ -148,18 +148,18 @@ static char *read_header(int fd, const char *path, int64_t file_bytes, int64_t *
 }
 
 static void add_file(SafeTensors *s, const char *path) {
-    struct stat st;
-    int fd = open(path, O_RDONLY | O_CLOEXEC), file = s->n_files++;
-    if (fd < 0) die("%s: cannot open: %s|is the checkpoint complete?", path, strerror(errno));
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) die("%s: not a file|give a safetensors file", path);
-    s->path = (char **)realloc(s->path, (size_t)s->n_files * sizeof *s->path);
-    s->fd = (int *)realloc(s->fd, (size_t)s->n_files * sizeof *s->fd);
-    if (!s->path || !s->fd) die("out of host memory for the list of files|free memory");
+    int64_t size = 0;
+    int fd = file_open(AT_FDCWD, path, 0, &size), file = s->n_files++;
+    if (fd < 0) die("%s: cannot open: %s|is the checkpoint complete?", path, file_why(errno));
+    s->path = (char **)xrealloc(s->path, (size_t)s->n_files, sizeof *s->path, "list of files");
+    s->fd = (int *)xrealloc(s->fd, (size_t)s->n_files, sizeof *s->fd, "list of files");
+    s->bytes = (int64_t *)xrealloc(s->bytes, (size_t)s->n_files, sizeof *s->bytes, "list of files");
+    s->bytes[file] = size;
     s->path[file] = xasprintf("%s", path);
     s->fd[file] = fd;
 
     int64_t data_start;
-    char *text = read_header(fd, path, st.st_size, &data_start);
+    char *text = read_header(fd, path, size, &data_start);
     const char *end = text, *last = text + (data_start - 8);
     cJSON *root = cJSON_ParseWithOpts(text, &end, 0);
     while (root && end < last && (*end == ' ' || *end == '\n' || *end == '\t' || *end == '\r'))
@@ -169,16 +169,14 @@ static void add_file(SafeTensors *s, const char *path) {
             "the file is damaged, copy or download it again",
             path, (long long)(end - text));
     int first = s->n;
-    SafeTensor *t = (SafeTensor *)realloc(
-        s->tensor, ((size_t)s->n + (size_t)cJSON_GetArraySize(root) + 1) * sizeof *t);
-    if (!t) die("out of host memory for the list of tensors|free memory");
-    s->tensor = t;
+    size_t most = (size_t)s->n + (size_t)cJSON_GetArraySize(root) + 1;
+    s->tensor = (SafeTensor *)xrealloc(s->tensor, most, sizeof *s->tensor, "list of tensors");
     const cJSON *entry = 0;
     cJSON_ArrayForEach(entry, root) if (strcmp(entry->string, "__metadata__")) s->tensor[s->n++] =
-        parse_tensor(entry, path, file, data_start, st.st_size);
+        parse_tensor(entry, path, file, data_start, size);
     cJSON_Delete(root);
     free(text);
-    qsort(s->tensor + first, (size_t)(s->n - first), sizeof *t, by_place);
+    qsort(s->tensor + first, (size_t)(s->n - first), sizeof *s->tensor, by_place);
     for (int i = first + 1; i < s->n; i++)
         if (s->tensor[i].at < s->tensor[i - 1].at + s->tensor[i - 1].bytes)
             die("%s: tensors %s and %s overlap|the file is damaged, copy or download it again",
@@ -194,17 +192,12 @@ SafeTensors safetensors_open(const char *path) {
 }
 
 // ---- folders --------------------------------------------------------------------------------
+// The weight_map of an index, 0 where there is no index.
 static cJSON *read_index(const char *path) {
-    struct stat st;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0 || fstat(fd, &st)) return 0;
-    if (st.st_size > MAX_HEADER)
-        die("%s: %lld bytes are too many for an index|is this another file?", path,
-            (long long)st.st_size);
-    char *text = (char *)xmalloc((size_t)st.st_size + 1, "safetensors index");
-    file_read_at(fd, path, 0, text, st.st_size);
-    close(fd);
-    text[st.st_size] = 0;
+    char *text = 0;
+    int error = file_load(AT_FDCWD, path, 0, MAX_HEADER, &text, 0);
+    if (error == ENOENT) return 0;
+    if (error) die("%s: cannot open: %s|is the checkpoint complete?", path, file_why(error));
     cJSON *root = cJSON_Parse(text),
           *map = cJSON_DetachItemFromObjectCaseSensitive(root, "weight_map");
     if (!cJSON_IsObject(map) || !map->child)
@@ -267,6 +260,7 @@ void safetensors_close(SafeTensors *s) {
     for (int i = 0; i < s->n; i++) free(s->tensor[i].name);
     free(s->path);
     free(s->fd);
+    free(s->bytes);
     free(s->tensor);
     memset(s, 0, sizeof *s);
 }

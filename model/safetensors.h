@@ -22,6 +22,7 @@ typedef struct {
     int n_files, n;
     char **path;        // (n_files)
     int *fd;            // (n_files)
+    int64_t *bytes;     // (n_files) sizes
     SafeTensor *tensor; // (n) sorted by name
 } SafeTensors;
 

@@ -264,6 +264,7 @@ static void save_grid(const char *config, int ep, int fsdp, int split, unsigned 
         if (!i) checkpoint_save_begin(r[i].k);
     }
     for (int i = ep * fsdp - 1; i >= 0; i--) checkpoint_save_shards(r[i].k, r[i].shard);
+    checkpoint_save_sums(r[0].k);
     checkpoint_save_finish(r[0].k, trainer);
     for (int i = 0; i < ep * fsdp; i++) rank_free(&r[i]);
     run_folder_close(&run);
@@ -484,6 +485,9 @@ static void mixed_model(const char *config, const char *dir) {
          *path = xasprintf("%s/model.safetensors", dir);
     save_grid(config, 1, 1, 0, 0, DTYPE_FLOATX, out, 0, options(SAVE_F32, 0, 0), 0);
     copy_folder(from, dir);
+    char *trainer = xasprintf("%s/trainer.json", dir);
+    unlink(trainer); // another program's model has none, and so no checksums
+    free(trainer);
     SafeTensors s = safetensors_open_folder(from);
     SafeTensor *t = (SafeTensor *)xmalloc((size_t)s.n * sizeof *t, "tensors");
     static const Dtype types[] = { DTYPE_F32, DTYPE_BF16, DTYPE_F16 };

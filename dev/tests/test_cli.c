@@ -69,14 +69,25 @@ static char *slurp(const char *path, size_t *bytes) {
     return text;
 }
 
-static pid_t begin(const char *command) {
+// Starts a shell command whose output goes to $T/NAME and $T/NAME.err.
+static pid_t start_shell(const char *out, const char *err, const char *command) {
     fflush(stdout);
     pid_t child = fork();
     if (child < 0) die("cannot start a process|raise ulimit -u");
     if (child) return child;
-    char *line = xasprintf("exec > \"$T/stdout\" 2> \"$T/stderr\" < /dev/null; %s", command);
+    char *line = xasprintf("exec > \"$T/%s\" 2> \"$T/%s\" < /dev/null; %s", out, err, command);
     execl("/bin/sh", "sh", "-c", line, (char *)0);
     _exit(127);
+}
+static pid_t begin(const char *command) { return start_shell("stdout", "stderr", command); }
+MOE_PRINTF(2, 3) static pid_t begin_as(const char *name, const char *format, ...) {
+    char command[4096], err[100];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(command, sizeof command, format, args);
+    va_end(args);
+    snprintf(err, sizeof err, "%s.err", name);
+    return start_shell(name, err, command);
 }
 // Exit status, 128 + signal.
 static int end(pid_t child) {
@@ -550,6 +561,8 @@ static void test_signals(void) {
           killed, logs ? "" : "; LOGS DIFFER", tensors ? "; WEIGHTS DIFFER" : "");
 }
 
+#include "test_cli_folder.h"
+
 // ---- conversion -----------------------------------------------------------------------------
 static void test_conversion(void) {
     static const char *const names[] = { "gqa", "tied", "dense", "wide", "parallel", "skewed" };
@@ -766,13 +779,10 @@ int main(int argc, char **argv) {
     static const struct {
         const char *name;
         void (*f)(void);
-    } parts[] = { { "bad", test_bad },
-                  { "log", test_log },
-                  { "training", test_training },
-                  { "schedules", test_schedules },
-                  { "resume", test_resume },
-                  { "signals", test_signals },
-                  { "conversion", test_conversion },
+    } parts[] = { { "bad", test_bad },           { "log", test_log },
+                  { "training", test_training }, { "schedules", test_schedules },
+                  { "resume", test_resume },     { "signals", test_signals },
+                  { "folder", test_folder },     { "conversion", test_conversion },
                   { "looking", test_looking } };
     for (size_t i = 0; i < sizeof parts / sizeof *parts && !mpirun; i++)
         if (!only || !strcmp(only, parts[i].name)) parts[i].f();

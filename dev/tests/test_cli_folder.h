@@ -1,0 +1,181 @@
+// The folder of a run, fourth part of test_cli.c (which includes it): one owner, looks that only
+// read, nothing through links, errors that are not absences, signals and streams that end.
+
+// Every number of `file` in the log of `out` is of a run that was left alone: lines 1..n ascend.
+static int log_is_whole(const char *out, int updates) {
+    Log l = log_of(out);
+    int good_lines = 0;
+    for (int i = 0; i < l.n; i++)
+        good_lines += l.line[i] && number(l.line[i], "step") == i + 1 &&
+                      cJSON_HasObjectItem(l.line[i], "loss");
+    int whole = l.n == updates && good_lines == updates;
+    log_free(&l);
+    return whole;
+}
+
+static void test_owner(void) {
+    pid_t child = begin("eval exec $B $S --steps 100000 --save-every 20 --keep 2 --out $T/own");
+    int seen = wait_lines("own", 45);
+    char *expected = xasprintf("process %d)", (int)child), host[100] = "";
+    gethostname(host, sizeof host - 1);
+    const char *again[] = { "", "--resume" };
+    for (int i = 0; i < 2; i++) {
+        int status =
+            end(begin_as("second", "eval exec $B $S --steps 200000 --out $T/own %s", again[i]));
+        check(seen && status == 1 &&
+                  (i == 0 || (said("second.err", "is in use by another run (host ") &&
+                              said("second.err", expected) && said("second.err", host))),
+              "a second run into the folder of a live one%s is refused%s", i ? ", resuming," : "",
+              i ? ", naming host and process" : "");
+    }
+    // looks: evaluate, generate, plan; run.json, links and checkpoints are not touched
+    char *before = slurp(at("own/run.json"), 0);
+    int looks = 0;
+    for (int i = 0; i < 5; i++) {
+        looks += end(begin_as("look", "eval exec $B $S --steps 0 --resume --val $T/val.txt "
+                                      "--eval-batches 1 --out $T/own --generate 3")) == 0;
+        looks += end(begin_as("look", "eval exec $B $S --plan --resume --out $T/own")) == 0;
+    }
+    char *after = slurp(at("own/run.json"), 0);
+    kill(child, SIGTERM);
+    int status = end(child);
+    Log l = log_of("own");
+    int last = l.n ? (int)number(l.line[l.n - 1], "step") : -1;
+    log_free(&l);
+    check(looks >= 9 && !strcmp(before, after) && status == 0 && last >= 45,
+          "ten looks at a live run (%d answered) leave its run.json and log alone, and it goes on",
+          looks);
+    free(before);
+    free(after);
+    free(expected);
+    // kill -9: the lock is free at once
+    child = begin("eval exec $B $S --steps 100000 --save-every 5 --out $T/dies");
+    wait_lines("dies", 12);
+    kill(child, SIGKILL);
+    end(child);
+    check(run("eval exec $B $S --steps 15 --resume --out $T/dies") == 0 && log_is_whole("dies", 15),
+          "the lock of a run that was killed is free at once, its log whole");
+    // many at once: one trains
+    run("for i in 1 2 3 4 5 6 7 8; do { eval $B $S --seed $i --steps 12 --out $T/race "
+        "> /dev/null 2> $T/race.$i && echo $i >> $T/winners; } & done; wait");
+    char *winners = slurp(at("winners"), 0);
+    status = run("test $(cat $T/race.? | grep -c 'in use by another run\\|is not empty') = 7 && "
+                 "grep -q '\"seed\":.*'$(cat $T/winners) "
+                 "$T/race/checkpoints/step_12/trainer.json");
+    check(strlen(winners) == 2 && status == 0 && log_is_whole("race", 12),
+          "eight starts into one folder: one trains, seven say why they do not");
+    free(winners);
+}
+
+static void test_links(void) {
+    good("eval exec $B $S --steps 2 --save-every 1 --out $T/link");
+    good("mkdir $T/home $T/disk2; echo x > $T/home/thesis; ln -s $T/home "
+         "$T/link/checkpoints/incomplete_step_7; mv $T/link/checkpoints/step_1 $T/disk2; "
+         "ln -s $T/disk2/step_1 $T/link/checkpoints/step_1");
+    good("eval exec $B $S --steps 3 --resume --keep 1 --out $T/link");
+    check(exists(at("home/thesis")) && exists(at("disk2/step_1/model.safetensors")) &&
+              !exists(at("link/checkpoints/incomplete_step_7")) &&
+              exists(at("link/checkpoints/step_3/model.safetensors")),
+          "what links under --out lead to is neither emptied nor removed");
+    good("mkdir $T/outside $T/linked $T/logged; echo keep > $T/victim; "
+         "ln -s $T/outside $T/linked/checkpoints; ln -s $T/victim $T/logged/log.jsonl");
+    bad("checkpoints that lie elsewhere", "is a symbolic link",
+        "$S --steps 1 --resume --out $T/linked");
+    bad("a log that lies elsewhere", "symbolic link", "$S --steps 1 --resume --out $T/logged");
+    char *victim = slurp(at("victim"), 0);
+    check(!strcmp(victim, "keep\n") && run("rmdir $T/outside") == 0,
+          "nothing was written through the links");
+    free(victim);
+    pid_t child = begin("eval exec $B $S --steps 100000 --out $T/moves");
+    int seen = wait_lines("moves", 3);
+    run("mv $T/moves $T/moved");
+    int status = end(child);
+    check(
+        seen && status == 1 && !exists(at("moves")) &&
+            exists(at("moved/checkpoints/latest/trainer.json")),
+        "a folder that is renamed under its run: saved where it is, then an error, no new folder");
+    // cp -rL makes a folder of `latest`
+    good("cp -rL $T/link $T/copied; eval exec $B $S --steps 4 --resume --out $T/copied");
+    char target[64] = "";
+    ssize_t n = readlink(at("copied/checkpoints/latest"), target, sizeof target - 1);
+    check(n > 0 && !strcmp(target, "step_4"), "`latest` that a copy made a folder is a link again");
+}
+
+// Runs a resume of $T/fault with the n-th call of one kind failing; n = 0: strace is missing.
+static int faulty(const char *error, const char *call, const char *path, const char *more) {
+    run("rm -rf $T/fault; cp -a $T/whole5 $T/fault; eval strace -f -y -qq -e trace=%s $B $S "
+        "--steps 10 --save-every 5 --keep 1 --resume --out $T/fault 2> $T/calls > /dev/null",
+        call);
+    run("grep -a '%s(' $T/calls | grep -an '%s' | head -1 | cut -d: -f1 > $T/nth; rm -rf $T/fault; "
+        "cp -a $T/whole5 $T/fault",
+        call, path);
+    char *nth = slurp(at("nth"), 0);
+    int n = atoi(nth);
+    free(nth);
+    if (!n) return -1;
+    return run(
+        "eval exec strace -f -qq -o /dev/null -e trace=%s -e inject=%s:error=%s:when=%d%s $B $S "
+        "--steps 10 --save-every 5 --keep 1 --resume --out $T/fault",
+        call, call, error, n, more);
+}
+
+static void test_faults(void) {
+    good("eval exec $B $S --steps 5 --save-every 5 --keep 1 --out $T/whole5");
+    good("cp -a $T/whole5 $T/unusable; exec rm "
+         "$T/unusable/checkpoints/step_5/optimizer.safetensors");
+    bad("checkpoints of which none is usable",
+        "none of its 1 step_N is a complete checkpoint: "
+        "step_5 (optimizer.safetensors is missing",
+        "$S --steps 9 --resume --out $T/unusable");
+    if (run("strace -qq -o /dev/null true")) {
+        printf("          (no strace here: errors of the disk are not injected)\n");
+        return;
+    }
+    static const struct {
+        const char *error, *call, *path;
+    } cases[] = { { "ESTALE", "openat", "trainer.json" }, { "EIO", "openat", "checkpoints" },
+                  { "EACCES", "openat", "step_5" },       { "EMFILE", "openat", "trainer.json" },
+                  { "EIO", "getdents64", "checkpoints" }, { "EIO", "pread64", "trainer.json" },
+                  { "EIO", "pread64", "log.jsonl" },      { "EIO", "openat", "log.jsonl" },
+                  { "EIO", "newfstatat", "safetensors" } };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        int status = faulty(cases[i].error, cases[i].call, cases[i].path, "");
+        int kept = exists(at("fault/checkpoints/step_5/model.safetensors"));
+        check(status == 1 && said("stderr", "hint: ") && kept && log_is_whole("fault", 5),
+              "%s of %s %s at a resume: status %d, checkpoint and log untouched", cases[i].error,
+              cases[i].call, cases[i].path, status);
+    }
+    static const char *const calls[] = { "openat", "pwrite64", "fsync", "pread64" };
+    for (int i = 0; i < 4; i++) {
+        int status = faulty("EINTR", calls[i], "fault", "+2");
+        check(status == 0 && log_is_whole("fault", 10) &&
+                  exists(at("fault/checkpoints/step_10/model.safetensors")),
+              "every second %s interrupted by a signal: status %d, nothing lost", calls[i], status);
+    }
+    int status = faulty("ENOSPC", "pwrite64", "log.jsonl", "");
+    check(status == 0 && log_is_whole("fault", 10),
+          "a log line that finds a full disk waits for the next one: status %d", status);
+}
+
+static void test_streams(void) {
+    pid_t child = begin("eval exec $B $S --steps 100000 --out $T/hup");
+    int seen = wait_lines("hup", 5);
+    kill(child, SIGHUP);
+    int status = end(child);
+    check(seen && status == 0 && exists(at("hup/checkpoints/latest/trainer.json")),
+          "SIGHUP, a terminal that closes: saves and ends with status 0 (%d)", status);
+    run("{ eval $B $S --steps 60 --out $T/pipe; echo $? > $T/pipe.status; } | head -3");
+    char *ended = slurp(at("pipe.status"), 0);
+    check(!strcmp(ended, "0\n") && log_is_whole("pipe", 60),
+          "a reader of the screen that goes away (| head) does not end a run");
+    free(ended);
+    status = run("eval exec $B $S --steps 3 --out $T/mute >&-");
+    check(status == 0 && log_is_whole("mute", 3), "nor does a closed stdout");
+}
+
+static void test_folder(void) {
+    test_owner();
+    test_links();
+    test_faults();
+    test_streams();
+}
