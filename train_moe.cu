@@ -17,6 +17,7 @@
 #include "model/plan.h"
 #include "model/profile.h"
 #include "model/report.h"
+#include "model/resume.h"
 #include "model/trace.h"
 #include <cjson/cJSON.h>
 #include <signal.h>
@@ -26,7 +27,7 @@
 // ---- signals --------------------------------------------------------------------------------
 // SIGTERM, SIGINT and SIGHUP end the run after the update in hand, with a checkpoint; SIGUSR1 saves
 // and goes on. Two flags, so that clearing one cannot lose the other.
-enum { SIGNAL_NONE, SIGNAL_SAVE, SIGNAL_END, FOLDER_MOVED };
+enum { SIGNAL_NONE, SIGNAL_SAVE, SIGNAL_END, DATA_CHANGED, FOLDER_MOVED };
 static volatile sig_atomic_t save_asked, end_asked;
 static void on_signal(int s) {
     if (s == SIGUSR1)
@@ -63,6 +64,15 @@ static int signal_asked(void) {
 }
 
 // ---- from options to the model --------------------------------------------------------------
+static Schedule schedule_options(const Options *o) {
+    Schedule s = { (ScheduleKind)o->schedule, o->steps,
+                   options_count("warmup", o->warmup, o->steps),
+                   options_count("decay", o->decay, o->steps), o->final_lr };
+    if (s.warmup < 0) die("--warmup %s is negative|give a count or a ratio", o->warmup);
+    if (s.decay < 0) die("--decay %s is negative|give a count or a ratio", o->decay);
+    return s;
+}
+
 // What the table of options cannot say: which of them need or exclude each other.
 static void check_options(const Options *o) {
     if (*o->model && *o->init)
@@ -78,6 +88,11 @@ static void check_options(const Options *o) {
     if (o->balance && o->balance_rate <= 0)
         die("--balance-rate %g|give a number above 0", o->balance_rate);
     save_dtype_parse(o->save_dtype);
+    Schedule schedule = schedule_options(o);
+    if (o->steps && schedule.warmup > o->steps && comm_world_rank() == 0)
+        warn("--warmup %s is longer than the run of --steps %lld: its rate is never reached",
+             o->warmup, (long long)o->steps);
+    if (strcmp(o->aux_coef, "config")) options_real("aux-coef", o->aux_coef);
 }
 
 // --batch 0: 8 sequences, or the next number that ranks, rounds and micro-batches divide.
@@ -132,61 +147,6 @@ static OptimizerOptions optimizer_options(const Options *o) {
     return p;
 }
 
-static Schedule schedule_options(const Options *o) {
-    Schedule s = { (ScheduleKind)o->schedule, o->steps,
-                   options_count("warmup", o->warmup, o->steps),
-                   options_count("decay", o->decay, o->steps), o->final_lr };
-    if (s.warmup < 0) die("--warmup %s is negative|give a count or a ratio", o->warmup);
-    if (s.decay < 0) die("--decay %s is negative|give a count or a ratio", o->decay);
-    return s;
-}
-
-// ---- the folder of a run --------------------------------------------------------------------
-// A run continues with the data order, the batch and the optimizer it began with; anything else
-// would be another run under the same name. Step 0 holds weights that the same seed makes again: a
-// conversion had no batch and no optimizer.
-static void check_resumed(const cJSON *trainer, const Options *o, const char *dir, int64_t step) {
-    struct {
-        const char *key, *option;
-        int64_t now;
-    } same[] = { { "seed", "seed", o->seed },
-                 { "batch", "batch", o->batch },
-                 { "seq_len", "seq-len", o->seq_len } };
-    const char *advice = "resume with the same value, or start a new --out";
-    for (int i = 0; i < (step ? 3 : 1); i++) {
-        int64_t was = (int64_t)trainer_number(trainer, same[i].key);
-        if (was != same[i].now)
-            die("%s was trained with --%s %lld, now it is %lld|%s", dir, same[i].option,
-                (long long)was, (long long)same[i].now, advice);
-    }
-    if (!step) return;
-    int shuffled = trainer_number(trainer, "shuffle") != 0;
-    if (shuffled != o->shuffle)
-        die("%s was trained with --shuffle %s|%s", dir, shuffled ? "on" : "off", advice);
-    char word[OPTION_WORD];
-    const char *was = trainer_text(trainer, "optimizer"),
-               *now = options_choice(o, "optimizer", word);
-    if (strcmp(was, now))
-        die("%s was trained with --optimizer %s, now it is %s|%s", dir, was, now, advice);
-}
-
-static void restore_trainer(Trainer *t, const cJSON *trainer) {
-    t->updates = (int64_t)trainer_number(trainer, "updates");
-    t->norms.previous = trainer_number(trainer, "previous_norm");
-    const cJSON *bias = cJSON_GetObjectItemCaseSensitive(trainer, "router_bias");
-    size_t n = (size_t)t->m->c.n_moe * (size_t)t->m->c.E;
-    if (!t->router.bias || !bias) return;
-    if ((size_t)cJSON_GetArraySize(bias) != n)
-        die("trainer.json has %d router biases, the model needs %zu|"
-            "the checkpoint is of another model",
-            cJSON_GetArraySize(bias), n);
-    float *value = (float *)xmalloc(n * sizeof(float), "router bias");
-    size_t i = 0;
-    for (const cJSON *b = bias->child; b; b = b->next) value[i++] = (float)b->valuedouble;
-    trainer_set_bias(t, value, n);
-    free(value);
-}
-
 // ---- a run ----------------------------------------------------------------------------------
 typedef struct {
     const Options *o;
@@ -233,31 +193,17 @@ static int64_t open_out(Run *r) {
     return found;
 }
 
-static cJSON *trainer_json(const Run *r) {
-    const Options *o = r->o;
-    const Trainer *t = r->trainer;
-    char word[OPTION_WORD];
-    cJSON *trainer = cJSON_CreateObject();
-    cJSON_AddNumberToObject(trainer, "seed", (double)o->seed);
-    cJSON_AddNumberToObject(trainer, "batch", (double)o->batch);
-    cJSON_AddNumberToObject(trainer, "seq_len", (double)o->seq_len);
-    cJSON_AddNumberToObject(trainer, "shuffle", o->shuffle);
-    cJSON_AddStringToObject(trainer, "optimizer", options_choice(o, "optimizer", word));
-    cJSON_AddNumberToObject(trainer, "updates", (double)t->updates);
-    cJSON_AddNumberToObject(trainer, "previous_norm", t->norms.previous);
-    if (!t->router.bias) return trainer;
-    cJSON *bias = cJSON_AddArrayToObject(trainer, "router_bias");
-    for (int i = 0; i < t->m->c.n_moe * t->m->c.E; i++)
-        cJSON_AddItemToArray(bias, cJSON_CreateNumber((double)t->router.host_bias[i]));
-    return trainer;
+static SaveOptions save_options(const Options *o) {
+    SaveOptions s = { save_dtype_parse(o->save_dtype), o->save_layout, (int)o->keep, 0 };
+    return s;
 }
 
 static void save(Run *r, int64_t step) {
     const Options *o = r->o;
     const Trainer *t = r->trainer;
     double begin = now_seconds();
-    cJSON *trainer = trainer_json(r);
-    SaveOptions s = { save_dtype_parse(o->save_dtype), o->save_layout, (int)o->keep, 0 };
+    cJSON *trainer = resume_json(t, o, r->data);
+    SaveOptions s = save_options(o);
     report_sync(&r->report);
     int64_t bytes =
         checkpoint_save(r->checkpoint, &r->folder, step, s, t->optimizer.state, trainer);
@@ -325,8 +271,11 @@ static void train(Run *r) {
         if (s.nonfinite && !o->skip_nonfinite) trainer_die_nonfinite(t, step);
         if (show && t->g->rank == 0 && t->m->c.n_moe) report_heat_map(t, stdout);
         if (t->trace) trace_close(t, r->tokens);
-        int asked = (int)comm_max(t->g->all, r->folder.moved ? FOLDER_MOVED : signal_asked());
-        int ends = asked == SIGNAL_END || asked == FOLDER_MOVED;
+        const char *changed = last ? 0 : loader_changed(r->data, step * o->batch, o->batch);
+        int asks = signal_asked();
+        if (changed) asks = DATA_CHANGED;
+        if (r->folder.moved) asks = FOLDER_MOVED;
+        int asked = (int)comm_max(t->g->all, asks), ends = asked >= SIGNAL_END;
         if (r->val && !ends && (last || due(step, o->eval_every))) evaluate(r, step);
         if (!ends && due(step, o->sample_every))
             generate(t, r->tokens, o->prompt, 128, o->temperature, step);
@@ -336,6 +285,11 @@ static void train(Run *r) {
             die("--out %s leads to another folder than it did: it was renamed or unmounted; update "
                 "%lld is saved where it is now|give the folder its name back and --resume",
                 o->out, (long long)step);
+        if (changed)
+            die("%s is not the file that this run began with: update %lld is %s|"
+                "bring the file back and --resume",
+                changed, (long long)step, *o->out ? "saved" : "not saved, without --out");
+        if (asked == DATA_CHANGED) comm_barrier(t->g->all); // the rank that saw it ends all
         if (!ends) continue;
         if (t->g->rank == 0)
             printf("stopped by a signal after update %lld%s\n", (long long)step,
@@ -349,7 +303,7 @@ static void fill_weights(Run *r, const char *resumed, const cJSON *trainer) {
     const OptimizerState *state = r->trainer->optimizer.state;
     if (r->first > 0) {
         checkpoint_resume(r->checkpoint, resumed, state);
-        restore_trainer(r->trainer, trainer);
+        resume_restore(r->trainer, trainer, r->first);
         int done = r->o->steps && r->first >= r->o->steps;
         if (r->grid.rank == 0)
             printf("resumed from %s%s\n", resumed,
@@ -379,6 +333,19 @@ static Tokens *open_tokens(const Options *o) {
     Tokens *tokens = tokens_open(table);
     free(table);
     return tokens;
+}
+
+// A prompt that has no tokens would else end the run at its first sample.
+static void check_prompt(const Options *o, const Tokens *tokens, const Config *c) {
+    int64_t n = tokens_encode(tokens, 0, 0, o->prompt, strlen(o->prompt));
+    int *ids = (int *)xcalloc((size_t)n + 1, sizeof *ids, "prompt");
+    tokens_encode(tokens, ids, n, o->prompt, strlen(o->prompt));
+    for (int64_t i = 0; i < n; i++)
+        if (ids[i] >= c->V)
+            die("--prompt has token %d, the vocabulary %d entries|"
+                "use the decode table of this model (--tokens)",
+                ids[i], c->V);
+    free(ids);
 }
 
 static void run_free(Run *r) {
@@ -459,18 +426,22 @@ static void command_train(Options *o) {
     r.first = found > 0 ? found : 0;
     char *resumed = found >= 0 ? checkpoint_folder(o->out, found) : 0;
     cJSON *trainer = resumed ? checkpoint_trainer(resumed) : 0;
-    // Before anything under --out is touched.
-    if (trainer) check_resumed(trainer, o, resumed, found);
     r.data = open_data(&o->train, o, &config, 0);
     r.val = open_data(&o->val, o, &config, 1);
     r.tokens = open_tokens(o);
+    // Before anything under --out is touched, and before weights are loaded.
+    FILE *screen = r.grid.rank == 0 ? stdout : 0;
+    if (trainer) resume_check(trainer, o, &config, r.data, resumed, found, screen);
+    if (o->generate || (o->sample_every && o->steps)) check_prompt(o, r.tokens, &config);
     double peak = device_peak_flops();
     r.trainer = trainer_create(&r.model, &r.grid, step_options(o, &config), optimizer_options(o), 0,
-                               r.grid.rank == 0 ? stdout : 0);
+                               screen);
     r.staging = arena_counting("checkpoint");
     checkpoint_free(checkpoint_create(&r.model, r.grid.all, r.grid.dp_rank == 0, &r.staging));
     arena_commit(&r.staging);
     r.checkpoint = checkpoint_create(&r.model, r.grid.all, r.grid.dp_rank == 0, &r.staging);
+    if (r.writes)
+        checkpoint_check_room(r.checkpoint, &r.folder, save_options(o), r.trainer->optimizer.state);
     int again = r.val && r.first == 0;
     r.report = report_open(r.trainer, r.writes ? &r.folder : 0, r.first, o->steps, again, peak);
     report_start(&r.report, r.trainer, o, path, r.data, r.val);
@@ -512,6 +483,12 @@ int main(int argc, char **argv) {
     if (o.help || argc == 1) {
         if (comm_world_rank() == 0) options_help(stdout);
     } else {
+        if (*o.verify) {
+            if (comm_world_rank() == 0) checkpoint_verify(o.verify, stdout);
+            options_free(&o);
+            comm_finish();
+            return 0;
+        }
         check_options(&o);
         start(&o);
         if (o.plan)

@@ -7,8 +7,8 @@
 #include "shard.h"
 #include "../kernels/fail.h"
 #include "../kernels/random.h"
+#include "../model/file.h"
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -52,7 +52,8 @@ static uint64_t sample_file(int fd, const char *name, int64_t size) {
 // Opens a file that was described before. Returns -1 where it cannot be opened, with errno, and
 // where it is no longer the same, with errno 0. The time of change alone does not matter.
 static int try_open(const Identity *id) {
-    int fd = open(id->name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    int64_t size;
+    int fd = file_open(AT_FDCWD, id->name, 0, &size);
     struct stat s;
     if (fd < 0) return -1;
     int same = !fstat(fd, &s) && S_ISREG(s.st_mode) && s.st_size == id->size;
@@ -176,14 +177,15 @@ static void check_header(Shard *f, int fd, uint32_t vocab) {
 
 // Opens the file and notes what tells it apart. The caller closes it.
 static int identify(Identity *id) {
-    int fd = open(id->name, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // opening a FIFO must not wait
+    int64_t size;
+    int fd = file_open(AT_FDCWD, id->name, 0, &size);
     struct stat s;
+    if (fd < 0 && errno == ESPIPE)
+        die("%s: not a regular file|name the shards themselves, for example '%s/*.bin'", id->name,
+            id->name);
     if (fd < 0) die_unopened(id->name);
     if (fstat(fd, &s))
         die("%s: cannot stat: %s|check the disk or the mount", id->name, strerror(errno));
-    if (!S_ISREG(s.st_mode))
-        die("%s: not a regular file|name the shards themselves, for example '%s/*.bin'", id->name,
-            id->name);
     id->size = s.st_size;
     id->modified = s.st_mtim;
     id->device = s.st_dev;

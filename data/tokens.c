@@ -3,6 +3,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "tokens.h"
 #include "../kernels/fail.h"
+#include "../model/file.h"
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -70,21 +71,18 @@ static void open_bytes(Tokens *t) {
     t->start[257] = 256 + sizeof eot - 1;
 }
 
+enum { MAX_TABLE = 1 << 30 }; // bytes; the largest vocabularies have 300 thousand short texts
+
 static unsigned char *read_file(const char *path, size_t *bytes) {
-    FILE *f = fopen(path, "rb");
-    if (!f)
+    char *data = 0;
+    int64_t size = 0;
+    int error = file_load(AT_FDCWD, path, 0, MAX_TABLE, &data, &size);
+    if (error)
         die("%s: cannot open the decode table: %s|tokenize.py writes it beside the shards as "
             "PREFIX.vocab",
-            path, strerror(errno));
-    struct stat s;
-    if (fstat(fileno(f), &s) || !S_ISREG(s.st_mode))
-        die("%s: not a regular file|name the .vocab file that tokenize.py wrote", path);
-    *bytes = (size_t)s.st_size;
-    unsigned char *data = (unsigned char *)xmalloc(*bytes, path);
-    if (fread(data, 1, *bytes, f) != *bytes)
-        die("%s: cannot read its %zu bytes|check the disk or the mount", path, *bytes);
-    fclose(f);
-    return data;
+            path, file_why(error));
+    *bytes = (size_t)size;
+    return (unsigned char *)data;
 }
 
 static uint32_t word_at(const unsigned char *p) {

@@ -504,7 +504,7 @@ struct cJSON *checkpoint_trainer(const char *dir) {
 
 double trainer_number(const struct cJSON *trainer, const char *key) {
     const cJSON *v = cJSON_GetObjectItemCaseSensitive(trainer, key);
-    if (!cJSON_IsNumber(v))
+    if (!cJSON_IsNumber(v) || v->valuedouble - v->valuedouble != 0)
         die("trainer.json: no number %s|"
             "the checkpoint was written by another version of this program",
             key);

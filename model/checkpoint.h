@@ -86,6 +86,10 @@ struct cJSON *checkpoint_trainer(const char *dir);
 double trainer_number(const struct cJSON *trainer, const char *key);
 const char *trainer_text(const struct cJSON *trainer, const char *key);
 
+// Ends the run where the disk has no room for one checkpoint: called before the first update. Every
+// rank calls it.
+void checkpoint_check_room(Checkpoint *checkpoint, RunFolder *run, SaveOptions o,
+                           const OptimizerState *shard);
 // Writes out/checkpoints/step_N and returns its bytes; every rank calls it. Rank 0 adds step,
 // precision and the file sizes to the values of `trainer` (which may be 0). Checks free space
 // before anything is written. A disk that is full in spite of that ends the run after the

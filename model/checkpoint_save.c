@@ -256,13 +256,8 @@ int checkpoint_create_file(int at, const char *name, const OutFile *f) {
     return error;
 }
 
-void checkpoint_save_begin(Checkpoint *checkpoint) {
-    SavePlan *p = &checkpoint->plan;
-    if (!p->run->moved && !run_folder_in_place(p->run))
-        die("--out %s is not the folder that this run began with: it was renamed, removed or "
-            "unmounted|give the folder its name back and --resume",
-            p->run->path);
-    int at = checkpoints_open(p->run, 1);
+static void check_room(const Checkpoint *checkpoint, int at) {
+    const SavePlan *p = &checkpoint->plan;
     int64_t room = folder_free_bytes(at), need = p->bytes + SMALL_FILES;
     for (int i = 0; i < checkpoint->n_attachments; i++)
         need += (int64_t)checkpoint->attachment[i].bytes;
@@ -270,6 +265,23 @@ void checkpoint_save_begin(Checkpoint *checkpoint) {
         die("%s/checkpoints: a checkpoint needs %.3f GB, the disk has %.3f GB free|"
             "free disk space, lower --keep or choose another --out; earlier checkpoints are intact",
             p->run->path, (double)need / 1e9, (double)room / 1e9);
+}
+
+void checkpoint_check_room(Checkpoint *checkpoint, RunFolder *run, SaveOptions o,
+                           const OptimizerState *shard) {
+    checkpoint_save_plan(checkpoint, run, 0, o, checkpoint_state(shard));
+    if (!checkpoint->rank) check_room(checkpoint, run->fd);
+    checkpoint_plan_free(&checkpoint->plan);
+}
+
+void checkpoint_save_begin(Checkpoint *checkpoint) {
+    SavePlan *p = &checkpoint->plan;
+    if (!p->run->moved && !run_folder_in_place(p->run))
+        die("--out %s is not the folder that this run began with: it was renamed, removed or "
+            "unmounted|give the folder its name back and --resume",
+            p->run->path);
+    int at = checkpoints_open(p->run, 1);
+    check_room(checkpoint, at);
     int error = folder_remove(at, p->name), fd = error ? -1 : folder_enter(at, p->name);
     if (fd < 0) fail(p, "", error ? error : errno);
     close(at);

@@ -144,12 +144,14 @@ int sums_signed(const char *text, int64_t bytes) {
 // ---- verifying ------------------------------------------------------------------------------
 // What to do about a damaged checkpoint: which one would work, if it lies in a run's folder.
 void checkpoint_damaged(const char *dir, const char *file) {
-    char *out = xasprintf("%s", dir), *name = strstr(out, "/checkpoints/step_");
+    char *real = realpath(dir, 0), *out = xasprintf("%s", real ? real : dir);
+    char *name = strstr(out, "/checkpoints/step_");
     int64_t other = -1;
     if (name) {
         *name = 0;
         RunFolder run = run_folder_look(out);
         other = checkpoints_newest(&run, strtoll(name + strlen("/checkpoints/step_"), 0, 10));
+        dir = real;
     }
     if (other >= 0)
         die("%s/%s is damaged: its bytes are not those that were written|"

@@ -71,13 +71,17 @@ static int64_t parse_int(const char *name, const char *value) {
     errno = 0;
     long long x = strtoll(value, &end, 10);
     if (!*value || *end || errno)
-        die("--%s %s is not a whole number|give a number such as 64", name, value);
+        die("--%s %s is not a whole number|write a whole number such as 64", name, value);
     return x;
 }
 
 int64_t options_count(const char *name, const char *value, int64_t total) {
-    if (!strpbrk(value, ".eE")) return parse_int(name, value);
-    double ratio = options_real(name, value);
+    size_t n = strlen(value);
+    int percent = n > 1 && value[n - 1] == '%';
+    if (!percent && !strpbrk(value, ".eE")) return parse_int(name, value);
+    char number[64];
+    snprintf(number, sizeof number, "%.*s", (int)(n - (size_t)percent), value);
+    double ratio = options_real(name, number) / (percent ? 100 : 1);
     if (ratio < 0 || ratio > 1)
         die("--%s %s: a ratio lies between 0 and 1|write a count without a point, or such a ratio",
             name, value);
@@ -179,6 +183,7 @@ Options options_parse(int argc, char **argv) {
 void options_free(Options *o) {
     free((void *)o->train.name);
     free((void *)o->val.name);
+    free((void *)o->allow_changed.name);
     memset(o, 0, sizeof *o);
 }
 

@@ -62,6 +62,8 @@ typedef struct {
     X(out, "out", TEXT, "", 0, 0, "DIR", "log.jsonl, run.json and checkpoints go here")           \
     X(resume, "resume", FLAG, "off", 0, 0, "",                                                    \
       "continue the newest complete checkpoint under --out")                                      \
+    X(allow_changed, "allow-changed", FILES, "", 0, 0, "NAME...",                                 \
+      "resume with another data, precision or config field")                                      \
     X(save_every, "save-every", INT, "0", 0, MANY, "N",                                           \
       "updates between checkpoints (0: only after the last)")                                     \
     X(keep, "keep", INT, "0", 0, MANY, "N", "checkpoints that stay (0: all)")                     \
@@ -143,6 +145,8 @@ typedef struct {
       "ranks per machine for --plan (0: 8, cpu: 64)")                                             \
     X(gpu_mem, "gpu-mem", REAL, "0", 0, ANY, "GiB",                                               \
       "memory of a rank, for --plan and --recompute auto")                                        \
+    X(verify, "verify", TEXT, "", 0, 0, "DIR",                                                    \
+      "compare every byte of a checkpoint with its checksums, then stop")                         \
     X(selftest, "selftest", FLAG, "off", 0, 0, "",                                                \
       "build all groups, check and time every collective, then stop")                             \
     X(dump, "dump", TEXT, "", 0, 0, "FILE.safetensors",                                           \
@@ -182,8 +186,8 @@ enum { OPTION_WORD = 32 };
 const char *options_choice(const Options *o, const char *name, char word[OPTION_WORD]);
 // Returns all values as a JSON object, which the caller deletes.
 struct cJSON *options_json(const Options *o);
-// Returns updates: of "12", 12; of "0.1" (a value with a point or an exponent is a ratio), a tenth
-// of `total`, rounded up. Ends the run, naming the option, where `value` is neither.
+// Returns updates: of "12", 12; of "0.1" (a value with a point or an exponent is a ratio) or "10%",
+// a tenth of `total`, rounded up. Ends the run, naming the option, where `value` is neither.
 int64_t options_count(const char *name, const char *value, int64_t total);
 // Returns the number in `value`. Ends the run, naming the option, where it is none or not finite.
 double options_real(const char *name, const char *value);

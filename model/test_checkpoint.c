@@ -18,6 +18,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <math.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -681,6 +682,12 @@ static void test_folders(const char *config) {
     close(saved);
     close(null);
     save_grid(config, 1, 1, 0, STATE_M, DTYPE_FLOATX, out, 25, o, 0);
+    save_grid(config, 1, 1, 0, STATE_M, DTYPE_FLOATX, out, 22, options(SAVE_PRECISION, 0, 0), 0);
+    o.keep = 1;
+    save_grid(config, 1, 1, 0, STATE_M, DTYPE_FLOATX, out, 23, o, 0);
+    check(exists(dir, "step_25") && exists(dir, "step_23") && !exists(dir, "step_22"),
+          "--keep 1 at step 23 removes step 22, and no step above it");
+    o.keep = 2;
     check(find_newest(out) == 25 && !load_grid(newest, 1, 1, 0, STATE_M, DTYPE_FLOATX, 1),
           "a save over a damaged folder of the same step replaces it");
     cJSON *t = checkpoint_trainer(newest);

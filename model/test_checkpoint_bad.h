@@ -13,7 +13,7 @@ static void raw_file(const char *path, const char *header, size_t data) {
 
 // First `from` in a file becomes `to`; in a safetensors file lengths must be equal.
 static void edit(const char *path, const char *from, const char *to) {
-    size_t n;
+    size_t n = 0;
     char *text = slurp(path, &n), *at = text ? (char *)memmem(text, n, from, strlen(from)) : 0;
     if (!at) die("%s: the test does not find %s in it|adapt the test", path, from);
     char *out = (char *)xmalloc(n + strlen(to), "test file");
@@ -112,6 +112,7 @@ static void do_save(const Bad *b) {
               0);
 }
 static void do_trainer(const Bad *b) { trainer_number(checkpoint_trainer(b->dir), "seed"); }
+static void do_verify(const Bad *b) { checkpoint_verify(b->dir, stdout); }
 static void do_save_dtype(const Bad *b) { (void)save_dtype_parse(b->dir); }
 static void do_save_limited(const Bad *b) {
     struct rlimit limit = { 100000, 100000 };
@@ -320,7 +321,12 @@ static void bad_folders(const char *config) {
            "this layout cuts blocks of 256 elements");
     b = spoil(one, "trainer.json", "{", "", STATE_M);
     expect("trainer.json damaged", do_trainer, &b, "trainer.json: not valid JSON");
-    b = spoil(one, "trainer.json", "seed", "sied", STATE_M);
+    b = spoil(one, "trainer.json", "seed", "seeds", STATE_M);
+    expect("trainer.json that was edited", do_trainer, &b, "trainer.json is damaged");
+    char *edited = xasprintf("%s/trainer.json", b.dir);
+    edit(edited, "\"checksums\"", "\"none\"");
+    edit(edited, "\"trainer.json\"", "\"none\"");
+    free(edited);
     expect("trainer.json without a value", do_trainer, &b, "no number seed");
     b.dir = own(xasprintf("fp7"));
     expect("--save-dtype", do_save_dtype, &b, "--save-dtype fp7");
@@ -329,6 +335,82 @@ static void bad_folders(const char *config) {
     free(many);
     free(quant);
     free(index);
+}
+
+// One byte of every file changes, at several places: verifying and resuming name the file.
+static void flipped_bytes(const char *config) {
+    char *out = in("flipped"), *dir = checkpoint_folder(out, 4), said[4096];
+    save_grid(config, 2, 2, 0, STATE_M | STATE_V, DTYPE_FLOATX, out, 3, options(SAVE_F32, 0, 0), 0);
+    save_grid(config, 2, 2, 0, STATE_M | STATE_V, DTYPE_FLOATX, out, 4, options(SAVE_F32, 0, 0), 0);
+    Bad b = { config, dir, STATE_M | STATE_V };
+    int status, tried = 0, missed = 0, unnamed = 0;
+    run_child(do_verify, &b, &status, said, sizeof said);
+    check(status == 0 && !load_grid(dir, 1, 3, 0, b.state, DTYPE_FLOATX, 1),
+          "a checkpoint that is as it was written: verified, and resumed on another grid");
+    static const char *const files[] = { "model.safetensors", "optimizer.safetensors",
+                                         "model.safetensors.index.json", "config.json",
+                                         "trainer.json" };
+    for (int f = 0; f < 5; f++) {
+        char *path = xasprintf("%s/%s", dir, files[f]);
+        size_t n = 0;
+        char *text = slurp(path, &n);
+        for (uint64_t i = 0; i < 24; i++) {
+            size_t at = (size_t)(mix64(i + 100 * (uint64_t)f) % n);
+            if (i == 0) at = n - 1;
+            if (i == 1) at = 8;
+            char was = text[at];
+            text[at] = (char)(was ^ (1 << i % 8));
+            spill(path, text, n);
+            for (int verb = 0; verb < 2; verb++) {
+                run_child(verb ? do_resume : do_verify, &b, &status, said, sizeof said);
+                tried++;
+                missed += status != 1;
+                unnamed += status == 1 && !strstr(said, files[f]);
+            }
+            text[at] = was;
+        }
+        spill(path, text, n);
+        free(text);
+        free(path);
+    }
+    check(!missed && unnamed == 0,
+          "%d x one flipped bit, verified and resumed: %d not refused, %d refused without the name",
+          tried, missed, unnamed);
+    char *model = xasprintf("%s/model.safetensors", dir);
+    size_t n = 0;
+    char *text = slurp(model, &n);
+    text[n / 2] ^= 1;
+    spill(model, text, n);
+    expect("a damaged checkpoint names the one that would work", do_verify, &b,
+           "model.safetensors is damaged");
+    run_child(do_resume, &b, &status, said, sizeof said);
+    check(strstr(said, "step_3 is complete") != 0, "  and says that step_3 is complete");
+    free(text);
+    free(model);
+    free(out);
+    free(dir);
+}
+
+static void do_save_nan(const Bad *b) {
+    Rank r = rank_new(b->config, cut_of(1, 1, 0, 0), STATE_M);
+    rank_open(&r);
+    sweep(&r, 1, DTYPE_FLOATX);
+    float nan = NAN;
+    convert(r.shard[1].m + 5, DTYPE_REAL, &nan, DTYPE_F32, 1);
+    RunFolder run = run_folder_own(b->dir);
+    checkpoint_save(r.k, &run, 9, options(SAVE_PRECISION, 0, 0), r.shard, 0);
+}
+
+static void never_not_finite(const char *config) {
+    char *out = in("finite"), *dir = xasprintf("%s/checkpoints", out);
+    save_grid(config, 1, 1, 0, STATE_M, DTYPE_FLOATX, out, 8, options(SAVE_PRECISION, 0, 0), 0);
+    Bad b = { config, out, STATE_M };
+    expect("a moment that is not finite is not saved", do_save_nan, &b,
+           "step 9 is not saved: tensor");
+    check(find_newest(out) == 8 && !exists(dir, "incomplete_step_9"),
+          "  the last good checkpoint stays, nothing is left behind");
+    free(out);
+    free(dir);
 }
 
 static void bad_disks(const char *config) {
@@ -366,6 +448,8 @@ static void test_bad_inputs(const char *config) {
     bad_headers();
     bad_configs();
     bad_folders(config);
+    flipped_bytes(config);
+    never_not_finite(config);
     bad_disks(config);
     for (int i = 0; i < n_owned; i++) free(owned[i]);
 }

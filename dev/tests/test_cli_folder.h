@@ -147,7 +147,7 @@ static void test_faults(void) {
     }
     static const char *const calls[] = { "openat", "pwrite64", "fsync", "pread64" };
     for (int i = 0; i < 4; i++) {
-        int status = faulty("EINTR", calls[i], "fault", "+2");
+        int status = faulty("EINTR", calls[i], "/fault", "+2");
         check(status == 0 && log_is_whole("fault", 10) &&
                   exists(at("fault/checkpoints/step_10/model.safetensors")),
               "every second %s interrupted by a signal: status %d, nothing lost", calls[i], status);
@@ -173,9 +173,89 @@ static void test_streams(void) {
     check(status == 0 && log_is_whole("mute", 3), "nor does a closed stdout");
 }
 
+// A resumed run is the same run: what defines its mathematics is compared.
+static void test_differences(void) {
+    static const struct {
+        const char *from, *to, *name;
+    } fields[] = {
+        { "\"rope_theta\":10000", "\"rope_theta\":500", "rope_theta" },
+        { "\"norm_topk_prob\":true", "\"norm_topk_prob\":false", "norm_topk_prob" },
+        { "\"num_experts_per_tok\":2", "\"num_experts_per_tok\":1", "num_experts_per_tok" },
+        { "\"rms_norm_eps\":1e-6", "\"rms_norm_eps\":0.1", "rms_norm_eps" },
+        { "\"router_aux_loss_coef\":0.01", "\"router_aux_loss_coef\":0.5", "router_aux_loss_coef" }
+    };
+    const char *rest = "--train $T/text.txt --seq-len 32 --batch 4 --threads 1 --steps 3 --resume";
+    good("eval exec $B $S --steps 2 --out $T/base");
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        change_config("other.json", fields[i].from, fields[i].to);
+        char *command = xasprintf("--init $T/other.json %s --out $T/base", rest);
+        bad("resumed with another field of config.json", fields[i].name, command);
+        free(command);
+        good("rm -rf $T/base2; cp -r $T/base $T/base2; eval exec $B --init $T/other.json %s "
+             "--out $T/base2 --allow-changed %s",
+             rest, fields[i].name);
+    }
+    bad("another training file", "was trained on other data: file 1 of --train is val.txt",
+        "--init $T/config.json --train $T/val.txt --seq-len 32 --batch 4 --steps 3 --resume "
+        "--out $T/base");
+    good("cp -r $T/base $T/base3; eval exec $B $S --train $T/val.txt --steps 3 --resume "
+         "--out $T/base3 --allow-changed data");
+    bad("a permission that means nothing", "--allow-changed rate",
+        "$S --steps 3 --resume --out $T/base --allow-changed rate");
+    good("cp -r $T/base $T/base4; eval exec $B $S --steps 3 --lr 1e-5 --schedule cosine --resume "
+         "--out $T/base4");
+    check(said("stdout", "--lr is 1e-05, the checkpoint was trained with 0.0003") &&
+              said("stdout", "--schedule is \"cosine\""),
+          "a changed rate and schedule are said, and accepted");
+    good("exec $B --verify $T/base/checkpoints/latest");
+    check(said("stdout", "every byte as it was written"), "--verify needs no model");
+    good("cp -r $T/base $T/base5; printf X | dd of=$T/base5/checkpoints/step_2/model.safetensors "
+         "bs=1 seek=20000 conv=notrunc 2> /dev/null");
+    bad("verified after a byte changed", "step_2/model.safetensors is damaged",
+        "--verify $T/base5/checkpoints/latest");
+    bad("resumed after a byte changed", "step_2/model.safetensors is damaged",
+        "$S --steps 3 --resume --out $T/base5");
+}
+
+// What ends a run later is found before its first update, and what changes under it is survived.
+static void test_foreseen(void) {
+    const uint16_t ids[] = { 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 };
+    write_shard("v50.bin", 20240520, 1, 10, ids, 10);
+    change_config("v50.json", "\"vocab_size\":257", "\"vocab_size\":50");
+    bad("a prompt without tokens", "--prompt has token 97",
+        "--init $T/v50.json --train $T/v50.bin --seq-len 4 --batch 2 --steps 30 --sample-every 10 "
+        "--prompt abc");
+    double began = now_seconds();
+    bad("a warmup that is no number", "--warmup 5x", "--init $T/nowhere --train $T/text.txt --warmup 5x");
+    check(now_seconds() - began < 5, "  before any model is looked at");
+    good("eval exec $B $S --steps 20 --warmup 10%% --lr 1e-3 --out $T/percent");
+    Log l = log_of("percent");
+    check(fabs(logged(&l, 2, "lr") - 5e-4) < 1e-12, "--warmup 10%% is a tenth of the run");
+    log_free(&l);
+    // a shard that is only touched is the same; one that changed ends the run after saving
+    good("cp $T/text.txt $T/live.txt");
+    const char *live =
+        "--init $T/config.json --train $T/live.txt --seq-len 32 --batch 4 --threads 1";
+    char *command = xasprintf("eval exec $B %s --steps 100000 --out $T/changes", live);
+    pid_t child = begin(command);
+    int seen = wait_lines("changes", 5);
+    run("touch $T/live.txt");
+    seen = wait_lines("changes", 60) && seen;
+    int running = kill(child, 0) == 0 && waitpid(child, 0, WNOHANG) == 0;
+    run("tr a-z A-Z < $T/text.txt > $T/new.txt; mv $T/new.txt $T/live.txt");
+    int status = end(child);
+    check(seen && running, "a shard that was touched is the same shard");
+    check(status == 1 && said("stderr", "live.txt is not the file that this run began with") &&
+              exists(at("changes/checkpoints/latest/trainer.json")),
+          "one that changed ends the run, after saving (status %d)", status);
+    free(command);
+}
+
 static void test_folder(void) {
     test_owner();
     test_links();
     test_faults();
     test_streams();
+    test_differences();
+    test_foreseen();
 }
