@@ -2,7 +2,7 @@
 // sum of every byte of every tensor file, whatever the layout (I4, layout-free numbers).
 // trainer.json holds them as "crc32c:<8 hex digits>" under "checksums", with those of the small
 // files and, last, its own. The contracts are in checkpoint_parts.h and checkpoint.h.
-#define _POSIX_C_SOURCE 200809L
+#define _GNU_SOURCE // realpath
 #include "checkpoint_parts.h"
 #include "../kernels/fail.h"
 #include <cjson/cJSON.h>
