@@ -978,6 +978,16 @@ int main(int argc, char **argv) {
         RUN(experts, 130, 1, 2, 520, 264, ONE);
     }
     if (experts_select(expert_kernel = "wgmma")) RUN(experts_budget, 200, 2, 3, 136, 264);
+#if defined(MOE_BF16)
+    if (experts_select(expert_kernel = "wgmma")) { // the other way to publish gathered stages
+        hopper_publish(true);
+        RUN(experts, 5, 2, 4, 64, 24, DISPATCH);
+        RUN(experts, 150, 2, 3, 72, 40, ONE);
+        RUN(experts, 30, 2, 4, 136, 136, FOREIGN);
+        RUN(experts_budget, 200, 2, 3, 136, 264);
+        hopper_publish(false);
+    }
+#endif
     experts_select("auto");
     RUN(rows, 20, 9, 3, 64);
     RUN(rows, 1, 1, 1, 2048);

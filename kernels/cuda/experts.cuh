@@ -21,6 +21,8 @@ void experts_leave(int multiprocessors);
 // Tells whether the card has compute capability 9.x and this build has code for sm_90a.
 bool hopper_available();
 void hopper_leave(int multiprocessors);
+// Chooses how gathered stages are published (hopper.cuh).
+void hopper_publish(bool copies);
 void hopper_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,
                int64_t C, int64_t F);
 void hopper_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *plan, int64_t C,

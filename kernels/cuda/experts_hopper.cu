@@ -38,6 +38,7 @@
 #include "experts.cuh"
 #if defined(MOE_BF16)
 #include "hopper.cuh"
+#include <stdlib.h>
 
 typedef Shared<256, 3, 4> Wide;   // 208 KB
 typedef Shared<128, 4, 6> Narrow; // 224 KB
@@ -99,9 +100,16 @@ static __device__ __forceinline__ void load_b(S *s, int stage, const CUtensorMap
         ptx_tma_load_3d(s->b[stage] + i * WIDTH, map, &s->full[stage], B_MN ? n0 + 64 * i : k,
                         B_MN ? k : n0, layer);
 }
+// Ends a stage's copies; returns the stage that is still to be published, or -1.
+template <Publish HOW, class S>
+static __device__ __forceinline__ int copies_started(S *s, int stage) {
+    if (HOW == BY_WAIT) ptx_cp_async_commit();
+    if (HOW == BY_COPIES) ptx_cp_async_mbar_arrive_noinc(&s->full[stage]);
+    return HOW == BY_WAIT ? stage : -1;
+}
 // Fills stages with rows of `pool` (K wide) gathered through row_token, and with weights from layer
 // `layers` x expert at column tile x `width`. All producers.
-template <bool B_MN, class S>
+template <bool B_MN, Publish HOW, class S>
 static __device__ __forceinline__ void produce_gathered(S *s, const floatX *pool,
                                                         const CUtensorMap *weights,
                                                         const RowIndex &plan, int column_tiles,
@@ -113,7 +121,7 @@ static __device__ __forceinline__ void produce_gathered(S *s, const floatX *pool
         int row[8];
         for (int i = 0; i < 8; i++) row[i] = plan.row_token[m0 + threadIdx.x / 8 + 16 * i];
         while (plan.expert_row[e + 1] <= m0) e++;
-        publish<0>(s, started);
+        publish(s, started);
         started = -1;
         for (int k = 0; k < K; k += K_STEP) {
             ptx_mbar_wait(&s->empty[ring.stage], ring.phase ^ 1);
@@ -121,15 +129,14 @@ static __device__ __forceinline__ void produce_gathered(S *s, const floatX *pool
                 ptx_mbar_arrive_expect_tx(&s->full[ring.stage], sizeof s->b[0]);
                 load_b<B_MN>(s, ring.stage, weights, k, column * width, layers * e);
             }
+            publish(s, started);
             gather_block(s->a[ring.stage], pool, row, K, k, K);
             gather_block(s->a[ring.stage] + BLOCK_BYTES, pool, row + 4, K, k, K);
-            ptx_cp_async_commit();
-            publish<1>(s, started);
-            started = ring.stage;
+            started = copies_started<HOW>(s, ring.stage);
             advance<S>(ring);
         }
     });
-    publish<0>(s, started);
+    publish(s, started);
 }
 // Fills stages with rows in place. One thread.
 template <bool B_MN, class S>
@@ -152,7 +159,7 @@ static __device__ __forceinline__ void produce_rows(S *s, const CUtensorMap *row
 // Fills stages with the operands of the gradients, whose k runs over the rows of an expert: one
 // comes by TMA in blocks of 64 rows x 64 columns, the other is gathered (GATHER_LEFT: it is A). All
 // producers.
-template <bool GATHER_LEFT>
+template <bool GATHER_LEFT, Publish HOW>
 static __device__ __forceinline__ void produce_wgrad(Wide *s, const CUtensorMap *dense,
                                                      const floatX *pool, const RowIndex &plan,
                                                      int N, int O, int accumulate) {
@@ -177,17 +184,16 @@ static __device__ __forceinline__ void produce_wgrad(Wide *s, const CUtensorMap 
                     ptx_tma_load_2d(dense_to + i * BLOCK_BYTES, dense, &s->full[ring.stage],
                                     dense_column + 64 * i, m0);
             }
+            publish(s, started);
             for (int i = 0; i < GATHERED; i++)
                 gather_block(gathered_to + i * BLOCK_BYTES, pool, token, width,
                              gathered_column + 64 * i, width);
-            ptx_cp_async_commit();
+            started = copies_started<HOW>(s, ring.stage);
             tokens(m0 + K_STEP);
-            publish<1>(s, started);
-            started = ring.stage;
             advance<Wide>(ring);
         }
     });
-    publish<0>(s, started);
+    publish(s, started);
 }
 
 // ---- kernels --------------------------------------------------------------------------------
@@ -204,22 +210,27 @@ static __device__ __forceinline__ void store_rows(const CUtensorMap *map, const 
     for (int i = 0; i < blocks; i++)
         ptx_tma_store_2d(map, out + i * BLOCK_BYTES, column + 64 * i, m);
 }
+template <class... Maps> static __device__ __forceinline__ void prefetch_maps(const Maps *...maps) {
+    if (threadIdx.x == 0) (ptx_tma_prefetch_map(maps), ...);
+}
 // mapH: (M, 2, F); mapA: (M, F), not used where write_A is 0.
+template <Publish HOW>
 static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     up_kernel(const __grid_constant__ CUtensorMap mapH, const __grid_constant__ CUtensorMap mapA,
               const __grid_constant__ CUtensorMap mapW1, const floatX *pool, RowIndex plan,
               int write_A, int C, int F) {
 #ifdef HOPPER_CODE
     extern __shared__ __align__(1024) char shared[];
+    prefetch_maps(&mapH, &mapA, &mapW1);
     int column_tiles = (F + 127) / 128;
     auto produce = [&](Wide *s) {
-        produce_gathered<false>(s, pool, &mapW1, plan, column_tiles, 128, 2, C);
+        produce_gathered<false, HOW>(s, pool, &mapW1, plan, column_tiles, 128, 2, C);
     };
     auto consume = [&](Consumer<Wide> &own) {
         for_row_tiles(plan, column_tiles, [&](int m0, int column) {
             float acc[128]; // gate: 0..63, up: 64..127
             int m = m0 + 64 * own.group, f0 = 128 * column;
-            multiply_stages<256, 0, 0>(acc, own, stages(C), Nothing());
+            multiply_stages<256, 0, 0, HOW>(acc, own, stages(C), Nothing());
             out_free(own.group, own.first);
             for (int i = 0; i < 4; i++) put_block(own.out + i * BLOCK_BYTES, acc, 32 * i);
             out_written(own.group);
@@ -255,6 +266,7 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
                 const __grid_constant__ CUtensorMap mapW, RowIndex plan, int N, int K) {
 #ifdef HOPPER_CODE
     extern __shared__ __align__(1024) char shared[];
+    prefetch_maps(&map_out, &map_in, &mapW);
     int column_tiles = (N + 255) / 256;
     auto produce = [&](Wide *s) {
         if (threadIdx.x == 0) produce_rows<TRANSPOSED>(s, &map_in, &mapW, plan, column_tiles, K);
@@ -276,6 +288,7 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 }
 // The blocks of a warpgroup hold gate (0, 1), up (2, 3), which TMA brings during the products and
 // dH replaces in place, and score A (4, 5): dH may be H.
+template <Publish HOW>
 static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     down_backward_kernel(const __grid_constant__ CUtensorMap map_dH,
                          const __grid_constant__ CUtensorMap map_sA,
@@ -284,9 +297,10 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
                          const floatX *dpool, const float *row_score, RowIndex plan, int C, int F) {
 #ifdef HOPPER_CODE
     extern __shared__ __align__(1024) char shared[];
+    prefetch_maps(&map_dH, &map_sA, &mapH, &mapW2);
     int column_tiles = (F + 127) / 128;
     auto produce = [&](Narrow *s) {
-        produce_gathered<true>(s, dpool, &mapW2, plan, column_tiles, 128, 1, C);
+        produce_gathered<true, HOW>(s, dpool, &mapW2, plan, column_tiles, 128, 1, C);
     };
     auto consume = [&](Consumer<Narrow> &own) {
         int lane = threadIdx.x % 32, t = lane % 4, row0 = threadIdx.x / 32 % 4 * 16 + lane / 4;
@@ -296,7 +310,7 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
             float acc[64], score[2], dot[2] = { 0, 0 };
             bool used[2];
             int m = m0 + 64 * own.group, f0 = 128 * column;
-            multiply_stages<128, 0, 1>(acc, own, stages(C), [&] {
+            multiply_stages<128, 0, 1, HOW>(acc, own, stages(C), [&] {
                 for (int r = 0; r < 2; r++) {
                     score[r] = row_score[m + row0 + 8 * r];
                     used[r] = plan.row_token[m + row0 + 8 * r] >= 0;
@@ -343,22 +357,26 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 #endif
 }
 // dW[e] (N,O) (+)= the sum over the expert's rows m of left[m]^T right[m]; `dense` is the one that
-// is not gathered. A tile leaves in two halves of 128 columns, four blocks of 32 floats each.
-template <bool GATHER_LEFT>
+// is not gathered. A tile leaves in two halves of 128 columns, four blocks of 32 floats each. Odd
+// rows write 8 columns j ^ 2 where even rows write j: together the eight rows of a store then meet
+// each of the 8 chunks of 16 bytes, and so each bank, once.
+template <bool GATHER_LEFT, Publish HOW>
 static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     wgrad_kernel(const __grid_constant__ CUtensorMap map_dW,
                  const __grid_constant__ CUtensorMap dense, const floatX *pool, RowIndex plan,
                  int accumulate, int N, int O) {
 #ifdef HOPPER_CODE
     extern __shared__ __align__(1024) char shared[];
+    prefetch_maps(&map_dW, &dense);
     auto produce = [&](Wide *s) {
-        produce_wgrad<GATHER_LEFT>(s, &dense, pool, plan, N, O, accumulate);
+        produce_wgrad<GATHER_LEFT, HOW>(s, &dense, pool, plan, N, O, accumulate);
     };
     auto consume = [&](Consumer<Wide> &own) {
         int lane = threadIdx.x % 32, t = lane % 4, row0 = threadIdx.x / 32 % 4 * 16 + lane / 4;
+        bool odd = row0 % 2;
         for_weight_tiles(plan, N, O, accumulate, [&](int n0, int o0, int e, int begin, int end) {
             float acc[128];
-            multiply_stages<256, 1, 1>(acc, own, (end - begin) / K_STEP, Nothing());
+            multiply_stages<256, 1, 1, HOW>(acc, own, (end - begin) / K_STEP, Nothing());
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 out_free(own.group, own.first);
@@ -366,10 +384,12 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
                 for (int j = 0; j < 16; j++) // 8 columns
 #pragma unroll
                     for (int r = 0; r < 2; r++) {
-                        int i = 64 * half + 4 * j + 2 * r;
-                        char *chunk = chunk_at(own.out + j / 4 * BLOCK_BYTES, row0 + 8 * r,
-                                               j % 4 * 2 + t / 2);
-                        *(float2 *)(chunk + t % 2 * 8) = make_float2(acc[i], acc[i + 1]);
+                        int even_i = 64 * half + 4 * j + 2 * r, odd_i = even_i ^ 8;
+                        int column_chunk = (odd ? j ^ 2 : j) % 4 * 2 + t / 2;
+                        char *chunk =
+                            chunk_at(own.out + j / 4 * BLOCK_BYTES, row0 + 8 * r, column_chunk);
+                        *(float2 *)(chunk + t % 2 * 8) = make_float2(
+                            odd ? acc[odd_i] : acc[even_i], odd ? acc[odd_i + 1] : acc[even_i + 1]);
                     }
                 out_written(own.group);
                 if (!own.first) continue;
@@ -399,8 +419,13 @@ CUtensorMap tensor_map(const void *base, int rank, Dimensions d, bool is_float) 
                           // starts where there is no driver
     if (!encode) {
         cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
         CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode,
                                                     12000, cudaEnableDefault, &found));
+#else // the versioned call came with CUDA 12.5
+        CUDA_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", (void **)&encode,
+                                           cudaEnableDefault, &found));
+#endif
         if (found != cudaDriverEntryPointSuccess)
             die("the driver has no cuTensorMapEncodeTiled|a driver for CUDA 12.0 or newer, or MOE_EXPERT_KERNEL=mma");
     }
@@ -440,6 +465,22 @@ static CUtensorMap halves_map(const floatX *H, int64_t M, int64_t F) {
     return tensor_map(H, 3, d, false);
 }
 
+// How gathered stages are published: the environment's MOE_EXPERT_PUBLISH=copies, or by wait. `make
+// gpu-check` times both.
+static int publish_by_copies = -1; // -1: not asked yet
+void hopper_publish(bool copies) { publish_by_copies = copies; }
+template <Publish HOW> struct Publishing { static const Publish value = HOW; };
+// Calls f with the chosen way as a type.
+template <class F> static void with_publishing(F f) {
+    if (publish_by_copies < 0) {
+        const char *name = getenv("MOE_EXPERT_PUBLISH");
+        publish_by_copies = name && !strcmp(name, "copies");
+    }
+    if (publish_by_copies)
+        f(Publishing<BY_COPIES>());
+    else
+        f(Publishing<BY_WAIT>());
+}
 static int left_to_communication;
 void hopper_leave(int multiprocessors) { left_to_communication = multiprocessors; }
 static int multiprocessors() {
@@ -463,9 +504,12 @@ static void launch(int64_t tiles, const Arguments &...arguments) {
 
 void hopper_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,
                int64_t C, int64_t F) {
-    launch<Wide, up_kernel>(plan->M / 128 * div_up(F, 128), halves_map(H, plan->M, F),
-                            matrix_map(A ? A : H, plan->M, F, 64),
-                            stack_map(W1, 2 * plan->E, F, C, 128, 2), pool, *plan, A != 0, C, F);
+    with_publishing([&](auto how) {
+        launch<Wide, up_kernel<decltype(how)::value>>(
+            plan->M / 128 * div_up(F, 128), halves_map(H, plan->M, F),
+            matrix_map(A ? A : H, plan->M, F, 64), stack_map(W1, 2 * plan->E, F, C, 128, 2), pool,
+            *plan, A != 0, C, F);
+    });
 }
 void hopper_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *plan, int64_t C,
                  int64_t F) {
@@ -476,10 +520,12 @@ void hopper_down(floatX *Y, const floatX *A, const floatX *W2, const RowIndex *p
 void hopper_down_backward(floatX *dH, floatX *sA, float *partial, const floatX *dpool,
                           const floatX *H, const floatX *W2, const float *row_score,
                           const RowIndex *plan, int64_t C, int64_t F) {
-    launch<Narrow, down_backward_kernel>(plan->M / 128 * div_up(F, 128), halves_map(dH, plan->M, F),
-                                         matrix_map(sA, plan->M, F, 64), halves_map(H, plan->M, F),
-                                         stack_map(W2, plan->E, C, F, 64, 1), partial, dpool,
-                                         row_score, *plan, C, F);
+    with_publishing([&](auto how) {
+        launch<Narrow, down_backward_kernel<decltype(how)::value>>(
+            plan->M / 128 * div_up(F, 128), halves_map(dH, plan->M, F),
+            matrix_map(sA, plan->M, F, 64), halves_map(H, plan->M, F),
+            stack_map(W2, plan->E, C, F, 64, 1), partial, dpool, row_score, *plan, C, F);
+    });
 }
 void hopper_up_backward(floatX *dX, const floatX *dH, const floatX *W1, const RowIndex *plan,
                         int64_t C, int64_t F) {
@@ -491,9 +537,11 @@ template <bool GATHER_LEFT>
 static void wgrad(gradX *dW, const floatX *dense, const floatX *pool, const RowIndex *plan,
                   int accumulate, int64_t N, int64_t O) {
     Dimensions d = { { O, N, plan->E }, { 1, O, N * O }, { BLOCK_FLOATS, 64, 1 } };
-    launch<Wide, wgrad_kernel<GATHER_LEFT>>(
-        plan->E * div_up(N, 128) * div_up(O, 256), tensor_map(dW, 3, d, true),
-        matrix_map(dense, plan->M, GATHER_LEFT ? O : N, 64), pool, *plan, accumulate, N, O);
+    with_publishing([&](auto how) {
+        launch<Wide, wgrad_kernel<GATHER_LEFT, decltype(how)::value>>(
+            plan->E * div_up(N, 128) * div_up(O, 256), tensor_map(dW, 3, d, true),
+            matrix_map(dense, plan->M, GATHER_LEFT ? O : N, 64), pool, *plan, accumulate, N, O);
+    });
 }
 void hopper_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpool, const floatX *dH,
                   const floatX *sA, const RowIndex *plan, int accumulate, int64_t C, int64_t F) {

@@ -101,12 +101,17 @@ static __device__ __forceinline__ void gather_block(char *block, const floatX *b
                         valid ? base + row[i] * ld + at : base, valid ? 16 : 0);
     }
 }
-// Waits for this thread's copies, all but its latest PENDING groups, and reports its part of
-// `stage`; does nothing for stage -1. The copies are ordinary writes of shared memory, which the
-// fence shows to wgmma.
-template <int PENDING, class S> static __device__ __forceinline__ void publish(S *s, int stage) {
+// How a gathered stage becomes known as full. The copies are ordinary writes of shared memory, so a
+// proxy fence has to show them to wgmma, and the fence is a memory barrier in the machine's code.
+//   BY_WAIT    a producer waits for its copies of one stage, fences and arrives, just before it
+//              starts the copies of the next: the barrier finds nothing in flight
+//   BY_COPIES  the copies arrive themselves when they are complete, no producer waits, and the
+//              consumers fence after their wait (CUTLASS's way)
+enum Publish { BY_WAIT, BY_COPIES };
+// Reports this thread's part of `stage`, BY_WAIT; does nothing for stage -1.
+template <class S> static __device__ __forceinline__ void publish(S *s, int stage) {
     if (stage < 0) return;
-    ptx_cp_async_wait<PENDING>();
+    ptx_cp_async_wait<0>();
     ptx_fence_proxy_async();
     ptx_mbar_arrive(&s->full[stage]);
 }
@@ -117,7 +122,7 @@ template <int PENDING, class S> static __device__ __forceinline__ void publish(S
 // wgmma after it is under way, so one is multiplied while the next is waited for. halfway() runs in
 // the middle of the loop, when the results of the tile before have long left. acc[4 j + 2 r + i] of
 // lane 4 g + t of warp v is row 16 v + g + 8 r, column 8 j + 2 t + i.
-template <int N, int A_MN, int B_MN, class S, class F>
+template <int N, int A_MN, int B_MN, Publish HOW = BY_WAIT, class S, class F>
 static __device__ __forceinline__ void multiply_stages(float (&acc)[N / 2], Consumer<S> &own,
                                                        int steps, F halfway) {
     // 16 of k further on: 16 rows, or 32 bytes within the rows; the descriptors' lbo.
@@ -126,29 +131,39 @@ static __device__ __forceinline__ void multiply_stages(float (&acc)[N / 2], Cons
     const int B_LBO = B_MN ? (int)BLOCK_BYTES : (int)LBO_K_MAJOR;
     Ring &ring = own.ring;
     S *s = own.s;
-    int before = 0;
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) acc[i] = 0;
-    ptx_wgmma_hold(acc);
-    for (int step = 0; step < steps; step++) {
+    auto start_stage = [&](int scale_d) {
         const char *a = s->a[ring.stage] + own.group * BLOCK_BYTES, *b = s->b[ring.stage];
         ptx_mbar_wait(&s->full[ring.stage], ring.phase);
+        if (HOW == BY_COPIES) ptx_fence_proxy_async();
         ptx_wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; k++)
             ptx_wgmma<N, A_MN, B_MN>(acc, ptx_wgmma_desc(a + k * A_STEP, A_LBO, 8 * ROW_BYTES, 128),
-                                     ptx_wgmma_desc(b + k * B_STEP, B_LBO, 8 * ROW_BYTES, 128), 1);
+                                     ptx_wgmma_desc(b + k * B_STEP, B_LBO, 8 * ROW_BYTES, 128),
+                                     scale_d || k > 0);
         ptx_wgmma_commit();
-        ptx_wgmma_wait<1>();
-        if (step > 0 && threadIdx.x % 32 == 0) ptx_mbar_arrive(&s->empty[before]);
-        if (step == steps / 2) halfway();
-        before = ring.stage;
-        advance<S>(ring);
+    };
+    if (steps == 0) {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) acc[i] = 0;
+        halfway();
+        return;
     }
-    if (steps == 0) halfway();
+    ptx_wgmma_hold(acc);
+    start_stage(0);
+    if (steps == 1) halfway();
+    for (int step = 1; step < steps; step++) {
+        int before = ring.stage;
+        advance<S>(ring);
+        start_stage(1);
+        ptx_wgmma_wait<1>();
+        if (threadIdx.x % 32 == 0) ptx_mbar_arrive(&s->empty[before]);
+        if (step == steps / 2) halfway();
+    }
     ptx_wgmma_wait<0>();
     ptx_wgmma_hold(acc);
-    if (steps > 0 && threadIdx.x % 32 == 0) ptx_mbar_arrive(&s->empty[before]);
+    if (threadIdx.x % 32 == 0) ptx_mbar_arrive(&s->empty[ring.stage]);
+    advance<S>(ring);
 }
 static __device__ __forceinline__ void group_barrier(int group) { ptx_bar_sync(1 + group, 128); }
 // A result leaves in three steps. out_free waits until the stores before have read `out`; then the

@@ -79,6 +79,10 @@ PTX_FN void ptx_fence_proxy_async() {
 }
 
 // ---- TMA ------------------------------------------------------------------------------------
+// Brings a tensor map into the cache, ahead of its first use.
+PTX_FN void ptx_tma_prefetch_map(const CUtensorMap *map) {
+    PTX((void)map, asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"));
+}
 // x is the innermost coordinate. Coordinates outside the tensor give zeros (loads) or nothing
 // (stores). A load completes its bytes on `bar`; a store joins the thread's current bulk group.
 PTX_FN void ptx_tma_load_2d(void *smem, const CUtensorMap *map, uint64_t *bar, int x, int y) {
