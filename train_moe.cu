@@ -407,7 +407,7 @@ static int command_selftest(Options *o) {
     char *path = config_path(o);
     Config c = open_config(o, path);
     Grid grid = open_grid(o, &c);
-    int failed = comm_selftest(&grid, stdout);
+    int failed = kernel_check(grid.rank == 0) + comm_selftest(&grid, stdout);
     config_free(&c);
     free(path);
     return failed != 0;
@@ -473,6 +473,7 @@ static void start(const Options *o) {
     // A plan needs no GPU, but the number of threads.
     if (!o->plan || !strcmp(device_backend(), "cpu")) device_init(comm_local_rank(), threads);
     attention_select(o->attention_kernel);
+    if (o->kernel_check && !o->plan && !o->selftest) kernel_check(0);
 }
 
 int main(int argc, char **argv) {

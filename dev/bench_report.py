@@ -2,6 +2,7 @@
 """What dev/bench_cuda measured as a table, beside the predictions of dev/ledger.py and torch's own kernels (dev/bench_torch.py).
 
   dev/bench_report.py B.jsonl [--torch T.jsonl]
+  dev/bench_report.py B.jsonl --beside C.jsonl   two runs, kernel by kernel; the last line says which is faster
   dev/bench_report.py B.jsonl --check       whether every kernel of dev/costs.h was timed: 'N passed, N failed'
 """
 import argparse
@@ -38,15 +39,28 @@ def table(ceilings, kernels, torch):
         print(f"| `{x['kernel']}` {x['variant']}{load} | {x['tokens']} | {number(x['us'])} | {speed} | {100 * x['share']:.0f} % | {number(guess)} | {x['us'] / guess:.2f} | {beside} |")
 
 
+def beside(kernels, others):
+    times = {(x["kernel"], x["variant"], x["tokens"]): x["us"] for x in others}
+    pairs = [(x, times[x["kernel"], x["variant"], x["tokens"]]) for x in kernels if (x["kernel"], x["variant"], x["tokens"]) in times]
+    print("| kernel | tokens | first, us | second, us | second / first |\n|---|---|---|---|---|")
+    for x, us in pairs:
+        print(f"| `{x['kernel']}` {x['variant']} | {x['tokens']} | {number(x['us'])} | {number(us)} | {us / x['us']:.3f} |")
+    first, second = sum(x["us"] for x, us in pairs), sum(us for x, us in pairs)
+    print(f"together {number(first)} and {number(second)} us: the {'first' if first <= second else 'second'} should be the default")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("bench")
     p.add_argument("--torch")
+    p.add_argument("--beside")
     p.add_argument("--check", action="store_true")
     a = p.parse_args()
     read = lambda path: [json.loads(line) for line in open(path) if line.startswith("{")] if path else []
     lines = read(a.bench)
     kernels = [x for x in lines if "kernel" in x]
+    if a.beside:
+        return beside(kernels, [x for x in read(a.beside) if "kernel" in x])
     return check(kernels) if a.check else table([x for x in lines if "ceiling" in x], kernels, read(a.torch))
 
 

@@ -48,18 +48,32 @@ if [ -n "$NVCC" ]; then
     for dir in "$home/lib64" "$home"/targets/*/lib "$home/lib"; do [ -e "$dir/libcudart.so" ] && { echo "CUDA_LIB := $dir"; lib="-L$dir"; break; }; done
     for dir in "$home/include" "$home"/targets/*/include; do [ -e "$dir/cuda_runtime.h" ] && { echo "CUDA_INCLUDE := $dir"; include="-I$dir"; break; }; done
     echo "CUDA_ARCHS := $("$NVCC" --list-gpu-arch 2> /dev/null | sed 's/compute_//' | sort -un | tr '\n' ' ')"
+    # library NAME SONAME "program text": sets NAME_CFLAGS and NAME_LIBS where the library is beside the toolkit, or in PyTorch's wheels (site-packages/nvidia/name), which have no plain .so
+    library() {
+        if try "$include" "$lib -l$2" "$3"; then echo "HAVE_$1 := 1"; echo "$1_LIBS := -l$2"; return; fi
+        for python in $PYTHON .venv/bin/python python3; do
+            command -v "$python" > /dev/null 2>&1 || continue
+            for dir in $("$python" -c 'import sys; print(*[p + "/nvidia/" + sys.argv[1] for p in sys.path if p])' "$2" 2> /dev/null); do
+                so=$(ls "$dir"/lib/lib"$2".so.[0-9]* 2> /dev/null | head -1)
+                [ -n "$so" ] || continue
+                if try "$include -I$dir/include" "$lib $so -Wl,-rpath,$dir/lib -Wl,-rpath-link,$dir/lib" "$3"; then
+                    echo "HAVE_$1 := 1"; echo "$1_CFLAGS := -isystem $dir/include"; echo "$1_LIBS := $so -Wl,-rpath,$dir/lib"; return
+                fi
+            done
+        done
+    }
     # 2.18: ncclCommSplit
-    try "$include" "$lib -lnccl" '#include <nccl.h>
+    library NCCL nccl '#include <nccl.h>
 #if NCCL_VERSION_CODE < NCCL_VERSION(2, 18, 0)
 #error too old
 #endif
-int main(void) { int v; return ncclGetVersion(&v); }' && echo "HAVE_NCCL := 1"
+int main(void) { int v; return ncclGetVersion(&v); }'
     # 9.8: a GPU described by its properties
-    try "$include" "$lib -lcudnn" '#include <cudnn.h>
+    library CUDNN cudnn '#include <cudnn.h>
 #if CUDNN_VERSION < 90800
 #error too old
 #endif
-int main(void) { return cudnnGetVersion() == 0; }' && echo "HAVE_CUDNN := 1"
+int main(void) { return cudnnGetVersion() == 0; }'
     caps=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | grep -E '^[0-9]+\.[0-9]+$' | tr -d . | sort -un | tr '\n' ' ')
     [ -n "$caps" ] && { echo "HAVE_GPU := 1"; echo "GPU_CAPS := $caps"; }
 fi

@@ -7,11 +7,13 @@
 # Exit status 0 where no step failed. Steps, by what would change most if it were wrong:
 #   build         all programs; what does not compile is missing below              needs nvcc; cJSON for train_moe and test_moe, MPI for `ranks`
 #   instructions  the emulator's own tests on the card: wgmma, TMA, mbarrier, mma     exact in every bit; Hopper only
+#   libraries     cuDNN and NCCL were found: without them a Hopper build is slow or alone
 #   ceilings      copies, host to device and back, launches, cuBLAS
 #   cudnn         attention by cuDNN, forward and backward, against the CPU           needs cuDNN
 #   kernels-*     every kernel against its CPU twin
 #   model-*       test_moe: fixtures of transformers; bf16 at most twice the error of the naive bf16 version, fp32 1e-4
 #   bench         every kernel at the shapes of Qwen3-30B-A3B, share of the ceilings measured in the same run; then torch's own kernels beside them
+#   publish       the experts with both ways to publish gathered stages; names the faster
 #   update-4      updates of 4 layers at the true widths, phase by phase; update-48: the whole model, all 30.5B parameters (139 GiB)
 #   ladder        the rungs of dev/kernels, checked against the first and timed
 #   offsets       indices beyond 2^31 elements in every kernel                        needs 60 GB
@@ -59,6 +61,12 @@ step() {
     *) record "$name" FAILED $((SECONDS - from)) "status $status; $note"; bad=1 ;;
     esac
 }
+# The libraries without which a Hopper build is slow or alone.
+libraries() {
+    local found=0
+    for library in CUDNN NCCL; do have "HAVE_$library" && echo "$library found" || { echo "$library was not found: make detect says where it is looked for"; found=1; }; done
+    return $found
+}
 # missing PROGRAM: why it cannot run, or nothing
 missing() { [ -x "$1" ] || echo "not built, see build.log"; }
 
@@ -98,6 +106,12 @@ build() {
 bench() {
     "$bf16/dev/bench_cuda" $tiny > "$OUT/bench.jsonl" || return
     if [ -n "$python" ]; then "$python" dev/bench_report.py "$OUT/bench.jsonl" --check; else wc -l < "$OUT/bench.jsonl"; fi
+}
+# Both ways to publish gathered stages (kernels/cuda/hopper.cuh), and which should be the default.
+publish() {
+    local how
+    for how in wait copies; do MOE_EXPERT_PUBLISH=$how "$bf16/dev/bench_cuda" --only experts > "$OUT/publish-$how.jsonl" || return; done
+    [ -z "$python" ] || "$python" dev/bench_report.py "$OUT/publish-wait.jsonl" --beside "$OUT/publish-copies.jsonl"
 }
 bench_torch() { "$python" dev/bench_torch.py > "$OUT/torch.jsonl"; }
 sanitize() {                   # TOOL...
@@ -146,7 +160,7 @@ update() {
 }
 
 export CC DRY OUT WORK bf16 fp32 ranks tiny cjson hopper sanitizer python emu jobs
-export -f mk have build bench bench_torch sanitize nccl curve update
+export -f mk have libraries publish build bench bench_torch sanitize nccl curve update
 
 # ---- the steps --------------------------------------------------------------------------------------------------------------------------
 echo "$gpu, at most $BUDGET s; report in $OUT"
@@ -154,6 +168,7 @@ sh dev/text.sh "$WORK/text" > /dev/null
 R=200 bench_seconds=80         # kept for the benchmark and the whole updates
 [ -z "$DRY" ] || bench_seconds=240
 step build 240 $R "" build
+step libraries 10 $R "${nogpu:-${hopper:+not a Hopper GPU}}" libraries
 step instructions 60 $R "${nogpu:-$hopper}" $emu gpu-run
 step ceilings 40 $R "${nogpu:-$(missing build/cuemu/gpu/ceilings)}" build/cuemu/gpu/ceilings
 step cudnn 60 $R "${nogpu:-$(have HAVE_CUDNN || echo "cuDNN 9.8 was not found; ")$(missing "$bf16/kernels/test_cuda")}" "$bf16/kernels/test_cuda" attention
@@ -162,6 +177,7 @@ step kernels-fp32 90 $R "${nogpu:-$(missing "$fp32/kernels/test_cuda")}" "$fp32/
 step model-fp32 110 $R "${nogpu:-${cjson:-$(missing "$fp32/test_moe")}}" "$fp32/test_moe"
 step model-bf16 110 $R "${nogpu:-${cjson:-$(missing "$bf16/test_moe")}}" "$bf16/test_moe"
 step bench "$bench_seconds" 110 "$(missing "$bf16/dev/bench_cuda")" bench
+step publish 40 0 "${nogpu:-${hopper:-$(missing "$bf16/dev/bench_cuda")}}" publish
 step update-4 50 0 "${nogpu:-${cjson:-$(missing "$bf16/train_moe")}}" update 4 --steps 4 --profile 3
 step update-48 60 0 "${nogpu:-${cjson:-$([ "${memory:-0}" -ge 140000 ] || echo "needs a GPU of 139 GiB; ")$(missing "$bf16/train_moe")}}" update 48 --steps 3
 step bench-torch 60 0 "${nogpu:-$([ -n "$torch" ] || echo "no torch with CUDA")}" bench_torch

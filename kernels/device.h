@@ -27,6 +27,13 @@ double device_peak_flops(void);
 // Rows of an expert are padded to a multiple of this in a RowIndex (1 on CPUs).
 int device_row_tile(void);
 
+// Runs every fast kernel once on small shapes beside a slow one that computes the same, before
+// anything else is computed. Where the numbers differ, one warning names the kernel, the shape and
+// the worst element, and the slow kernel computes from now on; a kernel that does not end within
+// its deadline ends the program. Prints a table if `print`. Returns how many were wrong. CPUs:
+// nothing.
+int kernel_check(int print);
+
 // ---- arenas (I10) ---------------------------------------------------------------------------
 // A bump allocator. With base 0 it only counts: the memory plan IS the allocation, run on counting
 // arenas, so the two cannot disagree. Every piece is aligned to 256 bytes. In debug builds

@@ -889,6 +889,17 @@ static void test_device() {
     end();
 }
 
+// The first-minute check finds nothing on kernels that are right, and leaves the fast ones chosen.
+// What it says of wrong ones: dev/mutations/kernels.txt.
+static void test_kernel_check() {
+    begin("the check of the first minute");
+    experts_select("auto");
+    std::string before = experts_kernel();
+    if (kernel_check(1)) complain("check", "a kernel is called wrong");
+    if (before != experts_kernel()) complain("check", "another kernel is chosen");
+    end();
+}
+
 // test_cuda [substring | -substring]: the groups whose name contains it, or all others. An exit
 // status of 0 means all passed.
 static bool chosen(const char *name) {
@@ -905,6 +916,7 @@ int main(int argc, char **argv) {
     true_device_init(0, 1);
     printf("%s\n", device_describe());
     RUN(device);
+    RUN(kernel_check);
     RUN(embedding, 70, 300, 64, 150);
     RUN(embedding, 300, 70000, 8, -1);
     RUN(embedding, 0, 10, 16, -1);

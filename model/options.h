@@ -135,6 +135,8 @@ typedef struct {
       "testing: groups of one rank send to themselves")                                           \
     X(check_comm, "check-comm", FLAG, "off", 0, 0, "",                                            \
       "debugging: compare the calls of all ranks, poison buffers in flight")                      \
+    X(kernel_check, "kernel-check", FLAG, "on", 0, 0, "",                                         \
+      "at the start: each fast GPU kernel once beside a slow one")                                \
     GROUP("looking inside")                                                                       \
     X(plan, "plan", FLAG, "off", 0, 0, "",                                                        \
       "print memory, traffic and estimated time of a layout, then stop")                          \

@@ -268,10 +268,17 @@ static void connect_members(Comm *g) {
     CUDA_CHECK(cudaFree(large));
 }
 
+static int crosses_machines(const Comm *g) {
+    const Joined *j = joined();
+    int across = 0;
+    for (int i = 0; i < g->n; i++) across |= j->machine[g->world[i]] != j->machine[j->rank];
+    return across;
+}
 static void split_world(Comm *g, const char *name, ncclComm_t *nccl) {
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    // What device_share keeps free; NCCL_MAX_CTAS in the environment wins.
-    config.maxCTAs = COMMUNICATION_CTAS;
+    // Two groups at a time fit into what device_share keeps free: within a machine half of it feeds
+    // NVLink, across machines one group takes all. NCCL_MAX_CTAS in the environment wins.
+    config.maxCTAs = g && crosses_machines(g) ? COMMUNICATION_CTAS : COMMUNICATION_CTAS / 2;
     char text[96];
     snprintf(text, sizeof text, "building group %s, ncclCommSplit", name);
     // A group of one needs no communicator, but takes part in the split.
@@ -290,7 +297,7 @@ void transport_group(Comm *g, const char *name) {
     Group *own = (Group *)xcalloc(1, sizeof *own, "group");
     g->transport = own;
     own->nccl = nccl;
-    for (int i = 0; i < g->n; i++) own->across |= j->machine[g->world[i]] != j->machine[j->rank];
+    own->across = crosses_machines(g);
     if (!nccl) return;
     int size = 0, mine = -1;
     NCCL_CHECK(ncclCommCount(nccl, &size));

@@ -37,6 +37,11 @@ say-backend:
 	@echo "cuda: for $(CODES:%=sm_%) $(ARCH_FROM), $(PRECISION) (PRECISION=)," \
 	    "ranks over $(COMM) (COMM=)$(if $(filter none,$(COMM)),: one GPU)," \
 	    "attention $(if $(USE_CUDNN),cudnn and flash,flash)"
+	$(if $(and $(filter 90a,$(CODES)),$(filter bf16,$(PRECISION))), \
+	    $(if $(USE_CUDNN),,@echo "NO cuDNN WAS FOUND: ATTENTION ON AN H100 OR H200 WILL BE SLOW" \
+	    "(a layer takes some 40 % longer)  hint: pip install nvidia-cudnn-cu13, make detect"))
+	$(if $(filter 90a,$(CODES)),$(if $(HAVE_NCCL),,@echo "NO NCCL WAS FOUND: GPUS EXCHANGE" \
+	    "THROUGH THE HOST OR NOT AT ALL  hint: pip install nvidia-nccl-cu13, make detect"))
 else
 say-backend: ;
 endif

@@ -37,12 +37,14 @@ COMM = $(if $(filter cuda,$(BACKEND)),$(CUDA_COMM),$(if $(USE_MPI),mpi,none))
 NVCCFLAGS = -std=c++17 -O3 $(if $(filter 1,$(DEBUG)),-lineinfo -DMOE_DEBUG) \
     $(foreach c,$(CODES),-gencode=arch=compute_$(c),code=sm_$(c)) \
     -Xcompiler=-Wall,-Wextra,-Werror=switch $(if $(WERROR),-Werror=all-warnings) \
-    $(DEFINES_$(PRECISION)) $(USE_CUDNN:1=-DMOE_CUDNN) $(CJSON_CFLAGS)
+    $(DEFINES_$(PRECISION)) $(USE_CUDNN:1=-DMOE_CUDNN) $(NCCL_CFLAGS) $(CUDNN_CFLAGS) \
+    $(CJSON_CFLAGS)
 CUDA_LIBS = $(if $(CUDA_LIB),-L$(CUDA_LIB) -Wl$(comma)-rpath$(comma)$(CUDA_LIB)) \
-    $(if $(filter nccl,$(COMM)),-lnccl) $(USE_CUDNN:1=-lcudnn) -lcublasLt -lcublas -lcudart \
-    -lstdc++
+    $(if $(filter nccl,$(COMM)),$(NCCL_LIBS)) $(if $(USE_CUDNN),$(CUDNN_LIBS)) \
+    -lcublasLt -lcublas -lcudart -lstdc++
 ifeq ($(BACKEND),cuda)
-CFLAGS += $(if $(USE_MPI),-DMOE_MPI) $(USE_CUDNN:1=-DMOE_CUDNN) $(CUDA_INCLUDE:%=-isystem %)
+CFLAGS += $(if $(USE_MPI),-DMOE_MPI) $(USE_CUDNN:1=-DMOE_CUDNN) $(CUDA_INCLUDE:%=-isystem %) \
+    $(NCCL_CFLAGS) $(CUDNN_CFLAGS)
 LIBS += $(CUDA_LIBS)
 FEATURES := $(FEATURES)-$(COMM)$(subst $(space),,$(CODES:%=-%))
 endif

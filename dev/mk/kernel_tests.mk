@@ -35,11 +35,11 @@ test-cuda-gpu:
 # The driver's library is the toolkit's stub, in a folder of its own: cuDNN asks it for the GPU, is told there is none, and uses the description instead.
 ifdef HAVE_CUDNN
 CUDNN_TEST = $(CUEMU_BUILD)/cudnn
-CUDNN_BUILD = $(CC) -std=c11 -O2 -Wall -Wextra $(WERROR) -DMOE_BF16 -isystem $(CUDA_INCLUDE) $(filter %.c,$^) -o $@
+CUDNN_BUILD = $(CC) -std=c11 -O2 -Wall -Wextra $(WERROR) -DMOE_BF16 -isystem $(CUDA_INCLUDE) $(CUDNN_CFLAGS) $(filter %.c,$^) -o $@
 $(CUDNN_TEST)/test_cudnn $(CUDNN_TEST)/test_cudnn_graph: $(CUDNN_TEST)/%: kernels/%.c kernels/cuda/attention_cudnn.c kernels/fail.c $(wildcard kernels/*.h kernels/cpu/math.h) kernels/cuda/attention_cudnn.h
 	@mkdir -p $(@D)
 	@[ ! -e $(CUDA_LIB)/stubs/libcuda.so ] || ln -sf $(CUDA_LIB)/stubs/libcuda.so $(@D)/libcuda.so.1
-	@$(CUDNN_BUILD) $(if $(filter %graph,$@),,-L$(CUDA_LIB) -Wl$(comma)-rpath$(comma)$(CUDA_LIB) -lcudnn -lcudart) -lm
+	@$(CUDNN_BUILD) $(if $(filter %graph,$@),,-L$(CUDA_LIB) -Wl$(comma)-rpath$(comma)$(CUDA_LIB) $(CUDNN_LIBS) -lcudart) -lm
 test-cudnn-graphs: $(CUDNN_TEST)/test_cudnn $(CUDNN_TEST)/test_cudnn_graph
 	@{ LD_LIBRARY_PATH=$(abspath $(CUDNN_TEST)):$$LD_LIBRARY_PATH $(CUDNN_TEST)/test_cudnn || echo "test_cudnn FAILED"; $(CUDNN_TEST)/test_cudnn_graph || echo "test_cudnn_graph FAILED"; } | \
 	    awk '/^[0-9]+ passed, [0-9]+ failed$$/ { passed += $$1; failed += $$3; next } { print } / FAILED$$/ { bad++ } \

@@ -1,6 +1,7 @@
 // Chooses which attention kernel computes: cuDNN's where this build and this GPU have it, else
 // flash (attention.cuh). The functions attention_... of kernels.h are here.
 #include "attention.cuh"
+#include "experts.cuh"
 #if defined(MOE_CUDNN) && defined(MOE_BF16)
 #include "attention_cudnn.h"
 #include <stdio.h>
@@ -34,6 +35,13 @@ void attention_select(const char *name) {
         use_cudnn = 0;
     }
 #else
+#ifndef CUEMU
+    int device = 0;
+    if (automatic && compute_stream() && !strcmp(experts_kernel(), "wgmma") &&
+        cudaGetDevice(&device) == cudaSuccess && device == 0)
+        warn(
+            "THIS BUILD HAS NO cuDNN: the kernel \"flash\" computes attention, and a layer takes some 40 %% longer (make detect says where cuDNN is looked for)");
+#endif
     const char *hint =
         strcmp(name, "cudnn")
             ? "auto (flash) or flash"
@@ -43,6 +51,7 @@ void attention_select(const char *name) {
         die("the CUDA backend of this build has no attention kernel \"%s\"|choose --attention-kernel %s",
             name, hint);
 }
+const char *attention_kernel(void) { return use_cudnn ? "cudnn" : "flash"; }
 size_t attention_workspace(int64_t B, int64_t T, int64_t H, int64_t KV, int64_t D) {
     size_t bytes = (size_t)(B * T * H) * sizeof(float); // delta (B,H,T)
     (void)KV;

@@ -5,6 +5,8 @@
 #define MOE_CUDA_ATTENTION_CUH
 #include "common.cuh"
 
+// Returns which kernel computes whole sequences: "cudnn" or "flash".
+const char *attention_kernel(void);
 // attention_forward and attention_backward of kernels.h for B and T above 0. Dies unless D is 16,
 // 32, 64 or 128. delta (B,H,T) is scratch.
 void flash_attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k,
