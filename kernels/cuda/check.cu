@@ -159,16 +159,21 @@ static __global__ void plain_product(int ta, int tb, int m, int n, int k, const 
 static void check_product(Check *c, int ta, int tb, int beta, int c_real) {
     const int m = 136, n = 72, k = 200;
     std::vector<float> old((size_t)m * n);
-    for (auto &x : old) x = (float)uniform(c);
+    std::vector<floatX> old_x((size_t)m * n);
+    for (size_t i = 0; i < old.size(); i++) {
+        old[i] = (float)uniform(c);
+        old_x[i] = host_x(old[i]);
+    }
     const floatX *A = random_x(c, m * k, 1), *B = random_x(c, k * n, 1);
-    float *fast = upload(c, old), *twin = upload(c, old); // (m,n), of floatX where C is
+    void *fast = c_real ? (void *)upload(c, old) : (void *)upload(c, old_x); // C (m,n)
+    void *twin = c_real ? (void *)upload(c, old) : (void *)upload(c, old_x);
     gemm(ta, tb, m, n, k, A, ta ? m : k, B, beta, fast, c_real);
     wait_or_die(c);
     plain_product<<<grid_for(m * n, 256), 256, 0, compute_stream()>>>(
         ta, tb, m, n, k, A, ta ? m : k, B, beta, twin, c_real);
     LAUNCHED();
     if (c_real)
-        compare(c, "C", fast, twin, m * n, n);
+        compare(c, "C", (float *)fast, (float *)twin, m * n, n);
     else
         compare(c, "C", (floatX *)fast, (floatX *)twin, m * n, n);
 }
@@ -296,6 +301,9 @@ int kernel_check(int print) {
                      { 0, 0, 1, 0, "dy W, added, 136 x 72 x 200" },
                      { 1, 0, 0, 1, "dy^T x in fp32, 136 x 72 x 200" },
                      { 1, 0, 1, 1, "dy^T x in fp32, added, 136 x 72 x 200" } };
+#ifdef CUEMU // the emulator computes the same everywhere: only --selftest and tests look
+    if (!print) return 0;
+#endif
     Check c;
     memset(&c, 0, sizeof c);
     c.print = print;
