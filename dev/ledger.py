@@ -2,6 +2,7 @@
 """Predicted time of each kernel on one H200, and of whole updates of Qwen3-30B-A3B, from one table of costs (dev/costs.h). Plain Python, nothing to install.
 
   dev/ledger.py             predictions: the tables of dev/results/ledger.md
+  dev/ledger.py --cluster   whole updates on 1, 8 and 64 GPUs, with every exposed wait
   dev/ledger.py --floors    formula, FLOPs, bytes and the shortest possible time of each kernel: the table of kernels/README.md
 
 The floor of a kernel is max(FLOPs / PRODUCTS, bytes / COPIES). The prediction replaces both ceilings by what kernels of the same build were seen to reach (RATES), adds the rows that pad
@@ -15,16 +16,18 @@ PRODUCTS, COPIES = 790e12, 4.3e12       # one H200: dense bf16 on random numbers
 LAUNCH = 2e-6                           # between two kernels on one stream, host ahead
 MODEL = dict(C=2048, H=32, Q=4096, KVD=512, E=128, K=8, F=768, V=151936, P=3 * 128 * 2048 * 768, x=2)
 LAYERS, PARAMETERS, LOGITS = 48, 30532122624, 1 << 30
-# FLOP/s or bytes/s that the kernels of this build should reach, and why. What is not here: streams 0.90 of COPIES, products by cuBLASLt 700e12.
+STREAM = 0.85                           # of a copy, for kernels that only move
+# FLOP/s or bytes/s that the kernels of this build should reach, and why. What is not here: streams STREAM of COPIES, products by cuBLASLt 700e12.
 RATES = {
     "attention_forward": (600e12, "cuDNN, causal, heads of 128: published 609 beside FlashAttention-3's 638, which has 667 causal"),
-    "attention_backward": (400e12, "FlashAttention-3 backward at 4,096 tokens, causal: 444; cuDNN's deterministic form writes and reads dS, 10 % assumed"),
-    "experts_up": (480e12, "wgmma, 128 x 256 tiles: 85 FLOPs a byte from the L2 cache, which gives some 6 TB/s; SonicMoE and Liger near this shape: 460 to 510"),
-    "experts_up_again": (480e12, "as experts_up"),
-    "experts_down": (450e12, "as experts_up; the reduction is only 768 long, so filling the pipeline and the result weigh more"),
-    "experts_down_backward": (350e12, "128 x 128 tiles, 64 FLOPs a byte: 384 at most; two inputs and three results beside the products"),
-    "experts_up_backward": (480e12, "as experts_up"),
-    "experts_wgrad": (470e12, "as experts_up; gathers along the rows, and 2.4 GB of fp32 gradients are written"),
+    "attention_backward": (300e12, "FlashAttention-3 backward at 4,096 tokens, causal: 444; cuDNN's deterministic form writes dS to memory and reads it again, 1 GB for 32 heads of 4,096 tokens"),
+    "head_backward_weight": (600e12, "the sum runs over 3,533 rows only, and 1.2 GB of fp32 gradients are read, added to and written by each chunk"),
+    "experts_up": (580e12, "wgmma, 128 x 256 tiles: 85 FLOPs a byte from the L2 cache, which gives 8 TB/s here (680 at most); the rows are gathered, SwiGLU between tiles"),
+    "experts_up_again": (580e12, "as experts_up"),
+    "experts_down": (600e12, "as experts_up, with rows in place; the reduction is only 768 long"),
+    "experts_down_backward": (420e12, "128 x 128 tiles, 64 FLOPs a byte: 512 at most; an input and three results beside the products"),
+    "experts_up_backward": (630e12, "as experts_up, with rows in place and nothing in the epilogue"),
+    "experts_wgrad": (600e12, "as experts_up; gathers along the rows, and 2.4 GB of fp32 gradients are written"),
     "rows_weighted_sum": (0.85 * COPIES, "gathered rows of 4 KB: SonicMoE's own takes 85 to 98 % of a copy"),
     "rows_sum": (0.85 * COPIES, "as rows_weighted_sum"),
     "cross_entropy": (0.60 * COPIES, "a row is read twice, and 264 rows of 304 KB in flight do not stay in the L2 cache: 3 passes, not 2"),
@@ -78,11 +81,11 @@ def predicted(kernel, tokens, rates=RATES, **other):
     flops, bytes = work(kernel, tokens, **other)
     if not rates:
         return max(flops / PRODUCTS, bytes / COPIES)
-    rate = rates.get(kernel, (700e12 if flops else 0.9 * COPIES, ""))[0]
+    rate = rates.get(kernel, (700e12 if flops else STREAM * COPIES, ""))[0]
     if rate < 1e13:
         return bytes / rate + LAUNCH
-    padding = 1 + 64 * MODEL["E"] / (tokens * MODEL["K"]) if kernel in PADDED else 1     # half a tile of 128 rows an expert
-    return max(flops * padding / rate, bytes / (0.9 * COPIES)) + LAUNCH
+    padding = 1 + 64 * other.get("E", MODEL["E"]) / (tokens * MODEL["K"]) if kernel in PADDED else 1     # half a tile of 128 rows an expert
+    return max(flops * padding / rate, bytes / (STREAM * COPIES)) + LAUNCH
 
 
 def floor(kernel, tokens):
@@ -106,6 +109,61 @@ UPDATES = {
     "8-bit AdamW, more tokens": (16, 4, "layer", "adamw8"),
     "the same without cuDNN and wgmma": (16, 4, "layer", "adamw8", {**RATES, **OLDER}),
 }
+
+
+# ---- several GPUs ----
+# Bytes a second that a GPU sends while it receives as much. NVLink of an 8-GPU H200 machine: 450 GB/s nominal, 360 reached by NCCL's rings and 330 by its sends and receives; one 400 Gb/s
+# adapter a GPU between machines: 50 nominal, 45 reached. A read of the table of rows by the host, with nothing else queued.
+NVLINK, PEERS, NETWORK, HOST_READ = 360e9, 330e9, 45e9, 30e-6
+FREED = 116 / 132                      # of the multiprocessors: persistent kernels leave 16 to NCCL
+DENSE = 2048 * 4096 * 2 + 2 * 2048 * 512 + 2048 * 128      # parameters of a layer that are not experts'
+BEST = 13012                           # tokens/s a GPU: the best published, 16 H100, forced balance
+
+
+def cluster(sequences, micro, recompute, fsdp, ep):
+    """{part: seconds} of one update on fsdp x ep GPUs, `sequences` of 4,096 tokens on each, 8-bit AdamW. ep within a machine of 8, fsdp over the rest of it or between machines.
+
+    Compute is that of one GPU with its experts' share: the same routed rows, 128 / ep experts. Exposed are: where ep > 1, in each layer and each direction, the first dispatch and the last
+    combine, which no other micro-batch covers, and one host read a micro-batch in forward; where fsdp > 1, what gathers and reductions of a layer take longer than its compute, and the first
+    gather and last reduction in full."""
+    tokens, n = micro * 4096, sequences // micro
+    rates = {k: (r * FREED if k in PADDED else r, w) for k, (r, w) in RATES.items()} if fsdp * ep > 1 else RATES
+    here = MODEL["E"] // ep
+    calls = lambda table: sum(k * predicted(name, tokens, rates, E=here if name in PADDED else MODEL["E"]) for name, k in table.items())
+    parts = update(sequences, micro, recompute, "adamw8", rates)
+    again = {"none": {}, "moe": MOE, "layer": LAYER}[recompute]
+    parts["layers"], parts["recompute"] = n * LAYERS * calls(KEPT), n * LAYERS * calls(again)
+    shards = fsdp * ep
+    parts["gradient norm"] /= shards
+    parts["optimizer"] /= shards
+    parts["exchange, exposed"] = parts["host reads"] = parts["weights and gradients, exposed"] = 0
+    if ep > 1:
+        ranks = ep * (1 - (1 - 1 / ep) ** MODEL["K"]) * (ep - 1) / ep         # other ranks that a token goes to
+        once = tokens * ranks * MODEL["C"] * MODEL["x"] / PEERS
+        parts["exchange, exposed"] = 4 * LAYERS * once
+        parts["host reads"] = n * LAYERS * HOST_READ
+    if fsdp > 1:
+        bytes = (MODEL["P"] / ep + DENSE) * MODEL["x"] * (fsdp - 1) / fsdp
+        link = NETWORK if ep > 1 else NVLINK
+        gather, reduce = bytes / link, 2 * bytes / link                         # gradients are fp32
+        forward = n * sum(k * predicted(name, tokens, rates) for name, k in KEPT.items() if "backward" not in name and "wgrad" not in name)
+        backward = (parts["layers"] + parts["recompute"]) / LAYERS - forward
+        parts["weights and gradients, exposed"] = gather + reduce + LAYERS * (max(0, gather - forward) + max(0, gather + reduce - backward))
+    return parts
+
+
+CLUSTERS = {"1 GPU": (16, 4, "layer", 1, 1), "8 GPUs, ep 8": (16, 4, "layer", 1, 8), "8 GPUs, ep 8, less recomputed": (16, 4, "moe", 1, 8), "8 GPUs, fsdp 8": (16, 4, "layer", 8, 1),
+            "64 GPUs, fsdp 8 x ep 8": (16, 4, "moe", 8, 8)}
+
+
+def print_clusters():
+    names = list(cluster(*CLUSTERS["1 GPU"]))
+    print("| one update, 16 sequences of 4,096 a GPU | recompute | " + " | ".join(names) + f" | together | tokens/s a GPU | waits that {BEST:,} would leave |\n" + "|---" * (len(names) + 5) + "|")
+    for title, arguments in CLUSTERS.items():
+        parts = cluster(*arguments)
+        total, tokens = sum(parts.values()), arguments[0] * 4096
+        waits = sum(v for k, v in parts.items() if "exposed" in k or "host" in k)
+        print(f"| {title} | {arguments[2]} | " + " | ".join(f"{1e3 * v:.0f} ms" for v in parts.values()) + f" | {1e3 * total:.0f} ms | {tokens / total:.0f} | {1e3 * (tokens / BEST - total + waits):.0f} ms |")
 
 
 def number(v):
@@ -147,4 +205,6 @@ def print_predictions():
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--floors", action="store_true")
-    print_floors() if p.parse_args().floors else print_predictions()
+    p.add_argument("--cluster", action="store_true")
+    a = p.parse_args()
+    print_floors() if a.floors else print_clusters() if a.cluster else print_predictions()
