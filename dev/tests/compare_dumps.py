@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """compare_dumps.py WANT GOT LIMIT [NAIVE]: two --dump files (or any fp32 safetensors of the same tensors), tensor by tensor; or two log.jsonl, whose columns are the tensors.
 
-The error of a tensor is |got - want| / |want| in the Euclidean norm; a tensor that is zero in WANT must be zero in GOT (I3). LIMIT bounds it. With NAIVE, a dump of the plain
+The error of a tensor is |got - want| / |want| in the Euclidean norm; a tensor that is zero in WANT must be zero in GOT (I3, unused is zero). LIMIT bounds it. With NAIVE, a dump of the plain
 version of the same precision, a tensor may instead have twice the error of NAIVE's, or twice the median of NAIVE's errors where that is more (a tensor of a few numbers can be
 lucky), and LIMIT is what is allowed besides. Prints one line; exit status 1 where a tensor is over its bound, is missing or is not finite.
 """

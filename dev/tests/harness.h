@@ -432,8 +432,8 @@ static double by_precision(double fp64, double fp32, double bf16) {
 }
 
 // ---- comparison -----------------------------------------------------------------------------
-// |a - b| / |b| in the 2-norm. A tensor that must be zero (an expert without tokens, I3) must be
-// exactly zero. NaN is infinitely far away.
+// |a - b| / |b| in the 2-norm. A tensor that must be zero (an expert without tokens: I3, unused is
+// zero) must be exactly zero. NaN is infinitely far away.
 static double distance(const double *a, const double *b, int64_t n) {
     double difference = 0;
     double size = 0;

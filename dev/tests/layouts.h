@@ -1,5 +1,5 @@
-// Every layout against one process, under mpirun: the theorem of I1 (adjoints and plain sums give
-// layout invariance), tested on every number that an update makes.
+// Every layout against one process, under mpirun: the theorem of I1, one gradient rule (adjoints
+// and plain sums give layout invariance), tested on every number that an update makes.
 //
 // The reference is made inside the same processes: each rank first runs the update alone (a group
 // of one). Compared: logits, loss, aux, z, gradient norm, EVERY gradient of the first update and
@@ -50,6 +50,7 @@ typedef struct {
     int dp, fsdp, ep;
 } Shape;
 static const char *const dispatch_names[] = { "alltoall", "allgather", "allreduce" };
+enum { DISPATCHERS = sizeof dispatch_names / sizeof *dispatch_names };
 static const char *const recompute_names[] = { "none", "moe", "layer", "auto" };
 static const char *const attention_names[] = { "data", "heads" };
 static const char *const update_names[] = { "end", "layer" };
@@ -80,13 +81,15 @@ static int local_sequences(const Config *c, const Shape *shape, const Case *k, i
 // A set of cases in which every possible pair of values of two factors occurs: greedily, the case
 // that covers most pairs not yet covered comes next. The same on all ranks.
 static int covering(Case *out, const Config *c, const Shape *shape, int n_shapes, int batch) {
-    const int size[FACTORS] = { n_shapes, 3, 2, 4, 3, 2 };
+    const int size[FACTORS] = { n_shapes, DISPATCHERS, 2, 4, 3, 2 };
+    int total = 1;
+    for (int f = 0; f < FACTORS; f++) total *= size[f];
     static unsigned char covered[FACTORS][MAX_VALUES][FACTORS][MAX_VALUES];
     static Case all[MAX_CASES];
     int n_all = 0;
     int n = 0;
     memset(covered, 0, sizeof covered);
-    for (int i = 0, total = size[0] * 3 * 2 * 4 * 3 * 2; i < total; i++) {
+    for (int i = 0; i < total; i++) {
         Case k;
         for (int f = 0, rest = i; f < FACTORS; f++) {
             k.value[f] = rest % size[f];
@@ -187,7 +190,7 @@ static void test_cover(const Fixture *f, const Config *c, const Shape *shape, in
 static void test_layout_transformers(const Fixture *f, const Config *c, const Shape *shape,
                                      int n_shapes) {
     for (int i = 0; i < n_shapes; i++) {
-        Layout l = { shape[i].dp, shape[i].fsdp, shape[i].ep, (Dispatch)(i % 3),
+        Layout l = { shape[i].dp, shape[i].fsdp, shape[i].ep, (Dispatch)(i % DISPATCHERS),
                      c->KV % shape[i].ep == 0 && i % 2 };
         Setup s = fixture_setup(f, OPT_SGD);
         const int updates = quick ? 2 : 10;
@@ -240,7 +243,7 @@ static void test_edge_load(const Fixture *f, const Config *c, const Shape *shape
     if (quick) steps = 2;
     Outcome solo = outcome_of(f, 0, &s, steps);
     for (int i = 0; i < n_shapes; i++)
-        for (int dispatch = 0; dispatch < 3 && shape[i].ep > 1; dispatch++) {
+        for (int dispatch = 0; dispatch < DISPATCHERS && shape[i].ep > 1; dispatch++) {
             Layout l = { shape[i].dp, shape[i].fsdp, shape[i].ep, (Dispatch)dispatch, 0 };
             Case k = { { i, dispatch, 0, 0, 0, 0 } };
             int sequences = local_sequences(c, shape, &k, batch);
