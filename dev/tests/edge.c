@@ -18,13 +18,13 @@ static int n_shapes;
 // The layouts of this world with every dispatcher that does something, one after another; heads
 // where they divide and `turn` is odd.
 static int next_layout(Layout *l, const Config *c, int *turn) {
-    for (; *turn < 3 * n_shapes; (*turn)++) {
-        const Shape *s = &shapes[*turn / 3];
-        if (s->ep == 1 && *turn % 3) continue;
+    for (; *turn < DISPATCHERS * n_shapes; (*turn)++) {
+        const Shape *s = &shapes[*turn / DISPATCHERS];
+        if (s->ep == 1 && *turn % DISPATCHERS) continue;
         l->dp = s->dp;
         l->fsdp = s->fsdp;
         l->ep = s->ep;
-        l->dispatch = (Dispatch)(*turn % 3);
+        l->dispatch = (Dispatch)(*turn % DISPATCHERS);
         l->heads = s->ep > 1 && *turn % 2 && c->KV % s->ep == 0;
         (*turn)++;
         return 1;
