@@ -44,7 +44,7 @@ TRANSPORT_mpi = parallel/comm_mpi.c
 TRANSPORT_nccl = parallel/comm_nccl.cu parallel/comm_join.c
 PARALLEL = $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c))
 MODEL = $(filter-out model/test_%,$(wildcard model/*.c))
-DATA = data/loader.c data/shard.c data/tokens.c
+DATA = data/loader.c data/shard.c data/tokens.c data/tokenizer_json.c
 
 LIBRARY = $(KERNELS) $(MODEL) $(PARALLEL) $(TRANSPORT_$(COMM)) $(DATA)
 OBJECTS = $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(LIBRARY))))

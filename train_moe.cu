@@ -23,6 +23,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 // ---- signals --------------------------------------------------------------------------------
 // SIGTERM, SIGINT and SIGHUP end the run after the update in hand, with a checkpoint; SIGUSR1 saves
@@ -324,14 +325,31 @@ static Loader *open_data(const FileList *files, const Options *o, const Config *
     return files->n ? loader_open(files->name, files->n, l) : 0;
 }
 
-static Tokens *open_tokens(const Options *o) {
-    char *table = 0;
-    if (*o->tokens)
-        table = xasprintf("%s", o->tokens);
-    else if (o->train.n)
-        table = tokens_beside(o->train.name[0]);
+// The table of token texts: the one given, the one beside a file of the training or validation
+// data, the tokenizer of the model, else bytes. A table that nothing will use is not read.
+static Tokens *open_tokens(const Run *r) {
+    const Options *o = r->o;
+    const Loader *loader[] = { r->data, r->val };
+    char *table = *o->tokens ? xasprintf("%s", o->tokens) : 0;
+    for (int i = 0; i < 2 && !table; i++)
+        for (int k = 0; loader[i] && k < loader_files(loader[i]) && !table; k++)
+            table = tokens_beside(loader_file(loader[i], k));
+    const char *bytes = r->data ? loader_bytes(r->data) : 0;
+    if (!bytes && r->val) bytes = loader_bytes(r->val);
+    int used = o->generate || o->sample_every || o->trace_token >= 0;
+    char *beside = xasprintf("%s/tokenizer.json", o->model);
+    if (!table && !bytes && *o->model && used && !access(beside, F_OK)) {
+        table = beside;
+        beside = 0;
+    }
+    const char *warning = bytes ? bytes : "the prompt, for want of a table of token texts,";
+    if (r->grid.rank == 0 && r->model.c.V > 512 && (bytes || (used && !table)))
+        printf("warning    %s is read as bytes, but the model's vocabulary has %d ids: use the "
+               "model's tokenizer (data/tokenize.py --tokenizer; --tokens)\n",
+               warning, r->model.c.V);
     Tokens *tokens = tokens_open(table);
     free(table);
+    free(beside);
     return tokens;
 }
 
@@ -428,7 +446,7 @@ static void command_train(Options *o) {
     cJSON *trainer = resumed ? checkpoint_trainer(resumed) : 0;
     r.data = open_data(&o->train, o, &config, 0);
     r.val = open_data(&o->val, o, &config, 1);
-    r.tokens = open_tokens(o);
+    r.tokens = open_tokens(&r);
     // Before anything under --out is touched, and before weights are loaded.
     FILE *screen = r.grid.rank == 0 ? stdout : 0;
     if (trainer) resume_check(trainer, o, &config, r.data, resumed, found, screen);

@@ -446,6 +446,12 @@ const char *loader_changed(const Loader *loader, int64_t first, int64_t n) {
     return name;
 }
 
+const char *loader_bytes(const Loader *loader) {
+    for (int i = 0; i < loader->n_files; i++)
+        if (loader->files[i].are_bytes) return loader->files[i].id.name;
+    return 0;
+}
+
 const char *loader_shared(const Loader *a, const Loader *b) {
     for (int i = 0; i < b->n_files; i++)
         for (int k = a == b ? i + 1 : 0; k < a->n_files; k++) {

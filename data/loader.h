@@ -104,6 +104,9 @@ void loader_print(FILE *out, const char *what, const Loader *loader);
 // no longer the one that was opened, or 0. A file whose time of change is new, but not its size nor
 // samples of its contents, is still the same.
 const char *loader_changed(const Loader *loader, int64_t first, int64_t n);
+// Returns the name of a file in which a token is a byte (.txt, or tokenize.py without a tokenizer),
+// or 0.
+const char *loader_bytes(const Loader *loader);
 // Returns the name of a file of b that a also has, under whatever name, or 0. With a = b: of a file
 // that it has twice.
 const char *loader_shared(const Loader *a, const Loader *b);

@@ -167,6 +167,7 @@ static void check_header(Shard *f, int fd, uint32_t vocab) {
             (long long)f->id.size, (long long)f->tokens, f->width, (long long)bytes);
     int64_t stated_vocab = number_at(header + 12, 4);
     int64_t largest = number_at(header + 16, 4);
+    f->are_bytes = stated_vocab == 257;
     f->states_largest = largest > 0 && largest < stated_vocab;
     if (f->states_largest && largest >= vocab)
         die("%s: its largest id is %lld (tokenizer of %lld ids), but the model's vocabulary has %u "
@@ -201,6 +202,7 @@ Shard shard_describe(const char *name, uint32_t vocab) {
     int fd = identify(&f.id);
     if (ends_in(name, ".txt")) {
         f.width = 1;
+        f.are_bytes = 1;
         f.tokens = f.id.size;
         f.states_largest = vocab >= 256; // no byte is larger than 255
         if (!f.tokens) die("%s: empty file|remove it from --train or --val", name);

@@ -24,6 +24,7 @@ typedef struct {
     int64_t start;        // bytes before the first token
     int64_t first_window; // the loader's: number of its first window among those of its source
     int width;            // bytes of a token: 1, 2 or 4
+    int are_bytes;        // .txt, or the header states tokenize.py's vocabulary of bytes, 257 ids
     int states_largest; // no id is above the one that the header states, which fits the vocabulary
 } Shard;
 

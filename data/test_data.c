@@ -48,6 +48,10 @@ static const char *write_bytes(const char *name, const void *data, size_t bytes)
     return path;
 }
 
+static const char *write_text(const char *name, const char *text) {
+    return write_bytes(name, text, strlen(text));
+}
+
 static void put32(unsigned char *p, uint32_t v) {
     for (int i = 0; i < 4; i++) p[i] = (unsigned char)(v >> 8 * i);
 }
@@ -814,6 +818,27 @@ static void test_tokens(void) {
     table_add(&few, "a", 1);
     dies(try_encode, table_write(&few, "few.vocab", 0xffffffffu, 0), "byte 0x01", "decode table",
          "error: a prompt with a byte the table lacks");
+
+    // U+0100 is byte 0, U+0120 a space, U+00E4 itself as one byte of Latin-1 (not as UTF-8).
+    static const char json[] =
+        "{\"added_tokens\": [{\"id\": 7, \"content\": \"<|endoftext|>\"}], \"decoder\": {\"type\": "
+        "\"ByteLevel\"}, \"model\": {\"vocab\": {\"a\": 0, \"\\u0120a\": 1, \"\\u0100\": 2, "
+        "\"\\u00e4\": 3, \"\\\"\": 5}}}";
+    t = tokens_open(write_bytes("tokenizer.json", json, sizeof json - 1));
+    static const int prompt[] = { 0, 1, 7, 0 };
+    good = tokens_vocab(t) == 8 && tokens_eot(t) == 7 && shows(t, 1, " a") && shows(t, 2, "\\x00");
+    check(good && shows(t, 3, "\\xe4") && shows(t, 4, "<4>") && shows(t, 5, "\\\"") &&
+              encodes(t, "a a<|endoftext|>a", prompt, 4),
+          "the tokens of a tokenizer.json: bytes, added tokens, unused ids");
+    tokens_close(t);
+    dies(try_table, write_text("bad.json", "{\"model\": {}}"), "no tokenizer.json", "bad.json",
+         "error: JSON that is no tokenizer");
+    dies(try_table, write_text("bad.json", "{\"model\": {\"vocab\": {\"a\": 0}}}"),
+         "not a byte-level tokenizer", "bad.json", "error: a tokenizer that is not byte-level");
+    dies(try_table,
+         write_text("bad.json",
+                    "{\"decoder\": \"ByteLevel\", \"model\": {\"vocab\": {\"a\": 1e99}}}"),
+         "a token with id 1e+99", "bad.json", "error: a token id beyond all bounds");
 
     table_write(&table, "set.vocab", 267, 0);
     static const char *const names[] = { "set_train_000007.bin", "set_val_000000.bin", "set_12.bin",

@@ -93,6 +93,8 @@ static void open_table(Tokens *t, const char *path) {
     size_t bytes;
     size_t at = HEADER_WORDS * 4;
     unsigned char *data = read_file(path, &bytes);
+    size_t n = strlen(path);
+    if (n > 5 && !strcmp(path + n - 5, ".json")) data = tokens_from_json(path, data, &bytes);
     if (bytes < at || word_at(data) != MAGIC)
         die("%s: not a decode table (magic %u expected)|name the .vocab file that tokenize.py "
             "wrote",

@@ -18,8 +18,8 @@
 MOE_BEGIN_C
 typedef struct Tokens Tokens;
 
-// Reads the decode table at `path`; 0 means that tokens are bytes. Dies when the file is
-// unreadable, damaged or no decode table.
+// Reads the decode table at `path`, or makes one from a tokenizer.json there; 0 means that tokens
+// are bytes. Dies when the file is unreadable, damaged, or neither of them.
 Tokens *tokens_open(const char *path);
 void tokens_close(Tokens *tokens);      // does nothing if tokens is 0
 int tokens_vocab(const Tokens *tokens); // V: ids from here on have no text
@@ -28,6 +28,10 @@ int tokens_eot(const Tokens *tokens);   // end-of-text id, -1: none
 // Returns the name of the decode table that belongs to a shard of tokenize.py, PREFIX.vocab for
 // PREFIX_train_000000.bin (the caller frees it), or 0 if there is no such file.
 char *tokens_beside(const char *shard);
+
+// Returns a decode table (*bytes of it, version 3) with the tokens of a tokenizer.json, whose text
+// is `data` (*bytes) and is freed. Dies naming `path` when it is damaged or not byte-level.
+unsigned char *tokens_from_json(const char *path, unsigned char *data, size_t *bytes);
 
 // Returns the *bytes bytes of a token's text, not terminated, which live as long as `tokens`; 0 if
 // the id has none: unused, negative or at least V. A token may hold part of a UTF-8 character, so
