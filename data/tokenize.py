@@ -149,8 +149,12 @@ class Input:
             if head.startswith(signature):
                 self.packed = needs(module, path)
                 name = os.path.splitext(path)[0]
-                with self.open() as f:
-                    head = f.read(512)
+                try:
+                    with self.open() as f:
+                        head = f.read(512)
+                    self.bytes = self.count()
+                except Exception as e:          # each library has errors of its own
+                    fail(f"{path}: cannot be unpacked, it may be damaged: {e}", "copy or pack it again")
         for signature, what in SIGNATURES + [(s, "a packed file inside a packed file") for s, _ in PACKED]:
             if head.startswith(signature):
                 fail(f"{path}: is {what}, not text", "give text, .jsonl, .json or .parquet, plain or packed with gzip, bz2, xz or zstd")
@@ -160,7 +164,11 @@ class Input:
             if self.packed:
                 fail(f"{path}: is a packed parquet file", "unpack it first")
             self.kind = "parquet"
-            self.table = needs("pyarrow.parquet", path).ParquetFile(path)
+            parquet = needs("pyarrow.parquet", path)
+            try:
+                self.table = parquet.ParquetFile(path)
+            except Exception as e:
+                fail(f"{path}: not a readable parquet file: {e}", "copy or write it again")
             self.size = self.table.metadata.num_rows
         elif name.endswith(".json") and head.lstrip().startswith(b"["):
             self.kind = "array"
@@ -172,7 +180,7 @@ class Input:
             self.size = len(self.records)
         else:
             self.kind = "lines" if lines or name.endswith((".jsonl", ".json", ".ndjson")) else "text"
-            self.size = os.path.getsize(path) if not self.packed else self.count()
+            self.size = self.bytes if self.packed else os.path.getsize(path)
 
     def open(self):
         return self.packed.open(self.path, "rb") if self.packed else open(self.path, "rb")

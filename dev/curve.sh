@@ -1,7 +1,8 @@
 #!/bin/sh
 # Draws the losses of a log.jsonl as text, with nothing but awk: '.' training loss (mean of the updates of a column), 'o' validation.
 #   sh dev/curve.sh runs/first/log.jsonl [columns] [rows]
-LOG=${1:?a log.jsonl}
+LOG=${1:?a log.jsonl, or the folder of a run}
+[ -d "$LOG" ] && LOG=$LOG/log.jsonl
 awk -v columns="${2:-72}" -v rows="${3:-14}" '
 function value(key) { return match($0, "\"" key "\":[-+0-9.eE]+") ? substr($0, RSTART + length(key) + 3, RLENGTH - length(key) - 3) + 0 : "" }
 {

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Draws training runs from their log.jsonl: loss and validation loss, learning rate, expert load, and its heat map over training.
 
-    python dev/plot.py RUN/log.jsonl [more...] --out plot.png [--names NAME...] [--smooth N]
+    python dev/plot.py RUN [more...] --out plot.png [--names NAME...] [--smooth N]
 
-The load of an expert is its rows divided by the mean over the experts of its layer: 1 is balanced, top-k times less than the number of experts
+RUN is the --out folder of a run or its log.jsonl; the run may be going on. The load of an expert is its rows divided by the mean over the experts of its layer: 1 is balanced, top-k times less than the number of experts
 is the most. Lines with "expert_load": [[share per expert] per MoE layer] give the heat map (of the first run that has them): time to the right,
 experts downwards, one band per layer, red above the mean, blue below, black for an expert that saw no token. Without such lines only the
 largest load (expert_load_max) and the experts without tokens (expert_dead) are drawn. Needs matplotlib and nothing else.
@@ -24,6 +24,7 @@ try:
 except ImportError:
     die("plots need matplotlib", "pip install matplotlib (training itself needs no Python)")
 
+NUMBERS = ["loss", "val_loss", "lr", "expert_load_max", "expert_dead"]
 INK, GRID = "#222222", "#e4e4e0"
 COLORS = ["#1b5e9b", "#d1572c", "#2e8b57", "#7d4fa8", "#b58900", "#c2407a", "#4a4a4a"]
 LOAD = LinearSegmentedColormap.from_list("load", ["#1f4e8c", "#7fa9d3", "#f7f5f0", "#e8956b", "#a3200f"])
@@ -31,16 +32,31 @@ LOAD.set_bad("#111111")
 
 
 def read_log(path):
-    """All lines of a log, each a dict; null becomes nan."""
+    """All lines of a log, each a dict; null becomes nan. The last line may be half written."""
     try:
-        with open(path) as f:
-            lines = [{k: math.nan if v is None else v for k, v in json.loads(text).items()} for text in f if text.strip()]
+        with open(path, encoding="utf-8", errors="replace") as f:
+            text = f.read()
     except OSError as e:
-        die(f"{path}: {e.strerror}", "give the log.jsonl of a run's --out folder")
-    except (json.JSONDecodeError, AttributeError):
-        die(f"{path}: a line is not a JSON object", "is it a log.jsonl?")
+        die(f"{path}: {e.strerror}", "give the --out folder of a run, or its log.jsonl")
+    lines, parts = [], text.split("\n")
+    for number, part in enumerate(parts, 1):
+        try:
+            line = json.loads(part) if part.strip() else None
+        except ValueError:
+            if number < len(parts):         # the line after the last line end may be half written
+                die(f"{path}: line {number} is not JSON", "is it a log.jsonl?")
+            continue
+        if line is None:
+            continue
+        if not isinstance(line, dict) or isinstance(line.get("step"), bool) or not isinstance(line.get("step"), int):
+            die(f"{path}: line {number} has no step", "is it a log.jsonl of train_moe?")
+        line = {k: math.nan if v is None else v for k, v in line.items()}
+        bad = next((k for k in NUMBERS if isinstance(line.get(k, 0), (str, list, dict, bool))), None)
+        if bad:
+            die(f"{path}: line {number}: {bad} is no number", "is it a log.jsonl of train_moe?")
+        lines.append(line)
     if not any("loss" in line for line in lines):
-        die(f"{path}: no update in it", "the run has not finished its first step")
+        die(f"{path}: no update in it", "the run has not finished its first step, or it only evaluated")
     return lines
 
 
@@ -63,6 +79,9 @@ def smoothed(values, reach):
 def heat_rows(lines):
     """Steps and load[layer][expert] at each, as share times number of experts, or nothing when no line carries it."""
     steps, tables = series(lines, "expert_load")
+    shapes = {tuple(len(layer) if isinstance(layer, list) else 0 for layer in table) if isinstance(table, list) else () for table in tables}
+    if len(shapes) > 1 or any(not shape or len(set(shape)) > 1 for shape in shapes):
+        die("the lines with expert_load have several shapes", "is it the log of one run?")
     relative = lambda layer: [share * len(layer) / max(sum(layer), 1e-30) for share in layer]
     return steps, [[relative(layer) for layer in table] for table in tables]
 
@@ -95,10 +114,11 @@ def heat_map(fig, ax, steps, tables, name):
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("logs", nargs="+", help="log.jsonl of each run, or the folder that holds it")
-    p.add_argument("--out", required=True, help="PNG, PDF or SVG")
+    p.add_argument("--out", help="PNG, PDF or SVG (default: plot.png beside the first log)")
     p.add_argument("--names", nargs="+", help="labels, default: the folders of the logs")
     p.add_argument("--smooth", type=int, help="the bold loss is the mean over this many updates before and after, default: 1 %% of the run")
     a = p.parse_args()
+    a.out = a.out or os.path.join(a.logs[0] if os.path.isdir(a.logs[0]) else os.path.dirname(a.logs[0]), "plot.png")
     a.logs = [os.path.join(path, "log.jsonl") if os.path.isdir(path) else path for path in a.logs]
     runs = [read_log(path) for path in a.logs]
     names = a.names or [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in a.logs]
@@ -154,7 +174,10 @@ def main():
         heat_map(fig, axes[3], *heat[:2], "" if one else heat[2])
     axes[-1].set_xlabel("update")
     axes[0].margins(x=0.01)
-    fig.savefig(a.out, dpi=160)
+    try:
+        fig.savefig(a.out, dpi=160)
+    except (OSError, ValueError) as e:
+        die(f"{a.out}: {e}", "give --out a PNG, PDF or SVG file that can be written")
     print(f"drawn: {a.out}")
 
 

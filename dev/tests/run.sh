@@ -72,7 +72,7 @@ if [ "$what" = test ]; then
         case $dir in *-mpi*) [ -n "$(launcher 2)" ] && ranks=1 ;; esac
         kernels fp32
         suite data 120 "$dir/data/test_data" $script
-        [ -z "$script" ] || suite "data chat" 200 "${PYTHON:-python3}" data/test_chat.py
+        [ -z "$script" ] || suite "data tokenize.py" 200 "${PYTHON:-python3}" data/test_tokenize.py
         suite checkpoint 300 "$dir/model/test_checkpoint"
         suite "model fp32" 600 "$dir/test_moe"
         suite "naive model" 120 env CC="$cc" sh dev/tests/test_naive.sh "$dir/train_moe"

@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Checks of `tokenize.py --chat`, numbered: python3 data/test_chat.py [FOLDER]
+"""Numbered checks of tokenize.py: python3 data/test_tokenize.py
 
-200 turns are rendered with a template as Qwen3's, which leaves out earlier thinking. The shards must
+Packed files, arrays and tables give the tokens of the plain text; what is no text is refused by name.
+
+With --chat, 200 turns are rendered with a template as Qwen3's, which leaves out earlier thinking. The shards must
 hold the tokens that transformers' apply_chat_template gives, where transformers is installed, and
 the masks must equal those of a scan that knows only where `<|im_start|>assistant` and `<|im_end|>`
-stand. Needs the packages tokenizers and jinja2; without them nothing is checked, and said so.
+stand. That needs the packages tokenizers and jinja2, and is left out without them.
 """
 import gzip
+import importlib
 import json
 import os
 import random
@@ -155,6 +158,67 @@ def make_conversations(rng):
     return conversations, turns
 
 
+def run_bytes(folder, *options, **environment):
+    command = [sys.executable, os.path.join(HERE, "tokenize.py"), "--force", "--out", f"{folder}/out/b", *options]
+    done = subprocess.run(command, capture_output=True, env=dict(os.environ, **environment))
+    return done.returncode, (done.stdout + done.stderr).decode("utf-8", "replace")
+
+
+def byte_shard(folder):
+    with open(f"{folder}/out/b_train_000000.bin", "rb") as f:
+        return f.read()
+
+
+def test_files(folder):
+    """Bytes as tokens, so nothing has to be installed but what reads a format."""
+    text = "naïve 日本\n" * 2000
+    with open(f"{folder}/plain.txt", "w", encoding="utf-8") as f:
+        f.write(text)
+    run_bytes(folder, f"{folder}/plain.txt")
+    plain = byte_shard(folder)
+    for module, end in (("gzip", "gz"), ("bz2", "bz2"), ("lzma", "xz"), ("zstandard", "zst")):
+        try:
+            library = importlib.import_module(module)
+        except ImportError:
+            print(f"skipped: {module} is not installed")
+            continue
+        with library.open(f"{folder}/t.txt.{end}", "wb") as f:
+            f.write(text.encode())
+        status, said = run_bytes(folder, f"{folder}/t.txt.{end}")
+        check(status == 0 and byte_shard(folder) == plain, f"text packed with {module}: {said[-80:] if status else 'the same tokens'}")
+        status, _ = run_bytes(folder, f"{folder}/t.txt.{end}", "--val-fraction", "0.25")
+        with open(f"{folder}/out/b_val_000000.bin", "rb") as f:
+            held = f.read()[1024:]
+        joined = byte_shard(folder)[1024:-2] + held         # without the end of text after the first part
+        check(status == 0 and joined == plain[1024:] and len(held) * 4 > len(plain) * 0.95, f"{module}: the last quarter is held out")
+    records = [{"text": "one"}, {"text": "zwei ä"}, {"text": ""}, {"text": "3"}]
+    write(folder, records, "r.jsonl")
+    run_bytes(folder, f"{folder}/r.jsonl")
+    lines = byte_shard(folder)
+    with open(f"{folder}/r.json", "w") as f:
+        json.dump(records, f, indent=1)
+    check(run_bytes(folder, f"{folder}/r.json")[0] == 0 and byte_shard(folder) == lines, "a JSON array gives the tokens of its lines")
+    try:
+        import pyarrow
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), f"{folder}/r.parquet")
+        check(run_bytes(folder, f"{folder}/r.parquet")[0] == 0 and byte_shard(folder) == lines, "a parquet file gives the tokens of its rows")
+        status, said = run_bytes(folder, f"{folder}/r.parquet", "--key", "body")
+        check(status == 1 and "row 1" in said and "body" in said, "error: a column that is not there")
+    except ImportError:
+        print("skipped: pyarrow is not installed")
+    for head, word in ((plain[:600], "a token shard"), (b"%PDF-1.4", "a PDF"), (b"PK\x03\x04", "a zip archive"),
+                       (b"\x93NUMPY\1\0", "a numpy array"), (bytes(257) + b"ustar\0", "a tar archive"),
+                       (gzip.compress(b"x" * 999)[:-5], "damaged"), (b"PAR1", "parquet"), (gzip.compress(gzip.compress(b"x")), "packed file inside"), (gzip.compress(b"PK\x03\x04"), "a zip archive")):
+        with open(f"{folder}/x.txt", "wb") as f:
+            f.write(head)
+        status, said = run_bytes(folder, f"{folder}/x.txt")
+        check(status == 1 and word in said and "x.txt" in said and said.count("\n") == 1, f"refused: {word}")
+    check(byte_shard(folder)[:4] == plain[:4], "a refused file leaves the earlier shards")
+    status, said = run_bytes(folder, f"{folder}/plain.txt", PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0")
+    check(status == 0 and "\\xef" in said, "a terminal of ASCII does not end a run whose text it cannot show")
+
+
 def run(folder, *options):
     command = [sys.executable, os.path.join(HERE, "tokenize.py"), "--tokenizer", f"{folder}/tok/tokenizer.json", "--chat", "--force",
                "--out", f"{folder}/out/c", *options]
@@ -235,7 +299,7 @@ def test_kinds(folder, t):
     run(folder, f"{folder}/c.json")
     check(shard(folder) == (ids, mask), "a JSON array gives the same")
     run(folder, f"{folder}/c.jsonl", "--shard-tokens", "7")
-    parts = sorted(name[:-4] for name in os.listdir(f"{folder}/out") if name.endswith(".bin"))
+    parts = sorted(name[:-4] for name in os.listdir(f"{folder}/out") if name.startswith("c_") and name.endswith(".bin"))
     joined = [shard(folder, name) for name in parts]
     check(len(parts) > 3 and [sum((p[k] for p in joined), []) for k in (0, 1)] == [ids, mask], "shards of 7 tokens hold the same")
 
@@ -278,20 +342,18 @@ def test_errors(folder):
 
 
 def main():
-    try:
-        import jinja2
-        import tokenizers
-        del jinja2, tokenizers
-    except ImportError as e:
-        print(f"skipped: {e.name} is not installed\n0 passed, 0 failed")
-        return 0
     with tempfile.TemporaryDirectory() as folder:
-        os.mkdir(f"{folder}/tok")
         os.mkdir(f"{folder}/out")
-        t = make_tokenizer(f"{folder}/tok")
-        test_turns(folder, t)
-        test_kinds(folder, t)
-        test_errors(folder)
+        test_files(folder)
+        try:
+            os.mkdir(f"{folder}/tok")
+            importlib.import_module("jinja2")
+            t = make_tokenizer(f"{folder}/tok")
+            test_turns(folder, t)
+            test_kinds(folder, t)
+            test_errors(folder)
+        except ImportError as e:
+            print(f"skipped: conversations, {e.name} is not installed")
     print(f"{passed} passed, {failed} failed")
     return failed > 0
 
