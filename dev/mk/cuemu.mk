@@ -16,7 +16,7 @@ CUEMU_COMMON = -DMOE_MPI $(CJSON_CFLAGS) $(MPI_CFLAGS) -DOMPI_SKIP_MPICXX -Wall 
 CUEMU_EMULATE = -std=c++17 -x c++ -DCUEMU -include cuemu.h -I$(CUEMU_DIR)/include -isystem $(CUDA_INCLUDE) -fno-strict-aliasing -Wno-attributes -Wno-unknown-pragmas -Wno-sign-compare \
     -Wno-unused-parameter -Wno-unused-function -Wno-psabi
 CUEMU_LIBRARY = $(filter-out kernels/cuda/%cudnn.cu kernels/cuda/%cudnn.c,$(CUDA_KERNELS)) $(filter-out model/test_%,$(wildcard model/*.c)) \
-    $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)) $(TRANSPORT_nccl) data/loader.c data/shard.c data/tokens.c data/tokenizer_json.c data/tokenizer_json.c
+    $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)) $(TRANSPORT_nccl) data/loader.c data/shard.c data/tokens.c data/tokenizer_json.c
 CUEMU_STAGED = $(filter-out parallel/comm_nccl parallel/comm_join,$(basename $(CUEMU_LIBRARY))) parallel/comm_mpi
 CUEMU_HEADERS = $(patsubst %,$(CUEMU_BUILD)/source/%,$(wildcard kernels/cuda/*.cuh))
 CUEMU_PROGRAMS = train_moe test_moe parallel/test_comm parallel/test_join kernels/test_cuda kernels/test_offsets dev/bench_cuda
