@@ -19,11 +19,11 @@ PYTHON ?= python3
 QUIET = $(if $(V),,@)
 
 # Goals that compile nothing look at nothing.
-PLAIN_GOALS = help walk deps clean quickstart doctor naive compare-hf gpu-check format format-check \
+PLAIN_GOALS = help walk deps clean watch quickstart doctor naive compare-hf gpu-check format format-check \
     prose-check
 NO_DETECT := $(if $(filter-out $(PLAIN_GOALS),$(MAKECMDGOALS)),,1)
 
-.PHONY: help walk deps detect quickstart doctor naive compare-hf gpu-check bench-cpu clean FORCE
+.PHONY: help walk deps detect watch quickstart doctor naive compare-hf gpu-check bench-cpu clean FORCE
 help:
 	@cat dev/mk/help.txt
 
@@ -79,6 +79,8 @@ walk:
 	@sh dev/walk.sh
 deps:
 	@sh dev/deps.sh $(CC)
+watch:
+	@sh dev/watch.sh "$(RUN)" $(PORT)
 quickstart:
 	@CC=$(CC) TEXT="$(TEXT)" sh dev/quickstart.sh
 doctor:

@@ -17,6 +17,18 @@ LAUNCH=${LAUNCH:-srun --mpi=pmix}
 site_setup() { :; }
 # The network between nodes: export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 OMPI_MCA_btl_tcp_if_include=ib0
 
+# sbatch of the shell that read this file: asks for the ranks and threads above on every node. What the command line says again counts.
+sbatch() { command sbatch --ntasks-per-node "$RANKS_PER_NODE" --cpus-per-task "$CPUS_PER_RANK" "$@"; }
+
+# Ends a job that was given less than that, which srun would refuse with "More processors requested than permitted".
+site_check() {
+    have=$(echo "${SLURM_JOB_CPUS_PER_NODE:-0}" | sed 's/[^0-9].*//') want=$((RANKS_PER_NODE * CPUS_PER_RANK))
+    [ "$have" -ge "$want" ] && return
+    echo "error: the job has $have CPUs on a node, dev/slurm/site.sh asks for $want  hint: submit it in a shell that did '. dev/slurm/site.sh'," \
+        "or with --ntasks-per-node $RANKS_PER_NODE --cpus-per-task $CPUS_PER_RANK"
+    exit 1
+}
+
 # launch RANKS COMMAND...: starts the ranks over all nodes of the job
 launch() {
     ranks=$1

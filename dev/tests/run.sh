@@ -73,6 +73,7 @@ if [ "$what" = test ]; then
         kernels fp32
         suite data 120 "$dir/data/test_data" $script
         [ -z "$script" ] || suite "data tokenize.py" 200 "${PYTHON:-python3}" data/test_tokenize.py
+        [ -z "$script" ] || suite "data plots, exports, page" 300 "${PYTHON:-python3}" dev/tests/test_tools.py
         suite checkpoint 300 "$dir/model/test_checkpoint"
         suite "model fp32" 600 "$dir/test_moe"
         suite "naive model" 120 env CC="$cc" sh dev/tests/test_naive.sh "$dir/train_moe"
