@@ -495,6 +495,7 @@ static void start(const Options *o) {
 }
 
 int main(int argc, char **argv) {
+    device_prepare(argv);
     ignore_signals();
     comm_init(&argc, &argv);
     Options o = options_parse(argc, argv);

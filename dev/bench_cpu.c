@@ -332,6 +332,7 @@ static void bench_kernels(Model *m, const Bench *b, const char *dir) {
 }
 
 int main(int argc, char **argv) {
+    device_prepare(argv);
     if (argc == 5 && !strcmp(argv[1], "tokens")) {
         write_tokens(argv[2], atoi(argv[3]), atoi(argv[4]));
         return 0;

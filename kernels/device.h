@@ -7,6 +7,10 @@
 MOE_BEGIN_C
 
 // ---- the device -----------------------------------------------------------------------------
+// Chooses how threads wait for one another: the first call of main. The OpenMP runtime reads its
+// settings when the program is loaded, so this sets them in the environment and starts the program
+// anew, unless OMP_WAIT_POLICY, GOMP_SPINCOUNT or KMP_BLOCKTIME is set already. GPUs: nothing.
+void device_prepare(char **argv);
 // local_rank picks the device (local_rank modulo the number of devices); threads: host threads of
 // the CPU kernels (0 = as the OpenMP runtime says).
 void device_init(int local_rank, int threads);

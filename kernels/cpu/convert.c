@@ -86,7 +86,7 @@ void convert(void *dst, Dtype to, const void *src, Dtype from, size_t n) {
         die("conversion between element types %d and %d|only floating-point types convert", from,
             to);
     size_t size = dtype_size(to);
-    PARALLEL_FOR
+    PARALLEL_FOR_BYTES(n * size)
     for (size_t at = 0; at < n; at += BLOCK) {
         size_t count = n - at < BLOCK ? n - at : BLOCK;
         float buffer[BLOCK];

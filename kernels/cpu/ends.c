@@ -4,7 +4,7 @@
 
 void embed_forward(floatX *out, const int *ids, const floatX *W, int64_t R, int64_t C) {
     kernel_begin("embed_forward", 0);
-    PARALLEL_FOR
+    PARALLEL_FOR_BYTES(R * C * sizeof *out)
     for (int64_t r = 0; r < R; r++) memcpy(out + r * C, W + ids[r] * C, (size_t)C * sizeof(floatX));
 }
 // out_r = W[id_r]  =>  dW_v = sum over r with id_r = v of dx_r. Threads share the columns, not the
@@ -15,7 +15,7 @@ void embed_backward(gradX *dW, const floatX *dx, const int *ids, int accumulate,
     kernel_begin("embed_backward", 0);
     enum { STRIP = 64 }; // columns of an item: one or more cache lines of every row
     if (!accumulate) device_zero(dW, (size_t)(V * C) * sizeof *dW);
-    PARALLEL_FOR
+    PARALLEL_FOR_BYTES(R * C * sizeof *dx)
     for (int64_t c0 = 0; c0 < C; c0 += STRIP) {
         int64_t n = lesser(STRIP, C - c0);
         for (int64_t r = 0; r < R; r++) {
@@ -53,7 +53,7 @@ void cross_entropy(floatX *logits, double *loss_sum, const int *targets, real se
                    int64_t N, int64_t V) {
     kernel_begin("cross_entropy", 0);
     double *loss = SCRATCH(SCRATCH_SHARED, double, N), sum = 0;
-    PARALLEL_FOR
+    PARALLEL_FOR_BYTES(N * V * sizeof *logits)
     for (int64_t r = 0; r < N; r++)
         loss[r] = cross_entropy_row(logits + r * V, targets[r], seed, backward, V);
     for (int r = 0; r < N; r++) sum += loss[r];

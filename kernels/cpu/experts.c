@@ -167,7 +167,7 @@ void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *d
     int64_t count, K = index->K, block = lesser(F, MAX_COLUMNS / 2);
     Task *tasks = row_tasks(index, &count);
     if (dscore) {
-        PARALLEL_FOR
+        PARALLEL_FOR_BYTES(index->P * K * sizeof *dscore)
         for (int64_t i = 0; i < index->P * K; i++) dscore[i] = 0;
     }
     PARALLEL_TILES

@@ -230,7 +230,7 @@ static void gemm_parallel(int ta, int tb, int64_t m, int64_t n, int64_t k, const
     int64_t tm, tn;
     gemm_tile(m, n, k, &tm, &tn);
     int64_t rows = div_up(m, tm), columns = div_up(n, tn);
-    PARALLEL_TILES
+    OMP(parallel for schedule(dynamic, 1) if (rows * columns > 1))
     for (int64_t t = 0; t < rows * columns; t++) {
         int64_t i = t % rows * tm, j = t / rows * tn, mi = lesser(tm, m - i),
                 nj = lesser(tn, n - j);

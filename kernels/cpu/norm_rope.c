@@ -15,7 +15,7 @@ static real inverse_rms(const real *x, real eps, int64_t n) {
 void rmsnorm_forward(floatX *y, real *rstd, const floatX *x, const floatX *w, real eps, int64_t R,
                      int64_t C) {
     kernel_begin("rmsnorm_forward", 0);
-    PARALLEL_FOR
+    PARALLEL_FOR_BYTES(R * C * sizeof *y)
     for (int64_t row = 0; row < R; row++) {
         const real *xr = view_row(x + row * C, SCRATCH(SCRATCH_LOCAL, real, C), C);
         floatX *yr = y + row * C;
@@ -31,7 +31,7 @@ void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const float
     // dw: threads share the columns and walk down all rows. Sums of 64 rows are added to the total:
     // two short sums err less than a long one.
     enum { STRIP = 64, ROWS = 64 };
-    PARALLEL_FOR
+    PARALLEL_FOR_BYTES(R * C * sizeof *dx)
     for (int64_t c0 = 0; c0 < C; c0 += STRIP) {
         int n = (int)lesser(STRIP, C - c0);
         real total[STRIP] = { 0 };
@@ -45,7 +45,7 @@ void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const float
         }
         for (int j = 0; j < n; j++) dw[c0 + j].v = accumulate ? dw[c0 + j].v + total[j] : total[j];
     }
-    PARALLEL_FOR
+    PARALLEL_FOR_BYTES(R * C * sizeof *dx)
     for (int64_t row = 0; row < R; row++) {
         int64_t at = row * C;
         real *t = SCRATCH(SCRATCH_LOCAL, real, 2 * C), r = rstd[row];
@@ -63,7 +63,7 @@ void add(floatX *out, const floatX *a, const floatX *b, size_t n) {
     kernel_begin("add", 0);
     enum { PIECE = 1 << 14 };
     int64_t pieces = div_up((int64_t)n, PIECE);
-    PARALLEL_FOR
+    PARALLEL_FOR_BYTES(n * sizeof *out)
     for (int64_t p = 0; p < pieces; p++) {
         int64_t end = lesser((int64_t)n, (p + 1) * PIECE);
         for (int64_t i = p * PIECE; i < end; i++) store(out + i, load(a + i) + load(b + i));
@@ -120,7 +120,7 @@ void qk_norm_rope_forward(floatX *qn, floatX *kn, const floatX *q, const floatX 
                           const real *sin_table, const int *position, real eps, int64_t R,
                           int64_t T, int64_t H, int64_t KV, int64_t D) {
     kernel_begin("qk_norm_rope_forward", 0);
-    PARALLEL_FOR
+    PARALLEL_FOR_BYTES(R * (H + KV) * D * sizeof *qn)
     for (int64_t row = 0; row < R; row++) {
         real *buffer = SCRATCH(SCRATCH_LOCAL, real, 3 * D);
         int64_t t = position ? position[row] : row % T;
@@ -147,7 +147,7 @@ void qk_norm_rope_backward(floatX *dq, floatX *dk, gradX *dwq, gradX *dwk, const
     // deterministic), each with its own sums, added in order at the end.
     enum { SLICES = 64 };
     real *sums = SCRATCH(SCRATCH_SHARED, real, 2 * SLICES * D);
-    PARALLEL_FOR
+    PARALLEL_FOR_BYTES(R * (H + KV) * D * sizeof *dq)
     for (int64_t slice = 0; slice < SLICES; slice++) {
         real *buffer = SCRATCH(SCRATCH_LOCAL, real, 5 * D), *sum_q = sums + 2 * slice * D,
              *sum_k = sum_q + D;

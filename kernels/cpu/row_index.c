@@ -70,7 +70,7 @@ void row_index_dense(RowIndex *index, int64_t R) {
 // ---- gather and its adjoint -----------------------------------------------------------------
 void rows_gather(void *out, const void *in, const int *index, int64_t n, size_t row_bytes) {
     kernel_begin("rows_gather", 0);
-    PARALLEL_FOR
+    PARALLEL_FOR_BYTES((size_t)n * row_bytes)
     for (int64_t i = 0; i < n; i++) {
         char *to = (char *)out + (size_t)i * row_bytes;
         if (index[i] < 0)
@@ -100,18 +100,18 @@ void rows_weighted_sum(floatX *out, const floatX *Y, const real *score, const Ro
                        int64_t C) {
     kernel_begin("rows_weighted_sum", 0);
     int64_t K = index->K;
-    PARALLEL_FOR
+    PARALLEL_FOR_BYTES(index->P * C * sizeof *out)
     for (int64_t p = 0; p < index->P; p++)
         sum_row(out + p * C, Y, index->token_row + p * K, score ? score + p * K : 0, K, C);
 }
 void rows_sum(floatX *out, const floatX *in, const int *index, int64_t R, int64_t J, int64_t C) {
     kernel_begin("rows_sum", 0);
-    PARALLEL_FOR
+    PARALLEL_FOR_BYTES(R * C * sizeof *out)
     for (int64_t r = 0; r < R; r++) sum_row(out + r * C, in, index + r * J, 0, J, C);
 }
 void rows_sum_real(real *out, const real *in, const int *index, int64_t R, int64_t J, int64_t C) {
     kernel_begin("rows_sum_real", 0);
-    PARALLEL_FOR
+    PARALLEL_FOR_BYTES(R * C * sizeof *out)
     for (int64_t r = 0; r < R; r++) {
         real *to = out + r * C;
         for (int64_t c = 0; c < C; c++) to[c] = 0;

@@ -48,6 +48,7 @@ static __global__ void probe() {} // exists for the card's architecture or not a
 
 cudaStream_t device_stream(Stream stream) { return streams[stream]; }
 
+void device_prepare(char **argv) { (void)argv; }
 void device_init(int local_rank, int threads) {
     (void)threads;
     int count = 0, device;
