@@ -270,7 +270,8 @@ void dispatch_start(Dispatcher *d, Pass pass, const floatX *x, const real *score
     d->at[pass].score = score;
     d->at[pass].rows = d->at[pass].scores = NOTHING;
     if (d->local) return;
-    if (d->kind == DISPATCH_ALLTOALL) {
+    switch (d->kind) {
+    case DISPATCH_ALLTOALL: {
         floatX *send = pass == FORWARD ? d->stage : d->out;
         int64_t rows = d->load.sent_rows + d->send_rows[d->me];
         rows_gather(send, x, d->send_token, rows, row);
@@ -278,16 +279,21 @@ void dispatch_start(Dispatcher *d, Pass pass, const floatX *x, const real *score
         if (!score) return;
         rows_gather(d->score_stage, score, d->send_token, rows, ids);
         d->at[pass].scores = exchange(d, d->score, d->recv_rows, d->score_stage, d->send_rows, ids);
-    } else if (d->kind == DISPATCH_ALLGATHER) {
+        return;
+    }
+    case DISPATCH_ALLGATHER:
         d->at[pass].rows =
             all_gather_start(d->group, d->pool[pass], x, elements, DTYPE_FLOATX, STREAM_EXCHANGE);
         if (score)
             d->at[pass].scores =
                 all_gather_start(d->group, d->score, score, scores, DTYPE_REAL, STREAM_EXCHANGE);
-    } else if (pass == BACKWARD) {
+        return;
+    case DISPATCH_ALLREDUCE:
+        if (pass == FORWARD) return;
         device_copy(d->pool[BACKWARD], x, (size_t)d->R * row);
         d->at[pass].rows =
             all_reduce_start(d->group, d->pool[BACKWARD], elements, DTYPE_FLOATX, STREAM_EXCHANGE);
+        return;
     }
 }
 
@@ -316,19 +322,26 @@ void combine_start(Dispatcher *d, Pass pass, floatX *y, real *dscore) {
     d->at[pass].dscore = dscore;
     d->at[pass].rows = d->at[pass].scores = NOTHING;
     if (d->local) return;
-    if (d->kind == DISPATCH_ALLTOALL) {
+    switch (d->kind) {
+    case DISPATCH_ALLTOALL:
         d->at[pass].rows = exchange(d, d->stage, d->send_rows, d->out, d->recv_rows, row);
         if (dscore)
             d->at[pass].scores =
                 exchange(d, d->score_stage, d->send_rows, d->dscore, d->recv_rows, ids);
-    } else if (d->kind == DISPATCH_ALLGATHER) {
+        return;
+    case DISPATCH_ALLGATHER:
         d->at[pass].rows =
             reduce_scatter_start(d->group, y, d->out, elements, DTYPE_FLOATX, 0, STREAM_EXCHANGE);
         if (dscore)
             d->at[pass].scores = reduce_scatter_start(d->group, dscore, d->dscore, scores,
                                                       DTYPE_REAL, 0, STREAM_EXCHANGE);
-    } else if (pass == FORWARD)
-        d->at[pass].rows = all_reduce_start(d->group, y, elements, DTYPE_FLOATX, STREAM_EXCHANGE);
+        return;
+    case DISPATCH_ALLREDUCE:
+        if (pass == FORWARD)
+            d->at[pass].rows =
+                all_reduce_start(d->group, y, elements, DTYPE_FLOATX, STREAM_EXCHANGE);
+        return;
+    }
 }
 
 void combine_wait(Dispatcher *d, Pass pass) {

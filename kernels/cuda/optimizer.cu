@@ -253,15 +253,20 @@ void optimizer_update(const OptimizerState *s, const Segment *segments, int n_se
     Coefficients c = coefficients(o);
     for_batches(segments, n_segments, BLOCK, [&](const Batch &batch, int) {
         unsigned blocks = grid_for(batch.start[batch.count], WARPS);
-        if (o->kind == OPT_SGD)
+        switch (o->kind) {
+        case OPT_SGD:
             update_kernel<OPT_SGD>
                 <<<blocks, WARPS * 32, 0, compute_stream()>>>(*s, batch, c, scale);
-        else if (o->kind == OPT_ADAMW)
+            break;
+        case OPT_ADAMW:
             update_kernel<OPT_ADAMW>
                 <<<blocks, WARPS * 32, 0, compute_stream()>>>(*s, batch, c, scale);
-        else
+            break;
+        case OPT_ADAMW8:
             update_kernel<OPT_ADAMW8>
                 <<<blocks, WARPS * 32, 0, compute_stream()>>>(*s, batch, c, scale);
+            break;
+        }
         LAUNCHED();
     });
 }
