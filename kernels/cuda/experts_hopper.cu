@@ -242,9 +242,11 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
                 // A is computed from the rounded H, so that recomputing it from H gives the same
                 // bits; H leaves meanwhile.
 #pragma unroll
-            for (int i = 0; i < 64; i++) {
-                float gate = round_x(acc[i]);
-                acc[i] = gate * sigmoid(gate) * round_x(acc[64 + i]);
+            for (int i = 0; i < 64; i += 2) { // two at a time: one conversion rounds both
+                float2 gate = unpack_two(pack_two(acc[i], acc[i + 1]));
+                float2 up = unpack_two(pack_two(acc[64 + i], acc[65 + i]));
+                acc[i] = gate.x * sigmoid(gate.x) * up.x;
+                acc[i + 1] = gate.y * sigmoid(gate.y) * up.y;
             }
             out_free(own.group, own.first);
             for (int i = 0; i < 2; i++) put_block(own.out + i * BLOCK_BYTES, acc, 32 * i);
