@@ -231,7 +231,7 @@ static void check_experts(Check *c) {
     index.P = P;
     index.E = E;
     index.K = K;
-    row_index_build(&index, upload(c, choice), 0, 0);
+    row_index_build(&index, upload(c, choice), 0);
     const floatX *pool = random_x(c, P * C, 1), *dpool = random_x(c, P * C, 1);
     const floatX *W1 = random_x(c, E * 2 * F * C, 0.2), *W2 = random_x(c, E * C * F, 0.2);
     const float *score = random_real(c, P * K);
