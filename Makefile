@@ -20,7 +20,7 @@ QUIET = $(if $(V),,@)
 
 # Goals that compile nothing look at nothing.
 PLAIN_GOALS = help walk deps clean watch quickstart doctor naive compare-hf gpu-check format format-check \
-    prose-check
+    prose-check parity-kit parity-peers
 NO_DETECT := $(if $(filter-out $(PLAIN_GOALS),$(MAKECMDGOALS)),,1)
 
 .PHONY: help walk deps detect watch quickstart doctor naive compare-hf gpu-check bench-cpu clean FORCE
@@ -69,6 +69,7 @@ naive: dev/naive/train_naive.c $(wildcard dev/naive/*.h)
 
 # ---- tests ----------------------------------------------------------------------------------
 include dev/mk/tests.mk
+include dev/mk/parity.mk
 ifndef NO_DETECT
 include dev/mk/cuemu.mk
 include dev/mk/gpu.mk
@@ -88,7 +89,7 @@ doctor:
 gpu-check:
 	@CC=$(CC) bash dev/gpu_check.sh
 compare-hf:
-	@CC=$(CC) bash dev/compare_hf.sh
+	@CC=$(CC) bash $(if $(filter bf16,$(PRECISION)),dev/hf/compare_bf16.sh,dev/compare_hf.sh)
 bench-cpu: train_moe $(BUILD)/dev/bench_cpu
 	@BENCH=$(BUILD)/dev/bench_cpu bash dev/bench_cpu.sh
 
