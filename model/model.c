@@ -7,17 +7,23 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ALIGN = 256 }; // elements: parameters begin and shards are cut at multiples of this (I4)
+// Parameters begin and shards are cut at multiples of this many elements (I4, layout-free numbers).
+enum { ALIGN = 256 };
 
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // ---- parameters -----------------------------------------------------------------------------
 static int row_exists(const Config *c, char where, When when, int layer) {
-    if (where != (layer < 0 ? 'E' : layer == c->L ? 'H' : 'L')) return 0;
-    if (when == IF_MOE) return c->is_moe[layer];
-    if (when == IF_MLP) return !c->is_moe[layer];
-    if (when == IF_UNTIED) return !c->tied;
-    return 1;
+    char here = layer < 0 ? 'E' : 'L';
+    if (layer == c->L) here = 'H';
+    if (where != here) return 0;
+    switch (when) {
+    case EVERY: return 1;
+    case IF_MOE: return c->is_moe[layer];
+    case IF_MLP: return !c->is_moe[layer];
+    case IF_UNTIED: return !c->tied;
+    }
+    return 0;
 }
 
 // One table row as the parameter of a layer, cut for this rank.
@@ -198,10 +204,12 @@ static int add_block(Model *m, const Param *row, int n, int layer, int local) {
 
 Model model_build(Config c, ShardSpec shard_spec) {
     if (c.n_moe && c.E % shard_spec.ep)
-        die("%d experts cannot be divided over --ep %d|choose an ep that divides the number of experts",
+        die("%d experts cannot be divided over --ep %d|"
+            "choose an ep that divides the number of experts",
             c.E, shard_spec.ep);
     if (shard_spec.split_heads && (c.KV % shard_spec.ep || c.H % shard_spec.ep))
-        die("--attention heads: %d key/value heads cannot be divided over --ep %d|choose an ep that divides them, or --attention data",
+        die("--attention heads: %d key/value heads cannot be divided over --ep %d|"
+            "choose an ep that divides them, or --attention data",
             c.KV, shard_spec.ep);
     Model m;
     memset(&m, 0, sizeof m);

@@ -39,7 +39,7 @@ static void take_store(Trainer *t, Arena *a) {
         size_t free_bytes = limit > a->used ? limit - a->used : 0;
         if (a->base)
             free_bytes = a->capacity - a->used;
-        else if (t->g->all) { // all ranks as the one with the least (I2): they must decide alike
+        else if (t->g->all) { // as the rank with the least: all must decide alike
             free_bytes = (size_t)-comm_max(t->g->all, -(int64_t)free_bytes);
             free_bytes -= free_bytes % 256;
         }
