@@ -15,6 +15,7 @@
 #endif
 #include "cuda/experts.cuh"
 #include <math.h>
+#include <algorithm>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string>
@@ -64,7 +65,9 @@ TWIN(clip_scale);
 TWIN(init_segments);
 TWIN(convert);
 TWIN(check_finite);
-TWIN(device_init);
+TWIN(device_init)
+TWIN(route_table)
+TWIN(route_lists);
 // The function of world `w`.
 template <class F> static F *of_world(int w, F *cuda, F *same, F *truth) {
     F *all[WORLDS] = { cuda, same, truth };
@@ -700,6 +703,114 @@ static void test_experts_budget(int P, int K, int E, int C, int F) {
     for (int i = 0; i < 9; i++) exact_numbers(names[i], results[1][i], results[0][i]);
     end();
 }
+// Random routings over an ep group: the integers of the table, of the lists and of the row index
+// are those of the CPU, but for the rows that pad an expert.
+static std::vector<int> ints(const int *device, int64_t n) {
+    std::vector<int> host((size_t)n + 1);
+    if (n) device_download(host.data(), device, (size_t)n * sizeof(int));
+    return host;
+}
+// The experts of a token, ascending: any K of them, those of one rank first, or always the same.
+static void choose_experts(int *id, RouteShape s, int kind) {
+    std::vector<int> all((size_t)s.E);
+    for (int e = 0; e < s.E; e++) all[e] = e;
+    int first = kind == 1 ? (int)(s.E / s.ranks * below((int)s.ranks)) : 0;
+    if (first + s.K > s.E) first = (int)(s.E - s.K);
+    for (int k = 0; k < s.K; k++) {
+        if (kind == 0) std::swap(all[k], all[k + below((int)s.E - k)]);
+        id[k] = kind == 0 ? all[k] : first + k;
+    }
+    std::sort(id, id + s.K);
+}
+static int wrong_table(RouteShape s, const std::vector<int> &ids, const std::vector<int> &cuda,
+                       const std::vector<int> &cpu) {
+    int local = (int)(s.E / s.ranks), tile = device_row_tile(), wrong = 0;
+    int64_t pairs = s.sources * s.ranks;
+    std::vector<int> count((size_t)s.E), rows((size_t)s.ranks);
+    for (int64_t i = 0; i < s.sources * s.R * s.K; i++) count[ids[i]]++;
+    for (int e = 0; e < s.E; e++) rows[e / local] += (count[e] + tile - 1) / tile * tile;
+    for (int64_t i = 0; i < pairs; i++) wrong += cuda[i] != cpu[i];
+    for (int j = 0; j < s.ranks; j++) wrong += cuda[pairs + j] != rows[j];
+    return wrong + (cuda[pairs + s.ranks] != 0) + (cpu[pairs + s.ranks] != 0);
+}
+static int wrong_index(int64_t P, int64_t K, int first, int E, const std::vector<int> &choice,
+                       RowIndex a, RowIndex b) {
+    std::vector<int> rows = ints(a.token_row, P * K), starts = ints(a.expert_row, E + 1),
+                     tokens = ints(a.row_token, a.M);
+    int wrong = 0;
+    for (int64_t i = 0; i < P * K; i++) {
+        int e = choice[i] - first, here = e >= 0 && e < E;
+        if (here != (rows[i] >= 0) || here != (b.token_row[i] >= 0))
+            wrong++;
+        else if (here)
+            wrong += rows[i] - starts[e] != b.token_row[i] - b.expert_row[e] ||
+                     tokens[rows[i]] != i / K || b.row_token[b.token_row[i]] != i / K;
+    }
+    return wrong;
+}
+static void test_routes(int cases) {
+    begin("routes");
+    enum { TOKENS = 40, RANKS = 8, LOCAL = 7, KEYS = 8 };
+    int64_t most = RANKS * TOKENS * KEYS, rows = row_index_bound(RANKS * TOKENS, KEYS, LOCAL);
+    Buffer id_buffer = output(INT, most), table = output(INT, RANKS * RANKS + RANKS + 1),
+           send = output(INT, TOKENS * KEYS), sum = output(INT, TOKENS * KEYS),
+           choice = output(INT, most), row_token = output(INT, rows), token_row = output(INT, most),
+           expert_row = output(INT, LOCAL + 1);
+    int wrong[4] = { 0, 0, 0, 0 };
+    for (int i = 0; i < cases; i++) {
+        RouteShape s;
+        int64_t local = 1 + below(LOCAL);
+        s.ranks = 1 + below(RANKS);
+        s.sources = i % 5 == 4 ? 1 : s.ranks;
+        s.R = i % 17 == 16 ? 0 : 1 + below(TOKENS);
+        s.E = s.ranks * local;
+        int64_t keys = s.E < KEYS ? s.E : KEYS;
+        s.K = 1 + below((int)keys);
+        if (i % 3 == 0) s.K = 1;
+        if (i % 3 == 1) s.K = keys;
+        std::vector<int> ids((size_t)(s.sources * s.R * s.K) + 1);
+        for (int64_t t = 0; t < s.sources * s.R; t++) choose_experts(&ids[t * s.K], s, i / 5 % 3);
+        size_t bytes = (size_t)(s.sources * s.R * s.K) * sizeof(int);
+        device_upload(id_buffer.i(CUDA), ids.data(), bytes);
+        route_table(table.i(CUDA), id_buffer.i(CUDA), s);
+        ref_route_table(table.i(SAME), ids.data(), s);
+        std::vector<int> cpu(table.i(SAME), table.i(SAME) + route_table_size(s));
+        wrong[0] += wrong_table(s, ids, ints(table.i(CUDA), route_table_size(s)), cpu);
+        if (s.sources != s.ranks) continue;
+        int me = below((int)s.ranks), sent = 0, pool = 0;
+        for (int j = 0; j < s.ranks; j++) {
+            sent += cpu[me * s.ranks + j];
+            pool += cpu[j * s.ranks + me];
+        }
+        int64_t J = s.ranks < s.K ? s.ranks : s.K;
+        route_lists(send.i(CUDA), sum.i(CUDA), choice.i(CUDA), id_buffer.i(CUDA), me, s);
+        ref_route_lists(send.i(SAME), sum.i(SAME), choice.i(SAME), ids.data(), me, s);
+        std::vector<int> sends = ints(send.i(CUDA), sent), sums = ints(sum.i(CUDA), s.R * J),
+                         pools = ints(choice.i(CUDA), pool * s.K);
+        wrong[1] += memcmp(sends.data(), send.i(SAME), (size_t)sent * sizeof(int)) != 0;
+        wrong[1] += memcmp(sums.data(), sum.i(SAME), (size_t)(s.R * J) * sizeof(int)) != 0;
+        wrong[2] += memcmp(pools.data(), choice.i(SAME), (size_t)(pool * s.K) * sizeof(int)) != 0;
+        RowIndex index[2];
+        for (int w = CUDA; w <= SAME; w++) {
+            index[w].row_token = row_token.i(w);
+            index[w].token_row = token_row.i(w);
+            index[w].expert_row = expert_row.i(w);
+            index[w].P = pool;
+            index[w].K = s.K;
+            index[w].E = local;
+            index[w].M = w == CUDA ? row_index_bound(pool, s.K, local)
+                                   : ref_row_index_bound(pool, s.K, local);
+        }
+        row_index_build(&index[CUDA], choice.i(CUDA), 0, me * (int)local);
+        ref_row_index_build(&index[SAME], choice.i(SAME), 0, me * (int)local);
+        wrong[3] +=
+            wrong_index(pool, s.K, me * (int)local, (int)local, pools, index[CUDA], index[SAME]);
+    }
+    static const char *const names[] = { "tables", "lists of sent rows", "pools", "row indices" };
+    for (int i = 0; i < 4; i++)
+        if (wrong[i]) complain(names[i], "differ from the CPU's");
+    end();
+}
 static void test_rows(int n, int R, int J, int C) {
     begin("rows");
     Numbers one(n), many((size_t)R * J);
@@ -1001,6 +1112,7 @@ int main(int argc, char **argv) {
     }
 #endif
     experts_select("auto");
+    RUN(routes, 1000);
     RUN(rows, 20, 9, 3, 64);
     RUN(rows, 1, 1, 1, 2048);
     RUN(rows, 0, 4, 2, 8);
