@@ -1,4 +1,7 @@
-// Joining a run: see comm_join.h.
+// Joining a run (comm_join.h): who is rank what, from the launcher's variables; a star of TCP
+// connections around rank 0, or MPI; where each rank runs. Rank 0 listens at the address that the
+// ranks use, hears many connections at once, and knows its own by the run's token: who sends
+// anything else, or nothing, is dropped and holds nobody up.
 #define _GNU_SOURCE
 #include "comm_join.h"
 #include "../kernels/fail.h"
@@ -27,6 +30,7 @@ static char master[256];
 static int port, *peer, n_peers; // tcp: rank 0 has a socket to each rank (-1 at its own place), the
                                  // others one, to rank 0
 static int threads_multiple = 1;
+static uint64_t token; // of this run, from the launcher's variables; 0 = they name none
 
 // ---- who am I -------------------------------------------------------------------------------
 void join_first_host(const char *list, char *name, size_t size) {
@@ -64,6 +68,22 @@ static int number(const char *name, const char *text) {
     if (*end || value < 0 || value > 1 << 24)
         die("%s=%s is no count|it is set by the launcher; unset it to run one process", name, text);
     return (int)value;
+}
+
+// FNV-1a, going on from `hash`.
+static uint64_t hash_text(uint64_t hash, const char *text) {
+    if (!hash) hash = 0xcbf29ce484222325u;
+    for (; *text; text++) hash = (hash ^ (unsigned char)*text) * 0x100000001b3u;
+    return hash;
+}
+
+// What the launcher gives to all ranks of a run and to no other run.
+static void read_token(void) {
+    static const char *const names[] = { "MOE_RUN_ID", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID",
+                                         "SLURM_STEP_ID" };
+    token = 0;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (setting(names[i], 0)) token = hash_text(token, getenv(names[i]));
 }
 
 static int mpi_launched(void) {
@@ -109,6 +129,7 @@ static void read_environment(void) {
         die("rank %d of %d ranks, from the launcher's variables|RANK counts from 0 to WORLD_SIZE - 1",
             here.rank, here.size);
     if (here.size > 1) how = TCP;
+    read_token();
 }
 
 static void abort_all(void) { join_abort(1); }
@@ -165,9 +186,7 @@ static uint64_t this_machine(void) {
     FILE *f = fopen("/proc/sys/kernel/random/boot_id", "r");
     if (!f || !fgets(text, 64, f)) gethostname(text, sizeof text - 1);
     if (f) fclose(f);
-    uint64_t h = 0xcbf29ce484222325u;
-    for (const char *p = text; *p; p++) h = (h ^ (unsigned char)*p) * 0x100000001b3u;
-    return h;
+    return hash_text(0, text);
 }
 
 static void place_ranks(void) {
@@ -182,8 +201,8 @@ static void place_ranks(void) {
 
 // ---- tcp: a star around rank 0 --------------------------------------------------------------
 typedef struct {
-    int32_t magic, rank, size, status;
-    uint64_t machine;
+    int32_t magic, rank, size, unused;
+    uint64_t machine, token;
 } Hello;
 
 static void nap(void) {
@@ -219,90 +238,172 @@ static void limit_receive(int fd, double seconds) { // 0: none
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
 }
 
-static int listener(void) {
-    int fd = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0), on = 1, off = 0, v4 = fd < 0;
-    if (v4) fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    struct sockaddr_in6 six;
-    struct sockaddr_in four;
-    memset(&six, 0, sizeof six), memset(&four, 0, sizeof four);
-    six.sin6_family = AF_INET6, six.sin6_port = htons((uint16_t)port);
-    four.sin_family = AF_INET, four.sin_port = htons((uint16_t)port);
+// A socket that listens at `address`, or -1.
+static int listen_at(int family, const struct sockaddr *address, socklen_t size) {
+    int fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), on = 1, off = 0;
+    if (fd < 0) return -1;
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    if (!v4) setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
-    if (bind(fd, v4 ? (struct sockaddr *)&four : (struct sockaddr *)&six,
-             v4 ? sizeof four : sizeof six) ||
-        listen(fd, 1024))
+    if (family == AF_INET6) setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
+    if (!bind(fd, address, size) && !listen(fd, 1024)) return fd;
+    int error = errno;
+    close(fd);
+    errno = error;
+    return -1;
+}
+
+static int is_loopback(const struct addrinfo *a) {
+    if (a->ai_family == AF_INET)
+        return ntohl(((const struct sockaddr_in *)(const void *)a->ai_addr)->sin_addr.s_addr) >>
+                   24 ==
+               127;
+    return IN6_IS_ADDR_LOOPBACK(
+        &((const struct sockaddr_in6 *)(const void *)a->ai_addr)->sin6_addr);
+}
+
+// The addresses of a host, or this machine's own (name 0).
+static struct addrinfo *addresses(const char *name, int family, int *error) {
+    struct addrinfo hints, *list = 0;
+    char service[16];
+    memset(&hints, 0, sizeof hints);
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_family = family;
+    if (!name) hints.ai_flags = AI_PASSIVE;
+    snprintf(service, sizeof service, "%d", port);
+    *error = getaddrinfo(name, service, &hints, &list);
+    return *error ? 0 : list;
+}
+
+// The first of these addresses that this machine has. A host's own name may stand for a loopback
+// address in its hosts file, at which no other machine can reach it: only who says localhost means
+// it.
+static int listen_in(struct addrinfo *list, int loopback) {
+    int fd = -1;
+    for (struct addrinfo *a = list; a && fd < 0; a = a->ai_next)
+        if (loopback || !is_loopback(a)) fd = listen_at(a->ai_family, a->ai_addr, a->ai_addrlen);
+    return fd;
+}
+
+static int listen_at_name(const char *name, int family, int loopback) {
+    int error;
+    struct addrinfo *list = addresses(name, family, &error);
+    errno = 0;
+    int fd = listen_in(list, loopback);
+    if (list) freeaddrinfo(list);
+    return fd;
+}
+
+static int listener(void) {
+    int loopback =
+        !strcmp(master, "localhost") || !strncmp(master, "127.", 4) || !strcmp(master, "::1");
+    int fd = listen_at_name(master, AF_UNSPEC, loopback);
+    // An address that is not of this machine (it is translated on the way, say): any of its own, by
+    // IPv6 sockets, which hear IPv4 too, where there are some.
+    if (fd < 0 && errno != EADDRINUSE) fd = listen_at_name(0, AF_INET6, 1);
+    if (fd < 0 && errno != EADDRINUSE) fd = listen_at_name(0, AF_INET, 1);
+    if (fd < 0)
         die("rank 0 cannot listen at port %d: %s|another run on this machine? set MASTER_PORT to a free one, on all ranks",
             port, strerror(errno));
     return fd;
 }
 
+// A connection that has not said who it is. It has SPEAK seconds for that.
+enum { GUESTS = 256, SPEAK = 5 };
+typedef struct {
+    int fd;
+    size_t got;
+    double until;
+    Hello hello;
+} Guest;
+
+// Reads what has come. Returns 1 while the guest may still become a rank of this run.
+static int hear(Guest *g) {
+    ssize_t k = recv(g->fd, (char *)&g->hello + g->got, sizeof g->hello - g->got, MSG_DONTWAIT);
+    if (k < 0) return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR;
+    g->got += (size_t)k;
+    if (k == 0 || (g->got >= sizeof(int32_t) && g->hello.magic != HELLO)) return 0;
+    return g->got < sizeof g->hello || g->hello.token == token;
+}
+
+// Takes in a guest that has said the run's token; 0 if it does not belong here all the same.
+static void take_in(const Guest *g) {
+    const Hello *h = &g->hello;
+    int known = h->rank > 0 && h->rank < here.size && peer[h->rank] >= 0;
+    if (h->size != here.size || h->rank < 1 || h->rank >= here.size || known)
+        die("a process joins as rank %d of %d, this run has %d ranks%s|two runs share port %d, or the launcher's variables are mixed up",
+            h->rank, h->size, here.size, known ? " and has that one" : "", port);
+    peer[h->rank] = g->fd;
+    machines[h->rank] = h->machine;
+}
+
+static void say_who_is_missing(int missing) {
+    int r = 1;
+    while (peer[r] >= 0) r++;
+    die("%d of %d ranks did not come to %s:%d, the first is rank %d|start all of them; see whether they reach that address",
+        missing, here.size, master, port, r);
+}
+
 static void welcome_all(double until) {
-    int fd = listener(), missing = here.size - 1;
+    static Guest guest[GUESTS];
+    struct pollfd p[GUESTS + 1];
+    int fd = listener(), missing = here.size - 1, guests = 0;
     n_peers = here.size;
     peer = (int *)xmalloc((size_t)n_peers * sizeof *peer, "connections");
     for (int r = 0; r < n_peers; r++) peer[r] = -1;
     while (missing) {
-        struct pollfd p = { fd, POLLIN, 0 };
-        double left = until - now_seconds();
-        if (left <= 0) {
-            int r = 1;
-            while (peer[r] >= 0) r++;
-            die("%d of %d ranks did not come to %s:%d, the first is rank %d|start all of them; see whether they reach that address",
-                missing, here.size, master, port, r);
+        double now = now_seconds();
+        if (now >= until) say_who_is_missing(missing);
+        for (int i = 0; i <= guests; i++) {
+            struct pollfd ask = { i < guests ? guest[i].fd : fd, POLLIN, 0 };
+            p[i] = ask;
         }
-        if (poll(&p, 1, left < 1 ? 100 : 1000) <= 0) continue;
+        poll(p, (nfds_t)guests + 1, 100);
         int c = accept4(fd, 0, 0, SOCK_CLOEXEC);
-        Hello h;
-        if (c < 0) continue;
-        limit_receive(c, 5); // what does not speak is not one of us
-        if (!recv_bytes(c, &h, sizeof h) || h.magic != HELLO) {
-            close(c);
-            continue;
+        int kept = 0;
+        for (int i = 0; i < guests; i++) {
+            Guest *g = &guest[i];
+            int may_stay = hear(g) && now < g->until;
+            if (may_stay && g->got == sizeof g->hello) {
+                take_in(g);
+                missing--;
+            } else if (may_stay)
+                guest[kept++] = *g;
+            else
+                close(g->fd);
         }
-        if (h.size != here.size || h.rank < 1 || h.rank >= here.size || peer[h.rank] >= 0)
-            die("a process joins as rank %d of %d, this run has %d ranks%s|two runs share port %d, or the launcher's variables are mixed up",
-                h.rank, h.size, here.size,
-                h.rank > 0 && h.rank < here.size && peer[h.rank] >= 0 ? " and has that one" : "",
-                port);
-        limit_receive(c, 0);
-        peer[h.rank] = c;
-        machines[h.rank] = h.machine;
-        missing--;
+        guests = kept;
+        if (c < 0) continue;
+        if (guests == GUESTS) { // a flood of connections: who has been silent longest goes
+            close(guest[0].fd);
+            memmove(guest, guest + 1, (size_t)--guests * sizeof *guest);
+        }
+        Guest fresh = { c, 0, now + SPEAK, { 0, 0, 0, 0, 0, 0 } };
+        guest[guests++] = fresh;
     }
+    for (int i = 0; i < guests; i++) close(guest[i].fd);
     close(fd);
-    Hello w = { WELCOME, 0, here.size, 0, machines[0] };
+    Hello w = { WELCOME, 0, here.size, 0, machines[0], token };
+    size_t table = (size_t)here.size * sizeof *machines;
     for (int r = 1; r < n_peers; r++)
-        must(send_bytes(peer[r], &w, sizeof w) &&
-                 send_bytes(peer[r], machines, (size_t)here.size * sizeof *machines),
-             r);
+        must(send_bytes(peer[r], &w, sizeof w) && send_bytes(peer[r], machines, table), r);
 }
 
 static int connect_once(const char **why) {
-    struct addrinfo hints, *list, *a;
-    char service[16];
-    int fd = -1;
-    memset(&hints, 0, sizeof hints);
-    hints.ai_socktype = SOCK_STREAM;
-    snprintf(service, sizeof service, "%d", port);
-    int error = getaddrinfo(master, service, &hints, &list);
-    if (error) {
-        *why = gai_strerror(error);
-        return -1;
-    }
-    for (a = list; a; a = a->ai_next) {
+    int fd = -1, error;
+    struct addrinfo *list = addresses(master, AF_UNSPEC, &error);
+    if (!list) *why = gai_strerror(error);
+    for (struct addrinfo *a = list; a && fd < 0; a = a->ai_next) {
         fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, a->ai_protocol);
         if (fd >= 0 && !connect(fd, a->ai_addr, a->ai_addrlen)) break;
         *why = strerror(errno);
         if (fd >= 0) close(fd);
         fd = -1;
     }
-    freeaddrinfo(list);
+    if (list) freeaddrinfo(list);
     return fd;
 }
 
 static void meet_rank_0(double until) {
-    Hello h = { HELLO, here.rank, here.size, 0, machines[here.rank] }, w;
+    Hello h = { HELLO, here.rank, here.size, 0, machines[here.rank], token }, w;
     const char *why = "";
     int fd, on = 1;
     while ((fd = connect_once(&why)) < 0) {

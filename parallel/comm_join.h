@@ -3,14 +3,17 @@
 //
 //   mpi     started by mpirun, or by a Slurm that speaks PMI, in a program built with MPI
 //   tcp     WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT as torchrun sets them; or a Slurm step's
-//   SLURM_STEP_NUM_TASKS (SLURM_NTASKS), SLURM_PROCID and the first host of
-//           SLURM_STEP_NODELIST (SLURM_NODELIST). Rank 0 listens at MASTER_PORT (Slurm: 10000 + job
-//           id mod 20000, below the ports that Linux gives to clients), the others connect; the
-//           connections stay, so that a rank that is gone is noticed by rank 0 and, once rank 0 has
-//           ended, by all.
+//           SLURM_STEP_NUM_TASKS (SLURM_NTASKS), SLURM_PROCID and the first host of
+//           SLURM_STEP_NODELIST (SLURM_NODELIST). Rank 0 listens at MASTER_ADDR, port MASTER_PORT
+//           (Slurm: 10000 + job id mod 20000, below the ports that Linux gives to clients), and the
+//           others connect. The connections stay, so that a rank that is gone is noticed by rank 0
+//           and, once rank 0 has ended, by all.
 //   single  nothing of that is set: one process
+//
 // An MPI launcher's variables decide for mpi (MPI_Init under a launcher that it does not know can
-// end the process); else the first pair found.
+// end the process); else the first pair found. With tcp the ranks of a run know each other by a
+// token made of MOE_RUN_ID, TORCHELASTIC_RUN_ID, SLURM_JOB_ID and SLURM_STEP_ID, as far as they are
+// set: whoever else connects is dropped, and neither ends nor delays the run.
 #ifndef MOE_COMM_JOIN_H
 #define MOE_COMM_JOIN_H
 #include "../kernels/types.h"
