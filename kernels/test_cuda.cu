@@ -65,8 +65,8 @@ TWIN(clip_scale);
 TWIN(init_segments);
 TWIN(convert);
 TWIN(check_finite);
-TWIN(device_init)
-TWIN(route_table)
+TWIN(device_init);
+TWIN(route_table);
 TWIN(route_lists);
 // The function of world `w`.
 template <class F> static F *of_world(int w, F *cuda, F *same, F *truth) {

@@ -6,6 +6,7 @@
 #include "../kernels/fail.h"
 #include <pthread.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -165,6 +166,30 @@ void comm_where(int64_t step, int layer, const char *phase) {
     snprintf(place.phase, sizeof place.phase, "%s", phase);
 }
 
+// Every call notes where this rank is; the watchdog reads it.
+static Presence presence;
+
+static void note_presence(const Comm *g, const CallRecord *r) {
+    int slot = 0;
+    watch_lock();
+    presence.known = 1;
+    presence.at = *r;
+    memcpy(presence.group, g->name, sizeof presence.group);
+    presence.n = g->n;
+    presence.first = g->world[0];
+    presence.stride = g->n > 1 ? g->world[1] - g->world[0] : 1;
+    for (int i = 1; i < g->n; i++)
+        if (g->world[i] != g->world[0] + i * presence.stride) presence.stride = 0;
+    while (slot < PRESENCE_GROUPS - 1 && presence.entered[slot].name[0] &&
+           strcmp(presence.entered[slot].name, g->name))
+        slot++;
+    memcpy(presence.entered[slot].name, g->name, sizeof g->name);
+    presence.entered[slot].calls = r->call;
+    watch_unlock();
+}
+
+Presence presence_now(void) { return presence; }
+
 // The record of the next call of g, at the place that comm_where named.
 static CallRecord call_record(Comm *g, int kind, Dtype type, size_t count) {
     CallRecord r;
@@ -176,6 +201,7 @@ static CallRecord call_record(Comm *g, int kind, Dtype type, size_t count) {
     r.step = place.step;
     r.layer = place.layer;
     memcpy(r.phase, place.phase, sizeof r.phase);
+    note_presence(g, &r);
     return r;
 }
 
@@ -201,6 +227,46 @@ static int call_equal(const CallRecord *a, const CallRecord *b) {
     return a->call == b->call && a->step == b->step && a->layer == b->layer && a->kind == b->kind &&
            a->type == b->type && a->count == b->count &&
            !memcmp(a->phase, b->phase, sizeof a->phase);
+}
+
+static int64_t calls_entered(const Presence *p, const char *group) {
+    for (int i = 0; i < PRESENCE_GROUPS; i++)
+        if (!strcmp(p->entered[i].name, group)) return p->entered[i].calls;
+    return 0;
+}
+
+// Appends to a text that may be full.
+static void append(char *text, size_t size, const char *format, ...) MOE_PRINTF(3, 4);
+static void append(char *text, size_t size, const char *format, ...) {
+    size_t used = strlen(text);
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text + used, size - used, format, args);
+    va_end(args);
+}
+
+void presence_text(const Presence *all, int ranks, int stuck, char *text, size_t size) {
+    const Presence *s = &all[stuck];
+    char there[256], others[900] = "";
+    int missing = 0, entered = 0;
+    call_text(&s->at, s->group, text, size);
+    append(text, size, ": entered by rank");
+    for (int i = 0; i < s->n && s->stride; i++) {
+        int rank = s->first + i * s->stride;
+        const Presence *p = rank < ranks ? &all[rank] : s;
+        int here = calls_entered(p, s->group) >= s->at.call;
+        int same = !here || p->at.call != s->at.call || strcmp(p->group, s->group) ||
+                   call_equal(&p->at, &s->at);
+        if (here && same) append(text, size, "%s %d", entered++ ? "," : "", rank);
+        if (here && same) continue;
+        if (missing++ == 4) append(others, sizeof others, "; and others");
+        if (missing > 4) continue;
+        call_text(&p->at, p->group, there, sizeof there);
+        append(others, sizeof others, "%s rank %d, whose latest call is %s",
+               missing > 1 ? ";" : "", rank, p->known ? there : "not known");
+    }
+    append(text, size, missing ? "; not by%s" : "%s: all of them, so a GPU or the network is stuck",
+           others);
 }
 
 // Dies where this rank at call `mine` and world rank `other` at call `theirs` do not mean the same
@@ -587,7 +653,7 @@ void watch_text(const void *context, char *text, size_t size) {
 static void end_run(const char *text) {
     die_claim();
     fflush(stdout);
-    fprintf(stderr, "error: rank %d%s\n", comm_world_rank(), text);
+    if (text) fprintf(stderr, "error: rank %d%s\n", comm_world_rank(), text);
     fflush(stderr);
     alarm(5);
     if (watch.may_abort) transport_abort(1);
@@ -606,9 +672,9 @@ static void end_waiting(double waited) {
 
 // Should the driver hold this thread too, the signal ends the process.
 static void poll_transport(double limit) {
-    char text[1024] = ": ";
+    char text[2048] = ": ";
     alarm((unsigned)(limit < 1e6 ? limit : 1e6) + 60);
-    if (watch.poll(text + 2, sizeof text - 2)) end_run(text);
+    if (watch.poll(text + 2, sizeof text - 2)) end_run(text[2] ? text : 0);
     alarm(0);
 }
 

@@ -30,6 +30,11 @@ static char master[256];
 static int port, *peer, n_peers; // tcp: rank 0 has a socket to each rank (-1 at its own place), the
                                  // others one, to rank 0
 static int threads_multiple = 1;
+static size_t published; // bytes of a message of the watchdogs
+#ifdef MOE_MPI
+enum { CHANNEL_TAG = 77 };
+static MPI_Comm channel = MPI_COMM_NULL; // of the watchdogs
+#endif
 static uint64_t token; // of this run, from the launcher's variables; 0 = they name none
 
 // ---- who am I -------------------------------------------------------------------------------
@@ -87,6 +92,8 @@ static void read_token(void) {
 }
 
 static int mpi_launched(void) {
+    const char *wanted = setting("MOE_JOIN", 0);
+    if (wanted && !strcmp(wanted, "tcp")) return 0;
     static const char *const set_by[] = {
         "OMPI_COMM_WORLD_SIZE", "PMIX_RANK",      "PMI_RANK", "PMI_SIZE",
         "MV2_COMM_WORLD_SIZE",  "MPI_LOCALNRANKS"
@@ -436,6 +443,7 @@ void join_connect(double timeout) {
 #ifdef MOE_MPI
     uint64_t mine = machines[here.rank];
     if (how == MPI) MPI_Allgather(&mine, 8, MPI_BYTE, machines, 8, MPI_BYTE, MPI_COMM_WORLD);
+    if (how == MPI) MPI_Comm_dup(MPI_COMM_WORLD, &channel);
 #endif
     place_ranks();
 }
@@ -461,12 +469,89 @@ int join_lost(void) {
     return -1;
 }
 
+// ---- messages of the watchdogs: a byte that says what it is, then a message ------------------
+enum { BYE = 0, PRESENT = 1, TOLD = 2 };
+
+void join_publish(const void *message, size_t bytes) {
+    char frame[2048] = { PRESENT };
+    if (how == TCP && here.rank > 0 && peer && bytes < sizeof frame) {
+        memcpy(frame + 1, message, bytes);
+        ssize_t k = send(peer[0], frame, bytes + 1, MSG_NOSIGNAL | MSG_DONTWAIT);
+        // The rest of a message that was cut must follow.
+        if (k > 0 && k < (ssize_t)bytes + 1) send_bytes(peer[0], frame + k, bytes + 1 - (size_t)k);
+    }
+#ifdef MOE_MPI
+    if (how == MPI && here.rank > 0 && threads_multiple && channel != MPI_COMM_NULL)
+        MPI_Send(message, (int)bytes, MPI_BYTE, 0, CHANNEL_TAG, channel);
+#endif
+}
+
+void join_collect(void *all, size_t bytes) {
+    published = bytes;
+    for (int r = 1; how == TCP && r < n_peers; r++) {
+        char kind;
+        while (recv(peer[r], &kind, 1, MSG_PEEK | MSG_DONTWAIT) == 1 && kind == PRESENT)
+            if (!recv_bytes(peer[r], &kind, 1) || !recv_bytes(peer[r], (char *)all + (size_t)r * bytes, bytes))
+                break;
+    }
+#ifdef MOE_MPI
+    int here_is_one = how == MPI && threads_multiple && channel != MPI_COMM_NULL;
+    while (here_is_one) {
+        MPI_Status status;
+        MPI_Iprobe(MPI_ANY_SOURCE, CHANNEL_TAG, channel, &here_is_one, &status);
+        if (here_is_one)
+            MPI_Recv((char *)all + (size_t)status.MPI_SOURCE * bytes, (int)bytes, MPI_BYTE,
+                     status.MPI_SOURCE, CHANNEL_TAG, channel, MPI_STATUS_IGNORE);
+    }
+#else
+    (void)all;
+    (void)bytes;
+#endif
+}
+
+void join_tell_end(void) {
+    char kind = TOLD;
+    for (int r = 1; how == TCP && here.rank == 0 && r < n_peers; r++)
+        if (send(peer[r], &kind, 1, MSG_NOSIGNAL | MSG_DONTWAIT) < 0) continue;
+}
+
+int join_told_end(void) {
+    char kind = BYE;
+    if (how != TCP || here.rank == 0 || !peer) return 0;
+    return recv(peer[0], &kind, 1, MSG_PEEK | MSG_DONTWAIT) == 1 && kind == TOLD;
+}
+
+#ifdef MOE_MPI
+// What was published and not collected.
+static void drain_channel(void) {
+    int waits = here.rank == 0;
+    char message[2048];
+    while (waits) {
+        MPI_Iprobe(MPI_ANY_SOURCE, CHANNEL_TAG, channel, &waits, MPI_STATUS_IGNORE);
+        if (waits)
+            MPI_Recv(message, sizeof message, MPI_BYTE, MPI_ANY_SOURCE, CHANNEL_TAG, channel,
+                     MPI_STATUS_IGNORE);
+    }
+    if (channel != MPI_COMM_NULL) MPI_Comm_free(&channel);
+}
+#endif
+
+// Reads what a rank has published until its goodbye comes.
+static int hear_goodbye(int fd) {
+    char kind = PRESENT;
+    while (recv_bytes(fd, &kind, 1) && kind == PRESENT) {
+        char message[2048];
+        if (!recv_bytes(fd, message, published)) return 0;
+    }
+    return kind == BYE;
+}
+
 void join_leave(void) {
-    char byte = 0;
+    char byte = BYE;
     // Everybody says goodbye to rank 0, which answers when it has heard all: nobody's connection
     // closes while a watchdog still looks at it.
     if (peer && here.rank == 0) {
-        for (int r = 1; r < n_peers; r++) must(recv_bytes(peer[r], &byte, 1), r);
+        for (int r = 1; r < n_peers; r++) must(hear_goodbye(peer[r]), r);
         for (int r = 1; r < n_peers; r++) must(send_bytes(peer[r], &byte, 1), r);
     } else if (peer)
         must(send_bytes(peer[0], &byte, 1) && recv_bytes(peer[0], &byte, 1), 0);
@@ -477,6 +562,7 @@ void join_leave(void) {
 #ifdef MOE_MPI
     if (how == MPI) {
         MPI_Barrier(MPI_COMM_WORLD);
+        drain_channel();
         MPI_Finalize();
     }
 #endif

@@ -13,7 +13,8 @@
 // An MPI launcher's variables decide for mpi (MPI_Init under a launcher that it does not know can
 // end the process); else the first pair found. With tcp the ranks of a run know each other by a
 // token made of MOE_RUN_ID, TORCHELASTIC_RUN_ID, SLURM_JOB_ID and SLURM_STEP_ID, as far as they are
-// set: whoever else connects is dropped, and neither ends nor delays the run.
+// set: whoever else connects is dropped, and neither ends nor delays the run. MOE_JOIN=tcp chooses
+// tcp under an MPI launcher too.
 #ifndef MOE_COMM_JOIN_H
 #define MOE_COMM_JOIN_H
 #include "../kernels/types.h"
@@ -39,6 +40,17 @@ void join_broadcast(void *bytes, size_t n);
 int join_lost(void);
 // 1: other threads may call join_abort through MPI.
 int join_threads(void);
+// The channel by which the watchdogs talk, from any thread of a rank, one at a time: sends a message
+// of `bytes` (the same number always) to rank 0, and drops it where it would have to wait. Does
+// nothing where MPI's threads may not.
+void join_publish(const void *message, size_t bytes);
+// On rank 0: overwrites all[r] (each `bytes`) by the latest message of every rank r that has sent
+// one since.
+void join_collect(void *all, size_t bytes);
+// On rank 0: tells the others that the run ends and that rank 0 has said why.
+void join_tell_end(void);
+// Returns 1 where rank 0 has told so.
+int join_told_end(void);
 // All ranks: waits for all, then leaves.
 void join_leave(void);
 // Ends this process at once, and with MPI all others; without it they notice the closed connection.

@@ -41,6 +41,7 @@
 #endif
 
 enum { FLIGHTS = 1024, NATIVE_BYTES = 1 << 20 };
+enum { ANSWER = 5 }; // seconds that rank 0 has for its report on a stuck rank
 enum { SUMS_AUTO, SUMS_RANK, SUMS_NCCL };
 
 // The group's own part.
@@ -71,6 +72,7 @@ static Group *latest;
 static Flight flights[FLIGHTS]; // a ring; the watchdog reads it under watch_lock
 static unsigned next_flight, oldest_flight;
 static Flight *flight_of[COMM_CALLS];
+static Presence *presences; // on rank 0: (world size) the latest of every rank
 static struct {
     char *p;
     size_t bytes;
@@ -100,8 +102,52 @@ static int has_failed(const Comm *g, char *text, size_t size) {
     return 1;
 }
 
+// Tells rank 0 where this rank is; `stuck` is the flight that has exceeded the time limit, or 0.
+static void publish(const Flight *stuck) {
+    Presence now = presence_now();
+    if (stuck) {
+        const Comm *g = stuck->g;
+        now.stuck = 1;
+        now.at = stuck->record;
+        memcpy(now.group, g->name, sizeof now.group);
+        now.n = g->n;
+        now.first = g->world[0];
+        now.stride = g->n > 1 ? g->world[1] - g->world[0] : 1;
+        for (int i = 1; i < g->n; i++)
+            if (g->world[i] != g->world[0] + i * now.stride) now.stride = 0;
+    }
+    if (joined()->rank == 0)
+        presences[0] = now;
+    else
+        join_publish(&now, sizeof now);
+}
+
+// Rank 0: a second after a rank has said that it is stuck, when all have published once more, this
+// is who has entered its call and who has not.
+static int report_stuck(char *text, size_t size) {
+    static double since;
+    int stuck = 0, ranks = joined()->size;
+    join_collect(presences, sizeof *presences);
+    while (stuck < ranks && !presences[stuck].stuck) stuck++;
+    if (stuck == ranks)
+        since = 0;
+    else if (since == 0)
+        since = now_seconds();
+    if (stuck == ranks || now_seconds() - since < 1) return 0;
+    char who[1600];
+    presence_text(presences, ranks, stuck, who, sizeof who);
+    snprintf(
+        text, size,
+        "rank %d waited more than --timeout %g: %s  hint: see whether the ranks named still run; a slow one needs a larger --timeout",
+        stuck, comm_options.timeout, who);
+    join_tell_end();
+    return 1;
+}
+
 // The watchdog's look around, under watch_lock.
 static int look_around(char *text, size_t size) {
+    text[0] = 0;
+    if (join_told_end()) return 1; // rank 0 has said why
     int gone = join_lost();
     // Without it this thread's first CUDA call would make a context on GPU 0, half a GiB a rank.
     if (device >= 0) cudaSetDevice(device);
@@ -112,13 +158,18 @@ static int look_around(char *text, size_t size) {
     }
     for (int i = 0; i < n_groups; i++)
         if (has_failed(groups[i], text, size)) return 1;
+    int told = 0;
     for (; oldest_flight != next_flight; oldest_flight++) {
         Flight *f = &flights[oldest_flight % FLIGHTS];
         double waited = now_seconds() - f->since;
         if (next_flight - oldest_flight > FLIGHTS) continue; // its place holds a later call
-        if (!f->launched) break;
         if (waited < comm_options.timeout) break;
-        if (cudaEventQuery(f->done) != cudaErrorNotReady) continue;
+        // A launch can itself wait for the other ranks; its event is recorded after it.
+        if (f->launched && cudaEventQuery(f->done) != cudaErrorNotReady) continue;
+        publish(f);
+        told = 1;
+        if (joined()->rank == 0) break;                    // all the ranks are asked first
+        if (waited < comm_options.timeout + ANSWER) break; // rank 0 reports
         char what[256];
         call_text(&f->record, f->g->name, what, sizeof what);
         snprintf(
@@ -127,7 +178,8 @@ static int look_around(char *text, size_t size) {
             waited, comm_options.timeout, what);
         return 1;
     }
-    return 0;
+    if (!told) publish(0);
+    return joined()->rank == 0 && report_stuck(text, size);
 }
 
 // ---- joining and leaving --------------------------------------------------------------------
@@ -150,6 +202,7 @@ void transport_start(void) {
         check_alone(
             "MPI found no other rank: srun --mpi=list shows what fits; or torchrun, or srun --mpi=none with a build without MPI");
     join_connect(comm_options.timeout > 0 ? comm_options.timeout : 600);
+    presences = (Presence *)xcalloc((size_t)joined()->size, sizeof *presences, "ranks");
     watch_start(join_threads());
     watch_poll(look_around);
 }
@@ -163,6 +216,7 @@ void transport_finish(void) {
         if (flights[i].done) CUDA_CHECK(cudaEventDestroy(flights[i].done));
     if (host_room.p) CUDA_CHECK(cudaFree(host_room.p));
     free(groups);
+    free(presences);
     groups = 0;
     n_groups = 0;
     world_nccl = 0;
@@ -321,6 +375,15 @@ void transport_group_free(Comm *g) {
     free(own);
 }
 
+// For the watchdog: who has come to the call, where rank 0 knows it.
+static void report_host(const void *context, char *text, size_t size) {
+    watch_text(context, text, size);
+    if (joined()->rank > 0) return;
+    join_collect(presences, sizeof *presences);
+    presences[0] = presence_now();
+    presence_text(presences, joined()->size, 0, text, size);
+}
+
 // ---- blocking calls on host memory: set-up and agreement, through small device buffers ------
 void transport_host(Comm *g, const CallRecord *r, void *recv, const void *send, size_t bytes,
                     int root) {
@@ -338,7 +401,7 @@ void transport_host(Comm *g, const CallRecord *r, void *recv, const void *send, 
         NCCL_CHECK(ncclBroadcast(mine, all, bytes, ncclUint8, root, nccl, s));
     group_stream_done(g);
     CUDA_CHECK(cudaMemcpyAsync(recv, all, n * bytes, cudaMemcpyDeviceToHost, s));
-    watch_enter(watch_text, text);
+    watch_enter(report_host, text);
     CUDA_CHECK(cudaStreamSynchronize(s));
     watch_leave();
 }

@@ -20,6 +20,20 @@ typedef struct {
     uint64_t sends, expects; // bytes from the record's sender to its reader, and back (check only)
 } CallRecord;
 
+// Where a rank is, for the report on one that is stuck: the latest call that it has entered, and
+// how many of each of its groups.
+enum { PRESENCE_GROUPS = 8 };
+typedef struct {
+    int32_t known, stuck; // stuck: `at` is a call that has exceeded --timeout
+    CallRecord at;
+    char group[24];            // of `at`
+    int32_t first, stride, n;  // the group's world ranks; stride 0: they are not evenly spaced
+    struct {
+        char name[24];
+        int64_t calls;
+    } entered[PRESENCE_GROUPS];
+} Presence;
+
 struct Comm {
     char name[24];
     int n, rank, local; // local: one rank that does not send to itself
@@ -90,6 +104,11 @@ extern CommOptions comm_options; // set by comm_start
 extern size_t comm_message_bytes, comm_stage_bytes;
 // Writes "step 12, layer 3 backward: call 57 in group fsdp, reduce_scatter of 4096 f32" into text.
 void call_text(const CallRecord *r, const char *group, char *text, size_t size);
+// Copies this rank's presence; under watch_lock.
+Presence presence_now(void);
+// Writes who has entered the call at which rank `stuck` waits and who has not, with what those do,
+// from the presences of all ranks.
+void presence_text(const Presence *all, int ranks, int stuck, char *text, size_t size);
 // Cuts `total` elements into one piece for each rank, `piece` long but for the last ones: returns
 // where piece j begins.
 size_t piece_of(size_t total, size_t piece, int j, size_t *length);
@@ -115,7 +134,7 @@ void watch_start(int may_abort);
 void watch_enter(WatchReport *report, const void *context);
 void watch_leave(void);
 // Lets the watchdog call `poll` twice a second, under watch_lock (0: no more). It returns 1 where
-// the run is lost, and text (with its hint) says why.
+// the run is lost, and text (with its hint) says why; an empty text: another rank has said it.
 void watch_poll(int (*poll)(char *text, size_t size));
 void watch_lock(void);
 void watch_unlock(void);

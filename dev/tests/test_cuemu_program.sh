@@ -62,6 +62,17 @@ program() {
     if [ $status = 0 ] && [ -n "$line" ]; then ok "$settings $test, $ranks ranks $*  [$line]"; else bad "$settings $test, $ranks ranks $* (status $status)"; fi
 }
 
+# stuck 'SETTINGS' FAULT 'PATTERN': three ranks of which one does something else; one line of ours says who has entered the call and who has not
+stuck() {
+    settings=$1 fault=$2 pattern=$3
+    # shellcheck disable=SC2016,SC2086
+    timeout 200 env $settings MASTER_ADDR=127.0.0.1 WORLD_SIZE=3 CUEMU_NCCL_TIMEOUT=400 $MPIRUN -np 3 sh -c 'RANK=$OMPI_COMM_WORLD_RANK exec "$@"' sh \
+        "$build/plain-fp32/parallel/test_comm" --timeout 30 --fault "$fault" > "$dir/output" 2>&1
+    status=$?
+    if [ $status != 0 ] && [ $status != 124 ] && [ "$(grep -c '^error: ' "$dir/output")" = 1 ] && grep -q "$pattern" "$dir/output"; then ok "$settings a rank that is at another call ($fault) is named"
+    else bad "$settings $fault (status $status; wanted: $pattern)"; fi
+}
+
 reference sgd "--optimizer sgd --lr 0.05 --momentum 0.9 --weight-decay 0.01 --grad-clip 0.5"
 run '' plain-fp32 1
 run '' plain-bf16 4 --ep 2 --fsdp 2
@@ -103,6 +114,10 @@ if [ "$quick" != quick ]; then
     program plain-fp32/parallel/test_comm 2 MOE_COMM_SUMS=nccl
     program plain-fp32/parallel/test_comm 4 NCCL_LAUNCH_ORDER_IMPLICIT=0
     program plain-fp32/parallel/test_comm_staged 3 CUEMU_LAZY=5 --check
+    stuck '' stuck 'call 2 in group all, reduce_scatter of 1000 f32: entered by rank 0, 1; not by rank 2, whose latest call is .*call 1 in group all'
+    stuck '' skip 'call 2 in group all, all_reduce of 100 f32: entered by rank 0, 1; not by rank 2, whose latest call is .*call 2 in group all, all_gather'
+    stuck 'MOE_JOIN=tcp MASTER_PORT=29571' stuck 'entered by rank 0, 1; not by rank 2'
+    stuck 'MOE_JOIN=tcp MASTER_PORT=29572' kill 'the process of rank 2 is gone'
 fi
 echo "test_cuemu_program.sh: $passed passed, $failed failed"
 [ "$failed" = 0 ]

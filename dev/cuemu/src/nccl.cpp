@@ -451,6 +451,8 @@ ncclResult_t submit(Kind kind, const void *in, void *out, size_t count, int type
 
 extern "C" {
 ncclResult_t ncclGetVersion(int *v) {
+    // MPI_Init takes all ranks, and ncclGetUniqueId is called by one while the others wait for it.
+    if (getenv("OMPI_COMM_WORLD_SIZE")) start_mpi();
     *v = NCCL_VERSION_CODE;
     return ncclSuccess;
 }
