@@ -801,8 +801,8 @@ static void test_routes(int cases) {
             index[w].M = w == CUDA ? row_index_bound(pool, s.K, local)
                                    : ref_row_index_bound(pool, s.K, local);
         }
-        row_index_build(&index[CUDA], choice.i(CUDA), 0, me * (int)local);
-        ref_row_index_build(&index[SAME], choice.i(SAME), 0, me * (int)local);
+        row_index_build(&index[CUDA], choice.i(CUDA), me * (int)local);
+        ref_row_index_build(&index[SAME], choice.i(SAME), me * (int)local);
         wrong[3] +=
             wrong_index(pool, s.K, me * (int)local, (int)local, pools, index[CUDA], index[SAME]);
     }
