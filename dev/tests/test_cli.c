@@ -280,6 +280,7 @@ static void write_inputs(void) {
 }
 
 #include "test_cli_bad.h"
+#include "test_cli_data.h"
 
 // ---- the log, run.json, help ----------------------------------------------------------------
 static void test_log(void) {
@@ -783,10 +784,11 @@ int main(int argc, char **argv) {
                   { "training", test_training }, { "schedules", test_schedules },
                   { "resume", test_resume },     { "signals", test_signals },
                   { "folder", test_folder },     { "conversion", test_conversion },
-                  { "looking", test_looking } };
+                  { "looking", test_looking },   { "data", test_data_files } };
     for (size_t i = 0; i < sizeof parts / sizeof *parts && !mpirun; i++)
         if (!only || !strcmp(only, parts[i].name)) parts[i].f();
     if (mpirun) test_ranks(mpirun);
+    if (mpirun) test_data_ranks();
     if (system("rm -rf \"$T\"")) check(0, "the folder %s could be removed", folder);
     free(absolute);
     free(root);
