@@ -91,7 +91,7 @@ def bf16(a):
         for name, file in ((a.ours, O), (a.theirs, H)):
             if routings(file, T, name, a.truth):
                 die(f"{name} has another routing than {a.truth}", "replay it: --routing-replay")
-        for n in sorted((n for n in T.keys() if n in ("logits", "loss", "aux", "z") or n.startswith("grad.")), key=order):
+        for n in sorted((n for n in T.keys() if n in ("logits", "loss", "aux") or n.startswith("grad.")), key=order):
             if n not in O.keys() or n not in H.keys():
                 die(f"{n} is not in all three files", "give dumps of the same model")
             o, h, t = (f.get_tensor(n).astype(np.float64).ravel() for f in (O, H, T))

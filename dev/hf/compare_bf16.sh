@@ -14,7 +14,7 @@ PYTHON=$(bash dev/hf/python.sh)
 WORK=build/compare_bf16
 rm -rf "$WORK" && mkdir -p "$WORK" "$(dirname "$OUT")"
 sh dev/text.sh "$WORK" "$TEXT"
-"$moe" --init "$CONFIG" --steps 0 --save-dtype source --out "$WORK/init" | tail -1
+"$moe" --init "$CONFIG" --steps 0 --save-dtype bf16 --out "$WORK/init" | tail -1
 common=(--model "$WORK/init/checkpoints/step_0" --train "$WORK/train.txt" --seq-len "$SEQ" --batch "$BATCH" --steps "$STEPS")
 failed=0
 {
