@@ -70,8 +70,8 @@ unsigned char *tokens_from_json(const char *path, unsigned char *data, size_t *b
             path);
     char *decoder = cJSON_PrintUnformatted(cJSON_GetObjectItemCaseSensitive(root, "decoder"));
     if (!decoder || !strstr(decoder, "\"ByteLevel\""))
-        die("%s: not a byte-level tokenizer|make a table with data/tokenize.py --tokenizer and give "
-            "it with --tokens",
+        die("%s: not a byte-level tokenizer|make a table with data/tokenize.py --tokenizer and "
+            "give it with --tokens",
             path);
     free(decoder);
 

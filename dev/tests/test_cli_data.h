@@ -101,8 +101,8 @@ static void test_data_files(void) {
 
     const char *one = "--init $T/config.json --seq-len 32 --steps 1 --train";
     setenv("ONE", one, 1);
-    good(
-        "cp $T/plain.bin $T/set1.bin; cp $T/masked.bin $T/set2.bin; exec cp $T/masked.mask $T/set2.mask");
+    good("cp $T/plain.bin $T/set1.bin; cp $T/masked.bin $T/set2.bin; "
+         "exec cp $T/masked.mask $T/set2.mask");
     bad("a mask for one shard of two", "set1.bin has none", "$ONE '$T/set*.bin'");
     bad("a mask that is required", "plain.bin: no loss mask",
         "$ONE $T/plain.bin --loss-mask require");
