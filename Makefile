@@ -48,7 +48,7 @@ DATA = data/loader.c data/shard.c data/tokens.c data/tokenizer_json.c
 
 LIBRARY = $(KERNELS) $(MODEL) $(PARALLEL) $(TRANSPORT_$(COMM)) $(DATA)
 OBJECTS = $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(LIBRARY))))
-TESTS = test_moe kernels/test_kernels kernels/test_experts kernels/test_optimizer data/test_data \
+TESTS = test_moe kernels/test_kernels kernels/test_experts kernels/test_optimizer kernels/test_gemm_bf16 data/test_data \
     model/test_checkpoint parallel/test_comm parallel/test_dispatch dev/bench_cpu dev/tests/edge \
     dev/tests/reshard dev/tests/test_cli
 

@@ -60,8 +60,8 @@ prepare() {
     return 1
 }
 launcher() { sh dev/mpirun.sh "$1"; }
-kernels() { suite "$1 kernels" 300 "$dir/kernels/test_kernels"; suite "$1 experts" 300 "$dir/kernels/test_experts"; suite "$1 optimizer" 300 "$dir/kernels/test_optimizer"; }
-KERNELS="kernels/test_kernels kernels/test_experts kernels/test_optimizer"
+kernels() { suite "$1 kernels" 300 "$dir/kernels/test_kernels"; suite "$1 experts" 300 "$dir/kernels/test_experts"; suite "$1 optimizer" 300 "$dir/kernels/test_optimizer"; suite "$1 bf16 products" 300 "$dir/kernels/test_gemm_bf16"; }
+KERNELS="kernels/test_kernels kernels/test_experts kernels/test_optimizer kernels/test_gemm_bf16"
 script=; command -v python3 > /dev/null 2>&1 && script=data/tokenize.py
 
 if [ "$what" = test ]; then

@@ -119,9 +119,15 @@ const char *device_describe(void) {
                      variables[i], value);
     }
     int n = thread_count();
+    const char *bf16 = "";
+#if defined(MOE_BF16)
+    static const char *kinds[] = { ", bf16 widened", ", bf16 by vdpbf16ps", ", bf16 by AMX tiles" };
+    bf16 = kinds[gemm_bf16_kind()];
+#endif
     double peak = last_threads == n ? last_peak : device_peak_flops();
-    snprintf(description, sizeof description, "cpu, %s, %d thread%s, %s product %.0f GFLOP/s%s%s%s",
-             gemm_library(), n, n == 1 ? "" : "s", sizeof(real) == 8 ? "fp64" : "fp32", peak * 1e-9,
+    snprintf(description, sizeof description,
+             "cpu, %s%s, %d thread%s, %s product %.0f GFLOP/s%s%s%s", gemm_library(), bf16, n,
+             n == 1 ? "" : "s", sizeof(real) == 8 ? "fp64" : "fp32", peak * 1e-9,
              *inherited ? "; inherited from the environment:" : "", inherited,
              *inherited ? ", which may halve the speed" : "");
     return description;

@@ -17,6 +17,7 @@ extern char *openblas_get_corename(void) __attribute__((weak));
 extern char *openblas_get_config(void) __attribute__((weak));
 
 void gemm_init(void) {
+    gemm_bf16_kind();
     if (openblas_set_num_threads) openblas_set_num_threads(1);
 }
 const char *gemm_library(void) {
@@ -75,7 +76,7 @@ enum {
     NC = 2048 / NR * NR
 };
 
-void gemm_init(void) {}
+void gemm_init(void) { gemm_bf16_kind(); }
 const char *gemm_library(void) { return "own matrix product, no BLAS"; }
 
 static const real *at(const real *A, int64_t lda, int transposed, int64_t row, int64_t column) {
@@ -160,6 +161,8 @@ static void gemm_blocks(int ta, int tb, int64_t m, int64_t n, int64_t k, const f
            c_size = X ? (size_t)BLOCK_M * BLOCK_N : 0;
     real *a = SCRATCH(SCRATCH_PANEL, real, a_size + b_size + c_size), *b = a + a_size,
          *c = b + b_size;
+    GemmBf16 kind = gemm_bf16_kind();
+    uint16_t *packed_a = (uint16_t *)a, *packed_b = (uint16_t *)b; // smaller than the widened ones
     for (int64_t j = 0; j < n; j += BLOCK_N)
         for (int64_t i = 0; i < m; i += BLOCK_M) {
             int64_t mi = lesser(BLOCK_M, m - i), nj = lesser(BLOCK_N, n - j);
@@ -167,9 +170,18 @@ static void gemm_blocks(int ta, int tb, int64_t m, int64_t n, int64_t k, const f
             int64_t ldo = X ? nj : ldc;
             if (X && beta != 0)
                 for (int64_t r = 0; r < mi; r++) load_row(c + r * nj, X + (i + r) * ldc + j, nj);
-            if (k == 0 && beta == 0) clear(out, ldo, mi, nj);
+            if (beta == 0 && (k == 0 || kind != GEMM_WIDENED)) clear(out, ldo, mi, nj);
             for (int64_t p = 0; p < k; p += BLOCK_K) {
-                int kp = lesser(BLOCK_K, k - p);
+                int64_t kp = lesser(BLOCK_K, k - p);
+                if (kind != GEMM_WIDENED) {
+                    gemm_bf16_pack_a(packed_a, &A[ta ? p * lda + i : i * lda + p].bits, lda, ta, mi,
+                                     kp);
+                    if (i == 0 || k > BLOCK_K)
+                        gemm_bf16_pack_b(packed_b, &B[tb ? j * ldb + p : p * ldb + j].bits, ldb, tb,
+                                         nj, kp);
+                    gemm_bf16_add(kind, out, ldo, packed_a, packed_b, mi, nj, kp);
+                    continue;
+                }
                 widen(a, A, lda, ta, i, p, mi, kp);
                 if (i == 0 || k > BLOCK_K)
                     widen(b, B, ldb, tb, p, j, kp, nj); // one k block: b stays for all i

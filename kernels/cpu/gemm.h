@@ -27,6 +27,23 @@ void gemm_parallel_x(int ta, int tb, int64_t m, int64_t n, int64_t k, const floa
                      const floatX *B, int64_t ldb, real beta, real *C, int64_t ldc);
 void gemm_parallel_xx(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int64_t lda,
                       const floatX *B, int64_t ldb, real beta, floatX *C, int64_t ldc);
+// ---- bf16 by the processor's own instructions: gemm_bf16.c ----------------------------------
+typedef enum { GEMM_WIDENED, GEMM_AVX512, GEMM_AMX } GemmBf16;
+// Returns what this processor multiplies bf16 by; GEMM_WIDENED: nothing but fp32 products.
+GemmBf16 gemm_bf16_kind(void);
+// Return the elements of packed panels of op(A) (m,k) and op(B) (k,n).
+size_t gemm_bf16_a_size(int64_t m, int64_t k);
+size_t gemm_bf16_b_size(int64_t n, int64_t k);
+// Return k rounded up to what a panel holds.
+int64_t gemm_bf16_padded(int64_t k);
+// Pack op(A): `transposed` where A is (k,m); op(B): `transposed` where B is (n,k).
+void gemm_bf16_pack_a(uint16_t *out, const uint16_t *A, int64_t lda, int transposed, int64_t m,
+                      int64_t k);
+void gemm_bf16_pack_b(uint16_t *out, const uint16_t *B, int64_t ldb, int transposed, int64_t n,
+                      int64_t k);
+// Adds the product of two packed panels to C (m,n). kind is not GEMM_WIDENED.
+void gemm_bf16_add(GemmBf16 kind, float *C, int64_t ldc, const uint16_t *a, const uint16_t *b,
+                   int64_t m, int64_t n, int64_t k);
 // Sets BLAS to one thread, whatever the environment says.
 void gemm_init(void);
 // Returns the library's name and core type ("OpenBLAS 0.3.21, core SkylakeX") for the report.
