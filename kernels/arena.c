@@ -34,7 +34,8 @@ void *arena_take(Arena *a, size_t bytes, const char *what) {
         return 0;
     }
     if (a->used > a->capacity)
-        die("arena %s: %s wants %zu bytes behind %zu of %zu|the counting pass and the taking pass differ: a defect of the program",
+        die("arena %s: %s wants %zu bytes behind %zu of %zu|the counting pass and the taking "
+            "pass differ: a defect of the program",
             a->name, what, bytes, start, a->capacity);
     device_poison(a->base + start, bytes);
     return a->base + start;
@@ -60,7 +61,9 @@ void arena_commit(Arena *a) {
     a->capacity = a->used > 0 ? a->used : ARENA_ALIGN;
     a->base = (char *)device_take(a->capacity);
     if (!a->base)
-        die("arena %s does not fit: %.3f GiB wanted, %.3f GiB available (%s)|smaller --micro-batch or --seq-len, --recompute layer, --optimizer adamw8bit, --update layer, or more ranks",
+        die("arena %s does not fit: %.3f GiB wanted, %.3f GiB available (%s)|smaller "
+            "--micro-batch or --seq-len, --recompute layer, --optimizer adamw8bit, --update "
+            "layer, or more ranks",
             a->name, (double)a->capacity / (1 << 30), (double)device_memory() / (1 << 30),
             arena_table(a));
     a->used = 0;

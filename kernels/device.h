@@ -38,7 +38,7 @@ int device_row_tile(void);
 // nothing.
 int kernel_check(int print);
 
-// ---- arenas (I10) ---------------------------------------------------------------------------
+// ---- arenas (I10, no allocation after the first step) ---------------------------------------
 // A bump allocator. With base 0 it only counts: the memory plan IS the allocation, run on counting
 // arenas, so the two cannot disagree. Every piece is aligned to 256 bytes. In debug builds
 // (MOE_DEBUG) new device pieces are filled with NaN (0xff bytes).

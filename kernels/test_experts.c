@@ -492,7 +492,8 @@ static void test_router_case(const Gate *c) {
     char name[160];
     snprintf(
         name, sizeof name,
-        "router, R %d E %d K %d %s aux %g z %g: choice, statistics, gradients, bits with 1 and 3 threads",
+        "router, R %d E %d K %d %s aux %g z %g: choice, statistics, gradients, bits with 1 and "
+        "3 threads",
         c->R, c->E, c->K, c->normalize ? "normalised" : "raw", c->aux, c->z);
     test_group(name);
 }

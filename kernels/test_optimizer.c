@@ -307,10 +307,10 @@ static void test_adamw8(void) {
             }
         }
         // 1e-4: fp32 rounding of the bound's two sides (the 8-bit step itself never exceeds it)
-        check(
-            worst <= 1.0001 && moved > 4 * N * 0.4,
-            "8-bit moments, gradients of kind %d: the largest update is %.3f of exact AdamW's bound",
-            kind, worst);
+        check(worst <= 1.0001 && moved > 4 * N * 0.4,
+              "8-bit moments, gradients of kind %d: the largest update is %.3f of exact AdamW's "
+              "bound",
+              kind, worst);
         test_release("outliers");
     }
     int monotone = 1, zero = v8_decode(0, 5) == 0 && v8_encode(0, 0, ~0u) == 0 &&

@@ -23,7 +23,8 @@ void *scratch(int slot, size_t bytes) {
         s->bytes = (bytes + 4096) / 4096 * 4096;
         s->memory = aligned_alloc(4096, s->bytes);
         if (!s->memory)
-            die("cannot get %zu bytes of scratch memory for a CPU kernel|free memory, or use a smaller --micro-batch",
+            die("cannot get %zu bytes of scratch memory for a CPU kernel|free memory, or use a "
+                "smaller --micro-batch",
                 s->bytes);
     }
     return s->memory;

@@ -217,7 +217,9 @@ void optimizer_update(const OptimizerState *s, const Segment *segments, int n_se
     float bound = (float)adam_bound(o->beta1, o->beta2);
     for (int i = 0; o->kind == OPT_ADAMW8 && i < n_segments; i++)
         if (segments[i].first % BLOCK)
-            die("a shard starts at element %lld of a tensor, inside a block of 8-bit state|8-bit AdamW needs cuts at multiples of %d elements: choose another --fsdp, or --optimizer adamw",
+            die("a shard starts at element %lld of a tensor, inside a block of 8-bit "
+                "state|8-bit AdamW needs cuts at multiples of %d elements: choose another "
+                "--fsdp, or --optimizer adamw",
                 (long long)segments[i].first, BLOCK);
     int64_t pieces;
     Piece *piece = cut_pieces(segments, n_segments, &pieces);

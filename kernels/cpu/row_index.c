@@ -44,7 +44,8 @@ void row_index_build(RowIndex *index, const int *choice, int first_expert) {
         start[e] = next[e] = (int)row;
         row += div_up(count, tile) * tile;
         if (row > index->M)
-            die("%lld or more expert rows where the index has room for %lld|an index needs row_index_bound(P, K, E) rows",
+            die("%lld or more expert rows where the index has room for %lld|an index needs "
+                "row_index_bound(P, K, E) rows",
                 (long long)row, (long long)index->M);
     }
     start[E] = (int)row;
@@ -58,7 +59,8 @@ void row_index_build(RowIndex *index, const int *choice, int first_expert) {
 void row_index_dense(RowIndex *index, int64_t R) {
     int64_t rows = div_up(R, device_row_tile()) * device_row_tile();
     if (R > index->P || rows > index->M || index->K != 1 || index->E != 1)
-        die("a dense index of %lld tokens where P = %lld, M = %lld, K = %lld, E = %lld|it needs P >= R, M >= row_index_bound(R, 1, 1), K = E = 1",
+        die("a dense index of %lld tokens where P = %lld, M = %lld, K = %lld, E = %lld|it needs "
+            "P >= R, M >= row_index_bound(R, 1, 1), K = E = 1",
             (long long)R, (long long)index->P, (long long)index->M, (long long)index->K,
             (long long)index->E);
     index->expert_row[0] = 0;
