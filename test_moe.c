@@ -302,9 +302,24 @@ static void test_replay(const Fixture *f) {
     if (c.n_moe) {
         write_routing(path, &c, f->B, f->T);
         test_naive(f, path);
-        unlink(path);
         Setup s = probe_setup(f);
+        s.replay = path;
         Run *r = run_open(f, 0, &s);
+        run_step(r, 1, 0, 0);
+        int64_t n, differ = 0;
+        int *chosen = read_routing(r);
+        SafeTensors file = safetensors_open(path);
+        double *given = read_tensor(&file, "topk", &n);
+        for (int64_t i = 0; i < n; i++) differ += chosen[i] != (int)given[i];
+        check(!differ, "%s: a replayed routing is taken as it is (%lld of %lld choices differ)",
+              f->name, (long long)differ, (long long)n);
+        safetensors_close(&file);
+        free(given);
+        free(chosen);
+        run_close(r);
+        unlink(path);
+        s = probe_setup(f);
+        r = run_open(f, 0, &s);
         r->t->routing = routing_open(r->t, path, "");
         StepResult recorded = run_step(r, 1, 0, 0);
         run_close(r);

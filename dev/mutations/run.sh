@@ -12,11 +12,12 @@ set -u
 top=$(cd "$(dirname "$0")/../.." && pwd)
 copy=$top/build/mutants/tree
 list=dev/mutations/$1 only=${2:-}
+dry=${LIST:-}      # read here: plant gives its perl a LIST of its own
 # Prints name, file and test of every mutation of the list.
 names() { perl -0777 -ne 'for (split /^----\n/m) { next unless /\S/; my ($n) = /^name: (.*)$/m; my ($f) = /^file: (.*)$/m; my ($t) = /^test: (.*)$/m; print "$n\t$f\t$t\n"; }' "$list"; }
 # Plants the mutation NAME of LIST in FILE, or only looks for its text where DRY is set. The status is 2 where the text is not found exactly once.
 plant() {
-    NAME="$1" LIST="$list" DRY="${LIST:-}" perl -0777 -e '
+    NAME="$1" LIST="$list" DRY="$dry" perl -0777 -e '
         open F, "<", $ENV{LIST}; $all = <F>; close F;
         for (split /^----\n/m, $all) { next unless /^name: \Q$ENV{NAME}\E$/m; ($old, $new) = /^<<<\n(.*?)^===\n(.*?)^>>>$/ms; }
         s/\A\s+//, s/\s+\z// for $old, $new;
@@ -27,7 +28,7 @@ plant() {
         exit 0 if $ENV{DRY};
         $text =~ s/$old/$new/; open F, ">", $ARGV[0]; print F $text;' "$2"
 }
-if [ -n "${LIST:-}" ]; then
+if [ -n "$dry" ]; then
     cd "$top" || exit 1
     names | grep -- "$only" | { found=0 lost=0
         while IFS="$(printf '\t')" read -r name file test; do
