@@ -73,6 +73,11 @@ void check_alone(const char *hint) {
         // the step's variables.
         if (n) return;
     }
+    const char *ranks = getenv("WORLD_SIZE");
+    if (ranks && atoi(ranks) > 1 && getenv("RANK"))
+        die("torchrun started %s processes (WORLD_SIZE), which this program cannot join|"
+            "start it with mpirun, or build it for GPUs with NCCL",
+            ranks);
 }
 
 // ---- groups ---------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ typedef struct {
     MPI_Request *request; // (capacity)
 } Transfer;
 
-static World world;
+static World world = { 0, 1, 0, 1 };
+static int launched; // MPI was initialised
 static int thread_level, oversubscribed;
 static Transfer transfers[COMM_CALLS + 1]; // the last one moves host memory
 static Transfer *active[COMM_CALLS + 1];   // not FINISHED, oldest first
@@ -130,14 +131,38 @@ static int claim_last_words(void) {
     return __sync_bool_compare_and_swap(speaker, 0, 1 + world.rank) || *speaker == 1 + world.rank;
 }
 
+// 1 where something started this process that MPI knows, or --force-comm wants its transport. A
+// process that stands alone does not touch MPI, whose start can fail when many begin at once.
+static int is_launched(int argc, char **argv) {
+    static const char *const set_by[] = { "OMPI_COMM_WORLD_SIZE",
+                                          "PMIX_RANK",
+                                          "PMI_RANK",
+                                          "PMI_SIZE",
+                                          "PMI_FD",
+                                          "MPI_LOCALNRANKS",
+                                          "PALS_RANKID",
+                                          "MV2_COMM_WORLD_SIZE",
+                                          "ALPS_APP_PE",
+                                          "FLUX_TASK_RANK",
+                                          "JSM_NAMESPACE_RANK" };
+    for (size_t i = 0; i < sizeof set_by / sizeof *set_by; i++)
+        if (getenv(set_by[i])) return 1;
+    for (int i = 1; i < argc; i++)
+        if (!strncmp(argv[i], "--force-comm", 12)) return 1;
+    return 0;
+}
+
 void transport_init(int *argc, char ***argv) {
+    die_set(0, abort_all);
+    launched = is_launched(*argc, *argv);
+    if (!launched) return;
     // More ranks than cores: MPI's own blocking calls must give the core away. Before MPI_Init only
     // the launcher's variable tells.
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     const char *ranks_here = getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
     if (ranks_here && atol(ranks_here) > cores) setenv("OMPI_MCA_mpi_yield_when_idle", "1", 0);
-    // Started without a launcher: Open MPI would first start a daemon of its own, for ranks that
-    // are never spawned.
+    // --force-comm without a launcher: Open MPI would first start a daemon of its own, for ranks
+    // that are never spawned.
     if (!ranks_here && !getenv("PMIX_RANK") && !getenv("PMI_RANK") && !getenv("SLURM_PROCID"))
         setenv("OMPI_MCA_ess_singleton_isolated", "1", 0);
     mpi_check(MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &thread_level), "MPI_Init");
@@ -165,10 +190,13 @@ void transport_start(void) {
 }
 
 World transport_world(void) { return world; }
-int transport_forces(void) { return 1; }
-void transport_leave(void) { mpi_check(MPI_Barrier(MPI_COMM_WORLD), "end of the run"); }
+int transport_forces(void) { return launched; }
+void transport_leave(void) {
+    if (launched) mpi_check(MPI_Barrier(MPI_COMM_WORLD), "end of the run");
+}
 
 void transport_finish(void) {
+    if (!launched) return;
     for (int i = 0; i <= COMM_CALLS; i++) {
         free(transfers[i].copy_dst.p);
         free(transfers[i].copy_src.p);
@@ -195,6 +223,7 @@ const char *transport_describe(void) {
 
 // ---- groups ---------------------------------------------------------------------------------
 void transport_group(Comm *g, const char *name) {
+    if (!launched) return;
     MPI_Comm mpi;
     char text[96];
     snprintf(text, sizeof text, "building group %s, MPI_Comm_split", name);
@@ -217,6 +246,7 @@ void transport_group(Comm *g, const char *name) {
 }
 
 void transport_group_free(Comm *g) {
+    if (!launched) return;
     MPI_Comm_free(&group_of(g)->mpi);
     free(group_of(g)->part);
     free(g->transport);

@@ -110,6 +110,13 @@ static void bad_options(void) {
     bad("started as one of two by a launcher that it does not know",
         "a launcher started 2 processes", "$S --steps 1");
     unsetenv("MV2_COMM_WORLD_SIZE");
+    setenv("WORLD_SIZE", "2", 1);
+    setenv("RANK", "0", 1);
+    setenv("LOCAL_RANK", "0", 1);
+    bad("started as one of two by torchrun", "torchrun started 2 processes", "$S --steps 1");
+    unsetenv("WORLD_SIZE");
+    unsetenv("RANK");
+    unsetenv("LOCAL_RANK");
     bad("token that is not there", "an update has tokens 0 to 127",
         "$S --steps 1 --trace-token 128");
     bad("unknown attention kernel", "no attention kernel \"fast\"", "$S --attention-kernel fast");
