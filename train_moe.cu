@@ -23,6 +23,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 // ---- signals --------------------------------------------------------------------------------
@@ -385,12 +386,37 @@ static char *config_path(const Options *o) {
     return *o->model ? xasprintf("%s/config.json", o->model) : xasprintf("%s", o->init);
 }
 
+// What people give as --model instead of a folder.
+static void check_model(const char *model) {
+    struct stat st;
+    if (!stat(model, &st) && !S_ISDIR(st.st_mode))
+        die("--model %s is a file|give the folder that it lies in", model);
+    if (stat(model, &st) && *model != '/' && *model != '.' && strchr(model, '/') &&
+        strchr(model, '/') == strrchr(model, '/'))
+        die("--model %s is no folder here|"
+            "if it is a name on the hub: hf download %s --local-dir DIR",
+            model, model);
+}
+
 static Config open_config(Options *o, const char *path) {
     Config c;
     memset(&c, 0, sizeof c);
+    if (*o->model) check_model(o->model);
     if (*path) c = config_read(path);
     if (!o->seq_len) o->seq_len = c.max_positions < 512 ? c.max_positions : 512;
     return c;
+}
+
+// A config that ties the head to the embedding, beside a head that differs, is not the truth.
+static void keep_own_head(Config *c, const Options *o, Comm *all) {
+    int own = comm_world_rank() == 0 && checkpoint_has_own_head(o->model);
+    if (comm_max(all, own) == 0) return;
+    c->tied = 0;
+    if (comm_world_rank() == 0)
+        warn("%s: lm_head.weight differs from model.embed_tokens.weight though config.json ties "
+             "them: "
+             "it is kept as a head of its own",
+             o->model);
 }
 
 static Grid open_grid(Options *o, const Config *c) {
@@ -439,6 +465,7 @@ static void command_train(Options *o) {
     r.o = o;
     Config config = open_config(o, path);
     r.grid = open_grid(o, &config);
+    if (config.tied && *o->model) keep_own_head(&config, o, r.grid.all);
     r.model = model_build(config, grid_shard_spec(&r.grid));
     int64_t found = open_out(&r);
     r.first = found > 0 ? found : 0;

@@ -197,51 +197,41 @@ static const SafeTensor *find_weight(const Checkpoint *checkpoint, const SafeTen
             "is this the config of this checkpoint?",
             s->path[t->file], t->name, safetensors_shape(t, has), safetensors_shape(&wanted, want));
     }
-    if (t->type != DTYPE_F32 && t->type != DTYPE_BF16 && t->type != DTYPE_F16 &&
-        t->type != DTYPE_F64)
+    int fits = t->type == DTYPE_F32 || t->type == DTYPE_BF16 || t->type == DTYPE_F16 ||
+               t->type == DTYPE_F64;
+    if (!fits)
         die("%s: tensor %s: weights of dtype %s are not supported|"
             "use a checkpoint in F32, BF16 or F16",
-            s->path[t->file], t->name, dtype_name(t->type));
+            s->path[t->file], t->name, safetensors_dtype(t));
     return t;
 }
 
 static void warn_extra(const Checkpoint *checkpoint, const SafeTensors *s, const char *dir,
                        const char *used) {
-    int n = 0, shown = 0;
+    int n = 0;
+    char *list = xasprintf("%s", "");
     for (int i = 0; i < s->n; i++) {
-        const char *name = s->tensor[i].name,
-                   *inv = strstr(name, "rotary_emb.inv_freq"); // a table that old versions saved
-        if (used[i] || inv || (checkpoint->m->c.tied && !strcmp(name, "lm_head.weight"))) continue;
-        if (!n++)
-            fprintf(stderr,
-                    "warning: %s: tensors that this model has no place for are ignored:", dir);
-        if (shown < 5) {
-            fprintf(stderr, " %s", name);
-            shown++;
-        }
+        const SafeTensor *t = &s->tensor[i];
+        const char *inv = strstr(t->name, "rotary_emb.inv_freq"); // a table that old versions saved
+        int head = checkpoint->m->c.tied && !strcmp(t->name, "lm_head.weight");
+        if (used[i] || inv || head || n++ >= 5) continue;
+        char *longer = xasprintf("%s %s (%s)", list, t->name, safetensors_dtype(t));
+        free(list);
+        list = longer;
     }
-    if (n) fprintf(stderr, "%s (%d in all)\n", n > shown ? " ..." : "", n);
+    if (n)
+        warn("%s: tensors that this model has no place for are ignored:%s%s (%d in all)", dir, list,
+             n > 5 ? " ..." : "", n);
+    free(list);
 }
 
-// A tied model has no head of its own; a file may bring one all the same, and should then bring the
-// embedding again.
-static void check_tied(const Checkpoint *checkpoint, const SafeTensors *s, const char *dir) {
-    const SafeTensor *head = safetensors_find(s, "lm_head.weight"),
-                     *embed = safetensors_find(s, "model.embed_tokens.weight");
-    if (!checkpoint->m->c.tied || !head || !embed) return;
-    int same = head->type == embed->type && head->bytes == embed->bytes;
-    int64_t half = CHECKPOINT_STAGING / 2;
-    for (int64_t at = 0; same && at < head->bytes; at += half) {
-        int64_t n = head->bytes - at < half ? head->bytes - at : half;
-        safetensors_read(s, head, at, checkpoint->host, n);
-        safetensors_read(s, embed, at, checkpoint->host + half, n);
-        same = !memcmp(checkpoint->host, checkpoint->host + half, (size_t)n);
-    }
-    if (!same)
-        fprintf(stderr,
-                "warning: %s: lm_head.weight differs from model.embed_tokens.weight, but "
-                "tie_word_embeddings is true: lm_head.weight is ignored\n",
-                dir);
+int checkpoint_has_own_head(const char *dir) {
+    SafeTensors s = safetensors_open_folder(dir);
+    const SafeTensor *head = safetensors_find(&s, "lm_head.weight"),
+                     *embed = safetensors_find(&s, "model.embed_tokens.weight");
+    int own = head && embed && !safetensors_equal(&s, head, embed);
+    safetensors_close(&s);
+    return own;
 }
 
 // Fills place (checkpoint->n) and checkpoint->source.
@@ -263,13 +253,12 @@ static void place_model(Checkpoint *checkpoint, const SafeTensors *s, const char
         place[i].at = t->at + base * (int64_t)dtype_size(t->type);
     }
     if (missing)
-        die("%s: tensor %s is missing (%d of %d are)|"
+        die("%s: tensor %s is missing (%d of %d are); the files have %s ...|"
             "is the checkpoint complete, and is this its config.json?",
-            dir, missing, n_missing, checkpoint->n);
+            dir, missing, n_missing, checkpoint->n, s->n ? s->tensor[0].name : "none");
     checkpoint->has_source = 1;
     if (!checkpoint->rank) {
         warn_extra(checkpoint, s, dir, used);
-        check_tied(checkpoint, s, dir);
     }
     free(used);
 }
@@ -493,9 +482,10 @@ struct cJSON *checkpoint_trainer(const char *dir) {
     int error = file_load(AT_FDCWD, path, 0, MAX_TRAINER, &text, &bytes);
     if (error)
         die("%s: cannot read: %s|resume from a checkpoint of this program", path, file_why(error));
-    cJSON *root = cJSON_Parse(text);
+    char why[JSON_WHY] = "not a JSON object";
+    cJSON *root = json_parse(text, bytes, why);
     if (!cJSON_IsObject(root))
-        die("%s: not valid JSON|the checkpoint is damaged: resume from the one before it", path);
+        die("%s: %s|the checkpoint is damaged: resume from the one before it", path, why);
     if (!sums_signed(text, bytes)) checkpoint_damaged(dir, "trainer.json");
     free(text);
     free(path);

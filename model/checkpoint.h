@@ -58,6 +58,10 @@ enum { CHECKPOINT_STAGING = 16 << 20 };
 Checkpoint *checkpoint_create(const Model *m, Comm *all, int writer, Arena *arena);
 void checkpoint_free(Checkpoint *checkpoint);
 
+// Returns 1 where the model in `dir` has a head that differs from its embedding. A config that ties
+// the two is then not the truth about it: transformers 5 keeps such a head, and so does this
+// program.
+int checkpoint_has_own_head(const char *dir);
 // Reads this rank's shards of the model in `dir` into shard[b].param and, where it is not 0,
 // .master, for every block b. Takes one file or several, per-expert or fused 3-D tensors, F32,
 // BF16, F16 and F64, and holds at most CHECKPOINT_STAGING bytes beyond the shards. Ends the run

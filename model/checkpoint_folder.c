@@ -61,13 +61,14 @@ static int is_complete(int at, const char *name, int flags, int64_t *step, char 
         error = 0;
     }
     if (text && !sums_signed(text, bytes)) error = EBADMSG;
-    cJSON *root = text ? cJSON_Parse(text) : 0;
+    char parsed[JSON_WHY];
+    cJSON *root = text && !error ? json_parse(text, bytes, parsed) : 0;
     const cJSON *files = cJSON_GetObjectItemCaseSensitive(root, "files"),
                 *number = cJSON_GetObjectItemCaseSensitive(root, "step"), *file = 0;
     if (cJSON_IsObject(files) && cJSON_IsNumber(number)) {
         *step = (int64_t)number->valuedouble;
         complete = 1;
-    } else if (text)
+    } else if (text && !error)
         error = EBADMSG;
     cJSON_ArrayForEach(file, files) {
         struct stat st;

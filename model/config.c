@@ -17,13 +17,17 @@
 
 enum { MAX_CONFIG = 16 << 20 }; // bytes; a config is a few kilobytes
 
-static char *read_text(const char *path) {
-    char *text = 0;
-    int error = file_load(AT_FDCWD, path, 0, MAX_CONFIG, &text, 0);
+static cJSON *read_json(const char *path, char **text) {
+    int64_t bytes;
+    char why[JSON_WHY];
+    int error = file_load(AT_FDCWD, path, 0, MAX_CONFIG, text, &bytes);
     if (error)
         die("%s: cannot open: %s|give a Hugging Face model folder, or the path of a config.json",
             path, file_why(error));
-    return text;
+    cJSON *root = json_parse(*text, bytes, why);
+    if (!root) die("%s: %s|repair the file", path, why);
+    if (!cJSON_IsObject(root)) die("%s: not a JSON object|give a Hugging Face config.json", path);
+    return root;
 }
 
 // ---- keys: `at` is the file for messages; a key that is null counts as absent ---------------
@@ -133,15 +137,26 @@ static void check_mathematics(const Keys *k) {
     check_rope(k, "rope_scaling");
 }
 
+// Products of these numbers are sizes of arrays: none may pass 64 bits, a head or a layer is
+// counted in an int, and a model of more tensors than this is a mistake or an attack.
+static void check_sizes(const Config *c, const char *path) {
+    double tensors = (double)c->L * (9 + 3.0 * c->E);
+    double widest = fmax((double)c->H * c->D, fmax(2.0 * c->F, 2.0 * c->I));
+    double layer = (double)c->C * (2.0 * c->H * c->D + 3.0 * c->E * c->F + 3.0 * c->I);
+    if (tensors > 4e6)
+        die("%s: num_hidden_layers %d x num_experts %d are %.3g tensors|"
+            "Qwen3-30B-A3B has 18,867; correct these keys",
+            path, c->L, c->E, tensors);
+    if (widest > 1073741824 || c->L * layer + 2.0 * c->V * c->C > 1e15)
+        die("%s: a model of %.3g parameters, a layer %.3g wide|"
+            "correct hidden_size, head_dim, the widths or vocab_size",
+            path, c->L * layer + 2.0 * c->V * c->C, widest);
+}
+
 Config config_read(const char *path) {
     Config c;
     memset(&c, 0, sizeof c);
-    c.json = read_text(path);
-    cJSON *root = cJSON_Parse(c.json);
-    if (!root)
-        die("%s: not valid JSON near \"%.40s\"|repair the file", path,
-            cJSON_GetErrorPtr() ? cJSON_GetErrorPtr() : "");
-    if (!cJSON_IsObject(root)) die("%s: not a JSON object|give a Hugging Face config.json", path);
+    cJSON *root = read_json(path, &c.json);
     Keys keys = { root, path }, *k = &keys;
     check_mathematics(k);
 
@@ -197,6 +212,7 @@ Config config_read(const char *path) {
             "correct these keys",
             path);
 
+    check_sizes(&c, path);
     int sparse_step = integer(k, "decoder_sparse_step", 1, 1);
     const cJSON *dense = get(k, "mlp_only_layers"), *item = 0;
     if (dense && !cJSON_IsArray(dense))
@@ -277,7 +293,7 @@ char *config_export(const Config *c, const char *dtype) {
         set_default(root, ints[i].name, cJSON_CreateNumber(ints[i].value));
     set_default(root, "mlp_only_layers", cJSON_CreateArray());
     set_default(root, "norm_topk_prob", cJSON_CreateBool(c->norm_topk));
-    set_default(root, "tie_word_embeddings", cJSON_CreateBool(c->tied));
+    set(root, "tie_word_embeddings", cJSON_CreateBool(c->tied));
     set_default(root, "hidden_act", cJSON_CreateString("silu"));
     set_default(root, "attention_bias", cJSON_CreateFalse());
     set_default(root, "attention_dropout", real_number(0));

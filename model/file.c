@@ -4,6 +4,7 @@
 #define _GNU_SOURCE
 #include "file.h"
 #include "../kernels/fail.h"
+#include <cjson/cJSON.h>
 #include <dirent.h>
 #include <errno.h>
 #include <stdio.h>
@@ -148,6 +149,69 @@ int file_replace(int at, const char *name, const void *data, size_t bytes) {
     if (error) unlinkat(at, fresh, 0);
     free(fresh);
     return error ? error : folder_sync(at);
+}
+
+// ---- JSON -----------------------------------------------------------------------------------
+// Counts values without building them: each follows an opening bracket, a comma or the begin.
+static int64_t count_values(const char *text, int64_t bytes) {
+    int64_t n = 1;
+    int inside = 0;
+    for (int64_t i = 0; i < bytes; i++) {
+        if (inside && text[i] == '\\')
+            i++;
+        else if (text[i] == '"')
+            inside = !inside;
+        else if (!inside)
+            n += text[i] == ',' || text[i] == '[' || text[i] == '{';
+    }
+    return n;
+}
+
+static int by_text(const void *a, const void *b) {
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
+
+// A key that some object of the document has twice, 0 where none has.
+static const char *twice(const cJSON *v) {
+    const cJSON *child = 0;
+    size_t n = 0;
+    const char *found = 0;
+    cJSON_ArrayForEach(child, v) {
+        n++;
+        if (!found && child->child) found = twice(child);
+    }
+    if (found || !cJSON_IsObject(v) || n < 2) return found;
+    const char **key = (const char **)xmalloc(n * sizeof *key, "keys");
+    n = 0;
+    cJSON_ArrayForEach(child, v) key[n++] = child->string;
+    qsort((void *)key, n, sizeof *key, by_text);
+    for (size_t i = 1; i < n && !found; i++)
+        if (!strcmp(key[i - 1], key[i])) found = key[i];
+    free((void *)key);
+    return found;
+}
+
+struct cJSON *json_parse(const char *text, int64_t bytes, char why[JSON_WHY]) {
+    int64_t values = count_values(text, bytes);
+    if (values > MAX_VALUES) {
+        snprintf(why, JSON_WHY, "%lld values are more than the %d that such a file has",
+                 (long long)values, MAX_VALUES);
+        return 0;
+    }
+    const char *end = text;
+    cJSON *root = cJSON_ParseWithOpts(text, &end, 0);
+    while (root && end < text + bytes && strchr(" \t\r\n", *end) && *end) end++;
+    if (!root || end != text + bytes) {
+        snprintf(why, JSON_WHY, "not valid JSON near \"%.40s\" (byte %lld)", end,
+                 (long long)(end - text));
+        cJSON_Delete(root);
+        return 0;
+    }
+    const char *key = twice(root);
+    if (!key) return root;
+    snprintf(why, JSON_WHY, "the key \"%.60s\" is there twice", key);
+    cJSON_Delete(root);
+    return 0;
 }
 
 // ---- folders --------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ typedef struct {
       "heads: split attention heads over ep (each rank else has all heads)")                      \
     X(attention_kernel, "attention-kernel", TEXT, "auto", 0, 0, "NAME",                           \
       "auto; CPU: blas; CUDA: cudnn, flash")                                                      \
-    X(timeout, "timeout", REAL, "600", 0.001, ANY, "SECONDS",                                     \
+    X(timeout, "timeout", REAL, "600", 0.001, 1e9, "SECONDS",                                     \
       "longest wait for other ranks before the run ends with a report")                           \
     X(force_comm, "force-comm", FLAG, "off", 0, 0, "",                                            \
       "testing: groups of one rank send to themselves")                                           \
@@ -145,7 +145,7 @@ typedef struct {
       "whose speed and links --plan assumes")                                                     \
     X(gpus_per_node, "gpus-per-node", INT, "0", 0, MANY, "N",                                     \
       "ranks per machine for --plan (0: 8, cpu: 64)")                                             \
-    X(gpu_mem, "gpu-mem", REAL, "0", 0, ANY, "GiB",                                               \
+    X(gpu_mem, "gpu-mem", REAL, "0", 0, 1e9, "GiB",                                               \
       "memory of a rank, for --plan and --recompute auto")                                        \
     X(verify, "verify", TEXT, "", 0, 0, "DIR",                                                    \
       "compare every byte of a checkpoint with its checksums, then stop")                         \

@@ -70,10 +70,7 @@ static SafeTensor parse_tensor(const cJSON *entry, const char *path, int file, i
             path, name);
     int i = 0;
     while (i < N_TYPES && strcmp(TYPES[i].name, type->valuestring)) i++;
-    if (i == N_TYPES)
-        die("%s: tensor %s: dtype %.20s is not supported|use a checkpoint in F32, BF16 or F16",
-            path, name, type->valuestring);
-    t.type = TYPES[i].type;
+    t.type = i < N_TYPES ? TYPES[i].type : SAFETENSORS_OTHER;
     if (cJSON_GetArraySize(shape) > SAFETENSORS_DIMS)
         die("%s: tensor %s has more than %d dimensions|this is no Qwen3-MoE checkpoint", path, name,
             SAFETENSORS_DIMS);
@@ -95,14 +92,20 @@ static SafeTensor parse_tensor(const cJSON *entry, const char *path, int file, i
     t.at = data_start + begin;
     t.file = file;
     char text[192];
-    if (t.bytes != safetensors_elements(&t) * (int64_t)dtype_size(t.type))
+    if (t.type != SAFETENSORS_OTHER &&
+        t.bytes != safetensors_elements(&t) * (int64_t)dtype_size(t.type))
         die("%s: tensor %s: %lld bytes do not hold shape %s of %s|"
             "the file is damaged, copy or download it again",
             path, name, (long long)t.bytes, safetensors_shape(&t, text), dtype_name(t.type));
-    t.name = (char *)xmalloc(strlen(name) + 1, "tensor name");
-    strcpy(t.name, name);
+    // The dtype's own name lies after the tensor's: see safetensors_dtype().
+    size_t n = strlen(name) + 1, n_type = strlen(type->valuestring) + 1;
+    t.name = (char *)xmalloc(n + n_type, "tensor name");
+    memcpy(t.name, name, n);
+    memcpy(t.name + n, type->valuestring, n_type);
     return t;
 }
+
+const char *safetensors_dtype(const SafeTensor *t) { return t->name + strlen(t->name) + 1; }
 
 static int by_place(const void *a, const void *b) {
     const SafeTensor *x = (const SafeTensor *)a, *y = (const SafeTensor *)b;
@@ -114,13 +117,38 @@ static int by_name(const void *a, const void *b) {
     return strcmp(((const SafeTensor *)a)->name, ((const SafeTensor *)b)->name);
 }
 
+int safetensors_equal(const SafeTensors *s, const SafeTensor *a, const SafeTensor *b) {
+    enum { PIECE = 1 << 20 };
+    int same = !strcmp(safetensors_dtype(a), safetensors_dtype(b)) && a->bytes == b->bytes &&
+               a->n_dims == b->n_dims && !memcmp(a->shape, b->shape, sizeof a->shape);
+    char *x = (char *)xmalloc(2 * PIECE, "tensors"), *y = x + PIECE;
+    for (int64_t at = 0; same && at < a->bytes; at += PIECE) {
+        int64_t n = a->bytes - at < PIECE ? a->bytes - at : PIECE;
+        safetensors_read(s, a, at, x, n);
+        safetensors_read(s, b, at, y, n);
+        same = !memcmp(x, y, (size_t)n);
+    }
+    free(x);
+    return same;
+}
+
+// Sorts by name. A tensor that several files hold counts once, if it is the same in all.
 static void sort_names(SafeTensors *s) {
+    int n = 0;
     qsort(s->tensor, (size_t)s->n, sizeof *s->tensor, by_name);
-    for (int i = 1; i < s->n; i++)
-        if (!strcmp(s->tensor[i - 1].name, s->tensor[i].name))
-            die("%s: tensor %s appears twice (again in %s)|"
+    for (int i = 0; i < s->n; i++) {
+        SafeTensor *t = &s->tensor[i], *last = &s->tensor[n - 1];
+        if (!n || strcmp(last->name, t->name)) {
+            s->tensor[n++] = *t;
+            continue;
+        }
+        if (!safetensors_equal(s, last, t))
+            die("%s: tensor %s appears twice, with other numbers in %s|"
                 "the checkpoint is damaged, copy or download it again",
-                s->path[s->tensor[i - 1].file], s->tensor[i].name, s->path[s->tensor[i].file]);
+                s->path[last->file], t->name, s->path[t->file]);
+        free(t->name);
+    }
+    s->n = n;
 }
 
 // The JSON of the header (caller frees) and the first byte behind it.
@@ -160,14 +188,11 @@ static void add_file(SafeTensors *s, const char *path) {
 
     int64_t data_start;
     char *text = read_header(fd, path, size, &data_start);
-    const char *end = text, *last = text + (data_start - 8);
-    cJSON *root = cJSON_ParseWithOpts(text, &end, 0);
-    while (root && end < last && (*end == ' ' || *end == '\n' || *end == '\t' || *end == '\r'))
-        end++;
-    if (!root || end != last || !cJSON_IsObject(root))
-        die("%s: the header is not valid JSON (byte %lld)|"
-            "the file is damaged, copy or download it again",
-            path, (long long)(end - text));
+    char why[JSON_WHY] = "not an object";
+    cJSON *root = json_parse(text, data_start - 8, why);
+    if (!cJSON_IsObject(root))
+        die("%s: the header is not valid: %s|the file is damaged, copy or download it again", path,
+            why);
     int first = s->n;
     size_t most = (size_t)s->n + (size_t)cJSON_GetArraySize(root) + 1;
     s->tensor = (SafeTensor *)xrealloc(s->tensor, most, sizeof *s->tensor, "list of tensors");
@@ -195,16 +220,51 @@ SafeTensors safetensors_open(const char *path) {
 // The weight_map of an index, 0 where there is no index.
 static cJSON *read_index(const char *path) {
     char *text = 0;
-    int error = file_load(AT_FDCWD, path, 0, MAX_HEADER, &text, 0);
+    int64_t bytes = 0;
+    int error = file_load(AT_FDCWD, path, 0, MAX_HEADER, &text, &bytes);
     if (error == ENOENT) return 0;
     if (error) die("%s: cannot open: %s|is the checkpoint complete?", path, file_why(error));
-    cJSON *root = cJSON_Parse(text),
-          *map = cJSON_DetachItemFromObjectCaseSensitive(root, "weight_map");
+    char why[JSON_WHY];
+    cJSON *root = json_parse(text, bytes, why);
+    if (!root) die("%s: %s|the index is damaged, copy or download it again", path, why);
+    cJSON *map = cJSON_DetachItemFromObjectCaseSensitive(root, "weight_map");
     if (!cJSON_IsObject(map) || !map->child)
         die("%s: no weight_map in it|the index is damaged, copy or download it again", path);
     cJSON_Delete(root);
     free(text);
     return map;
+}
+
+// What a folder without weights has instead, for the true reason.
+typedef struct {
+    int shards, pickles;
+} Found;
+static void look_for(void *context, const char *name) {
+    Found *f = (Found *)context;
+    size_t n = strlen(name);
+    f->shards += n > 12 && !strncmp(name, "model", 5) && !strcmp(name + n - 12, ".safetensors");
+    f->pickles += n > 4 && (!strcmp(name + n - 4, ".bin") || !strcmp(name + n - 4, ".pth"));
+}
+
+static void die_without_weights(const char *dir) MOE_NORETURN;
+static void die_without_weights(const char *dir) {
+    Found f = { 0, 0 };
+    int fd = folder_open(AT_FDCWD, dir, 0), error = fd < 0 ? errno : folder_visit(fd, look_for, &f);
+    const char *is = "neither model.safetensors nor model.safetensors.index.json is there";
+    if (error) die("%s: cannot read the folder: %s|check the disk", dir, strerror(error));
+    if (f.shards)
+        die("%s: %d safetensors files, but no model.safetensors.index.json|"
+            "the index says which tensor is where: copy or download it, too",
+            dir, f.shards);
+    if (f.pickles) die("%s: %s|its .bin files are pickles: convert them to safetensors", dir, is);
+    die("%s: %s|give a folder with a Hugging Face model, completely downloaded", dir, is);
+}
+
+// The name of a file beside the index, without a "./" before it; 0 for anything else.
+static const char *file_beside(const cJSON *entry) {
+    const char *file = cJSON_IsString(entry) ? entry->valuestring : "";
+    if (!strncmp(file, "./", 2)) file += 2;
+    return *file && !strchr(file, '/') ? file : 0;
 }
 
 SafeTensors safetensors_open_folder(const char *dir) {
@@ -216,21 +276,21 @@ SafeTensors safetensors_open_folder(const char *dir) {
     char *single = xasprintf("%s/model.safetensors", dir),
          *index = xasprintf("%s/model.safetensors.index.json", dir);
     cJSON *map = 0;
-    if (!access(single, F_OK))
-        add_file(&s, single); // as transformers: the single file wins
+    // As in transformers, the single file wins. A link that leads nowhere is a file that is
+    // missing.
+    if (!lstat(single, &st))
+        add_file(&s, single);
     else if (!(map = read_index(index)))
-        die("%s: neither model.safetensors nor model.safetensors.index.json is there|"
-            "only safetensors are read; convert .bin checkpoints first",
-            dir);
+        die_without_weights(dir);
     const cJSON *entry = 0;
-    char *last = 0;
+    const char *last = 0;
     cJSON_ArrayForEach(entry, map) {
-        const char *file = cJSON_IsString(entry) ? entry->valuestring : "";
-        if (!*file || strchr(file, '/'))
+        const char *file = file_beside(entry);
+        if (!file)
             die("%s: tensor %s: \"%s\" is not the name of a file beside it|the index is damaged",
-                index, entry->string, file);
+                index, entry->string, cJSON_IsString(entry) ? entry->valuestring : "");
         if (last && !strcmp(last, file)) continue;
-        last = entry->valuestring;
+        last = file;
         char *path = xasprintf("%s/%s", dir, file);
         int i = 0;
         while (i < s.n_files && strcmp(s.path[i], path)) i++;
@@ -238,13 +298,12 @@ SafeTensors safetensors_open_folder(const char *dir) {
         free(path);
     }
     sort_names(&s);
+    // An index may name the head of a tied model, which no file has.
     cJSON_ArrayForEach(entry, map) {
-        const SafeTensor *t = safetensors_find(&s, entry->string);
-        const char *name = t ? strrchr(s.path[t->file], '/') + 1 : "";
-        if (strcmp(name, entry->valuestring))
+        if (!safetensors_find(&s, entry->string) && strcmp(entry->string, "lm_head.weight"))
             die("%s: tensor %s is not in %s|"
                 "the checkpoint is incomplete, copy or download it again",
-                index, entry->string, entry->valuestring);
+                index, entry->string, file_beside(entry));
     }
     cJSON_Delete(map);
     free(single);

@@ -10,9 +10,10 @@
 #include "file.h"
 MOE_BEGIN_C
 enum { SAFETENSORS_DIMS = 8 };
+#define SAFETENSORS_OTHER ((Dtype)64)
 typedef struct {
     char *name;
-    Dtype type;
+    Dtype type; // SAFETENSORS_OTHER: one that this program does not compute with (F8_E4M3, BOOL)
     int n_dims; // 0 = a scalar
     int64_t shape[SAFETENSORS_DIMS];
     int64_t at, bytes; // where the data lies in the file, from its first byte
@@ -43,6 +44,11 @@ char *safetensors_shape(const SafeTensor *t, char *text);
 // early.
 void safetensors_read(const SafeTensors *s, const SafeTensor *t, int64_t first, void *dst,
                       int64_t bytes);
+
+// Returns the dtype of a tensor of an opened file as the file names it.
+const char *safetensors_dtype(const SafeTensor *t);
+// Returns 1 where two tensors have the same type, shape and bytes.
+int safetensors_equal(const SafeTensors *s, const SafeTensor *a, const SafeTensor *b);
 
 // Lays out one file: fills `at` and `bytes` of n tensors (name, type, n_dims, shape given; names
 // unique, without characters that JSON escapes) and returns everything before the data (malloc'd,

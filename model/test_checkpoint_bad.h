@@ -127,42 +127,39 @@ static void bad_headers(void) {
         const char *name, *header;
         size_t data;
         const char *fragment;
-    } cases[] = {
-        { "header is no JSON", "{\"a\": {", 8, "header is not valid JSON" },
-        { "garbage behind the JSON", "{} x", 0, "header is not valid JSON" },
-        { "header is a list", "[1, 2]", 0, "header is not valid JSON" },
-        { "offsets beyond the file", "{\"a\":" T2("[4]", "0", "16") "}", 12,
-          "tensor a: offsets [0, 16) out of range" },
-        { "offsets that run backwards", "{\"a\":" T2("[2]", "8", "0") "}", 8,
-          "tensor a: offsets [8, 0) out of range" },
-        { "negative offsets", "{\"a\":" T2("[2]", "-8", "0") "}", 8,
-          "tensor a: data_offsets is not a list of whole numbers" },
-        { "offsets near 2^64",
-          "{\"a\":" T2("[2]", "18446744073709551608", "18446744073709551616") "}", 8,
-          "tensor a: data_offsets is not" },
-        { "overlapping tensors", "{\"a\":" T2("[2]", "0", "8") ",\"b\":" T2("[2]", "4", "12") "}",
-          12, "tensors a and b overlap" },
-        { "one tensor inside another",
-          "{\"a\":" T2("[4]", "0", "16") ",\"b\":" T2("[1]", "4", "8") "}", 16,
-          "tensors a and b overlap" },
-        { "size is not the shape's", "{\"a\":" T2("[3]", "0", "8") "}", 8,
-          "tensor a: 8 bytes do not hold shape [3] of F32" },
-        { "negative shape", "{\"a\":" T2("[-2]", "0", "8") "}", 8,
-          "tensor a: shape is not a list of whole numbers" },
-        { "fractional shape", "{\"a\":" T2("[1.5]", "0", "8") "}", 8,
-          "tensor a: shape is not a list of whole numbers" },
-        { "shape that overflows 64 bits",
-          "{\"a\":" T2("[4294967296, 4294967296, 4294967296]", "0", "0") "}", 0,
-          "tensor a: shape of 1.84e+19 elements" },
-        { "nine dimensions", "{\"a\":" T2("[1,1,1,1,1,1,1,1,1]", "0", "4") "}", 4,
-          "tensor a has more than 8 dimensions" },
-        { "unknown dtype", "{\"a\":{\"dtype\":\"F8_E4M3\",\"shape\":[8],\"data_offsets\":[0,8]}}",
-          8, "tensor a: dtype F8_E4M3 is not supported" },
-        { "dtype missing", "{\"a\":{\"shape\":[2],\"data_offsets\":[0,8]}}", 8,
-          "tensor a: dtype, shape or data_offsets is missing" },
-        { "a name twice", "{\"a\":" T2("[1]", "0", "4") ",\"a\":" T2("[1]", "4", "8") "}", 8,
-          "tensor a appears twice" }
-    };
+    } cases[] = { { "header is no JSON", "{\"a\": {", 8, "the header is not valid: " },
+                  { "garbage behind the JSON", "{} x", 0, "the header is not valid: " },
+                  { "header is a list", "[1, 2]", 0, "the header is not valid: " },
+                  { "offsets beyond the file", "{\"a\":" T2("[4]", "0", "16") "}", 12,
+                    "tensor a: offsets [0, 16) out of range" },
+                  { "offsets that run backwards", "{\"a\":" T2("[2]", "8", "0") "}", 8,
+                    "tensor a: offsets [8, 0) out of range" },
+                  { "negative offsets", "{\"a\":" T2("[2]", "-8", "0") "}", 8,
+                    "tensor a: data_offsets is not a list of whole numbers" },
+                  { "offsets near 2^64",
+                    "{\"a\":" T2("[2]", "18446744073709551608", "18446744073709551616") "}", 8,
+                    "tensor a: data_offsets is not" },
+                  { "overlapping tensors",
+                    "{\"a\":" T2("[2]", "0", "8") ",\"b\":" T2("[2]", "4", "12") "}", 12,
+                    "tensors a and b overlap" },
+                  { "one tensor inside another",
+                    "{\"a\":" T2("[4]", "0", "16") ",\"b\":" T2("[1]", "4", "8") "}", 16,
+                    "tensors a and b overlap" },
+                  { "size is not the shape's", "{\"a\":" T2("[3]", "0", "8") "}", 8,
+                    "tensor a: 8 bytes do not hold shape [3] of F32" },
+                  { "negative shape", "{\"a\":" T2("[-2]", "0", "8") "}", 8,
+                    "tensor a: shape is not a list of whole numbers" },
+                  { "fractional shape", "{\"a\":" T2("[1.5]", "0", "8") "}", 8,
+                    "tensor a: shape is not a list of whole numbers" },
+                  { "shape that overflows 64 bits",
+                    "{\"a\":" T2("[4294967296, 4294967296, 4294967296]", "0", "0") "}", 0,
+                    "tensor a: shape of 1.84e+19 elements" },
+                  { "nine dimensions", "{\"a\":" T2("[1,1,1,1,1,1,1,1,1]", "0", "4") "}", 4,
+                    "tensor a has more than 8 dimensions" },
+                  { "dtype missing", "{\"a\":{\"shape\":[2],\"data_offsets\":[0,8]}}", 8,
+                    "tensor a: dtype, shape or data_offsets is missing" },
+                  { "a name twice", "{\"a\":" T2("[1]", "0", "4") ",\"a\":" T2("[1]", "4", "8") "}",
+                    8, "the header is not valid: the key \"a\" is there twice" } };
     Bad b = { 0, own(in("bad.safetensors")), 0 };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         raw_file(b.dir, cases[i].header, cases[i].data);
@@ -275,6 +272,10 @@ static void bad_folders(const char *config) {
               "layers.2.mlp.experts.5.up_prox.weight", 0);
     expect("a missing tensor", do_load, &b,
            "tensor model.layers.2.mlp.experts.5.up_proj.weight is missing (1 of 80 are)");
+    b = spoil(one, "model.safetensors", "\"model.norm.weight\":{\"dtype\":\"BF16\"",
+              "\"model.norm.weight\":{\"dtype\":\"F8_X\"", 0);
+    expect("a weight of another dtype", do_load, &b,
+           "tensor model.norm.weight: weights of dtype F8_X are not supported");
     b = spoil(one, "config.json", "\"moe_intermediate_size\":\t32",
               "\"moe_intermediate_size\":\t16", 0);
     expect("a wrong shape", do_load, &b, "has shape [32, 64], config.json means [16, 64]");

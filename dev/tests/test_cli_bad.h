@@ -196,6 +196,64 @@ static void bad_models(void) {
         "--model $T/m_part --train $F/parallel/tokens.bin --seq-len 16 --batch 4 --steps 1");
 }
 
+// Files that are not files, text that is not text, sizes that nothing has: refused at once, by
+// name.
+static void bad_files(void) {
+    good("mkfifo $T/fifo; mkdir $T/m_fifo $T/m_index $T/m_bin $T/m_lost; cp $F/gqa/config.json "
+         "$T/m_fifo; cp $F/gqa/config.json $T/m_index; cp $F/gqa/config.json $T/m_bin; "
+         "cp $F/gqa/config.json $T/m_lost; mkfifo $T/m_fifo/model.safetensors; "
+         "mkfifo $T/m_index/model.safetensors.index.json; echo x > $T/m_bin/pytorch_model.bin; "
+         "exec ln -s ../../blobs/gone $T/m_lost/model.safetensors");
+    setenv("U", "--train $F/gqa/tokens.bin --seq-len 16 --batch 4 --steps 1 --threads 1", 1);
+    bad("a pipe as a shard", "not a regular file", "$S --train $T/fifo");
+    bad("a pipe as a config", "a pipe or a device", "--init $T/fifo $U");
+    bad("a pipe as a decode table", "a pipe or a device", "--model $F/gqa $U --tokens $T/fifo");
+    bad("a pipe as weights", "a pipe or a device", "--model $T/m_fifo $U");
+    bad("a pipe as an index", "a pipe or a device", "--model $T/m_index $U");
+    bad("pickles instead of weights", "its .bin files are pickles", "--model $T/m_bin $U");
+    bad("a link of a hub cache that leads nowhere", "model.safetensors: cannot open",
+        "--model $T/m_lost $U");
+    bad("a name on the hub", "hf download Qwen/Qwen3", "--model Qwen/Qwen3 $U");
+    bad("a config.json as --model", "give the folder that it lies in",
+        "--model $F/gqa/config.json $U");
+    change_config("red.json", "\"hidden_act\":\"silu\"",
+                  "\"hidden_act\":\"\\u001b[31mRED\\u0007|hint\"");
+    bad("control characters of a file", "hidden_act = \"\\x1b[31mRED\\x07|hint\" is not",
+        "--init $T/red.json $U");
+    char *text = slurp(at("stderr"), 0);
+    check(!strchr(text, 27) && strstr(text, "hint: only silu is"),
+          "  none of them reaches the terminal, and the hint is the program's");
+    free(text);
+    char *many = xasprintf("\"hidden_act\":\"%05000d\"", 0);
+    change_config("long.json", "\"hidden_act\":\"silu\"", many);
+    bad("a text of 5,000 characters", "hint: only silu is", "--init $T/long.json $U");
+    free(many);
+    change_config("twice.json", "\"rope_theta\":10000", "\"rope_theta\":10000,\"rope_theta\":500");
+    bad("a key twice", "the key \"rope_theta\" is there twice", "--init $T/twice.json $U");
+    change_config("tail.json", "\"decoder_sparse_step\":1}", "\"decoder_sparse_step\":1} {}");
+    bad("text after the document", "not valid JSON near", "--init $T/tail.json $U");
+    change_config("layers.json", "\"num_hidden_layers\":2", "\"num_hidden_layers\":1000000");
+    bad("a million layers", "tensors", "--init $T/layers.json $U");
+    change_config("experts.json", "\"num_experts\":8", "\"num_experts\":2147483647");
+    bad("two thousand million experts, planned", "tensors", "--init $T/experts.json --plan");
+    change_config("wide.json", "\"head_dim\":16", "\"head_dim\":2147483646");
+    bad("a model beyond 64 bits", "parameters", "--init $T/wide.json $U");
+    bad("memory beyond 64 bits", "--gpu-mem 1e300 is out of range", "$S --gpu-mem 1e300");
+    enum { NUMBERS = 5000000 };
+    char *header = (char *)xmalloc(2 * NUMBERS + 40, "a header");
+    strcpy(header, "{\"__metadata__\":[");
+    size_t n = strlen(header);
+    for (int i = 0; i < NUMBERS; i++) {
+        header[n++] = '1';
+        header[n++] = ',';
+    }
+    strcpy(header + n, "1]}");
+    copy_model("m_header", 0, 0);
+    write_safetensors("m_header/model.safetensors", header, 0, 8);
+    free(header);
+    bad("a header of five million numbers", "values are more than", "--model $T/m_header $U");
+}
+
 static void bad_data(void) {
     const uint16_t ids[] = { 1, 2, 3, 4, 5, 6, 7, 257, 9, 10 };
     write_shard("range.bin", 20240520, 1, 10, ids, 10);
@@ -302,6 +360,7 @@ static void bad_routing(void) {
 static void test_bad(void) {
     bad_options();
     bad_models();
+    bad_files();
     bad_data();
     bad_places();
     bad_documents();
