@@ -193,9 +193,9 @@ static const char *twice(const cJSON *v) {
 
 struct cJSON *json_parse(const char *text, int64_t bytes, char why[JSON_WHY]) {
     int64_t values = count_values(text, bytes);
-    if (values > MAX_VALUES) {
+    if (values > JSON_VALUES) {
         snprintf(why, JSON_WHY, "%lld values are more than the %d that such a file has",
-                 (long long)values, MAX_VALUES);
+                 (long long)values, JSON_VALUES);
         return 0;
     }
     const char *end = text;

@@ -36,10 +36,10 @@ int file_write(int at, const char *name, const void *data, size_t bytes);
 int file_replace(int at, const char *name, const void *data, size_t bytes);
 
 // Parses a JSON document strictly: nothing follows it, no object has a key twice (programs disagree
-// on which of the two counts), and it has at most MAX_VALUES values (the files of the 30B model
+// on which of the two counts), and it has at most JSON_VALUES values (the files of the 30B model
 // have 0.9 million, and a value takes 64 bytes of memory). Returns 0 and says why not; the caller
 // deletes the result.
-enum { MAX_VALUES = 2000000, JSON_WHY = 160 };
+enum { JSON_VALUES = 2000000, JSON_WHY = 160 };
 struct cJSON *json_parse(const char *text, int64_t bytes, char why[JSON_WHY]);
 
 // Opens a folder and returns its descriptor, or -1 with errno. flags: 0, or O_NOFOLLOW.
