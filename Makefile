@@ -73,6 +73,7 @@ include dev/mk/parity.mk
 ifndef NO_DETECT
 include dev/mk/cuemu.mk
 include dev/mk/gpu.mk
+include dev/mk/fuzz.mk
 endif
 
 # ---- scripts --------------------------------------------------------------------------------
