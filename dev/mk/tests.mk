@@ -1,5 +1,5 @@
 # Tests that need no GPU: each target ends with 'N passed, N failed'.
-.PHONY: test test-full test-mutations test-mutations-cuda format format-check prose-check
+.PHONY: test test-full test-faults test-power-cut test-mutations test-mutations-cuda format format-check prose-check
 test:
 	@CC=$(CC) sh dev/tests/run.sh test
 test-full:
@@ -7,6 +7,13 @@ test-full:
 test-mutations: train_moe $(BUILD)/dev/tests/reshard
 	@sh dev/mutations/run.sh list.txt $(ONLY)
 	@sh dev/tests/kill.sh $(BUILD)/train_moe $(BUILD)/dev/tests/reshard 50
+# Faults of the file system that must lose nothing: injected into system calls, and power cuts (root,
+# ext4). Nightly at these counts, half an hour; make test-full injects FAULTS=40.
+FAULTS = 1500
+test-faults: $(BUILD)/train_moe
+	@bash dev/tests/faults.sh $< $(FAULTS)
+test-power-cut: $(BUILD)/train_moe
+	@bash dev/tests/power_cut.sh $< 62
 test-mutations-cuda:
 	@sh dev/mutations/run.sh kernels.txt $(ONLY)
 

@@ -143,6 +143,9 @@ else
         prepare fp64 PRECISION=fp64 -- test_moe && suite "model fp64 on 4 ranks" 900 $(launcher 4) "$dir/test_moe"
         prepare bf16 PRECISION=bf16 -- test_moe && suite "model bf16 on 4 ranks" 900 $(launcher 4) "$dir/test_moe"
     fi ;; esac
+    if prepare "for faults" -- train_moe && command -v strace > /dev/null 2>&1; then
+        suite "injected faults" 600 bash dev/tests/faults.sh "$dir/train_moe" 40
+    fi
     # valgrind 3.19 knows no AVX-512; it sees uninitialised memory, which the sanitizers do not
     if command -v valgrind > /dev/null 2>&1 && prepare "for valgrind" MARCH=-march=x86-64-v3 MPI=off OPENMP=off -- train_moe && chosen "valgrind"; then
         begin=$(seconds)
