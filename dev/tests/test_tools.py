@@ -76,7 +76,11 @@ def test_export(folder):
     with open(f"{run}/run.json", "w") as f:
         json.dump({"options": {"steps": 70}}, f)
     follower = subprocess.Popen([sys.executable, f"{DEV}/export.py", run, "--to", "tensorboard", "--follow", "--every", "0.3"])
-    time.sleep(3)
+    events = f"{run}/tensorboard"
+    for _ in range(300):                            # until the first updates are exported
+        if os.path.isdir(events) and any(os.path.getsize(f"{events}/{name}") > 9000 for name in os.listdir(events)):
+            break
+        time.sleep(0.1)
     with open(f"{run}/log.jsonl") as f:
         kept = [part for part in f.read().split("\n") if part.startswith("{") and part.endswith("}") and json.loads(part)["step"] <= 55]
     with open(f"{run}/log.jsonl", "w") as f:        # cut back by a resume, then more updates
