@@ -272,10 +272,10 @@ static void test_naive(const Fixture *f, const char *replay) {
         }
     }
     if (BF16)
-        check(
-            worst <= 1,
-            "%s: %d gradients in bf16, worst %.2f of twice the naive error (%s: %.1e; median of the naive errors %.1e)",
-            f->name, truth.n, worst, name, worst_error, median);
+        check(worst <= 1,
+              "%s: %d gradients in bf16, worst %.2f of twice the naive error (%s: %.1e; median of "
+              "the naive errors %.1e)",
+              f->name, truth.n, worst, name, worst_error, median);
     else
         check(worst <= 1, "%s: %d gradients against the naive model, worst %.1e (%s)", f->name,
               truth.n, worst_error, name);
@@ -420,10 +420,10 @@ static void test_differences(const Fixture *f) {
             free(moved);
             free(direction);
         }
-    check(
-        worst <= 1e-6 && !flips,
-        "%s: finite differences, %d directions over %d tensors, worst %.1e of the tensor's gradient (%s), %d changes of routing",
-        f->name, probes, all.n, worst, worst_name, flips);
+    check(worst <= 1e-6 && !flips,
+          "%s: finite differences, %d directions over %d tensors, worst %.1e of the tensor's "
+          "gradient (%s), %d changes of routing",
+          f->name, probes, all.n, worst, worst_name, flips);
     free(routing);
     weights_free(&all);
     run_close(r);
@@ -554,10 +554,10 @@ static void test_auto(const Fixture *f) {
     s.step.memory = used - store / 2;
     Outcome o = outcome_of(f, 0, &s, steps);
     Difference d = difference_of(&o, &base);
-    check(
-        difference_worst(&d) == 0 && o.kept_all > 0 && o.kept_all < base.kept_all,
-        "%s: --recompute auto in half the memory keeps %d of %d, %d attention only, %d nothing; same bits",
-        f->name, o.kept_all, base.kept_all, o.kept_attention, o.kept_none);
+    check(difference_worst(&d) == 0 && o.kept_all > 0 && o.kept_all < base.kept_all,
+          "%s: --recompute auto in half the memory keeps %d of %d, %d attention only, %d nothing; "
+          "same bits",
+          f->name, o.kept_all, base.kept_all, o.kept_attention, o.kept_none);
     outcome_free(&o);
     outcome_free(&base);
 }
@@ -626,10 +626,10 @@ static void test_bias(const Fixture *f) {
                 dispatch[1] += ((double)r->t->router.host_count[i] - mean) *
                                ((double)r->t->router.host_count[i] - mean) / 10;
     }
-    check(
-        !wrong && dispatch[1] < 0.7 * dispatch[0],
-        "%s: --balance bias: rate * sign(mean - count); variance of the counts after 50 updates %.2f of the first",
-        f->name, dispatch[1] / dispatch[0]);
+    check(!wrong && dispatch[1] < 0.7 * dispatch[0],
+          "%s: --balance bias: rate * sign(mean - count); variance of the counts after 50 updates "
+          "%.2f of the first",
+          f->name, dispatch[1] / dispatch[0]);
     run_close(r);
 }
 
@@ -704,10 +704,10 @@ static void test_nonfinite(const Fixture *f) {
     for (int i = 0; i < all.n; i++)
         for (int64_t k = 0; k < all.weight[i].n; k++)
             differ += all.weight[i].w[k] != base.all.weight[i].w[k];
-    check(
-        x.nonfinite && !y.nonfinite && !differ && r->t->updates == 1,
-        "%s: --skip-nonfinite: an update with infinite gradients changes no parameter, moment or counter (%d differ after the next)",
-        f->name, differ);
+    check(x.nonfinite && !y.nonfinite && !differ && r->t->updates == 1,
+          "%s: --skip-nonfinite: an update with infinite gradients changes no parameter, moment or "
+          "counter (%d differ after the next)",
+          f->name, differ);
     outcome_free(&base);
     weights_free(&all);
     run_close(r);
@@ -788,7 +788,8 @@ int main(int argc, char **argv) {
         else if (!strcmp(argv[i], "--quick"))
             quick = 1;
         else
-            die("test_moe does not know %s|test_moe [--fixtures DIR] [--only FIXTURE] [--threads N] [--force-comm] [--quick]",
+            die("test_moe does not know %s|test_moe [--fixtures DIR] [--only FIXTURE] [--threads "
+                "N] [--force-comm] [--quick]",
                 argv[i]);
     }
     comm_start(comm);

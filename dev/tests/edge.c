@@ -194,10 +194,10 @@ static void test_unused(const Fixture *f, const Config *c, int batch) {
         weights_free(&last);
         run_close(r);
     }
-    check(
-        !wrong && tensors == 3 * c->n_moe * cases,
-        "an expert without tokens for 20 updates of AdamW in %d layouts: moments 0, weights (1 - lr wd)^20 to the last bit (%d numbers differ)",
-        cases, wrong);
+    check(!wrong && tensors == 3 * c->n_moe * cases,
+          "an expert without tokens for 20 updates of AdamW in %d layouts: moments 0, weights (1 - "
+          "lr wd)^20 to the last bit (%d numbers differ)",
+          cases, wrong);
     free(bias);
 }
 
@@ -267,12 +267,12 @@ static void test_changing(const Fixture *f, const Config *c, int batch, int upda
         }
         late = resident_pages();
         int64_t grown = comm_max(r->g.all, (int64_t)(late - early) * 4);
-        check(
-            !unchanged && worst <= layout_bound() && (QUARANTINE || grown <= 1024) &&
-                r->t->arena.used == arena,
-            "dp %d fsdp %d ep %d, %s: other counts in each of %d updates: loss and norm %.1e, resident memory "
-            "%+lld KiB after the fifth",
-            l.dp, l.fsdp, l.ep, dispatch_names[l.dispatch], updates, worst, (long long)grown);
+        check(!unchanged && worst <= layout_bound() && (QUARANTINE || grown <= 1024) &&
+                  r->t->arena.used == arena,
+              "dp %d fsdp %d ep %d, %s: other counts in each of %d updates: loss and norm %.1e, "
+              "resident memory "
+              "%+lld KiB after the fifth",
+              l.dp, l.fsdp, l.ep, dispatch_names[l.dispatch], updates, worst, (long long)grown);
         free(before);
         run_close(r);
         run_close(one);
@@ -312,11 +312,11 @@ static void test_head_weights(const Fixture *f, const Config *c) {
                     gathered[heads] += r->m.param[k].size;
             run_close(r);
         }
-        check(
-            gathered[0] == gathered[1] * shapes[i].ep,
-            "dp %d fsdp %d ep %d: q, k, v, o gathered by a rank: %lld numbers, with --attention heads %lld",
-            shapes[i].dp, shapes[i].fsdp, shapes[i].ep, (long long)gathered[0],
-            (long long)gathered[1]);
+        check(gathered[0] == gathered[1] * shapes[i].ep,
+              "dp %d fsdp %d ep %d: q, k, v, o gathered by a rank: %lld numbers, with --attention "
+              "heads %lld",
+              shapes[i].dp, shapes[i].fsdp, shapes[i].ep, (long long)gathered[0],
+              (long long)gathered[1]);
     }
 }
 

@@ -500,11 +500,11 @@ static double difference_worst(const Difference *d) {
 }
 static char *difference_text(const Difference *d) { // valid until the next call
     static char text[600];
-    snprintf(
-        text, sizeof text,
-        "logits %.1e, gradients %.1e (%s), parameters %.1e (%s), loss %.1e, aux %.1e, z %.1e, norm %.1e",
-        d->logits, d->gradient, d->gradient_name, d->parameter, d->parameter_name, d->loss, d->aux,
-        d->z, d->norm);
+    snprintf(text, sizeof text,
+             "logits %.1e, gradients %.1e (%s), parameters %.1e (%s), loss %.1e, aux %.1e, z %.1e, "
+             "norm %.1e",
+             d->logits, d->gradient, d->gradient_name, d->parameter, d->parameter_name, d->loss,
+             d->aux, d->z, d->norm);
     return text;
 }
 #endif

@@ -171,12 +171,12 @@ static void test_cover(const Fixture *f, const Config *c, const Shape *shape, in
         for (int k = 0; k < steps; k++)
             counts = counts && o.r[k].valid == solo[0].r[k].valid &&
                      o.r[k].expert_dead == solo[v[5]].r[k].expert_dead;
-        check(
-            difference_worst(&d) <= layout_bound() && o.equal && (counts || BF16),
-            "dp %d fsdp %d ep %d, %s, attention %s, recompute %s, micro-batch %d of %d, update %s: %s%s%s",
-            l.dp, l.fsdp, l.ep, dispatch_names[v[1]], attention_names[v[2]], recompute_names[v[3]],
-            s.step.micro_batch, sequences, update_names[v[5]], difference_text(&d),
-            copies_text[o.equal], counts_text[counts]);
+        check(difference_worst(&d) <= layout_bound() && o.equal && (counts || BF16),
+              "dp %d fsdp %d ep %d, %s, attention %s, recompute %s, micro-batch %d of %d, update "
+              "%s: %s%s%s",
+              l.dp, l.fsdp, l.ep, dispatch_names[v[1]], attention_names[v[2]],
+              recompute_names[v[3]], s.step.micro_batch, sequences, update_names[v[5]],
+              difference_text(&d), copies_text[o.equal], counts_text[counts]);
         outcome_free(&o);
     }
     outcome_free(&solo[0]);
@@ -216,11 +216,11 @@ static void test_layout_transformers(const Fixture *f, const Config *c, const Sh
         }
         double bound =
             BF16 ? 0.2 : 1e-5; // bf16: near choices of the router fall differently than in fp32
-        check(
-            loss <= bound && norm <= bound && z <= bound && (gradient <= 2 * bound || BF16),
-            "dp %d fsdp %d ep %d, %s, attention %s against transformers: logits %.1e, gradients %.1e, %d losses %.1e, norms %.1e",
-            l.dp, l.fsdp, l.ep, dispatch_names[l.dispatch], l.heads ? "heads" : "data", z, gradient,
-            updates, loss, norm);
+        check(loss <= bound && norm <= bound && z <= bound && (gradient <= 2 * bound || BF16),
+              "dp %d fsdp %d ep %d, %s, attention %s against transformers: logits %.1e, gradients "
+              "%.1e, %d losses %.1e, norms %.1e",
+              l.dp, l.fsdp, l.ep, dispatch_names[l.dispatch], l.heads ? "heads" : "data", z,
+              gradient, updates, loss, norm);
         free(losses);
         free(norms);
         free(logits);

@@ -103,10 +103,10 @@ static void test_traffic(const Fixture *f, int quick) {
             cases++;
             run_close(r);
         }
-    check(
-        !wrong,
-        "bytes sent in an update by every rank and group are those of the plan, in %d cases (%d differ%s)",
-        cases, wrong, first);
+    check(!wrong,
+          "bytes sent in an update by every rank and group are those of the plan, in %d cases (%d "
+          "differ%s)",
+          cases, wrong, first);
     config_free(&c);
 }
 #endif
