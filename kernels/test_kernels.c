@@ -727,7 +727,7 @@ static void test_attention(void) {
     test_group("attention, forward and backward, groups of 1 to 16 heads, documents");
 }
 
-// ---- the same bits whatever the number of threads (I8) --------------------------------------
+// ---- the same bits whatever the number of threads (I8, deterministic) ----------------
 static uint64_t hash_bytes(uint64_t h, const void *p, size_t bytes) {
     for (size_t i = 0; i < bytes; i++) h = (h ^ ((const unsigned char *)p)[i]) * 0x100000001b3u;
     return h;
@@ -812,7 +812,8 @@ static void test_determinism(void) {
     test_group("the same bits with 1, 2 and 3 threads");
 }
 
-// ---- offsets beyond 2^31 elements (I9): sparse mappings of which a few pages are touched ----
+// ---- offsets beyond 2^31 elements (I9, 64-bit offsets): sparse mappings of which a few pages are
+// touched ----
 static void *sparse(size_t bytes) {
     void *p =
         mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

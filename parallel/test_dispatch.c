@@ -12,8 +12,9 @@
 //   README.md, number by number heads       both maps of heads.c: values and adjoints
 //
 // The problem is always the one of n R tokens; with allreduce every rank holds all of them and dy
-// is non-zero on the own slice alone, so that the replicas' dy add up to the same gradient (I1).
-// Hence one reference for the three dispatchers, and they are compared with each other too.
+// is non-zero on the own slice alone, so that the replicas' dy add up to the same gradient (I1, one
+// gradient rule). Hence one reference for the three dispatchers, and they are compared with each
+// other too.
 #include "dispatch.h"
 #include "heads.h"
 #include "../kernels/fail.h"
@@ -361,7 +362,7 @@ static double error_of(const Answer *a, const Problem *p, const Slot *s) {
     double e = largest(distance(a->y, p->y, x), distance(a->dx, p->dx, x));
     e = largest(e, distance(a->dscore, p->dscore, (size_t)p->N * p->K));
     for (size_t i = 0; i < (size_t)s->experts;
-         i++) { // per expert: one without tokens must be exactly zero (I3)
+         i++) { // per expert: one without tokens must be exactly zero (I3, unused is zero)
         e = largest(e, distance(a->dW1 + i * 2 * w, p->dW1 + (first + i) * 2 * w, 2 * w));
         e = largest(e, distance(a->dW2 + i * w, p->dW2 + (first + i) * w, w));
     }
