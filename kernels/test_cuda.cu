@@ -418,9 +418,9 @@ static void test_attention(const char *kernel, int B, int T, int H, int KV, int 
     compare("dq", dq);
     compare("dk", dk);
     compare("dv", dv);
-    exact_numbers("dq again (I8)", read(again_q, CUDA), read(dq, CUDA));
-    exact_numbers("dk again (I8)", read(again_k, CUDA), read(dk, CUDA));
-    exact_numbers("dv again (I8)", read(again_v, CUDA), read(dv, CUDA));
+    exact_numbers("dq again (I8, deterministic)", read(again_q, CUDA), read(dq, CUDA));
+    exact_numbers("dk again (I8, deterministic)", read(again_k, CUDA), read(dk, CUDA));
+    exact_numbers("dv again (I8, deterministic)", read(again_v, CUDA), read(dv, CUDA));
     if (documents && B > 0) { // other numbers in the first document change no bit of the others
         Numbers at = read(positions, CUDA), before = read(o, CUDA), changed = read(k, CUDA);
         size_t length = 1;

@@ -1,7 +1,7 @@
-// Offsets beyond 2^31 elements in every CUDA kernel (I9). A test runs a kernel twice on the same
-// numbers: on small buffers, where test_cuda compares it with the CPU, and where the index of what
-// it reads or writes exceeds 2^31. The bits must agree; an index that passed through an int lands
-// elsewhere, usually outside the buffer.
+// Offsets beyond 2^31 elements in every CUDA kernel (I9, 64-bit offsets). A test runs a kernel
+// twice on the same numbers: on small buffers, where test_cuda compares it with the CPU, and where
+// the index of what it reads or writes exceeds 2^31. The bits must agree; an index that passed
+// through an int lands elsewhere, usually outside the buffer.
 //
 // Sparse tests touch few elements of a large buffer: a row of an embedding, the last of 16,400
 // experts, a segment at the end of a shard. dev/cuemu maps large allocations and commits only pages

@@ -4,7 +4,7 @@
 //   [begin, end] }, "__metadata__": { text: text } } | data
 // Offsets count from the end of the header; data is row-major little-endian. Files are read with
 // pread, the ranges that are asked for and nothing else: a rank that owns one part of a 61 GB model
-// reads that part. All sizes are 64-bit (I9).
+// reads that part. All sizes are 64-bit (I9, 64-bit offsets).
 #ifndef MOE_SAFETENSORS_H
 #define MOE_SAFETENSORS_H
 #include "file.h"

@@ -6,9 +6,9 @@
 #include <cuda_runtime_api.h>
 MOE_BEGIN_C
 // attention_forward and attention_backward of kernels.h on `stream`, B and T above 0; workspace:
-// cudnn_attention_workspace() bytes. 0: cuDNN has no deterministic plan (I8) for the shape on this
-// GPU; the outputs are to be computed otherwise, and one line on stderr has said so. A plan that
-// exists and fails ends the run.
+// cudnn_attention_workspace() bytes. 0: cuDNN has no deterministic plan (I8, deterministic) for the
+// shape on this GPU; the outputs are to be computed otherwise, and one line on stderr has said so.
+// A plan that exists and fails ends the run.
 int cudnn_attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, const floatX *v,
                             void *workspace, int B, int T, int H, int KV, int D,
                             cudaStream_t stream);
