@@ -20,6 +20,9 @@
 
 static const char *const fixture_names[] = { "gqa", "tied", "dense", "wide", "parallel", "skewed" };
 enum { FIXTURES = sizeof fixture_names / sizeof *fixture_names };
+// Packed documents, loss masks, and both with tied heads: compared with transformers only.
+static const char *const data_names[] = { "documents", "masks", "chat" };
+enum { DATA_FIXTURES = sizeof data_names / sizeof *data_names };
 
 // ---- transformers' numbers ------------------------------------------------------------------
 static double scalar(const Fixture *f, const char *name) {
@@ -826,6 +829,12 @@ int main(int argc, char **argv) {
             test_unused_expert(&f);
             test_8bit(&f);
         }
+        fixture_close(&f);
+    }
+    for (int i = 0; i < DATA_FIXTURES && comm_world_size() == 1; i++) {
+        if (only && strcmp(only, data_names[i])) continue;
+        Fixture f = fixture_open(root, data_names[i]);
+        test_transformers(&f);
         fixture_close(&f);
     }
     if (comm_world_size() > 1 || comm.force) {

@@ -5,7 +5,7 @@
 // it a rank owns. Together they are a byte range, in either layout: in the fused 3-D tensors
 // gate_up_proj [E, 2F, C] and down_proj [E, C, F] each expert's gate, up and down is one contiguous
 // range, at (2e) F C, (2e + 1) F C and e C F.
-#define _POSIX_C_SOURCE 200809L
+#define _XOPEN_SOURCE 700 // realpath
 #include "checkpoint_parts.h"
 #include "../kernels/fail.h"
 #include "../kernels/random.h"
@@ -337,6 +337,29 @@ static int is_attachment(const char *name) {
     return !strncmp(name, "tokenizer", 9) || !strncmp(name, "chat_template", 13);
 }
 
+// A hub cache holds a model as links to its own blobs; a link to anywhere else would copy a file of
+// the machine into every checkpoint.
+static int inside_model(const char *dir, const char *path) {
+    char *file = realpath(path, 0);
+    char *folder = realpath(dir, 0);
+    char *hub = xasprintf("%s/../../blobs", dir);
+    char *blobs = realpath(hub, 0);
+    const char *place[] = { folder, blobs };
+    int inside = 0;
+    for (int i = 0; i < 2 && file; i++) {
+        size_t n = place[i] ? strlen(place[i]) : 0;
+        inside |= n && !strncmp(file, place[i], n) && file[n] == '/';
+    }
+    if (file && !inside)
+        warn("%s is a link to a file outside of the model: it is not copied into checkpoints",
+             path);
+    free(file);
+    free(folder);
+    free(hub);
+    free(blobs);
+    return inside;
+}
+
 // Saved in memory (a few megabytes): the folder that the model came from may be gone by the time of
 // a save, removed by --keep for one.
 static void load_attachments(Checkpoint *checkpoint, const char *dir) {
@@ -344,10 +367,10 @@ static void load_attachments(Checkpoint *checkpoint, const char *dir) {
     for (struct dirent *e; d && (e = readdir(d));) {
         struct stat st;
         char *path = xasprintf("%s/%s", dir, e->d_name);
-        FILE *f = is_attachment(e->d_name) && !stat(path, &st) && S_ISREG(st.st_mode) &&
-                          st.st_size <= MAX_ATTACHMENT
-                      ? fopen(path, "rb")
-                      : 0;
+        FILE *f = 0;
+        if (is_attachment(e->d_name) && !stat(path, &st) && S_ISREG(st.st_mode) &&
+            st.st_size <= MAX_ATTACHMENT && inside_model(dir, path))
+            f = fopen(path, "rb");
         if (f) {
             Attachment a = { xasprintf("%s", e->d_name),
                              (char *)xmalloc((size_t)st.st_size, "tokenizer file"), 0 };

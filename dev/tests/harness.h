@@ -77,6 +77,7 @@ typedef struct {
     const char *name;
     char *dir, *tokens;
     int B, T, ignore, aux_per_layer;
+    int documents, document_end; // as --documents mask --document-end
     double aux_coef, z_coef;
     RunOptions sgd, adamw;
     SafeTensors expected;
@@ -117,6 +118,9 @@ static Fixture fixture_open(const char *root, const char *name) {
     f.ignore = (int)json_number(meta, "ignore_target");
     const cJSON *pool = cJSON_GetObjectItemCaseSensitive(meta, "aux_pool");
     f.aux_per_layer = cJSON_IsString(pool) && !strcmp(pool->valuestring, "layer");
+    const cJSON *documents = cJSON_GetObjectItemCaseSensitive(meta, "documents");
+    f.documents = cJSON_IsString(documents) && !strcmp(documents->valuestring, "mask");
+    f.document_end = (int)json_number(meta, "document_end");
     f.aux_coef = json_number(meta, "aux_coef");
     f.z_coef = json_number(meta, "z_coef");
     f.sgd = run_options(cJSON_GetObjectItemCaseSensitive(meta, "sgd"));
@@ -189,6 +193,8 @@ static Setup fixture_setup(const Fixture *f, OptimizerKind kind) {
     s.step.z_coef = f->z_coef;
     s.step.aux_per_layer = f->aux_per_layer;
     s.step.ignore_target = f->ignore < 0 ? -2 : f->ignore;
+    s.step.documents = f->documents;
+    s.step.document_end = f->document_end;
     s.step.seed = 1;
     s.opt.kind = kind;
     s.opt.lr = o->lr;
