@@ -115,12 +115,13 @@ static void bench_step(Model *m, const Bench *b, const char *dir, const char *to
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
     double s = median(seconds, b->steps);
-    printf(
-        "{\"who\":\"moe.c\",\"skew\":%g,\"tokens\":%d,\"steps\":%d,\"seconds\":%.6g,\"tok_s\":%.6g,\"gflops\":%.6g,\"peak_gflops\":%.6g,\"share\":%.4g,\"fastest\":%.6g,"
-        "\"load\":%.4g,\"first_loss\":%.9g,\"memory_mib\":%.5g,\"flops_per_token\":%.9g,\"device\":\"%s\"}\n",
-        b->skew, b->T * b->batch, b->steps, s, b->T * b->batch / s, flops / s * 1e-9,
-        median(peak, b->steps) * 1e-9, median(share, b->steps), seconds[0], load, first_loss,
-        (double)usage.ru_maxrss / 1024, config_flops_per_token(&m->c, b->T), device_describe());
+    printf("{\"who\":\"moe.c\",\"skew\":%g,\"tokens\":%d,\"steps\":%d,\"seconds\":%.6g,\"tok_s\":%."
+           "6g,\"gflops\":%.6g,\"peak_gflops\":%.6g,\"share\":%.4g,\"fastest\":%.6g,"
+           "\"load\":%.4g,\"first_loss\":%.9g,\"memory_mib\":%.5g,\"flops_per_token\":%.9g,"
+           "\"device\":\"%s\"}\n",
+           b->skew, b->T * b->batch, b->steps, s, b->T * b->batch / s, flops / s * 1e-9,
+           median(peak, b->steps) * 1e-9, median(share, b->steps), seconds[0], load, first_loss,
+           (double)usage.ru_maxrss / 1024, config_flops_per_token(&m->c, b->T), device_describe());
     fflush(stdout);
     Profile *profile = profile_start(t->g->all);
     trainer_step(t, data, b->warmup + b->steps + 1, 1e-5);
@@ -226,8 +227,8 @@ static void kernels(const Config *c, const Trainer *t, const Bench *b, Arena *ar
     table_peak = device_peak_flops();
     printf("sgemm on %d threads: %.1f GFLOP/s (side 512, one product a thread)\n\n", thread_count(),
            table_peak * 1e-9);
-    printf(
-        "| kernel                             |  ms/call | calls | ms/update | rate                       |\n|---|---|---|---|---|\n");
+    printf("| kernel                             |  ms/call | calls | ms/update | rate             "
+           "          |\n|---|---|---|---|---|\n");
     KERNEL("embed_forward", 1, 0, 2 * RC * x, embed_forward(h, ids, We, R, C));
     KERNEL("embed_backward", 1, 0, RC * x + (double)V * C * g,
            embed_backward(dWe, dy, ids, 0, -1, R, V, C));
@@ -292,9 +293,9 @@ static void kernels(const Config *c, const Trainer *t, const Bench *b, Arena *ar
                gradient_squares(sums, grad, t->m->block[i].segment, t->m->block[i].n_segments)));
     KERNEL("optimizer_update (AdamW)", 1, 0, n * (2 * x + g + 4 * sizeof(real)),
            EVERY_BLOCK(optimizer_step((Optimizer *)&t->optimizer, i, grad, 1e-5, 2, 2, 1, norm)));
-    printf(
-        "\nsum over an update: %.0f ms; with model FLOPs that is %.1f %% of the sgemm measured here\n",
-        1e3 * table_total, 100 * config_flops_per_token(c, T) * R / table_total / table_peak);
+    printf("\nsum over an update: %.0f ms; with model FLOPs that is %.1f %% of the sgemm measured "
+           "here\n",
+           1e3 * table_total, 100 * config_flops_per_token(c, T) * R / table_total / table_peak);
     printf("one sgemm a thread (M = N = K):");
     for (int side = 64; side <= 2048; side *= 2) {
         size_t size = (size_t)side * side;

@@ -94,7 +94,8 @@ static void bench(const Shape *s, const char *kernel, const char *variant, doubl
     cost(s, kernel, &flops, &bytes);
     double us = time_us(call), products = flops / peak_flops, copies = bytes / peak_bytes;
     printf(
-        "{\"kernel\": \"%s\", \"variant\": \"%s\", \"tokens\": %d, \"us\": %.2f, \"flops\": %.6g, \"bytes\": %.6g, \"tflops\": %.2f, \"gbs\": %.1f, \"bound\": \"%s\", \"share\": %.4f",
+        "{\"kernel\": \"%s\", \"variant\": \"%s\", \"tokens\": %d, \"us\": %.2f, \"flops\": %.6g, "
+        "\"bytes\": %.6g, \"tflops\": %.2f, \"gbs\": %.1f, \"bound\": \"%s\", \"share\": %.4f",
         kernel, variant, s->B * s->T, us, flops, bytes, 1e-6 * flops / us, 1e-3 * bytes / us,
         products > copies ? "products" : "copies", 1e6 * std::max(products, copies) / us);
     if (load > 0) printf(", \"load\": %.3f", load);
@@ -160,10 +161,10 @@ static void ceilings(const Shape *s, Arena *a) {
     LAUNCHED();
     peak_bytes = std::max(peak_bytes, 2e6 * (double)bytes / std::min(memcpy_us, kernel_us));
     peak_flops = std::max(peak_flops, 2e6 * side * (double)side * side / product_us);
-    printf(
-        "{\"ceiling\": \"%s\", \"memcpy_gbs\": %.1f, \"copy_kernel_gbs\": %.1f, \"product_tflops\": %.2f, \"side\": %d, \"precision\": \"%s\"}\n",
-        device_describe(), 2e-3 * (double)bytes / memcpy_us, 2e-3 * (double)bytes / kernel_us,
-        2e-6 * side * (double)side * side / product_us, side, PRECISION_NAME);
+    printf("{\"ceiling\": \"%s\", \"memcpy_gbs\": %.1f, \"copy_kernel_gbs\": %.1f, "
+           "\"product_tflops\": %.2f, \"side\": %d, \"precision\": \"%s\"}\n",
+           device_describe(), 2e-3 * (double)bytes / memcpy_us, 2e-3 * (double)bytes / kernel_us,
+           2e-6 * side * (double)side * side / product_us, side, PRECISION_NAME);
 }
 
 static void dense(const Shape *s, Arena *a) {

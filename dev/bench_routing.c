@@ -58,11 +58,11 @@ static void measure(RouteShape s) {
     }
     qsort(before, REPEAT, sizeof *before, by_value);
     qsort(after, REPEAT, sizeof *after, by_value);
-    printf(
-        "%3lld ranks, %6lld tokens, top-%lld of %lld: on the host %8.3f ms; the table alone %8.5f ms (%lld bytes read; %lld)\n",
-        (long long)s.ranks, (long long)s.R, (long long)s.K, (long long)s.E,
-        1e3 * before[REPEAT / 2], 1e3 * after[REPEAT / 2],
-        (long long)route_table_size(s) * (long long)sizeof(int), (long long)sum % 10);
+    printf("%3lld ranks, %6lld tokens, top-%lld of %lld: on the host %8.3f ms; the table alone "
+           "%8.5f ms (%lld bytes read; %lld)\n",
+           (long long)s.ranks, (long long)s.R, (long long)s.K, (long long)s.E,
+           1e3 * before[REPEAT / 2], 1e3 * after[REPEAT / 2],
+           (long long)route_table_size(s) * (long long)sizeof(int), (long long)sum % 10);
     free(ids);
     free(choice);
     free(send);

@@ -55,7 +55,8 @@ cudnnStatus_t cudnnBackendSetAttribute(cudnnBackendDescriptor_t d, cudnnBackendA
     Node *n = d;
     size_t bytes = (size_t)count * width[type];
     if (n->finalized || n->n == SLOTS || !bytes)
-        die("test_cudnn_graph: attribute %d cannot be set|finalized, too many, or of an unknown type",
+        die("test_cudnn_graph: attribute %d cannot be set|finalized, too many, or of an unknown "
+            "type",
             (int)name);
     n->slot[n->n].name = name;
     n->slot[n->n].count = count;
@@ -79,7 +80,8 @@ static const void *find(const Node *n, cudnnBackendAttributeName_t name, int64_t
 static const void *get(const Node *n, cudnnBackendAttributeName_t name) {
     const void *p = find(n, name, 0);
     if (!p)
-        die("test_cudnn_graph: a descriptor of type %d lacks attribute %d|a defect of attention_cudnn.c",
+        die("test_cudnn_graph: a descriptor of type %d lacks attribute %d|a defect of "
+            "attention_cudnn.c",
             (int)n->type, (int)name);
     return p;
 }
@@ -159,7 +161,8 @@ static int is_virtual(const Node *t) { return *(const char *)get(t, CUDNN_ATTR_T
 static Node *input(Node *t) {
     if (t->value) return t;
     if (is_virtual(t))
-        die("test_cudnn_graph: a virtual tensor is read before it is written|a defect of attention_cudnn.c");
+        die("test_cudnn_graph: a virtual tensor is read before it is written|a defect of "
+            "attention_cudnn.c");
     int bf16 = *(const cudnnDataType_t *)get(t, CUDNN_ATTR_TENSOR_DATA_TYPE) == CUDNN_DATA_BFLOAT16;
     const void *p = pointer_of(t);
     t->value = xmalloc((size_t)elements(t) * sizeof(double), "a tensor");
@@ -258,7 +261,8 @@ static Node *run_operation(const Node *op) {
         Node *x = input(node(op, CUDNN_ATTR_OPERATION_RESHAPE_XDESC));
         y = node(op, CUDNN_ATTR_OPERATION_RESHAPE_YDESC);
         if (span(x) != span(y))
-            die("test_cudnn_graph: a reshape of %lld elements to %lld|a defect of attention_cudnn.c",
+            die("test_cudnn_graph: a reshape of %lld elements to %lld|a defect of "
+                "attention_cudnn.c",
                 (long long)span(x), (long long)span(y));
         double *memory = xcalloc((size_t)span(x), sizeof(double), "a tensor");
         y->value = xmalloc((size_t)elements(y) * sizeof(double), "a tensor");

@@ -267,8 +267,8 @@ void presence_text(const Presence *all, int ranks, int stuck, char *text, size_t
         if (missing++ == 4) append(others, sizeof others, "; and others");
         if (missing > 4) continue;
         call_text(&p->at, p->group, there, sizeof there);
-        append(others, sizeof others, "%s rank %d, whose latest call is %s",
-               missing > 1 ? ";" : "", rank, p->known ? there : "not known");
+        append(others, sizeof others, "%s rank %d, whose latest call is %s", missing > 1 ? ";" : "",
+               rank, p->known ? there : "not known");
     }
     append(text, size, missing ? "; not by%s" : "%s: all of them, so a GPU or the network is stuck",
            others);
@@ -285,15 +285,18 @@ static void compare_records(const char *group, int other, const CallRecord *mine
         call_text(theirs, group, there, sizeof there);
         // The lower rank speaks first, so that all ranks report the pair in one order.
         int swap = other < rank;
-        die("ranks disagree: rank %d is at %s; rank %d is at %s|all ranks must issue the same calls in the same order (I2, collectives do not depend on data)",
+        die("ranks disagree: rank %d is at %s; rank %d is at %s|all ranks must issue the same "
+            "calls in the same order (I2, collectives do not depend on data)",
             swap ? other : rank, swap ? there : here, swap ? rank : other, swap ? here : there);
     }
     if (theirs->sends != mine->expects)
-        die("%s: rank %d sends %llu bytes to rank %d, which expects %llu|send_rows and recv_rows of the two must agree",
+        die("%s: rank %d sends %llu bytes to rank %d, which expects %llu|send_rows and recv_rows "
+            "of the two must agree",
             here, other, (unsigned long long)theirs->sends, rank,
             (unsigned long long)mine->expects);
     if (theirs->expects != mine->sends)
-        die("%s: rank %d sends %llu bytes to rank %d, which expects %llu|send_rows and recv_rows of the two must agree",
+        die("%s: rank %d sends %llu bytes to rank %d, which expects %llu|send_rows and recv_rows "
+            "of the two must agree",
             here, rank, (unsigned long long)mine->sends, other,
             (unsigned long long)theirs->expects);
 }
@@ -380,7 +383,8 @@ static Call *call_new(Comm *g, int kind, Dtype type, size_t count, Stream stream
     int slot = 0;
     while (slot < COMM_CALLS && calls[slot].serial) slot++;
     if (slot == COMM_CALLS)
-        die("more than %d collectives started and not waited for, group %s|a bug of the caller: comm_wait",
+        die("more than %d collectives started and not waited for, group %s|a bug of the caller: "
+            "comm_wait",
             COMM_CALLS, g->name);
     Call *c = &calls[slot];
     memset(c, 0, sizeof *c);
@@ -510,7 +514,8 @@ Request all_to_all_start(Comm *g, void *recv, const int64_t *recv_rows, const vo
         from += recv_rows[j];
     }
     if (send_rows[g->rank] != recv_rows[g->rank])
-        die("all_to_all in group %s: rank %d sends itself %lld rows and expects %lld|a bug of the caller",
+        die("all_to_all in group %s: rank %d sends itself %lld rows and expects %lld|a bug of the "
+            "caller",
             g->name, comm_world_rank(), (long long)send_rows[g->rank],
             (long long)recv_rows[g->rank]);
     if (g->local) return call_local(g, COMM_ALL_TO_ALL, recv, send, (size_t)to * row_bytes, stream);
@@ -668,10 +673,10 @@ static void end_run(const char *text) {
 static void end_waiting(double waited) {
     char who[2048] = "", text[2400];
     watch.report(watch.context, who, sizeof who);
-    snprintf(
-        text, sizeof text,
-        " waited %.1f s (--timeout %g): %s  hint: see whether the ranks named still run; a slow one needs a larger --timeout",
-        waited, comm_options.timeout, who);
+    snprintf(text, sizeof text,
+             " waited %.1f s (--timeout %g): %s  hint: see whether the ranks named still run; a "
+             "slow one needs a larger --timeout",
+             waited, comm_options.timeout, who);
     end_run(text);
 }
 

@@ -122,7 +122,8 @@ static void read_environment(void) {
         here.size = number("SLURM_STEP_NUM_TASKS", step);
         here.rank = number("SLURM_PROCID", getenv("SLURM_PROCID"));
         if (here.size > 1 && !nodes && !setting("MASTER_ADDR", 0))
-            die("a Slurm step of %d tasks without SLURM_NODELIST|set MASTER_ADDR to the host of rank 0",
+            die("a Slurm step of %d tasks without SLURM_NODELIST|set MASTER_ADDR to the host of "
+                "rank 0",
                 here.size);
         if (setting("MASTER_ADDR", 0))
             snprintf(master, sizeof master, "%s", getenv("MASTER_ADDR"));
@@ -133,7 +134,8 @@ static void read_environment(void) {
     } else
         return;
     if (here.size < 1 || here.rank >= here.size)
-        die("rank %d of %d ranks, from the launcher's variables|RANK counts from 0 to WORLD_SIZE - 1",
+        die("rank %d of %d ranks, from the launcher's variables|RANK counts from 0 to WORLD_SIZE - "
+            "1",
             here.rank, here.size);
     if (here.size > 1) how = TCP;
     read_token();
@@ -158,7 +160,8 @@ void join_init(int *argc, char ***argv) {
     else {
         const char *n = setting("OMPI_COMM_WORLD_SIZE", "PMI_SIZE");
         if (n && atoi(n) > 1)
-            die("started by an MPI launcher with %s ranks, but built without MPI|install MPI and build again, or start with torchrun or srun --mpi=none",
+            die("started by an MPI launcher with %s ranks, but built without MPI|install MPI and "
+                "build again, or start with torchrun or srun --mpi=none",
                 n);
         read_environment(); // srun --mpi=pmix sets no such number; Slurm's own variables tell as
                             // much
@@ -308,7 +311,8 @@ static int listener(void) {
     if (fd < 0 && errno != EADDRINUSE) fd = listen_at_name(0, AF_INET6, 1);
     if (fd < 0 && errno != EADDRINUSE) fd = listen_at_name(0, AF_INET, 1);
     if (fd < 0)
-        die("rank 0 cannot listen at port %d: %s|another run on this machine? set MASTER_PORT to a free one, on all ranks",
+        die("rank 0 cannot listen at port %d: %s|another run on this machine? set MASTER_PORT to a "
+            "free one, on all ranks",
             port, strerror(errno));
     return fd;
 }
@@ -336,7 +340,8 @@ static void take_in(const Guest *g) {
     const Hello *h = &g->hello;
     int known = h->rank > 0 && h->rank < here.size && peer[h->rank] >= 0;
     if (h->size != here.size || h->rank < 1 || h->rank >= here.size || known)
-        die("a process joins as rank %d of %d, this run has %d ranks%s|two runs share port %d, or the launcher's variables are mixed up",
+        die("a process joins as rank %d of %d, this run has %d ranks%s|two runs share port %d, or "
+            "the launcher's variables are mixed up",
             h->rank, h->size, here.size, known ? " and has that one" : "", port);
     peer[h->rank] = g->fd;
     machines[h->rank] = h->machine;
@@ -345,7 +350,8 @@ static void take_in(const Guest *g) {
 static void say_who_is_missing(int missing) {
     int r = 1;
     while (peer[r] >= 0) r++;
-    die("%d of %d ranks did not come to %s:%d, the first is rank %d|start all of them; see whether they reach that address",
+    die("%d of %d ranks did not come to %s:%d, the first is rank %d|start all of them; see whether "
+        "they reach that address",
         missing, here.size, master, port, r);
 }
 
@@ -415,7 +421,8 @@ static void meet_rank_0(double until) {
     int fd, on = 1;
     while ((fd = connect_once(&why)) < 0) {
         if (now_seconds() > until)
-            die("rank %d cannot reach rank 0 at %s:%d: %s|MASTER_ADDR and MASTER_PORT must name the host of rank 0; a firewall?",
+            die("rank %d cannot reach rank 0 at %s:%d: %s|MASTER_ADDR and MASTER_PORT must name "
+                "the host of rank 0; a firewall?",
                 here.rank, master, port, why);
         nap();
     }
@@ -423,7 +430,8 @@ static void meet_rank_0(double until) {
     limit_receive(fd, left > 1 ? left + 1 : 2); // rank 0 knows who is missing: let it speak first
     if (!send_bytes(fd, &h, sizeof h) || !recv_bytes(fd, &w, sizeof w) || w.magic != WELCOME ||
         !recv_bytes(fd, machines, (size_t)here.size * sizeof *machines))
-        die("rank 0 at %s:%d did not answer rank %d|its own message says why; or another program listens at that port",
+        die("rank 0 at %s:%d did not answer rank %d|its own message says why; or another program "
+            "listens at that port",
             master, port, here.rank);
     limit_receive(fd, 0);
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
@@ -491,7 +499,8 @@ void join_collect(void *all, size_t bytes) {
     for (int r = 1; how == TCP && r < n_peers; r++) {
         char kind;
         while (recv(peer[r], &kind, 1, MSG_PEEK | MSG_DONTWAIT) == 1 && kind == PRESENT)
-            if (!recv_bytes(peer[r], &kind, 1) || !recv_bytes(peer[r], (char *)all + (size_t)r * bytes, bytes))
+            if (!recv_bytes(peer[r], &kind, 1) ||
+                !recv_bytes(peer[r], (char *)all + (size_t)r * bytes, bytes))
                 break;
     }
 #ifdef MOE_MPI

@@ -40,9 +40,9 @@ void join_broadcast(void *bytes, size_t n);
 int join_lost(void);
 // 1: other threads may call join_abort through MPI.
 int join_threads(void);
-// The channel by which the watchdogs talk, from any thread of a rank, one at a time: sends a message
-// of `bytes` (the same number always) to rank 0, and drops it where it would have to wait. Does
-// nothing where MPI's threads may not.
+// The channel by which the watchdogs talk, from any thread of a rank, one at a time: sends a
+// message of `bytes` (the same number always) to rank 0, and drops it where it would have to wait.
+// Does nothing where MPI's threads may not.
 void join_publish(const void *message, size_t bytes);
 // On rank 0: overwrites all[r] (each `bytes`) by the latest message of every rank r that has sent
 // one since.

@@ -184,8 +184,8 @@ void transport_init(int *argc, char ***argv) {
 
 void transport_start(void) {
     if (world.size == 1)
-        check_alone(
-            "use the mpirun of the MPI it was built with; under Slurm: srun --mpi=list shows what fits");
+        check_alone("use the mpirun of the MPI it was built with; under Slurm: srun --mpi=list "
+                    "shows what fits");
     watch_start(thread_level >= MPI_THREAD_MULTIPLE);
 }
 
@@ -236,7 +236,8 @@ void transport_group(Comm *g, const char *name) {
     MPI_Comm_size(mpi, &size);
     MPI_Comm_rank(mpi, &rank);
     if (size != g->n || rank != g->rank)
-        die("group %s: rank %d names %d members, MPI found %d|a bug of the caller: groups of one call must not overlap, ranks ascend",
+        die("group %s: rank %d names %d members, MPI found %d|a bug of the caller: groups of one "
+            "call must not overlap, ranks ascend",
             name, world.rank, g->n, size);
     MPI_Comm_set_errhandler(mpi, MPI_ERRORS_RETURN);
     Group *own = (Group *)xcalloc(1, sizeof *own, "group");
@@ -423,7 +424,9 @@ static void enter_phase(Transfer *t, Phase phase) {
 static void wrong_length(const Transfer *t, const Message *m, const char *sends) {
     char text[256];
     call_text(&t->c->record, t->c->g->name, text, sizeof text);
-    die("ranks disagree: %s: rank %d expects %zu bytes from rank %d, which sends %s|all ranks must issue the same calls in the same order, with sizes that agree (I2, collectives do not depend on data)",
+    die("ranks disagree: %s: rank %d expects %zu bytes from rank %d, which sends %s|all ranks must "
+        "issue the same calls in the same order, with sizes that agree (I2, collectives do not "
+        "depend on data)",
         text, world.rank, m->bytes, t->c->g->world[m->peer], sends);
 }
 

@@ -80,7 +80,8 @@ static struct {
 
 // ---- errors ---------------------------------------------------------------------------------
 static MOE_NORETURN void nccl_failed(ncclResult_t error, const char *call) {
-    die("NCCL: %s in %.60s: %s|NCCL_DEBUG=INFO says more. Every rank needs a GPU of its own: for several on one GPU (tests) build with COMM=mpi",
+    die("NCCL: %s in %.60s: %s|NCCL_DEBUG=INFO says more. Every rank needs a GPU of its own: for "
+        "several on one GPU (tests) build with COMM=mpi",
         ncclGetErrorString(error), call, ncclGetLastError(0));
 }
 #define NCCL_CHECK(call)                                       \
@@ -95,10 +96,10 @@ static int has_failed(const Comm *g, char *text, size_t size) {
     ncclComm_t nccl = group_of(g)->nccl;
     if (ncclCommGetAsyncError(nccl, &error) != ncclSuccess) return 0;
     if (error == ncclSuccess || error == ncclInProgress) return 0;
-    snprintf(
-        text, size,
-        "NCCL, group %s: %s: %s  hint: another rank or the network failed; NCCL_DEBUG=INFO says more",
-        g->name, ncclGetErrorString(error), ncclGetLastError(nccl));
+    snprintf(text, size,
+             "NCCL, group %s: %s: %s  hint: another rank or the network failed; NCCL_DEBUG=INFO "
+             "says more",
+             g->name, ncclGetErrorString(error), ncclGetLastError(nccl));
     return 1;
 }
 
@@ -136,10 +137,10 @@ static int report_stuck(char *text, size_t size) {
     if (stuck == ranks || now_seconds() - since < 1) return 0;
     char who[1600];
     presence_text(presences, ranks, stuck, who, sizeof who);
-    snprintf(
-        text, size,
-        "rank %d waited more than --timeout %g: %s  hint: see whether the ranks named still run; a slow one needs a larger --timeout",
-        stuck, comm_options.timeout, who);
+    snprintf(text, size,
+             "rank %d waited more than --timeout %g: %s  hint: see whether the ranks named still "
+             "run; a slow one needs a larger --timeout",
+             stuck, comm_options.timeout, who);
     join_tell_end();
     return 1;
 }
@@ -172,10 +173,10 @@ static int look_around(char *text, size_t size) {
         if (waited < comm_options.timeout + ANSWER) break; // rank 0 reports
         char what[256];
         call_text(&f->record, f->g->name, what, sizeof what);
-        snprintf(
-            text, size,
-            "waited %.1f s (--timeout %g): %s: not complete on this GPU  hint: see whether the group's other ranks still run; a slow one needs a larger --timeout",
-            waited, comm_options.timeout, what);
+        snprintf(text, size,
+                 "waited %.1f s (--timeout %g): %s: not complete on this GPU  hint: see whether "
+                 "the group's other ranks still run; a slow one needs a larger --timeout",
+                 waited, comm_options.timeout, what);
         return 1;
     }
     if (!told) publish(0);
@@ -199,8 +200,8 @@ void transport_start(void) {
     if (sums && *sums && sums_by == SUMS_AUTO && strcmp(sums, "auto"))
         die("MOE_COMM_SUMS=%s|it is auto, rank or nccl", sums);
     if (joined()->size == 1)
-        check_alone(
-            "MPI found no other rank: srun --mpi=list shows what fits; or torchrun, or srun --mpi=none with a build without MPI");
+        check_alone("MPI found no other rank: srun --mpi=list shows what fits; or torchrun, or "
+                    "srun --mpi=none with a build without MPI");
     join_connect(comm_options.timeout > 0 ? comm_options.timeout : 600);
     presences = (Presence *)xcalloc((size_t)joined()->size, sizeof *presences, "ranks");
     watch_start(join_threads());
@@ -257,7 +258,8 @@ static void join_world(void) {
     watch_unlock();
     NCCL_CHECK(ncclGetVersion(&version));
     if (version < NCCL_VERSION(2, 18, 0))
-        die("the NCCL found at run time has version code %d, older than 2.18|LD_LIBRARY_PATH names an old one",
+        die("the NCCL found at run time has version code %d, older than 2.18|LD_LIBRARY_PATH names "
+            "an old one",
             version);
     one_at_a_time = version < NCCL_VERSION(2, 26, 0) || (order && !strcmp(order, "0"));
     if (j->rank == 0) NCCL_CHECK(ncclGetUniqueId(&id));
@@ -357,7 +359,8 @@ void transport_group(Comm *g, const char *name) {
     NCCL_CHECK(ncclCommCount(nccl, &size));
     NCCL_CHECK(ncclCommUserRank(nccl, &mine));
     if (size != g->n || mine != g->rank)
-        die("group %s: rank %d names %d members, NCCL found %d|a bug of the caller: groups of one call must not overlap, ranks ascend",
+        die("group %s: rank %d names %d members, NCCL found %d|a bug of the caller: groups of one "
+            "call must not overlap, ranks ascend",
             name, j->rank, g->n, size);
     CUDA_CHECK(cudaEventCreateWithFlags(&own->last, cudaEventDisableTiming));
     watch_lock(); // the watchdog walks the list
@@ -576,7 +579,8 @@ static void post_all_to_all(const Call *c, cudaStream_t s) {
 static Flight *flight_new(Call *c) {
     Flight *f = &flights[next_flight % FLIGHTS];
     if (f->waiting)
-        die("%d collectives started after one that was not waited for, group %s|a bug of the caller: comm_wait",
+        die("%d collectives started after one that was not waited for, group %s|a bug of the "
+            "caller: comm_wait",
             FLIGHTS, f->g->name);
     if (!f->done) CUDA_CHECK(cudaEventCreateWithFlags(&f->done, cudaEventDisableTiming));
     watch_lock();

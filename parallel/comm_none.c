@@ -13,8 +13,8 @@ void transport_init(int *argc, char ***argv) {
 }
 
 void transport_start(void) {
-    check_alone(
-        "this program was built without MPI: build with it (make doctor says how), or start one process");
+    check_alone("this program was built without MPI: build with it (make doctor says how), or "
+                "start one process");
 }
 
 World transport_world(void) {

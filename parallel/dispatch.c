@@ -54,7 +54,8 @@ struct Dispatcher {
 int64_t dispatch_pool_bound(const Grid *g, int64_t R) {
     int64_t bound = g->dispatch == DISPATCH_ALLREDUCE ? R : g->ep * R;
     if (bound > INT32_MAX)
-        die("%d ranks of an ep group with %lld tokens each make a pool of %lld tokens|use a smaller --micro-batch or --ep",
+        die("%d ranks of an ep group with %lld tokens each make a pool of %lld tokens|use a "
+            "smaller --micro-batch or --ep",
             g->ep, (long long)R, (long long)bound);
     return bound;
 }
@@ -159,7 +160,8 @@ static void read_table(Dispatcher *d, const int *table) {
     const int n = d->n, *rows = table + d->shape.sources * n;
     DispatchLoad *l = &d->load;
     if (rows[n])
-        die("%d chosen expert ids are not among the %lld experts|the router's logits are not finite: lower the learning rate",
+        die("%d chosen expert ids are not among the %lld experts|the router's logits are not "
+            "finite: lower the learning rate",
             rows[n], (long long)d->E);
     l->pool_max = l->rows_max = 0;
     for (int j = 0; j < n; j++) {

@@ -214,7 +214,8 @@ void fsdp_gather(Fsdp *f, int block) {
     for (int s = 0; s < k->n_slots && !slot; s++)
         if (k->weight[s].block == NONE) slot = &k->weight[s];
     if (!slot)
-        die("weights of %s wanted while all slots of its kind are in use (%s%s)|a bug of the caller: fsdp_release comes first",
+        die("weights of %s wanted while all slots of its kind are in use (%s%s)|a bug of the "
+            "caller: fsdp_release comes first",
             block_name(f, block).text, block_name(f, k->weight[0].block).text,
             k->n_slots > 1 ? " and another" : "");
     slot->block = block;
@@ -243,7 +244,8 @@ void fsdp_release(Fsdp *f, int block) {
     if (!b->moves) return;
     WeightSlot *slot = weight_slot(f, block);
     if (!slot)
-        die("fsdp_release of %s, which is not gathered|a bug of the caller: one fsdp_get, one fsdp_release",
+        die("fsdp_release of %s, which is not gathered|a bug of the caller: one fsdp_get, one "
+            "fsdp_release",
             block_name(f, block).text);
     weight_wait(slot); // gathered and never used
     slot->block = NONE;
@@ -300,7 +302,8 @@ static void take_shard_gradient(Fsdp *f, int block) { // --update layer: one of 
             b->grad = k->own[s].data;
             return;
         }
-    die("gradient of %s wanted while those of %s%s are not used up|a bug of the caller: fsdp_grad_done comes first",
+    die("gradient of %s wanted while those of %s%s are not used up|a bug of the caller: "
+        "fsdp_grad_done comes first",
         block_name(f, block).text, block_name(f, k->own[0].block).text,
         k->n_shards > 1 ? " and another" : "");
 }
@@ -312,7 +315,8 @@ gradX *fsdp_grad(Fsdp *f, int block) {
     if (b->state == REDUCING) reduce_wait(f, k);
     if (b->state == WHOLE && b->keeps) fsdp_grad_done(f, block); // a new update begins
     if (b->state == WHOLE)
-        die("fsdp_grad of %s, whose last gradient was not used up|a bug of the caller: fsdp_grad_done comes first",
+        die("fsdp_grad of %s, whose last gradient was not used up|a bug of the caller: "
+            "fsdp_grad_done comes first",
             block_name(f, block).text);
     if (!b->moves) {
         if (b->state == IDLE) take_shard_gradient(f, block);
@@ -328,7 +332,8 @@ gradX *fsdp_grad(Fsdp *f, int block) {
             if (k->grad[s].block == NONE) slot = &k->grad[s];
     }
     if (!slot)
-        die("gradient of %s wanted while %s is being written|a bug of the caller: fsdp_reduce comes first",
+        die("gradient of %s wanted while %s is being written|a bug of the caller: fsdp_reduce "
+            "comes first",
             block_name(f, block).text, block_name(f, k->grad[0].block).text);
     slot->block = block;
     slot->scattering = 0;
@@ -348,7 +353,8 @@ void fsdp_reduce(Fsdp *f, int block, int accumulate) {
         die("fsdp_reduce of %s: round %d of %d|a bug of the caller: fsdp_rounds",
             block_name(f, block).text, b->rounds + 1, f->rounds);
     if ((accumulate != 0) != (b->rounds > 0))
-        die("fsdp_reduce of %s in round %d with accumulate %d|a bug of the caller: rounds after the first accumulate",
+        die("fsdp_reduce of %s in round %d with accumulate %d|a bug of the caller: rounds after "
+            "the first accumulate",
             block_name(f, block).text, b->rounds + 1, accumulate);
     if (!b->moves) {
         b->rounds++;
@@ -375,7 +381,8 @@ gradX *fsdp_grad_shard(Fsdp *f, int block) {
     if (b->state == SCATTERING) scatter_wait(f, k);
     if (b->state == REDUCING) reduce_wait(f, k);
     if (b->state != WHOLE)
-        die("fsdp_grad_shard of %s, whose gradient is %s|a bug of the caller: fsdp_reduce comes first",
+        die("fsdp_grad_shard of %s, whose gradient is %s|a bug of the caller: fsdp_reduce comes "
+            "first",
             block_name(f, block).text, state_name(b->state));
     return b->grad;
 }
@@ -384,7 +391,8 @@ void fsdp_grad_done(Fsdp *f, int block) {
     BlockState *b = state_of(f, block, "fsdp_grad_done");
     SlotKind *k = &f->kind[b->kind];
     if (b->state != WHOLE)
-        die("fsdp_grad_done of %s, whose gradient is %s|a bug of the caller: fsdp_grad_shard comes first",
+        die("fsdp_grad_done of %s, whose gradient is %s|a bug of the caller: fsdp_grad_shard comes "
+            "first",
             block_name(f, block).text, state_name(b->state));
     for (int s = 0; s < k->n_shards; s++)
         if (k->own[s].block == block) k->own[s].block = NONE;

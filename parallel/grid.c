@@ -25,24 +25,29 @@ static void divisors(char *text, size_t size, int world, int must, int also) {
 static void check_layout(const Config *c, int world, int dp, int *fsdp, int ep, int split_heads) {
     char fits[256];
     if (dp < 1 || ep < 1 || *fsdp < 0)
-        die("--dp %d --fsdp %d --ep %d: sizes of groups are at least 1|leave --fsdp out to use the ranks that dp and ep leave",
+        die("--dp %d --fsdp %d --ep %d: sizes of groups are at least 1|leave --fsdp out to use the "
+            "ranks that dp and ep leave",
             dp, *fsdp, ep);
     int64_t rest = (int64_t)dp * ep;
     if (dp > world || ep > world || *fsdp > world || rest > world)
-        die("--dp %d --fsdp %d --ep %d needs %lld ranks and there are %d|start more ranks (mpirun -np %lld) or make the groups smaller",
+        die("--dp %d --fsdp %d --ep %d needs %lld ranks and there are %d|start more ranks (mpirun "
+            "-np %lld) or make the groups smaller",
             dp, *fsdp, ep, (long long)(rest * (*fsdp ? *fsdp : 1)), world,
             (long long)(rest * (*fsdp ? *fsdp : 1)));
     if (*fsdp == 0) {
         if (world % rest)
-            die("--dp %d x --ep %d does not divide the %d ranks|choose dp and ep whose product divides %d",
+            die("--dp %d x --ep %d does not divide the %d ranks|choose dp and ep whose product "
+                "divides %d",
                 dp, ep, world, world);
         *fsdp = (int)(world / rest);
     }
     if (rest * *fsdp != world) {
         if (world % rest == 0)
-            die("--dp %d x --fsdp %d x --ep %d = %lld, but there are %d ranks|with this dp and ep --fsdp %d fits (or leave --fsdp out)",
+            die("--dp %d x --fsdp %d x --ep %d = %lld, but there are %d ranks|with this dp and ep "
+                "--fsdp %d fits (or leave --fsdp out)",
                 dp, *fsdp, ep, (long long)(rest * *fsdp), world, (int)(world / rest));
-        die("--dp %d x --fsdp %d x --ep %d = %lld, but there are %d ranks|choose sizes whose product is %d",
+        die("--dp %d x --fsdp %d x --ep %d = %lld, but there are %d ranks|choose sizes whose "
+            "product is %d",
             dp, *fsdp, ep, (long long)(rest * *fsdp), world, world);
     }
     if (c->n_moe && c->E % ep) {
@@ -52,7 +57,8 @@ static void check_layout(const Config *c, int world, int dp, int *fsdp, int ep, 
     }
     if (split_heads && c->KV % ep) {
         divisors(fits, sizeof fits, world / dp, c->KV, c->n_moe ? c->E : 0);
-        die("--attention heads with --ep %d does not divide the model's %d KV heads|--ep that fits here: %s; or --attention data",
+        die("--attention heads with --ep %d does not divide the model's %d KV heads|--ep that fits "
+            "here: %s; or --attention data",
             ep, c->KV, fits);
     }
 }
@@ -146,11 +152,11 @@ enum { TABLE_ROWS = 32, TABLE_LINE = 256 };
 char *grid_table(const Grid *g) {
     Text t = { 0, 0, (TABLE_ROWS + 4) * TABLE_LINE };
     t.p = (char *)xmalloc(t.size, "grid table");
-    append(
-        &t,
-        "grid: %d rank%s = dp %d x fsdp %d x ep %d, dispatch %s, attention %s, %d read%s distinct data\n",
-        g->world, g->world == 1 ? "" : "s", g->dp, g->fsdp, g->ep, dispatch_name[g->dispatch],
-        g->split_heads ? "heads" : "data", g->data_ranks, g->data_ranks == 1 ? "s" : "");
+    append(&t,
+           "grid: %d rank%s = dp %d x fsdp %d x ep %d, dispatch %s, attention %s, %d read%s "
+           "distinct data\n",
+           g->world, g->world == 1 ? "" : "s", g->dp, g->fsdp, g->ep, dispatch_name[g->dispatch],
+           g->split_heads ? "heads" : "data", g->data_ranks, g->data_ranks == 1 ? "s" : "");
     if (g->world == 1) return t.p;
     append(&t, "  rank  dp fsdp  ep  data  %-22s  %-22s  %-22s  %s\n", "tokens travel (ep)",
            "expert shards (fsdp)", "dense shards (dense)", "copies (dp)");

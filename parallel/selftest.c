@@ -111,10 +111,10 @@ int comm_selftest(const Grid *g, FILE *out) {
     }
     int failures = 0;
     if (g->rank == 0)
-        fprintf(
-            out,
-            "self-test of communication: %s\n  group  ranks  call            correct   latency us    MB/s sent per rank\n",
-            comm_describe());
+        fprintf(out,
+                "self-test of communication: %s\n  group  ranks  call            correct   latency "
+                "us    MB/s sent per rank\n",
+                comm_describe());
     for (size_t i = 0; i < sizeof group / sizeof *group; i++) {
         if (comm_is_local(group[i].g)) {
             if (g->rank == 0) fprintf(out, "  %-5s  %5d  (nothing moves)\n", group[i].name, 1);

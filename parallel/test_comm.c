@@ -449,8 +449,10 @@ static void test_big(void) {
 
 // ---- grid and blocks ------------------------------------------------------------------------
 static const char *const config_text =
-    "{\"model_type\": \"qwen3_moe\", \"hidden_size\": 24, \"num_hidden_layers\": 4, \"num_attention_heads\": 8, \"num_key_value_heads\": 4, \"head_dim\": 6,"
-    "\"vocab_size\": 300, \"num_experts\": 24, \"num_experts_per_tok\": 2, \"moe_intermediate_size\": 10, \"intermediate_size\": 40, \"mlp_only_layers\": [1],"
+    "{\"model_type\": \"qwen3_moe\", \"hidden_size\": 24, \"num_hidden_layers\": 4, "
+    "\"num_attention_heads\": 8, \"num_key_value_heads\": 4, \"head_dim\": 6,"
+    "\"vocab_size\": 300, \"num_experts\": 24, \"num_experts_per_tok\": 2, "
+    "\"moe_intermediate_size\": 10, \"intermediate_size\": 40, \"mlp_only_layers\": [1],"
     "\"decoder_sparse_step\": 1, \"max_position_embeddings\": 64, \"tie_word_embeddings\": %s}";
 
 static Config small_config(int tied) {
@@ -783,7 +785,8 @@ int main(int argc, char **argv) {
         else if (!strcmp(argv[i], "--fault") && i + 1 < argc)
             fault_name = argv[++i];
         else
-            die("unknown argument %s|test_comm [--force] [--check] [--big] [--timeout S] [--fault NAME]",
+            die("unknown argument %s|test_comm [--force] [--check] [--big] [--timeout S] [--fault "
+                "NAME]",
                 argv[i]);
     }
     if (!big) {

@@ -394,13 +394,13 @@ static void test_load(const Slot *s, const Problem *p, const Grid *g, const char
         if (g->dispatch != DISPATCH_ALLREDUCE)
             want.sent_rows += sent, want.received_rows += received;
     }
-    check(
-        comm_is_local(g->ep_group) || memcmp(l, &want, sizeof want) == 0,
-        "%s: pool %lld rows %lld largest %lld %lld sent %lld received %lld, want %lld %lld %lld %lld %lld %lld",
-        what, (long long)l->pool, (long long)l->rows, (long long)l->pool_max,
-        (long long)l->rows_max, (long long)l->sent_rows, (long long)l->received_rows,
-        (long long)want.pool, (long long)want.rows, (long long)want.pool_max,
-        (long long)want.rows_max, (long long)want.sent_rows, (long long)want.received_rows);
+    check(comm_is_local(g->ep_group) || memcmp(l, &want, sizeof want) == 0,
+          "%s: pool %lld rows %lld largest %lld %lld sent %lld received %lld, want %lld %lld %lld "
+          "%lld %lld %lld",
+          what, (long long)l->pool, (long long)l->rows, (long long)l->pool_max,
+          (long long)l->rows_max, (long long)l->sent_rows, (long long)l->received_rows,
+          (long long)want.pool, (long long)want.rows, (long long)want.pool_max,
+          (long long)want.rows_max, (long long)want.sent_rows, (long long)want.received_rows);
 }
 
 static void test_layers(const Config *c, const Grid grid[3], int R) {

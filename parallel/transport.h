@@ -26,8 +26,8 @@ enum { PRESENCE_GROUPS = 8 };
 typedef struct {
     int32_t known, stuck; // stuck: `at` is a call that has exceeded --timeout
     CallRecord at;
-    char group[24];            // of `at`
-    int32_t first, stride, n;  // the group's world ranks; stride 0: they are not evenly spaced
+    char group[24];           // of `at`
+    int32_t first, stride, n; // the group's world ranks; stride 0: they are not evenly spaced
     struct {
         char name[24];
         int64_t calls;

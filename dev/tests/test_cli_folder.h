@@ -226,7 +226,8 @@ static void test_foreseen(void) {
         "--init $T/v50.json --train $T/v50.bin --seq-len 4 --batch 2 --steps 30 --sample-every 10 "
         "--prompt abc");
     double began = now_seconds();
-    bad("a warmup that is no number", "--warmup 5x", "--init $T/nowhere --train $T/text.txt --warmup 5x");
+    bad("a warmup that is no number", "--warmup 5x",
+        "--init $T/nowhere --train $T/text.txt --warmup 5x");
     check(now_seconds() - began < 5, "  before any model is looked at");
     good("eval exec $B $S --steps 20 --warmup 10%% --lr 1e-3 --out $T/percent");
     Log l = log_of("percent");

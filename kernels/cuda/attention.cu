@@ -15,9 +15,8 @@ static int use_cudnn;
 static int cudnn_computes(const int *position) {
     static int said;
     if (use_cudnn && position && !said++)
-        fprintf(
-            stderr,
-            "attention: documents within a sequence are computed by the kernel \"flash\": cuDNN's graph knows whole sequences only\n");
+        fprintf(stderr, "attention: documents within a sequence are computed by the kernel "
+                        "\"flash\": cuDNN's graph knows whole sequences only\n");
     return use_cudnn && !position;
 }
 #endif
@@ -39,8 +38,8 @@ void attention_select(const char *name) {
     int device = 0;
     if (automatic && compute_stream() && !strcmp(experts_kernel(), "wgmma") &&
         cudaGetDevice(&device) == cudaSuccess && device == 0)
-        warn(
-            "THIS BUILD HAS NO cuDNN: the kernel \"flash\" computes attention, and a layer takes some 40 %% longer (make detect says where cuDNN is looked for)");
+        warn("THIS BUILD HAS NO cuDNN: the kernel \"flash\" computes attention, and a layer takes "
+             "some 40 %% longer (make detect says where cuDNN is looked for)");
 #endif
     const char *hint =
         strcmp(name, "cudnn")
@@ -48,7 +47,8 @@ void attention_select(const char *name) {
             : "auto or flash; cudnn needs PRECISION=bf16 and a cuDNN that make found (make detect)";
 #endif
     if (!use_cudnn && !automatic && strcmp(name, "flash"))
-        die("the CUDA backend of this build has no attention kernel \"%s\"|choose --attention-kernel %s",
+        die("the CUDA backend of this build has no attention kernel \"%s\"|choose "
+            "--attention-kernel %s",
             name, hint);
 }
 const char *attention_kernel(void) { return use_cudnn ? "cudnn" : "flash"; }

@@ -358,11 +358,11 @@ static void plan_create(AttentionPlan *p, const Shape *s) {
         if (p->workspace >= 0 && p->workspace <= workspace_bound(s)) p->plan = plan;
     }
     if (p->plan || said++ || (cudaGetDevice(&device) == cudaSuccess && device)) return;
-    fprintf(
-        stderr,
-        "attention: cuDNN has no %s plan for sequences of %d, %d heads on %d of %d (%s); the kernel \"flash\" computes it\n",
-        s->backward ? "backward" : "forward", s->T, s->H, s->KV, s->D,
-        p->g.failed ? p->g.failed : "no engine keeps to the workspace");
+    fprintf(stderr,
+            "attention: cuDNN has no %s plan for sequences of %d, %d heads on %d of %d (%s); the "
+            "kernel \"flash\" computes it\n",
+            s->backward ? "backward" : "forward", s->T, s->H, s->KV, s->D,
+            p->g.failed ? p->g.failed : "no engine keeps to the workspace");
 }
 static AttentionPlan *plan_for(const Shape *s) {
     for (int i = 0; i < n_plans; i++)
@@ -410,7 +410,8 @@ static void execute(AttentionPlan *p, void *memory[NAMES], void *workspace, cuda
     if (pack.failed) {
         char why[512] = "";
         cudnnGetLastErrorString(why, sizeof why);
-        die("cuDNN attention: %s failed: %s|--attention-kernel flash goes without; an error of an earlier kernel can show here",
+        die("cuDNN attention: %s failed: %s|--attention-kernel flash goes without; an error of an "
+            "earlier kernel can show here",
             pack.failed, why);
     }
     graph_free(&pack);

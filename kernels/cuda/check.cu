@@ -42,7 +42,8 @@ static double uniform(Check *c) { // [-1, 1)
 static void *take(Check *c, size_t bytes) {
     void *memory = device_take(bytes);
     if (!memory || c->buffers == MOST_BUFFERS)
-        die("the kernel check finds no %zu bytes on the GPU|end other programs on it, or --kernel-check off",
+        die("the kernel check finds no %zu bytes on the GPU|end other programs on it, or "
+            "--kernel-check off",
             bytes);
     c->memory[c->buffers] = memory;
     c->bytes[c->buffers++] = bytes;
@@ -91,7 +92,9 @@ static void wait_or_die(Check *c) {
     cudaError_t state;
     while ((state = cudaEventQuery(done)) == cudaErrorNotReady)
         if (now_seconds() - start > DEADLINE)
-            die("the kernel check: %s has not ended after %.0f s|MOE_EXPERT_KERNEL=mma for experts, --attention-kernel flash for attention, --kernel-check off to skip the check",
+            die("the kernel check: %s has not ended after %.0f s|MOE_EXPERT_KERNEL=mma for "
+                "experts, --attention-kernel flash for attention, --kernel-check off to skip the "
+                "check",
                 c->name, DEADLINE);
     CUDA_CHECK(state);
     CUDA_CHECK(cudaEventDestroy(done));
@@ -313,21 +316,22 @@ int kernel_check(int print) {
         wrong_products += !checked(&c, "products by cuBLASLt", p.shape, "no other kernel does it",
                                    [&] { check_product(&c, p.ta, p.tb, p.beta, p.c_real); });
     if (!strcmp(experts_kernel(), "wgmma")) {
-        bool right = checked(
-            &c, "experts by wgmma", "4 experts, 264 x 136, 140 rows",
-            "the kernel \"mma\" computes them (MOE_EXPERT_KERNEL=wgmma and --kernel-check off force wgmma)",
-            [&] { check_experts(&c); });
+        bool right = checked(&c, "experts by wgmma", "4 experts, 264 x 136, 140 rows",
+                             "the kernel \"mma\" computes them (MOE_EXPERT_KERNEL=wgmma and "
+                             "--kernel-check off force wgmma)",
+                             [&] { check_experts(&c); });
         experts_select(right ? "wgmma" : "mma");
     }
     if (!strcmp(attention_kernel(), "cudnn")) {
-        bool right = checked(
-            &c, "attention by cuDNN", "2 x 200 tokens, 4 heads on 2 of 128",
-            "the kernel \"flash\" computes it (--attention-kernel cudnn and --kernel-check off force cuDNN)",
-            [&] { check_attention(&c); });
+        bool right = checked(&c, "attention by cuDNN", "2 x 200 tokens, 4 heads on 2 of 128",
+                             "the kernel \"flash\" computes it (--attention-kernel cudnn and "
+                             "--kernel-check off force cuDNN)",
+                             [&] { check_attention(&c); });
         attention_select(right ? "cudnn" : "flash");
     }
     if (wrong_products)
-        die("the kernel check: %s computes wrong products|another version of the toolkit's libraries or of the driver; --kernel-check off to go on all the same",
+        die("the kernel check: %s computes wrong products|another version of the toolkit's "
+            "libraries or of the driver; --kernel-check off to go on all the same",
             gemm_library());
     return c.failed;
 }

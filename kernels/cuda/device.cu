@@ -13,16 +13,17 @@
 
 void cuda_failed(cudaError_t error, const char *call, const char *file, int line) {
     const char *name = strrchr(file, '/');
-    const char *hint =
-        error == cudaErrorMemoryAllocation
-            ? "smaller --micro-batch, --recompute layer, or more ranks"
-            : "an error of an earlier kernel can show here: run once with CUDA_LAUNCH_BLOCKING=1, or under compute-sanitizer";
+    const char *hint = error == cudaErrorMemoryAllocation
+                           ? "smaller --micro-batch, --recompute layer, or more ranks"
+                           : "an error of an earlier kernel can show here: run once with "
+                             "CUDA_LAUNCH_BLOCKING=1, or under compute-sanitizer";
     die("CUDA: %s (%s) in %s at %s:%d|%s", cudaGetErrorString(error), cudaGetErrorName(error), call,
         name ? name + 1 : file, line, hint);
 }
 void require_packs(const char *what, int width) {
     if (width % PACK)
-        die("the CUDA kernels move rows 16 bytes at a time: %s is %d, not a multiple of %d|change the config, or BACKEND=cpu",
+        die("the CUDA kernels move rows 16 bytes at a time: %s is %d, not a multiple of %d|change "
+            "the config, or BACKEND=cpu",
             what, width, PACK);
 }
 
@@ -59,7 +60,8 @@ void device_init(int local_rank, int threads) {
         if (error != cudaSuccess) why = cudaGetErrorString(error);
         if (error == cudaErrorInsufficientDriver)
             why = "there is no driver, or one older than this program's CUDA";
-        die("no CUDA GPU: %s|check the driver with nvidia-smi and CUDA_VISIBLE_DEVICES, or build for the CPU: make BACKEND=cpu",
+        die("no CUDA GPU: %s|check the driver with nvidia-smi and CUDA_VISIBLE_DEVICES, or build "
+            "for the CPU: make BACKEND=cpu",
             why);
     }
     device = local_rank % count;
@@ -67,7 +69,8 @@ void device_init(int local_rank, int threads) {
     CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
     cudaFuncAttributes attributes;
     if (cudaFuncGetAttributes(&attributes, probe) != cudaSuccess)
-        die("this program holds no kernels for %s (compute capability %d.%d)|rebuild on this machine, or with ARCH=%d%d",
+        die("this program holds no kernels for %s (compute capability %d.%d)|rebuild on this "
+            "machine, or with ARCH=%d%d",
             properties.name, properties.major, properties.minor, properties.major,
             properties.minor);
     // What others wait for goes first: gathers and the exchange before compute.

@@ -206,7 +206,8 @@ static bool use_wgmma() {
     if (chosen < 0) {
         const char *name = getenv("MOE_EXPERT_KERNEL");
         if (!experts_select(name && *name ? name : "auto"))
-            die("MOE_EXPERT_KERNEL=%s: needs a GPU of compute capability 9.0, PRECISION=bf16 and a build for sm_90a|leave it out, or mma",
+            die("MOE_EXPERT_KERNEL=%s: needs a GPU of compute capability 9.0, PRECISION=bf16 and a "
+                "build for sm_90a|leave it out, or mma",
                 name);
     }
     return chosen;

@@ -429,7 +429,8 @@ CUtensorMap tensor_map(const void *base, int rank, Dimensions d, bool is_float) 
                                            cudaEnableDefault, &found));
 #endif
         if (found != cudaDriverEntryPointSuccess)
-            die("the driver has no cuTensorMapEncodeTiled|a driver for CUDA 12.0 or newer, or MOE_EXPERT_KERNEL=mma");
+            die("the driver has no cuTensorMapEncodeTiled|a driver for CUDA 12.0 or newer, or "
+                "MOE_EXPERT_KERNEL=mma");
     }
     CUtensorMap map;
     cuuint64_t dim[3], stride[2];

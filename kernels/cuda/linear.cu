@@ -17,7 +17,8 @@
 
 static void cublas_check(cublasStatus_t status, const char *call) {
     if (status == CUBLAS_STATUS_SUCCESS) return;
-    die("cuBLASLt: status %d in %s|a driver older than the toolkit, or an error of an earlier kernel",
+    die("cuBLASLt: status %d in %s|a driver older than the toolkit, or an error of an earlier "
+        "kernel",
         (int)status, call);
 }
 #define CUBLAS_CHECK(call) cublas_check((call), #call)
@@ -102,7 +103,8 @@ static void plan_create(GemmPlan *p, const Shape *s) {
     CUBLAS_CHECK(cublasLtMatmulAlgoGetHeuristic(handle, p->product, p->a, p->b, p->c, p->c, wish, 1,
                                                 &best, &found));
     if (!found)
-        die("cuBLASLt has no algorithm for a product of (%lld,%lld) by (%lld,%lld)|change --micro-batch",
+        die("cuBLASLt has no algorithm for a product of (%lld,%lld) by (%lld,%lld)|change "
+            "--micro-batch",
             (long long)s->m, (long long)s->k, (long long)s->k, (long long)s->n);
     CUBLAS_CHECK(cublasLtMatmulPreferenceDestroy(wish));
     p->shape = *s;

@@ -247,7 +247,8 @@ void optimizer_update(const OptimizerState *s, const Segment *segments, int n_se
     kernel_begin("optimizer_update", 0);
     for (int i = 0; o->kind == OPT_ADAMW8 && i < n_segments; i++)
         if (segments[i].first % BLOCK)
-            die("a shard starts at element %lld of a tensor, inside a block of 8-bit state|8-bit AdamW needs cuts at multiples of %d elements: choose "
+            die("a shard starts at element %lld of a tensor, inside a block of 8-bit state|8-bit "
+                "AdamW needs cuts at multiples of %d elements: choose "
                 "another --fsdp, or --optimizer adamw",
                 (long long)segments[i].first, BLOCK);
     Coefficients c = coefficients(o);

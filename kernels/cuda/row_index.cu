@@ -61,7 +61,8 @@ static __global__ void dense_kernel(RowIndex plan, int R, int rows) {
 void row_index_dense(RowIndex *plan, int64_t R) {
     int rows = (int)div_up(R, device_row_tile()) * device_row_tile();
     if (R > plan->P || rows > plan->M || plan->K != 1 || plan->E != 1)
-        die("a dense index of %lld tokens where P = %lld, M = %lld, K = %lld, E = %lld|it needs P >= R, M >= row_index_bound(R, 1, 1), K = E = 1",
+        die("a dense index of %lld tokens where P = %lld, M = %lld, K = %lld, E = %lld|it needs P "
+            ">= R, M >= row_index_bound(R, 1, 1), K = E = 1",
             (long long)R, (long long)plan->P, (long long)plan->M, (long long)plan->K,
             (long long)plan->E);
     int n = plan->M > plan->P ? plan->M : plan->P;
