@@ -1,5 +1,6 @@
 #!/bin/sh
-# Checks the layout of the C and CUDA sources: what clang-format would change, and lines that it cannot break.
+# Checks the layout of the C and CUDA sources: what clang-format would change, lines that it cannot break, and
+# invariants (README.md, "What holds it together") that are cited without their word.
 #   dev/format_check.sh CLANG_FORMAT FILE...      the last line is 'N passed, N failed', one check a file
 formatter=$1
 shift
@@ -10,6 +11,8 @@ for file; do
         echo "FAIL $file: differs from its layout  hint: make format"
         failed=$((failed + 1))
     elif awk -v file="$file" 'length > 100 { print "FAIL " file ":" FNR ": " length " columns"; bad = 1 } END { exit !bad }' "$file"; then
+        failed=$((failed + 1))
+    elif grep -nE '\bI(1[01]|[1-9])\b' "$file" | grep -vE '\bI(1[01]|[1-9]),( |$)' | sed "s|^|FAIL $file: an invariant without its word: |" | grep .; then
         failed=$((failed + 1))
     else passed=$((passed + 1))
     fi
