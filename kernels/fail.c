@@ -34,7 +34,7 @@ void die_claim(void) {
 // reorder a line (U+202A to U+202E, U+2066 to U+2069) or end it (U+2028, U+2029).
 static int shown_bytes(const unsigned char *p) {
     if (p[0] < 0x80) return p[0] >= 0x20 && p[0] != 0x7f;
-    int n = p[0] >= 0xf0 ? 4 : p[0] >= 0xe0 ? 3 : 2;
+    int n = 2 + (p[0] >= 0xe0) + (p[0] >= 0xf0); // bytes, as the first one says
     if (p[0] < 0xc2 || p[0] > 0xf4) return 0;
     uint32_t c = p[0] & (0x7fu >> n);
     for (int i = 1; i < n; i++) {

@@ -425,7 +425,10 @@ static double constant_rate(double s) { return s < 4 ? s / 4 : 1; }
 static double long_warmup(double s) { return s / 40; }
 static double linear_rate(double s) { return s < 5 ? s / 5 : 0.1 + 0.9 * (20 - s) / 15; }
 static double cosine_rate(double s) { return s < 4 ? s / 4 : 0.5 * (1 + cos(M_PI * (s - 4) / 16)); }
-static double wsd_rate(double s) { return s < 2 ? s / 2 : s < 14 ? 1 : 0.5 + 0.5 * (20 - s) / 6; }
+static double wsd_rate(double s) {
+    if (s < 2) return s / 2;
+    return s < 14 ? 1 : 0.5 + 0.5 * (20 - s) / 6;
+}
 static void test_schedules(void) {
     schedule_case("constant, warmup 4", "--warmup 4", constant_rate);
     schedule_case("constant, warmup longer than the run", "--warmup 40", long_warmup);

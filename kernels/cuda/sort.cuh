@@ -103,7 +103,7 @@ template <class Source>
 static void stable_sort(int *counts, int *start, const Source &source, int buckets, int n,
                         int tile) {
     if (buckets > SORT_BUCKETS_MAX)
-        die("%d experts on one GPU|at most %d: dispatch them over more ranks with --ep", buckets,
+        die("%d experts on one GPU|at most %d: spread them over more ranks with --ep", buckets,
             SORT_BUCKETS_MAX);
     unsigned blocks = grid_for(n, SORT_SPAN);
     size_t shared = (size_t)buckets * SORT_WORDS * sizeof(unsigned);
