@@ -194,7 +194,7 @@ def needs(module, path):
     try:
         return importlib.import_module(module)
     except ImportError:
-        fail(f"{path}: reading it needs the Python package {module.split('.')[0]}", f"python3 -m pip install {module.split('.')[0]}, or unpack it first")
+        fail(f"{path}: reading a file of this kind ({module}) needs the Python package {module.split('.')[0]}", f"python3 -m pip install {module.split('.')[0]}, or unpack it first")
 
 
 class Reader:

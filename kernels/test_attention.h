@@ -71,8 +71,7 @@ static int *document_positions(int B, int T) {
         }
     return position;
 }
-static void test_attention_shape(int B, int T, int H, int KV, int D, double spread,
-                                 int documents) {
+static void test_attention_shape(int B, int T, int H, int KV, int D, double spread, int documents) {
     size_t nq = (size_t)(B * T * H * D), nk = (size_t)(B * T * KV * D), nl = (size_t)(B * H * T);
     double *q = test_random(nq, spread, 0), *k = test_random(nk, spread, 0),
            *v = test_random(nk, 1, 0), *d_o = test_random(nq, 1, 0);

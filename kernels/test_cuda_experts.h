@@ -1,5 +1,5 @@
-// Row index, experts and routes, on the device beside the CPU; a part of test_cuda.cu, whose buffers
-// and checks it uses.
+// Row index, experts and routes, on the device beside the CPU; a part of test_cuda.cu, whose
+// buffers and checks it uses.
 
 // ---- plan and experts -----------------------------------------------------------------------
 struct Plans {

@@ -14,7 +14,7 @@ static int log_is_whole(const char *out, int updates) {
 }
 
 static void test_owner(void) {
-    pid_t child = begin("eval exec $B $S --steps 100000 --save-every 20 --keep 2 --out $T/own");
+    pid_t child = begin("eval exec $B $S --steps 100000 --save-every 20 --keep 1000 --out $T/own");
     int seen = wait_lines("own", 45);
     char *expected = xasprintf("process %d)", (int)child), host[100] = "";
     gethostname(host, sizeof host - 1);
@@ -32,9 +32,9 @@ static void test_owner(void) {
     char *before = slurp(at("own/run.json"), 0);
     int looks = 0;
     for (int i = 0; i < 5; i++) {
-        looks += end(begin_as("look", "eval exec $B $S --steps 0 --resume --val $T/val.txt "
-                                      "--eval-batches 1 --out $T/own --generate 3")) == 0;
-        looks += end(begin_as("look", "eval exec $B $S --plan --resume --out $T/own")) == 0;
+        looks += end(begin_as("glance", "eval exec $B $S --steps 0 --resume --val $T/val.txt "
+                                        "--eval-batches 1 --out $T/own --generate 3")) == 0;
+        looks += end(begin_as("glance", "eval exec $B $S --plan --resume --out $T/own")) == 0;
     }
     char *after = slurp(at("own/run.json"), 0);
     kill(child, SIGTERM);
