@@ -264,7 +264,8 @@ static void train(Run *r) {
     r->report.begin = now_seconds();
     if (r->first < o->steps && *o->dump) t->dump = dump_open(o->dump, t);
     if (r->first < o->steps && o->trace_token >= 0) t->trace = trace_open(t, o->trace_token);
-    if (r->first < o->steps) t->routing = routing_open(t, o->routing_record, o->routing_replay);
+    if (r->first < o->steps)
+        t->routing = routing_open(t, o->routing_record, o->routing_replay, o->steps);
     for (int64_t step = r->first + 1; step <= o->steps; step++) {
         double begin = now_seconds();
         StepResult s = update(r, step, o->lr * schedule_factor(&schedule, step));

@@ -192,15 +192,17 @@ static Pattern parse_pattern(const char *text) {
 static int group(Pattern *p, int n, int validation) {
     int named = 0;
     int weighted = 0;
+    const char *nameless = 0;
     for (int i = 0; i < n; i++) {
         named += p[i].name != 0;
         weighted += p[i].weight != 0;
+        if (!p[i].name) nameless = p[i].files;
     }
     if (validation && weighted)
         die("--val has a weight|only --train mixes sources; name those of --val: web='web/*.bin'");
     if (validation && named && named < n)
         die("--val '%s' has no name, but others have one|write name=FILES for all or for none",
-            p[0].name ? p[n - 1].files : p[0].files);
+            nameless);
     if (!validation && named && !weighted)
         die("--train has names, but no weights|write web='web/*.bin@0.7' to mix sources by weight");
     int sources = 0;
@@ -210,8 +212,10 @@ static int group(Pattern *p, int n, int validation) {
                !(p[i].name && p[k].name && !strcmp(p[i].name, p[k].name)))
             k++;
         p[i].source = k < i ? p[k].source : sources++;
-        if (k < i && p[i].weight && p[i].weight != p[k].weight)
+        if (k == i || !p[i].weight) continue;
+        if (p[k].weight && p[i].weight != p[k].weight)
             die("'%s' has two weights|give the weight of a name once, or alike", p[i].name);
+        p[k].weight = p[i].weight;
     }
     if (sources > MOST_SOURCES)
         die("%d sources|mix at most %d; a glob is one source", sources, MOST_SOURCES);

@@ -227,10 +227,12 @@ void shard_find_mask(Shard *f) {
     if (!ends_in(f->id.name, ".bin")) return;
     f->mask.name = xasprintf("%.*s.mask", (int)strlen(f->id.name) - 4, f->id.name);
     struct stat s;
-    if (!stat(f->mask.name, &s)) return;
-    if (errno != ENOENT)
+    int error = stat(f->mask.name, &s) ? errno : 0;
+    if (!error) return;
+    // A link that leads nowhere is a mask that is lost, not a shard without one.
+    if (error != ENOENT || !lstat(f->mask.name, &s))
         die("%s: cannot stat: %s|check the disk or the mount, or use --loss-mask off", f->mask.name,
-            strerror(errno));
+            strerror(error));
     free(f->mask.name);
     f->mask.name = 0;
 }

@@ -11,11 +11,12 @@
 #include <sys/stat.h>
 
 // ---- what may change, and is said -----------------------------------------------------------
-static const char *const SAID[] = { "lr",           "schedule",  "warmup",   "decay",
-                                    "final-lr",     "momentum",  "beta1",    "beta2",
-                                    "eps",          "grad-clip", "update",   "weight-decay",
-                                    "aux-coef",     "aux-pool",  "z-coef",   "balance",
-                                    "balance-rate", "loss-mask", "documents" };
+static const char *const SAID[] = { "lr",           "schedule",  "warmup",    "decay",
+                                    "final-lr",     "momentum",  "beta1",     "beta2",
+                                    "eps",          "grad-clip", "update",    "weight-decay",
+                                    "aux-coef",     "aux-pool",  "z-coef",    "balance",
+                                    "balance-rate", "loss-mask", "documents", "document-end",
+                                    "ignore-target" };
 enum { N_SAID = sizeof SAID / sizeof *SAID };
 
 static cJSON *said_json(const Options *o) {
@@ -44,17 +45,27 @@ static void say_changed(const cJSON *trainer, const Options *o, FILE *screen) {
 }
 
 // ---- data -----------------------------------------------------------------------------------
-// Files by their own names (a data set may lie elsewhere now) and sizes, and the tokens of all.
+static void add_text(cJSON *list, char *text) {
+    cJSON_AddItemToArray(list, cJSON_CreateString(text));
+    free(text);
+}
+
+// Files by their own names (a data set may lie elsewhere now) and sizes, the tokens of all, and the
+// sources of a mixture: with other weights another source would give each window.
 static cJSON *data_json(const Loader *data) {
     cJSON *json = cJSON_CreateObject(), *files = cJSON_AddArrayToObject(json, "files");
+    cJSON *sources = cJSON_AddArrayToObject(json, "sources");
     cJSON_AddNumberToObject(json, "tokens", (double)loader_tokens(data));
     for (int i = 0; i < loader_files(data); i++) {
         const char *path = loader_file(data, i), *slash = strrchr(path, '/');
         struct stat st;
         double bytes = stat(path, &st) ? -1 : (double)st.st_size;
-        char *text = xasprintf("%s, %.0f bytes", slash ? slash + 1 : path, bytes);
-        cJSON_AddItemToArray(files, cJSON_CreateString(text));
-        free(text);
+        add_text(files, xasprintf("%s, %.0f bytes", slash ? slash + 1 : path, bytes));
+    }
+    for (int i = 0; i < loader_sources(data); i++) {
+        const LoaderSource *s = loader_source(data, i);
+        add_text(sources,
+                 xasprintf("%.9g of the windows from %d of the files", s->share, s->files));
     }
     return json;
 }
@@ -70,19 +81,26 @@ static const char *text_of(const cJSON *list, int i) {
     return cJSON_IsString(v) ? v->valuestring : "nothing";
 }
 
+// Compares one list of data_json. A checkpoint without it is taken as equal.
+static void check_list(const cJSON *was, const cJSON *now, const char *list, const char *what,
+                       const char *dir) {
+    const cJSON *old = cJSON_GetObjectItemCaseSensitive(was, list);
+    const cJSON *new_list = cJSON_GetObjectItemCaseSensitive(now, list);
+    int n = cJSON_GetArraySize(new_list), m = cJSON_GetArraySize(old);
+    for (int i = 0; old && (i < n || i < m); i++)
+        if (strcmp(text_of(new_list, i), text_of(old, i)))
+            die("%s was trained on other data: %s %d of --train is %s, it was %s|"
+                "give the same --train, or accept another with --allow-changed data",
+                dir, what, i + 1, text_of(new_list, i), text_of(old, i));
+}
+
 static void check_data(const cJSON *trainer, const Options *o, const Loader *data,
                        const char *dir) {
     const cJSON *was = cJSON_GetObjectItemCaseSensitive(trainer, "data");
     if (!was || !data || allowed(o, "data")) return;
     cJSON *now = data_json(data);
-    const cJSON *old = cJSON_GetObjectItemCaseSensitive(was, "files"),
-                *files = cJSON_GetObjectItemCaseSensitive(now, "files");
-    int n = cJSON_GetArraySize(files), m = cJSON_GetArraySize(old);
-    for (int i = 0; i < n || i < m; i++)
-        if (strcmp(text_of(files, i), text_of(old, i)))
-            die("%s was trained on other data: file %d of --train is %s, it was %s|"
-                "give the same files, or accept others with --allow-changed data",
-                dir, i + 1, text_of(files, i), text_of(old, i));
+    check_list(was, now, "files", "file", dir);
+    check_list(was, now, "sources", "source", dir);
     if (trainer_number(was, "tokens") != trainer_number(now, "tokens"))
         die("%s was trained on other data: --train has %.0f tokens, it had %.0f|"
             "give the same files, or accept others with --allow-changed data",

@@ -30,7 +30,17 @@ static char *step_path(const char *folder, int64_t update) {
     return xasprintf("%s/step_%lld.safetensors", folder, (long long)update);
 }
 
-RoutingFiles *routing_open(const Trainer *t, const char *record, const char *replay) {
+// The file with the routing of an update.
+static char *replay_path(const RoutingFiles *f, int64_t update) {
+    char *path = f->replay_is_file ? xasprintf("%s", f->replay) : step_path(f->replay, update);
+    if (access(path, R_OK))
+        die("%s: cannot read the routing of update %lld: %s|"
+            "--routing-replay needs one file for each update",
+            path, (long long)update, strerror(errno));
+    return path;
+}
+
+RoutingFiles *routing_open(const Trainer *t, const char *record, const char *replay, int64_t last) {
     if (!*record && !*replay) return 0;
     if (!t->m->c.n_moe)
         die("--routing-record and --routing-replay: the model has no experts|leave them out");
@@ -43,6 +53,7 @@ RoutingFiles *routing_open(const Trainer *t, const char *record, const char *rep
         die("cannot read the routing %s: %s|give a folder or file of --routing-record", f->replay,
             strerror(errno));
     f->replay_is_file = f->replay && S_ISREG(s.st_mode);
+    if (f->replay) free(replay_path(f, last));
     if (f->record && t->g->rank == 0) folder_make(f->record);
     return f;
 }
@@ -126,11 +137,7 @@ static void finish_record(Trainer *t) {
 static void start_replay(Trainer *t, int64_t update) {
     RoutingFiles *f = t->routing;
     if (f->replay_is_file && f->replay_done) return;
-    char *path = f->replay_is_file ? xasprintf("%s", f->replay) : step_path(f->replay, update);
-    if (access(path, R_OK))
-        die("%s: cannot read the routing of update %lld: %s|"
-            "--routing-replay needs one file for each update",
-            path, (long long)update, strerror(errno));
+    char *path = replay_path(f, update);
     f->file = safetensors_open(path);
     f->open = f->replay_done = 1;
     SafeTensor wanted = topk_tensor(t);

@@ -337,6 +337,7 @@ static void bad_routing(void) {
     bad("no such routing", "cannot read the routing", "$S --routing-replay $T/none");
     bad("a routing for fewer updates", "the routing of update 3",
         "$S --steps 3 --routing-replay $T/routing");
+    check(!said("stdout", "step 1/3"), "  before the first update");
     bad("a routing of another shape", "not a tensor topk of int32",
         "$S --steps 1 --batch 8 --routing-replay $T/routing");
     bad("a routing that is something else", "not a tensor topk of int32",

@@ -126,6 +126,16 @@ static void test_data_files(void) {
         "$ONE $T/plain.bin --val a=$T/masked.bin $T/bare.bin");
     bad("names without weights", "names, but no weights", "$ONE a=$T/plain.bin b=$T/masked.bin");
     bad("two weights of a name", "two weights", "$ONE a=$T/plain.bin@1 a=$T/masked.bin@2");
+    good("eval exec $B $ONE a=$T/plain.bin a=$T/bare.bin@3 b=$T/masked.bin@1");
+    check(said("stdout", "a: 75 % of the windows, 2 files"),
+          "the weight of a name may stand at any of its patterns");
+    good("exec ln -sf nowhere $T/bare.mask");
+    bad("a mask that is a link to nothing", "bare.mask: cannot stat", "$ONE $T/bare.bin");
+    good("exec rm $T/bare.mask");
+    bad("a mixture resumed with other weights", "source 1 of --train is 0.5 of the windows",
+        "$D --train w=$T/plain.bin $T/masked.bin@1 --steps 9 --resume --out $T/mix2");
+    bad("a mixture resumed without weights", "source 1 of --train is 1 of the windows from 2",
+        "$D --train $T/plain.bin $T/masked.bin --loss-mask off --steps 9 --resume --out $T/mix2");
 }
 
 // Masks, mixtures and parts of --val on two ranks as on one.
