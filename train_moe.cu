@@ -75,6 +75,22 @@ static Schedule schedule_options(const Options *o) {
     return s;
 }
 
+// Options that ask for something that this run never comes to.
+static void check_reached(const Options *o) {
+    int updates = *o->dump || *o->routing_record || *o->routing_replay || o->trace_token >= 0;
+    if (o->plan || o->selftest) return;
+    if (!o->steps && updates)
+        die("--dump, --routing-record, --routing-replay and --trace-token are about updates, and "
+            "--steps 0 makes none|give --steps 1; with --lr 0 it leaves the weights as they are");
+    if (comm_world_rank()) return;
+    if (o->profile > o->steps)
+        warn("--profile %lld: --steps %lld ends the run before it", (long long)o->profile,
+             (long long)o->steps);
+    if (o->document_end >= 0 && !o->documents)
+        warn("--document-end %lld means nothing without --documents mask",
+             (long long)o->document_end);
+}
+
 // What the table of options cannot say: which of them need or exclude each other.
 static void check_options(const Options *o) {
     if (*o->model && *o->init)
@@ -95,6 +111,7 @@ static void check_options(const Options *o) {
         warn("--warmup %s is longer than the run of --steps %lld: its rate is never reached",
              o->warmup, (long long)o->steps);
     if (strcmp(o->aux_coef, "config")) options_real("aux-coef", o->aux_coef);
+    check_reached(o);
 }
 
 // --batch 0: 8 sequences, or the next number that ranks, rounds and micro-batches divide.

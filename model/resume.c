@@ -65,7 +65,7 @@ static cJSON *data_json(const Loader *data) {
     for (int i = 0; i < loader_sources(data); i++) {
         const LoaderSource *s = loader_source(data, i);
         add_text(sources,
-                 xasprintf("%.9g of the windows from %d of the files", s->share, s->files));
+                 xasprintf("%.13g of the windows from %d of the files", s->share, s->files));
     }
     return json;
 }

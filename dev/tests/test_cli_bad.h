@@ -117,6 +117,11 @@ static void bad_options(void) {
     unsetenv("WORLD_SIZE");
     unsetenv("RANK");
     unsetenv("LOCAL_RANK");
+    bad("a dump of no update", "--steps 0 makes none", "$S --steps 0 --dump $T/no.safetensors");
+    good("eval exec $B $S --steps 1 --profile 2 --document-end 3");
+    check(said("stderr", "--profile 2: --steps 1 ends the run before it") &&
+              said("stderr", "--document-end 3 means nothing without --documents mask"),
+          "options that do nothing in this run are said");
     bad("token that is not there", "an update has tokens 0 to 127",
         "$S --steps 1 --trace-token 128");
     bad("unknown attention kernel", "no attention kernel \"fast\"", "$S --attention-kernel fast");
