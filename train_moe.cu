@@ -217,6 +217,16 @@ static SaveOptions save_options(const Options *o) {
     return s;
 }
 
+// Says in one line what other programs cannot do with the checkpoints of this run.
+static void say_limits(const Config *c, int fused) {
+    int scaled = !c->norm_topk && c->n_moe, dense = c->n_moe < c->L;
+    if (!scaled && !dense && !fused) return;
+    printf("exports    not for every program:%s%s%s\n",
+           scaled ? " llama.cpp renormalises the experts' weights, this model does not;" : "",
+           dense ? " llama.cpp has no dense layers in such a model;" : "",
+           fused ? " transformers 4.57 loads fused experts as random numbers, 5 as they are;" : "");
+}
+
 static void save(Run *r, int64_t step) {
     const Options *o = r->o;
     const Trainer *t = r->trainer;
@@ -432,8 +442,7 @@ static void keep_own_head(Config *c, const Options *o, Comm *all) {
     c->tied = 0;
     if (comm_world_rank() == 0)
         warn("%s: lm_head.weight differs from model.embed_tokens.weight though config.json ties "
-             "them: "
-             "it is kept as a head of its own",
+             "them: it is kept as a head of its own",
              o->model);
 }
 
@@ -508,6 +517,7 @@ static void command_train(Options *o) {
     int again = r.val && r.first == 0;
     r.report = report_open(r.trainer, r.writes ? &r.folder : 0, r.first, o->steps, again, peak);
     report_start(&r.report, r.trainer, o, path, r.data, r.val);
+    if (r.writes && r.grid.rank == 0) say_limits(&r.model.c, o->save_layout);
     fill_weights(&r, resumed, trainer);
     cJSON_Delete(trainer);
     free(resumed);

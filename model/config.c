@@ -10,6 +10,7 @@
 #include "file.h"
 #include "../kernels/fail.h"
 #include <cjson/cJSON.h>
+#include <errno.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,6 +22,7 @@ static cJSON *read_json(const char *path, char **text) {
     int64_t bytes;
     char why[JSON_WHY];
     int error = file_load(AT_FDCWD, path, 0, MAX_CONFIG, text, &bytes);
+    if (error == ENOENT) file_check_link(path);
     if (error)
         die("%s: cannot open: %s|give a Hugging Face model folder, or the path of a config.json",
             path, file_why(error));

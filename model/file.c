@@ -64,6 +64,14 @@ const char *file_why(int error) {
     return strerror(error);
 }
 
+void file_check_link(const char *path) {
+    struct stat st;
+    if (!lstat(path, &st) && S_ISLNK(st.st_mode) && stat(path, &st) && errno == ENOENT)
+        die("%s: a link to a file that is not there|the download is incomplete: repeat it "
+            "(hf download)",
+            path);
+}
+
 int file_load(int at, const char *name, int flags, int64_t limit, char **text, int64_t *bytes) {
     int64_t size = 0, used = 0;
     int fd = file_open(at, name, flags, &size), error = fd < 0 ? errno : 0;

@@ -17,6 +17,9 @@ MOE_BEGIN_C
 int file_open(int at, const char *name, int flags, int64_t *bytes);
 // Returns what errno `error` of these functions means, for a message.
 const char *file_why(int error);
+// Ends the run where `path` is a symbolic link to a file that is not there: in the cache of the hub
+// that is a file whose download did not end. Does nothing for any other path.
+void file_check_link(const char *path);
 // Reads a whole file of at most `limit` bytes into fresh memory, ended by a zero byte; *bytes: its
 // size (0: not wanted). EFBIG: it is larger.
 int file_load(int at, const char *name, int flags, int64_t limit, char **text, int64_t *bytes);

@@ -178,7 +178,9 @@ static char *read_header(int fd, const char *path, int64_t file_bytes, int64_t *
 static void add_file(SafeTensors *s, const char *path) {
     int64_t size = 0;
     int fd = file_open(AT_FDCWD, path, 0, &size), file = s->n_files++;
-    if (fd < 0) die("%s: cannot open: %s|is the checkpoint complete?", path, file_why(errno));
+    int error = fd < 0 ? errno : 0;
+    if (error) file_check_link(path);
+    if (error) die("%s: cannot open: %s|is the checkpoint complete?", path, file_why(error));
     s->path = (char **)xrealloc(s->path, (size_t)s->n_files, sizeof *s->path, "list of files");
     s->fd = (int *)xrealloc(s->fd, (size_t)s->n_files, sizeof *s->fd, "list of files");
     s->bytes = (int64_t *)xrealloc(s->bytes, (size_t)s->n_files, sizeof *s->bytes, "list of files");
@@ -222,6 +224,7 @@ static cJSON *read_index(const char *path) {
     char *text = 0;
     int64_t bytes = 0;
     int error = file_load(AT_FDCWD, path, 0, MAX_HEADER, &text, &bytes);
+    if (error) file_check_link(path);
     if (error == ENOENT) return 0;
     if (error) die("%s: cannot open: %s|is the checkpoint complete?", path, file_why(error));
     char why[JSON_WHY];
@@ -263,7 +266,7 @@ static void die_without_weights(const char *dir) {
 // The name of a file beside the index, without a "./" before it; 0 for anything else.
 static const char *file_beside(const cJSON *entry) {
     const char *file = cJSON_IsString(entry) ? entry->valuestring : "";
-    if (!strncmp(file, "./", 2)) file += 2;
+    while (!strncmp(file, "./", 2)) file += 2;
     return *file && !strchr(file, '/') ? file : 0;
 }
 

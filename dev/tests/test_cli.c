@@ -566,6 +566,7 @@ static void test_signals(void) {
 }
 
 #include "test_cli_folder.h"
+#include "test_cli_models.h"
 
 // ---- conversion -----------------------------------------------------------------------------
 static void test_conversion(void) {
@@ -787,7 +788,8 @@ int main(int argc, char **argv) {
                   { "training", test_training }, { "schedules", test_schedules },
                   { "resume", test_resume },     { "signals", test_signals },
                   { "folder", test_folder },     { "conversion", test_conversion },
-                  { "looking", test_looking },   { "data", test_data_files } };
+                  { "looking", test_looking },   { "data", test_data_files },
+                  { "models", test_models } };
     for (size_t i = 0; i < sizeof parts / sizeof *parts && !mpirun; i++)
         if (!only || !strcmp(only, parts[i].name)) parts[i].f();
     if (mpirun) test_ranks(mpirun);

@@ -216,8 +216,15 @@ static void bad_files(void) {
     bad("a pipe as weights", "a pipe or a device", "--model $T/m_fifo $U");
     bad("a pipe as an index", "a pipe or a device", "--model $T/m_index $U");
     bad("pickles instead of weights", "its .bin files are pickles", "--model $T/m_bin $U");
-    bad("a link of a hub cache that leads nowhere", "model.safetensors: cannot open",
+    bad("a link of a hub cache that leads nowhere", "hint: the download is incomplete",
         "--model $T/m_lost $U");
+    good("mkdir $T/m_lost2; cp $F/gqa/config.json $T/m_lost2; "
+         "exec ln -s ../../blobs/gone $T/m_lost2/model.safetensors.index.json");
+    bad("  an index that is such a link", "index.json: a link to a file that is not there",
+        "--model $T/m_lost2 $U");
+    good("exec ln -sf ../../blobs/gone $T/m_lost2/config.json");
+    bad("  a config that is such a link", "config.json: a link to a file that is not there",
+        "--model $T/m_lost2 $U");
     bad("a name on the hub", "hf download Qwen/Qwen3", "--model Qwen/Qwen3 $U");
     bad("a config.json as --model", "give the folder that it lies in",
         "--model $F/gqa/config.json $U");
