@@ -187,6 +187,8 @@ static Pattern parse_pattern(const char *text) {
     return p;
 }
 
+static const char *label(const Pattern *p) { return p->name ? p->name : p->files; }
+
 // Says which patterns make a source together: those of one name, else each pattern for itself, and
 // all of them where nothing sets them apart. Returns the number of sources.
 static int group(Pattern *p, int n, int validation) {
@@ -208,9 +210,10 @@ static int group(Pattern *p, int n, int validation) {
     int sources = 0;
     for (int i = 0; i < n; i++) {
         int k = 0; // an earlier pattern of the same source
-        while (k < i && (named || weighted) &&
-               !(p[i].name && p[k].name && !strcmp(p[i].name, p[k].name)))
-            k++;
+        while (k < i && (named || weighted) && strcmp(label(&p[i]), label(&p[k]))) k++;
+        if (k < i && weighted && !(p[i].name && p[k].name))
+            die("'%s' is there twice as a source of --train|give it once, with its whole weight",
+                label(&p[i]));
         p[i].source = k < i ? p[k].source : sources++;
         if (k == i || !p[i].weight) continue;
         if (p[k].weight && p[i].weight != p[k].weight)
@@ -275,8 +278,7 @@ static void add_sources(Loader *loader, Pattern *pattern, int n_patterns) {
         for (int k = 0; k < n_patterns; k++) {
             const Pattern *p = &pattern[k];
             if (p->source != i) continue;
-            const char *name = p->name ? p->name : p->files;
-            if (!s->name) s->name = xasprintf("%s", n > 1 || p->name ? name : "");
+            if (!s->name) s->name = xasprintf("%s", n > 1 || p->name ? label(p) : "");
             if (!weight[i]) weight[i] = p->weight;
             add_files(loader, p->files);
         }

@@ -145,8 +145,8 @@ static void check_header(Shard *f, int fd, uint32_t vocab) {
     uint32_t magic = (uint32_t)number_at(header, 4);
     uint32_t version = (uint32_t)number_at(header + 4, 4);
     if (magic != MAGIC_UINT16 && magic != MAGIC_UINT32)
-        die("%s: not a token shard: magic %u, expected %u (uint16) or %u (uint32)|tokenize it with "
-            "data/tokenize.py; plain text must be named .txt",
+        die("%s: not a token shard: magic %u, expected %u (uint16) or %u (uint32)|name the .bin "
+            "files of data/tokenize.py, or plain text as .txt",
             f->id.name, magic, MAGIC_UINT16, MAGIC_UINT32);
     uint32_t expected = magic == MAGIC_UINT16 ? 1 : 7;
     if (version != expected)

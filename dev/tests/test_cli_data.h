@@ -126,6 +126,7 @@ static void test_data_files(void) {
         "$ONE $T/plain.bin --val a=$T/masked.bin $T/bare.bin");
     bad("names without weights", "names, but no weights", "$ONE a=$T/plain.bin b=$T/masked.bin");
     bad("two weights of a name", "two weights", "$ONE a=$T/plain.bin@1 a=$T/masked.bin@2");
+    bad("a source twice", "plain.bin' is there twice", "$ONE $T/plain.bin@1 $T/plain.bin@1");
     good("eval exec $B $ONE a=$T/plain.bin a=$T/bare.bin@3 b=$T/masked.bin@1");
     check(said("stdout", "a: 75 % of the windows, 2 files"),
           "the weight of a name may stand at any of its patterns");
