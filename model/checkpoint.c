@@ -213,7 +213,9 @@ static void warn_extra(const Checkpoint *checkpoint, const SafeTensors *s, const
     for (int i = 0; i < s->n; i++) {
         const SafeTensor *t = &s->tensor[i];
         const char *inv = strstr(t->name, "rotary_emb.inv_freq"); // a table that old versions saved
-        int head = checkpoint->m->c.tied && !strcmp(t->name, "lm_head.weight");
+        const SafeTensor *embed = safetensors_find(s, "model.embed_tokens.weight");
+        int head = checkpoint->m->c.tied && !strcmp(t->name, "lm_head.weight") &&
+                   safetensors_equal(s, t, embed); // a tied model has its embedding
         if (used[i] || inv || head || n++ >= 5) continue;
         char *longer = xasprintf("%s %s (%s)", list, t->name, safetensors_dtype(t));
         free(list);

@@ -66,7 +66,7 @@ int checkpoint_has_own_head(const char *dir);
 // .master, for every block b. Takes one file or several, per-expert or fused 3-D tensors, F32,
 // BF16, F16 and F64, and holds at most CHECKPOINT_STAGING bytes beyond the shards. Ends the run
 // naming the tensor where one is missing, has another shape or is not finite. Lists tensors that
-// the model has no place for in one warning, as it does a tied lm_head that differs from the
+// the model has no place for in one warning, a tied lm_head only where it differs from the
 // embedding. Remembers each tensor's dtype and the tokenizer files for saving.
 void checkpoint_load_model(Checkpoint *checkpoint, const char *dir, const OptimizerState *shard);
 // Reads one of our own checkpoints likewise, with the optimizer's state: masters, m and v bit-equal

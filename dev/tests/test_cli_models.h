@@ -100,6 +100,10 @@ static void odd_heads(void) {
                   "$T/head_other.out/checkpoints/step_1/config.json") == 0,
           "  the export has both, and a config that does not tie them");
     good("eval exec $B --model $T/head_other $U --steps 2 --resume --out $T/head_other.out");
+    good("eval exec $B --init $T/tied/config.json $U --steps 3 --resume --out $T/head_other.out "
+         "--allow-changed tie_word_embeddings");
+    check(said("stderr", "are ignored: lm_head.weight (F32)"),
+          "  resumed as a tied model, by permission: one line says that the head is dropped");
 }
 
 static void odd_tensors(void) {
