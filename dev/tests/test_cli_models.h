@@ -35,8 +35,8 @@ static int loads_like(const char *name, const char *like, int *warnings) {
     for (const char *p = text; *p; p++) *warnings += *p == '\n';
     free(text);
     return !status &&
-           run("for r in %s %s; do grep -o '\"loss\":[^,]*' $T/$r.out/log.jsonl > $T/$r.loss; done; "
-               "test -s $T/%s.loss && exec cmp $T/%s.loss $T/%s.loss",
+           run("for r in %s %s; do grep -o '\"loss\":[^,]*' $T/$r.out/log.jsonl > $T/$r.loss; "
+               "done; test -s $T/%s.loss && exec cmp $T/%s.loss $T/%s.loss",
                name, like, name, name, like) == 0;
 }
 
