@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""compare_dumps.py WANT GOT LIMIT [NAIVE]: two --dump files (or any fp32 safetensors of the same tensors), tensor by tensor; or two log.jsonl, whose columns are the tensors.
+"""compare_dumps.py WANT GOT LIMIT [NAIVE]: two --dump files (or any safetensors of the same fp32, fp64 and int32 tensors), tensor by tensor; or two log.jsonl, whose columns are the tensors.
 
 The error of a tensor is |got - want| / |want| in the Euclidean norm; a tensor that is zero in WANT must be zero in GOT (I3, unused is zero). LIMIT bounds it. With NAIVE, a dump of the plain
 version of the same precision, a tensor may instead have twice the error of NAIVE's, or twice the median of NAIVE's errors where that is more (a tensor of a few numbers can be
@@ -23,7 +23,7 @@ def read(path):
             if name == '__metadata__':
                 continue
             f.seek(8 + n + t['data_offsets'][0])
-            a = array.array({'F32': 'f', 'F64': 'd'}[t['dtype']])
+            a = array.array({'F32': 'f', 'F64': 'd', 'I32': 'i'}[t['dtype']])
             a.frombytes(f.read(t['data_offsets'][1] - t['data_offsets'][0]))
             tensors[name] = a
     return tensors
