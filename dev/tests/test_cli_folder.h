@@ -233,22 +233,28 @@ static void test_foreseen(void) {
     Log l = log_of("percent");
     check(fabs(logged(&l, 2, "lr") - 5e-4) < 1e-12, "--warmup 10%% is a tenth of the run");
     log_free(&l);
-    // a shard that is only touched is the same; one that changed ends the run after saving
-    good("cp $T/text.txt $T/live.txt");
+    // A shard that is only touched is the same; one that changed ends the run after saving. Should
+    // the change fall between the look at the shard and the reading of the update's windows, the
+    // run ends without a save: such a try is made again.
     const char *live =
         "--init $T/config.json --train $T/live.txt --seq-len 32 --batch 4 --threads 1";
     char *command = xasprintf("eval exec $B %s --steps 100000 --out $T/changes", live);
-    pid_t child = begin(command);
-    int seen = wait_lines("changes", 5);
-    run("touch $T/live.txt");
-    seen = wait_lines("changes", 60) && seen;
-    int running = kill(child, 0) == 0 && waitpid(child, 0, WNOHANG) == 0;
-    run("tr a-z A-Z < $T/text.txt > $T/new.txt; mv $T/new.txt $T/live.txt");
-    int status = end(child);
-    check(seen && running, "a shard that was touched is the same shard");
-    check(status == 1 && said("stderr", "live.txt is not the file that this run began with") &&
-              exists(at("changes/checkpoints/latest/trainer.json")),
-          "one that changed ends the run, after saving (status %d)", status);
+    int touched = 0, saved = 0, status = 0;
+    for (int i = 0; i < 3 && !saved; i++) {
+        good("rm -rf $T/changes; exec cp $T/text.txt $T/live.txt");
+        pid_t child = begin(command);
+        int seen = wait_lines("changes", 5);
+        run("touch $T/live.txt");
+        seen = wait_lines("changes", 60) && seen;
+        touched = seen && kill(child, 0) == 0 && waitpid(child, 0, WNOHANG) == 0;
+        run("tr a-z A-Z < $T/text.txt > $T/new.txt; mv $T/new.txt $T/live.txt");
+        status = end(child);
+        saved = status == 1 &&
+                said("stderr", "live.txt is not the file that this run began with") &&
+                exists(at("changes/checkpoints/latest/trainer.json"));
+    }
+    check(touched, "a shard that was touched is the same shard");
+    check(saved, "one that changed ends the run, after saving (status %d)", status);
     free(command);
 }
 
