@@ -112,7 +112,7 @@ static void odd_tensors(void) {
     static const struct {
         const char *dtype;
         size_t bytes;
-    } extra[] = { { "I16", 8 }, { "U32", 16 }, { "F8_E4M3", 4 }, { "BOOL", 4 }, { "I64", 32 } };
+    } extra[] = { { "U16", 8 }, { "U32", 16 }, { "F8_E4M3", 4 }, { "BOOL", 4 }, { "I64", 32 } };
     good("cp -r $F/tied $T/extra; exec chmod -R u+w $T/extra");
     for (size_t i = 0; i < sizeof extra / sizeof *extra; i++) {
         char *name = xasprintf("model.extra_%s", extra[i].dtype);
@@ -120,7 +120,7 @@ static void odd_tensors(void) {
         free(name);
     }
     int same = loads_like("extra", "tied", &lines);
-    check(same && lines == 1 && said("odd.err", "model.extra_I16 (I16)") &&
+    check(same && lines == 1 && said("odd.err", "model.extra_U16 (U16)") &&
               said("odd.err", "model.extra_F8_E4M3 (F8_E4M3)") &&
               said("odd.err", "model.extra_BOOL (BOOL)") && said("odd.err", "(5 in all)"),
           "tensors of other dtypes that the model has no place for: one line names them");
