@@ -59,10 +59,11 @@ static __device__ int best_left(const float *value, const int *count, int E) {
     return id;
 }
 // Statistics of a block's tokens: partial (gridDim, 2E + 2) doubles: E probabilities, E counts,
-// lse^2, entropy.
+// lse^2, entropy. GIVEN: the choice is in topk already (as an argument it spills a register).
+template <bool GIVEN>
 static __global__ void __launch_bounds__(WARPS * 32)
     route_kernel(int *topk, real *score, double *partial, const real *logits, const real *bias,
-                 int given, int normalize, int R, int E, int K, int tokens) {
+                 int normalize, int R, int E, int K, int tokens) {
     extern __shared__ float shared[]; // a warp: E probabilities, E values, E sums, E counts
     __shared__ double tail[WARPS][2];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -89,7 +90,7 @@ static __global__ void __launch_bounds__(WARPS * 32)
         }
         // A negative count marks the experts that are taken; a lane marks its own only.
         for (int k = 0; k < K; k++) {
-            int id = given ? topk[r * K + k] : best_left(value, count, E);
+            int id = GIVEN ? topk[r * K + k] : best_left(value, count, E);
             if (lane == id % 32) count[id] = -1 - count[id]; // undone below
         }
         __syncwarp(); // selection is over: the place of the values is free
@@ -175,8 +176,9 @@ void router_forward(real *logits, int *topk, real *score, RouterStats stats, con
     int tokens = (int)div_up(div_up(R, 512), WARPS) * WARPS, blocks = (int)div_up(R, tokens);
     double *partial = (double *)device_scratch(
         SCRATCH_PARTIAL, (size_t)blocks * (size_t)(2 * E + 2) * sizeof(double));
-    route_kernel<<<blocks, WARPS * 32, warp_memory(route_kernel, 4 * E), compute_stream()>>>(
-        topk, score, partial, logits, bias, given, normalize, R, E, K, tokens);
+    auto kernel = given ? route_kernel<true> : route_kernel<false>;
+    kernel<<<blocks, WARPS * 32, warp_memory(kernel, 4 * E), compute_stream()>>>(
+        topk, score, partial, logits, bias, normalize, R, E, K, tokens);
     LAUNCHED();
     statistics_kernel<<<grid_for(2 * E + 2, 32), STATISTICS_WARPS * 32, 0, compute_stream()>>>(
         stats, partial, blocks, E);
