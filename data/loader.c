@@ -332,6 +332,7 @@ int64_t loader_windows(const Loader *loader) { return loader->windows; }
 int64_t loader_tokens(const Loader *loader) { return loader->tokens; }
 int loader_files(const Loader *loader) { return loader->n_files; }
 const char *loader_file(const Loader *loader, int i) { return loader->files[i].id.name; }
+int64_t loader_file_bytes(const Loader *loader, int i) { return (int64_t)loader->files[i].id.size; }
 int loader_sources(const Loader *loader) { return loader->n_sources; }
 const LoaderSource *loader_source(const Loader *loader, int i) { return &loader->source[i]; }
 

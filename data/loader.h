@@ -76,8 +76,10 @@ void loader_close(Loader *loader);
 int64_t loader_windows(const Loader *loader); // W, all sources
 int64_t loader_tokens(const Loader *loader);  // all files, with tokens that no window reads
 int loader_files(const Loader *loader);       // a file named twice counts twice
-// The pointers of these two live as long as the loader.
+// The pointers of loader_file and loader_source live as long as the loader.
 const char *loader_file(const Loader *loader, int i);
+// Returns the bytes that file i had when it was opened.
+int64_t loader_file_bytes(const Loader *loader, int i);
 const LoaderSource *loader_source(const Loader *loader, int i);
 int loader_sources(const Loader *loader); // >= 1
 

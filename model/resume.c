@@ -8,7 +8,6 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 // ---- what may change, and is said -----------------------------------------------------------
 static const char *const SAID[] = { "lr",           "schedule",  "warmup",    "decay",
@@ -58,9 +57,8 @@ static cJSON *data_json(const Loader *data) {
     cJSON_AddNumberToObject(json, "tokens", (double)loader_tokens(data));
     for (int i = 0; i < loader_files(data); i++) {
         const char *path = loader_file(data, i), *slash = strrchr(path, '/');
-        struct stat st;
-        double bytes = stat(path, &st) ? -1 : (double)st.st_size;
-        add_text(files, xasprintf("%s, %.0f bytes", slash ? slash + 1 : path, bytes));
+        add_text(files, xasprintf("%s, %lld bytes", slash ? slash + 1 : path,
+                                  (long long)loader_file_bytes(data, i)));
     }
     for (int i = 0; i < loader_sources(data); i++) {
         const LoaderSource *s = loader_source(data, i);
