@@ -78,7 +78,8 @@ int64_t loader_tokens(const Loader *loader);  // all files, with tokens that no 
 int loader_files(const Loader *loader);       // a file named twice counts twice
 // The pointers of loader_file and loader_source live as long as the loader.
 const char *loader_file(const Loader *loader, int i);
-// Returns the bytes that file i had when it was opened.
+// Returns how many bytes file i, 0 <= i < loader_files, had when the loader opened it. Asks the
+// file system nothing, so it cannot fail, whatever became of the file since.
 int64_t loader_file_bytes(const Loader *loader, int i);
 const LoaderSource *loader_source(const Loader *loader, int i);
 int loader_sources(const Loader *loader); // >= 1

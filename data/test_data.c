@@ -157,6 +157,11 @@ static void test_files(void) {
     l = loader_open(a, 1, o);
     check(loader_windows(l) == 5 && is_window(l, 4, 10, 2010, 1),
           "the last of several files is too short for a window");
+    const char *gone = path_of("part_10.bin");
+    struct stat st;
+    good = !stat(gone, &st) && !unlink(gone);
+    check(good && loader_file_bytes(l, 0) == (int64_t)st.st_size,
+          "the size of a file is that at its opening, also when the file is gone");
     loader_close(l);
 }
 
