@@ -208,8 +208,8 @@ static void warn_source(Checkpoint *checkpoint, unsigned state) {
             narrowed, checkpoint->n, dtype_name(trained));
 }
 
-void checkpoint_save_plan(Checkpoint *checkpoint, RunFolder *run, int64_t step, SaveOptions o,
-                          unsigned state) {
+static void make_plan(Checkpoint *checkpoint, RunFolder *run, int64_t step, SaveOptions o,
+                      unsigned state) {
     SavePlan *p = &checkpoint->plan;
     checkpoint_plan_free(p);
     p->options = o;
@@ -218,9 +218,14 @@ void checkpoint_save_plan(Checkpoint *checkpoint, RunFolder *run, int64_t step, 
     snprintf(p->name, sizeof p->name, "incomplete_step_%" PRId64, step);
     p->folder = xasprintf("%s/checkpoints/%s", run->path, p->name);
     if (state & STATE_8BIT) checkpoint_check_blocks(checkpoint);
-    if (o.dtype == SAVE_SOURCE) warn_source(checkpoint, state);
     plan_model(checkpoint, p);
     plan_state(checkpoint, p, state);
+}
+
+void checkpoint_save_plan(Checkpoint *checkpoint, RunFolder *run, int64_t step, SaveOptions o,
+                          unsigned state) {
+    if (o.dtype == SAVE_SOURCE) warn_source(checkpoint, state);
+    make_plan(checkpoint, run, step, o, state);
 }
 
 // ---- begin ----------------------------------------------------------------------------------
@@ -269,7 +274,7 @@ static void check_room(const Checkpoint *checkpoint, int at) {
 
 void checkpoint_check_room(Checkpoint *checkpoint, RunFolder *run, SaveOptions o,
                            const OptimizerState *shard) {
-    checkpoint_save_plan(checkpoint, run, 0, o, checkpoint_state(shard));
+    make_plan(checkpoint, run, 0, o, checkpoint_state(shard)); // the source is not known yet
     if (!checkpoint->rank) check_room(checkpoint, run->fd);
     checkpoint_plan_free(&checkpoint->plan);
 }

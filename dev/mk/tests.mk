@@ -1,12 +1,21 @@
 # Tests that need no GPU: each target ends with 'N passed, N failed'.
-.PHONY: test test-full test-faults test-power-cut test-mutations test-mutations-cuda format format-check prose-check
+.PHONY: test test-full test-nightly test-faults test-power-cut test-mutations test-mutations-cuda format format-check prose-check
+# PRECISION on the command line: everything in that precision alone.
 test:
-	@CC=$(CC) sh dev/tests/run.sh test
+	@CC=$(CC) PRECISION=$(if $(filter command,$(origin PRECISION)),$(PRECISION)) \
+	    sh dev/tests/run.sh test
 test-full:
 	@CC=$(CC) sh dev/tests/run.sh full
+# Everything that CI has no time for, some hours. Each part ends with its own 'N passed, N failed'.
+NIGHTLY = test-mutations test-mutations-cuda test-faults test-power-cut test-kills
+test-nightly:
+	@CC=$(CC) sh dev/tests/run.sh nightly
+	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=3600
+	@for t in $(NIGHTLY); do $(MAKE) --no-print-directory $$t || exit 1; done
 test-mutations: train_moe $(BUILD)/dev/tests/reshard
 	@sh dev/mutations/run.sh list.txt $(ONLY)
-	@sh dev/tests/kill.sh $(BUILD)/train_moe $(BUILD)/dev/tests/reshard 50
+test-kills: train_moe $(BUILD)/dev/tests/reshard
+	@sh dev/tests/kill.sh $(BUILD)/train_moe $(BUILD)/dev/tests/reshard 120
 # Faults of the file system that must lose nothing: injected into system calls, and power cuts (root,
 # ext4). Nightly at these counts, half an hour; make test-full injects FAULTS=40.
 FAULTS = 1500

@@ -149,7 +149,8 @@ static void test_loads(const Fixture *f, const Config *c, int batch) {
 }
 
 // AdamW with decay, 20 updates, one expert never chosen: its moments are zero bits and its weights
-// are p (1 - lr wd) twenty times, to the last bit (bf16: of the fp32 masters, rounded).
+// are p (1 - lr wd) twenty times, to the last bit. In bf16 the first and the last weight are those
+// of an fp32 master, rounded: they agree to 2^-7, where 20 decays without effect are 2 % apart.
 static void test_unused(const Fixture *f, const Config *c, int batch) {
     Setup s = fixture_setup(f, OPT_ADAMW);
     s.opt.weight_decay = 0.1;
@@ -183,8 +184,10 @@ static void test_unused(const Fixture *f, const Config *c, int batch) {
             for (int64_t k = 0; k < first.weight[i].n; k++) {
                 real p = (real)first.weight[i].w[k];
                 for (int n = 0; n < 20; n++) p *= keep;
-                wrong += last.weight[i].w[k] != x_double(double_x((double)p)) ||
-                         last.weight[i].g[k] != 0;
+                double expected = x_double(double_x((double)p));
+                double rounding = BF16 ? fabs(expected) / 128 : 0;
+                wrong +=
+                    fabs(last.weight[i].w[k] - expected) > rounding || last.weight[i].g[k] != 0;
             }
             tensors++;
         }

@@ -25,6 +25,12 @@
 
 // ---- checks and commands --------------------------------------------------------------------
 static int passed, failed;
+// How far the losses of two layouts may lie apart: in bf16 their sums are rounded at other places.
+#if defined(MOE_BF16)
+static const double same_losses = 1e-3;
+#else
+static const double same_losses = 1e-5;
+#endif
 MOE_PRINTF(2, 3) static int check(int ok, const char *format, ...) {
     char text[1024];
     va_list args;
@@ -691,8 +697,8 @@ static void test_ranks(const char *mpirun) {
         double worst = l.n == 8 ? 0 : INFINITY;
         for (int u = 1; u <= 8; u++)
             worst = fmax(worst, fabs(logged(&l, u, "loss") / logged(&whole, u, "loss") - 1));
-        check(worst <= 1e-5, "resumed on %s: losses of 8 updates as of one process, %.1e", grids[i],
-              worst);
+        check(worst <= same_losses, "resumed on %s: losses of 8 updates as of one process, %.1e",
+              grids[i], worst);
         log_free(&l);
     }
     log_free(&whole);
