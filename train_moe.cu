@@ -261,6 +261,14 @@ static void evaluate(Run *r, int64_t step) {
     free(loss);
 }
 
+// Text of the model as it is after `step` updates; with `draw` as the step of its random numbers.
+static void sample(Run *r, int64_t step, int n, int64_t draw) {
+    const Options *o = r->o;
+    char *text = generate(r->trainer, r->tokens, o->prompt, n, o->temperature, draw);
+    if (text) report_sample(&r->report, step, text);
+    free(text);
+}
+
 // 1 at every multiple of an interval; an interval of 0 is never.
 static int due(int64_t step, int64_t every) { return every && step % every == 0; }
 
@@ -283,7 +291,8 @@ static StepResult update(Run *r, int64_t step, double lr) {
     return s;
 }
 
-static void train(Run *r) {
+// Returns the last update that was made.
+static int64_t train(Run *r) {
     const Options *o = r->o;
     Trainer *t = r->trainer;
     Schedule schedule = schedule_options(o);
@@ -307,8 +316,7 @@ static void train(Run *r) {
         if (r->folder.moved) asks = FOLDER_MOVED;
         int asked = (int)comm_max(t->g->all, asks), ends = asked >= SIGNAL_END;
         if (r->val && !ends && (last || due(step, o->eval_every))) evaluate(r, step);
-        if (!ends && due(step, o->sample_every))
-            generate(t, r->tokens, o->prompt, 128, o->temperature, step);
+        if (!ends && due(step, o->sample_every)) sample(r, step, 128, step);
         if (last || ends) report_sources(&r->report, step, r->data, step * o->batch);
         if (r->writes && (last || asked || due(step, o->save_every))) save(r, step);
         if (asked == FOLDER_MOVED)
@@ -324,8 +332,9 @@ static void train(Run *r) {
         if (t->g->rank == 0)
             printf("stopped by a signal after update %lld%s\n", (long long)step,
                    *o->out ? "; --resume continues" : "; nothing saved without --out");
-        return;
+        return step;
     }
+    return r->first > o->steps ? r->first : o->steps;
 }
 
 // Weights from the checkpoint of the run, from the model, or from random numbers.
@@ -523,13 +532,14 @@ static void command_train(Options *o) {
     free(resumed);
     free(path);
     catch_signals();
+    int64_t last = r.first;
     if (o->steps > 0)
-        train(&r);
+        last = train(&r);
     else {
         if (r.val) evaluate(&r, r.first);
         if (r.writes && found < 0) save(&r, 0);
     }
-    if (o->generate) generate(r.trainer, r.tokens, o->prompt, (int)o->generate, o->temperature, -1);
+    if (o->generate) sample(&r, last, (int)o->generate, -1);
     run_free(&r);
     device_finish();
 }

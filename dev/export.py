@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Copies the log of a run to TensorBoard, Weights & Biases or MLflow, offline, and follows it.
+"""Copies the numbers of a run's log to TensorBoard, Weights & Biases or MLflow, offline, and follows it.
 
     python3 dev/export.py RUN [--to tensorboard|wandb|mlflow] [--follow]
 
@@ -129,7 +129,7 @@ class Log:
             except (ValueError, TypeError, KeyError):
                 continue
             kind = next((k for k in ("loss", "val_loss") if k in line), "other")
-            if not isinstance(step, int) or step <= self.seen.get(kind, -1):
+            if not isinstance(step, int) or "sample" in line or step <= self.seen.get(kind, -1):
                 continue
             self.seen[kind] = step
             yield step, self.values(line)

@@ -33,7 +33,6 @@ echo "$ $RUN $(printf '%s ' "$@" | sed 's/static void /"static void "/')"
 { $RUN "$@" 2>&1 || echo $? > "$WORK/failed"; } | tee "$WORK/screen.txt" | grep --line-buffered -Ev '^step ([2-9]|[0-9]+[1-9])/'
 if [ -e "$WORK/failed" ]; then echo "error: the training ended with status $(cat "$WORK/failed"), hint: all it said is in $WORK/screen.txt"; exit 1; fi
 
-cp "$WORK/screen.txt" "$OUT/screen.txt"     # where make watch finds the samples
 
 # ---- what was learnt ---------------------------------------------------------------------------------------------------------------------
 say "the loss"

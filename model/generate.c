@@ -1,5 +1,6 @@
 // Text from the model in training: one forward pass a token (trainer_logits), one draw from its
 // logits. Offers generate.
+#define _POSIX_C_SOURCE 200809L
 #include "generate.h"
 #include "../kernels/fail.h"
 #include "../kernels/random.h"
@@ -43,11 +44,22 @@ static int *encode_prompt(const Tokens *tokens, const char *prompt, int V, int n
     return ids;
 }
 
-// Bytes of a character whose last ones are in the next token wait here.
+// The text so far. Bytes of a character whose last ones are in the next token wait in `held`.
 typedef struct {
     char held[4];
     size_t n;
+    FILE *kept; // writes to `text`
+    char *text;
+    size_t bytes, shown;
 } Output;
+
+// Prints what was added to the text since the last call.
+static void show(Output *out) {
+    if (fflush(out->kept)) die("out of host memory for a sample|free memory");
+    fwrite(out->text + out->shown, 1, out->bytes - out->shown, stdout);
+    out->shown = out->bytes;
+    fflush(stdout);
+}
 
 static void print_token(Output *out, const Tokens *tokens, int id) {
     size_t bytes;
@@ -58,23 +70,30 @@ static void print_token(Output *out, const Tokens *tokens, int id) {
     }
     for (size_t i = 0; piece && i < bytes; i++) {
         out->held[out->n++] = piece[i];
-        size_t done = tokens_print(stdout, out->held, out->n, 1);
+        size_t done = tokens_print(out->kept, out->held, out->n, 1);
         out->n -= done;
         memmove(out->held, out->held + done, out->n);
     }
-    fflush(stdout);
+    show(out);
 }
 
-void generate(Trainer *t, const Tokens *tokens, const char *prompt, int n, double temperature,
-              int64_t step) {
+char *generate(Trainer *t, const Tokens *tokens, const char *prompt, int n, double temperature,
+               int64_t step) {
     int V = t->m->c.V, T = t->o.T, speaks = t->g->rank == 0;
     // Rows of the vocabulary without a token are never drawn.
     int usable = tokens_vocab(tokens) < V ? tokens_vocab(tokens) : V;
     int64_t length;
     int *ids = encode_prompt(tokens, prompt, V, n, &length);
     float *logits = (float *)xmalloc((size_t)V * sizeof(float), "logits");
-    Output out = { { 0 }, 0 };
-    if (speaks) printf("sample> %s", prompt);
+    Output out;
+    memset(&out, 0, sizeof out);
+    if (speaks) {
+        out.kept = open_memstream(&out.text, &out.bytes);
+        if (!out.kept) die("out of host memory for a sample|free memory");
+        printf("sample> ");
+        tokens_print(out.kept, prompt, strlen(prompt), 0);
+        show(&out);
+    }
     for (int64_t total = length + n; length < total; length++) {
         int64_t first = length > T ? length - T : 0;
         trainer_logits(t, ids + first, (int)(length - first), logits);
@@ -82,10 +101,13 @@ void generate(Trainer *t, const Tokens *tokens, const char *prompt, int n, doubl
         if (speaks) print_token(&out, tokens, ids[length]);
     }
     if (speaks) {
-        tokens_print(stdout, out.held, out.n, 0);
+        tokens_print(out.kept, out.held, out.n, 0);
+        show(&out);
         printf("\n");
         fflush(stdout);
+        fclose(out.kept);
     }
     free(ids);
     free(logits);
+    return out.text;
 }

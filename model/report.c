@@ -94,6 +94,15 @@ void report_sync(Report *r) {
     if (error) warn("%s/log.jsonl may not be on the disk: %s", r->folder->path, strerror(error));
 }
 
+static void log_string(FILE *f, const char *text) {
+    cJSON *string = cJSON_CreateString(text);
+    char *quoted = cJSON_PrintUnformatted(string);
+    if (!quoted) die("out of host memory for a line of the log|free memory");
+    fputs(quoted, f);
+    free(quoted);
+    cJSON_Delete(string);
+}
+
 static void log_number(FILE *f, const char *key, double x) {
     if (isfinite(x))
         fprintf(f, ",\"%s\":%.9g", key, x);
@@ -335,15 +344,19 @@ void report_sources(Report *r, int64_t step, const Loader *data, int64_t windows
         double epochs = (double)given / (double)s->windows;
         printf("source     %s: %lld windows, %.3g epochs\n", s->name, (long long)given, epochs);
         if (!r->log) continue;
-        cJSON *name = cJSON_CreateString(s->name);
-        char *quoted = cJSON_PrintUnformatted(name);
-        fprintf(r->log, "%s%s:{\"windows\":%lld,\"epochs\":%.9g}", i ? "," : "", quoted,
-                (long long)given, epochs);
-        free(quoted);
-        cJSON_Delete(name);
+        if (i) fputs(",", r->log);
+        log_string(r->log, s->name);
+        fprintf(r->log, ":{\"windows\":%lld,\"epochs\":%.9g}", (long long)given, epochs);
     }
     if (!r->log) return;
     fprintf(r->log, "}");
+    log_line_end(r);
+}
+
+void report_sample(Report *r, int64_t step, const char *text) {
+    if (!r->log) return;
+    fprintf(r->log, "{\"step\":%lld,\"sample\":", (long long)step);
+    log_string(r->log, text);
     log_line_end(r);
 }
 

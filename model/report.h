@@ -45,6 +45,8 @@ void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s,
 void report_sources(Report *r, int64_t step, const Loader *data, int64_t windows);
 // Prints and logs a validation loss and, where val has several sources, that of each (part).
 void report_evaluation(Report *r, int64_t step, double loss, const Loader *val, const double *part);
+// Logs text that the model wrote after update `step`. Does nothing where there is no log.
+void report_sample(Report *r, int64_t step, const char *text);
 // Prints a line per MoE layer: the load of every expert (or of groups of experts) as shades in
 // steps of a quarter of the mean, then max/mean, dead experts, entropy of the router in bits.
 void report_heat_map(const Trainer *t, FILE *out);

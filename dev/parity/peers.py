@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Runs every adapter on every fixture and rank count and writes the table of what was found.
 
-    python peers.py [--out FILE.md] [--fixtures NAME...] [--ranks 2 4]
+    python peers.py [--out FILE.md] [--fixtures NAME...] [--ranks 1 2 4] [--keep ROWS.jsonl]
+
+With --keep a result is written to the file when it is there, and what the file has is not run again.
 """
 import argparse, datetime, json, os, subprocess, sys
 
@@ -12,9 +14,9 @@ ADAPTERS = [("hf.py", [], False), ("hf_ep.py", ["data", "mean"], True), ("hf_ep.
             ("fsdp2.py", ["mean"], True), ("fsdp2.py", ["global"], True)]
 
 
-def run(adapter, fixture, arguments, ranks, timeout):
+def run(adapter, fixture, arguments, several, ranks, timeout):
     """The adapter's result, or {"error": its last line}."""
-    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launch = [sys.executable] if not several else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     name = f"{adapter[:-3]} {' '.join(arguments)}".strip()
     try:
@@ -32,14 +34,21 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--out", default="parity-peers.md")
     p.add_argument("--fixtures", nargs="+", default=FIXTURES)
-    p.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
+    p.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
     p.add_argument("--timeout", type=int, default=180)
+    p.add_argument("--keep", metavar="ROWS.jsonl")
     a = p.parse_args()
-    rows = []
+    rows, kept = [], {}
+    if a.keep and os.path.exists(a.keep):
+        kept = {key: row for key, row in map(json.loads, open(a.keep))}
     for adapter, arguments, several in ADAPTERS:
         for fixture in a.fixtures:
             for ranks in a.ranks if several else [1]:
-                row = run(adapter, fixture, arguments, ranks, a.timeout)
+                key = " ".join([adapter, *arguments, fixture, str(ranks)])
+                row = kept.get(key) or run(adapter, fixture, arguments, several, ranks, a.timeout)
+                if a.keep and key not in kept:
+                    with open(a.keep, "a") as f:
+                        f.write(json.dumps([key, row]) + "\n")
                 rows.append(row)
                 print(row["adapter"], fixture, ranks, row.get("error") or f"gradient {row['gradient']:.1e}, {row['beyond']} beyond", flush=True)
     number = lambda v: "-" if v is None else f"{v:.1e}"

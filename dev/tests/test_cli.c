@@ -589,10 +589,28 @@ static void test_looking(void) {
           "--generate 40 --temperature 0: the prompt and 40 bytes, the same every time");
     free(first);
     free(second);
-    good("eval exec $B $S --steps 2 --trace-token 37 --sample-every 1");
+    // The prompt has what JSON must escape and what a terminal must not get.
+    setenv("SAY", "--sample-every 1 --save-every 1 --prompt \"'say \\\"x\\\" \001'\"", 1);
+    good("eval exec $B $S $SAY --steps 2 --trace-token 37 --out $T/said");
     check(said("stdout", "token 37 of the update") && said("stdout", "layer   experts") &&
               said("stdout", "sample> "),
           "--trace-token and --sample-every print");
+    char *screen = slurp(at("stdout"), 0);
+    Log said_log = log_of("said");
+    int samples = 0;
+    for (int i = 0; i < said_log.n; i++) {
+        const cJSON *text = cJSON_GetObjectItem(said_log.line[i], "sample");
+        if (!text) continue;
+        char *printed = xasprintf("sample> %s\n", text->valuestring);
+        samples += strstr(printed, "say \"x\" \xef\xbf\xbd") && strstr(screen, printed);
+        free(printed);
+    }
+    check(samples == 2, "the log has both samples as the screen shows them");
+    log_free(&said_log);
+    free(screen);
+    good("eval exec $B $S $SAY --steps 1 --out $T/again");
+    good("eval exec $B $S $SAY --steps 2 --resume --out $T/again");
+    check(same_logs("said", "again"), "a resumed run has every sample once, and the same");
     // The table of a token does not depend on rounds (without aux, which is per round): token 37
     // lies in the first, 100 in the second
     for (int token = 37; token <= 100; token += 63) {

@@ -44,10 +44,10 @@ def make_run(folder):
         f.write('{"step":0,"val_loss":5.5,"val_loss.web":5.4,"val_loss.code":5.6}\n')
         for step in range(1, 61):
             load = {"expert_load": [[0.0, 0.5, 0.25, 0.25], [0.25] * 4]} if step % 10 == 0 else {}
+            if step > 56:
+                f.write(json.dumps({"step": step, "sample": f"once <b>upon\na \"time\": {step}"}) + "\n")
             f.write(line(step, **load) if step != 30 else line(step, **load).replace(re.search(r'"loss": [^,]*', line(step))[0], '"loss": null'))
         f.write('{"step":60,"val_loss":1.9,"val_loss.web":1.8,"val_loss.code":2.0}\n{"step":61,"lo')
-    with open(f"{folder}/screen.txt", "w") as f:
-        f.write("step 1/2 | loss 5\nsample> once <b>upon\na time\nval  2/2 | val_loss 1\nsample> last")
     with open(f"{folder}/run.json", "w") as f:
         json.dump({"device": "cpu", "world": 2, "precision": "fp32", "options": {"steps": 100, "out": "runs/<b>x"}}, f)
 
@@ -128,7 +128,8 @@ def test_watch(folder, chromium):
             check(paths["loss"].count("M") == 2, f"{name}: the update without a loss is a gap")
             check('data-cells="48"' in page and page.count("<canvas") == 2, f"{name}: 6 columns of 4 experts in 2 layers")
             check("runs/&lt;b&gt;x" in page and "60 / 100" in page, f"{name}: the head has the run's name as text, and its updates")
-            check("sample&gt; once &lt;b&gt;upon\na time\n\nsample&gt; last</pre>" in page, f"{name}: the samples of a kept screen, as text")
+            texts = "".join(f'<p>after update {n}</p><pre>once &lt;b&gt;upon\na "time": {n}</pre>' for n in (60, 59, 58))
+            check(texts in page, f"{name}: the last three samples of the log, the newest first, as text")
         shot = f"{folder}/watch.png"
         browser(chromium, url, f"--screenshot={shot}", "--window-size=390,1500")
         check(os.path.getsize(shot) > 20000, "a picture at phone width")
