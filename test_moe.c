@@ -573,7 +573,7 @@ static void forward_only(const Fixture *f, int micro_batch) {
     Run *r = run_open(f, 0, &s);
     char *dump = xasprintf("%s/forward.safetensors", temporary);
     StepResult x = run_step(r, 1, 0, dump);
-    double loss = trainer_evaluate(r->t, r->data, 0, f->B, 0);
+    double loss = trainer_evaluate(r->t, r->data, 0, f->B, 0, 0);
     SafeTensors d = safetensors_open(dump);
     int64_t n;
     int V = r->m.c.V;

@@ -246,19 +246,24 @@ static void save(Run *r, int64_t step) {
     fflush(stdout);
 }
 
-static void evaluate(Run *r, int64_t step) {
+// Evaluates every part of --val and reports it. Returns 0 on all ranks, with *fault on those that
+// saw it, where a validation file cannot be read or is no longer the same.
+static int evaluate(Run *r, int64_t step, Fault *fault) {
     int n = loader_sources(r->val);
     double *loss = (double *)xmalloc((size_t)n * sizeof(double), "validation losses");
     double sum = 0, all = 0, targets;
     for (int i = 0; i < n; i++) {
         int64_t wanted = r->o->eval_batches * r->o->batch;
         int64_t have = loader_source(r->val, i)->windows;
-        loss[i] = trainer_evaluate(r->trainer, r->val, i, wanted < have ? wanted : have, &targets);
+        loss[i] =
+            trainer_evaluate(r->trainer, r->val, i, wanted < have ? wanted : have, &targets, fault);
         if (targets > 0) sum += loss[i] * targets;
         all += targets;
     }
-    report_evaluation(&r->report, step, n > 1 ? sum / all : loss[0], r->val, loss);
+    int good = !fault || comm_max(r->grid.all, fault->what != 0) == 0;
+    if (good) report_evaluation(&r->report, step, n > 1 ? sum / all : loss[0], r->val, loss);
     free(loss);
+    return good;
 }
 
 // Text of the model as it is after `step` updates; with `draw` as the step of its random numbers.
@@ -296,7 +301,7 @@ static int64_t train(Run *r) {
     const Options *o = r->o;
     Trainer *t = r->trainer;
     Schedule schedule = schedule_options(o);
-    if (r->val && r->first == 0) evaluate(r, 0);
+    if (r->val && r->first == 0) evaluate(r, 0, 0);
     r->report.begin = now_seconds();
     if (r->first < o->steps && *o->dump) t->dump = dump_open(o->dump, t);
     if (r->first < o->steps && o->trace_token >= 0) t->trace = trace_open(t, o->trace_token);
@@ -310,12 +315,16 @@ static int64_t train(Run *r) {
         if (s.nonfinite && !o->skip_nonfinite) trainer_die_nonfinite(t, step);
         if (show && t->g->rank == 0 && t->m->c.n_moe) report_heat_map(t, stdout);
         if (t->trace) trace_close(t, r->tokens);
-        const char *changed = last ? 0 : loader_changed(r->data, step * o->batch, o->batch);
+        // The next update's tokens are read while this one can still be saved.
+        Fault fault = { 0, 0 };
         int asks = signal_asked();
-        if (changed) asks = DATA_CHANGED;
+        if (!last && !trainer_read(t, r->data, step + 1, &fault)) asks = DATA_CHANGED;
         if (r->folder.moved) asks = FOLDER_MOVED;
         int asked = (int)comm_max(t->g->all, asks), ends = asked >= SIGNAL_END;
-        if (r->val && !ends && (last || due(step, o->eval_every))) evaluate(r, step);
+        if (r->val && !ends && (last || due(step, o->eval_every)) && !evaluate(r, step, &fault)) {
+            asked = DATA_CHANGED;
+            ends = 1;
+        }
         if (!ends && due(step, o->sample_every)) sample(r, step, 128, step);
         if (last || ends) report_sources(&r->report, step, r->data, step * o->batch);
         if (r->writes && (last || asked || due(step, o->save_every))) save(r, step);
@@ -323,10 +332,9 @@ static int64_t train(Run *r) {
             die("--out %s leads to another folder than it did: it was renamed or unmounted; update "
                 "%lld is saved where it is now|give the folder its name back and --resume",
                 o->out, (long long)step);
-        if (changed)
-            die("%s is not the file that this run began with: update %lld is %s|"
-                "bring the file back and --resume",
-                changed, (long long)step, *o->out ? "saved" : "not saved, without --out");
+        if (fault.what)
+            die("%s; update %lld is %s|%s", fault.what, (long long)step,
+                *o->out ? "saved" : "not saved, without --out", fault.hint);
         if (asked == DATA_CHANGED) comm_barrier(t->g->all); // the rank that saw it ends all
         if (!ends) continue;
         if (t->g->rank == 0)
@@ -536,7 +544,7 @@ static void command_train(Options *o) {
     if (o->steps > 0)
         last = train(&r);
     else {
-        if (r.val) evaluate(&r, r.first);
+        if (r.val) evaluate(&r, r.first, 0);
         if (r.writes && found < 0) save(&r, 0);
     }
     if (o->generate) sample(&r, last, (int)o->generate, -1);

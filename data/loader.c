@@ -398,17 +398,18 @@ int64_t loader_count(const Loader *loader, int source, int64_t n) {
 }
 
 // ---- windows --------------------------------------------------------------------------------
-void loader_read(const Loader *loader, int64_t position, int *inputs, int *targets) {
+int loader_read(const Loader *loader, int64_t position, int *inputs, int *targets, Fault *fault) {
     int64_t first;
     int file = loader_where(loader, position, &first);
-    shard_read(&loader->files[file], first, loader->o.seq_len, loader->vocab, inputs, targets);
+    return shard_read(&loader->files[file], first, loader->o.seq_len, loader->vocab, inputs,
+                      targets, fault);
 }
 
-void loader_read_source(const Loader *loader, int source, int64_t window, int *inputs,
-                        int *targets) {
+int loader_read_source(const Loader *loader, int source, int64_t window, int *inputs, int *targets,
+                       Fault *fault) {
     const Shard *f = &loader->files[file_of(loader, &loader->source[source], window)];
     int64_t T = loader->o.seq_len;
-    shard_read(f, (window - f->first_window) * T, T, loader->vocab, inputs, targets);
+    return shard_read(f, (window - f->first_window) * T, T, loader->vocab, inputs, targets, fault);
 }
 
 static void print_source(FILE *out, const char *what, const Loader *loader, int first, int files,
@@ -442,15 +443,6 @@ void loader_print(FILE *out, const char *what, const Loader *loader) {
             fprintf(out, "; %.1f %% of its targets count", 100 * (double)s->targets / epoch);
         fprintf(out, "\n");
     }
-}
-
-const char *loader_changed(const Loader *loader, int64_t first, int64_t n) {
-    const char *name = 0;
-    for (int64_t position = first; !name && position < first + n; position++) {
-        int64_t token;
-        name = shard_changed(&loader->files[loader_where(loader, position, &token)]);
-    }
-    return name;
 }
 
 const char *loader_bytes(const Loader *loader) {

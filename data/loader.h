@@ -84,14 +84,21 @@ int64_t loader_file_bytes(const Loader *loader, int i);
 const LoaderSource *loader_source(const Loader *loader, int i);
 int loader_sources(const Loader *loader); // >= 1
 
+// What is wrong with a file, and what to do about it. `what` is 0 where nothing is, else the
+// caller's to free.
+typedef struct {
+    char *what;
+    const char *hint;
+} Fault;
 // Reads sequence number position >= 0 into inputs (T) and targets (T). targets[t] follows inputs[t]
 // in the file, or is -1 where the mask says that it does not count. Several threads may call it at
-// once. Dies when the file cannot be read, is no longer the one that was opened, or holds an id
-// outside the vocabulary.
-void loader_read(const Loader *loader, int64_t position, int *inputs, int *targets);
+// once. Returns 1; 0 with *fault where the file cannot be read, is no longer the one that was
+// opened, or holds an id outside the vocabulary. Ends the run then where fault is 0. A file whose
+// time of change is new, but not its size nor samples of its contents, is still the same.
+int loader_read(const Loader *loader, int64_t position, int *inputs, int *targets, Fault *fault);
 // Reads window 0 <= window < source's windows of one source in file order, likewise.
-void loader_read_source(const Loader *loader, int source, int64_t window, int *inputs,
-                        int *targets);
+int loader_read_source(const Loader *loader, int source, int64_t window, int *inputs, int *targets,
+                       Fault *fault);
 
 // Returns the index of the file that sequence number `position` comes from, and in *first the place
 // of its first token in that file.
@@ -103,10 +110,6 @@ int64_t loader_count(const Loader *loader, int source, int64_t n);
 // line each, the first of them after the word `what`.
 void loader_print(FILE *out, const char *what, const Loader *loader);
 
-// Returns the name of a file that sequences first to first + n - 1 would read and that is gone or
-// no longer the one that was opened, or 0. A file whose time of change is new, but not its size nor
-// samples of its contents, is still the same.
-const char *loader_changed(const Loader *loader, int64_t first, int64_t n);
 // Returns the name of a file in which a token is a byte (.txt, or tokenize.py without a tokenizer),
 // or 0.
 const char *loader_bytes(const Loader *loader);

@@ -20,65 +20,73 @@ static const uint32_t MAGIC_UINT32 = 20240801;
 static const uint32_t MAGIC_MASK = 20260520;
 
 // ---- reading --------------------------------------------------------------------------------
-static void read_exactly(int fd, const char *name, void *to, int64_t bytes, int64_t offset) {
+// Takes `what`. Ends the run, or fills in *fault where there is one. Returns 0.
+static int fail(Fault *fault, char *what, const char *hint) {
+    if (!fault) die("%s|%s", what, hint);
+    fault->what = what;
+    fault->hint = hint;
+    return 0;
+}
+
+// Those of the functions below that take a Fault return 0 where they failed.
+static int read_exactly(int fd, const char *name, void *to, int64_t bytes, int64_t offset,
+                        Fault *fault) {
     for (int64_t done = 0; done < bytes;) {
         ssize_t n = pread(fd, (char *)to + done, (size_t)(bytes - done), (off_t)(offset + done));
         if (n < 0 && errno == EINTR) continue;
         if (n < 0)
-            die("%s: cannot read %lld bytes at byte %lld: %s|check the disk or the mount", name,
-                (long long)bytes, (long long)offset, strerror(errno));
+            return fail(fault,
+                        xasprintf("%s: cannot read %lld bytes at byte %lld: %s", name,
+                                  (long long)bytes, (long long)offset, strerror(errno)),
+                        "check the disk or the mount");
         if (!n)
-            die("%s: ends at byte %lld, expected %lld more|the file was truncated: copy or "
-                "tokenize it again",
-                name, (long long)(offset + done), (long long)(bytes - done));
+            return fail(fault,
+                        xasprintf("%s: ends at byte %lld, expected %lld more", name,
+                                  (long long)(offset + done), (long long)(bytes - done)),
+                        "the file was truncated: copy or tokenize it again");
         done += n;
     }
+    return 1;
 }
 
-static uint64_t sample_file(int fd, const char *name, int64_t size) {
+static int sample_file(int fd, const char *name, int64_t size, uint64_t *samples, Fault *fault) {
     unsigned char piece[SAMPLE_BYTES];
     uint64_t hash = (uint64_t)size;
     for (int i = 0; i < SAMPLES; i++) {
         int64_t last = size > SAMPLE_BYTES ? size - SAMPLE_BYTES : 0;
         int64_t bytes = size < SAMPLE_BYTES ? size : SAMPLE_BYTES;
-        read_exactly(fd, name, piece, bytes, last / (SAMPLES - 1) * i);
+        if (!read_exactly(fd, name, piece, bytes, last / (SAMPLES - 1) * i, fault)) return 0;
         for (int64_t k = 0; k < bytes; k++) hash = (hash ^ piece[k]) * 0x100000001b3u;
         hash = mix64(hash);
         if (!last) break;
     }
-    return hash;
+    *samples = hash;
+    return 1;
 }
 
-// Opens a file that was described before. Returns -1 where it cannot be opened, with errno, and
-// where it is no longer the same, with errno 0. The time of change alone does not matter.
-static int try_open(const Identity *id) {
+static int fail_unopened(const char *name, Fault *fault) {
+    return fail(fault, xasprintf("%s: cannot open: %s", name, strerror(errno)),
+                "check the path given to --train or --val and its permissions");
+}
+
+// Opens a file that was described before. Returns -1 where that fails, or it is no longer the same;
+// a new time of change alone does not matter.
+static int open_same(const Identity *id, Fault *fault) {
     int64_t size;
     int fd = file_open(AT_FDCWD, id->name, 0, &size);
     struct stat s;
-    if (fd < 0) return -1;
+    if (fd < 0) return fail_unopened(id->name, fault) - 1;
     int same = !fstat(fd, &s) && S_ISREG(s.st_mode) && s.st_size == id->size;
     int touched = same && (s.st_mtim.tv_sec != id->modified.tv_sec ||
                            s.st_mtim.tv_nsec != id->modified.tv_nsec);
-    if (touched) same = sample_file(fd, id->name, s.st_size) == id->samples;
-    if (same) return fd;
+    uint64_t samples = id->samples;
+    int read = !touched || sample_file(fd, id->name, s.st_size, &samples, fault);
+    if (read && same && samples == id->samples) return fd;
     close(fd);
-    errno = 0;
+    if (read)
+        fail(fault, xasprintf("%s is not the file that this run began with", id->name),
+             "leave token files alone while they are read; bring the file back and --resume");
     return -1;
-}
-
-static MOE_NORETURN void die_unopened(const char *name) {
-    die("%s: cannot open: %s|check the path given to --train or --val and its permissions", name,
-        strerror(errno));
-}
-
-static int open_same(const Identity *id) {
-    int fd = try_open(id);
-    if (fd < 0 && errno) die_unopened(id->name);
-    if (fd < 0)
-        die("%s: changed since the run started|leave token files alone while they are read; "
-            "restart with --resume",
-            id->name);
-    return fd;
 }
 
 // The unsigned little-endian number at p, whatever the byte order of this machine.
@@ -89,43 +97,50 @@ static int64_t number_at(const unsigned char *p, int width) {
 }
 
 // Checks tokens first to first + n - 1 of f and copies them to out (n) unless that is 0.
-static void read_ids(int fd, const Shard *f, int64_t first, int64_t n, uint32_t vocab, int *out) {
+static int read_ids(int fd, const Shard *f, int64_t first, int64_t n, uint32_t vocab, int *out,
+                    Fault *fault) {
     unsigned char chunk[CHUNK_BYTES];
     int64_t step = CHUNK_BYTES / f->width;
     for (int64_t i = 0; i < n; i += step) {
         int64_t count = n - i < step ? n - i : step;
-        read_exactly(fd, f->id.name, chunk, count * f->width, f->start + (first + i) * f->width);
+        int64_t at = f->start + (first + i) * f->width;
+        if (!read_exactly(fd, f->id.name, chunk, count * f->width, at, fault)) return 0;
         for (int64_t k = 0; k < count; k++) {
             int64_t id = number_at(chunk + k * f->width, f->width);
             if (id >= vocab)
-                die("%s: token %lld is id %lld, but the model's vocabulary has %u ids (0 to %u)|"
-                    "tokenize the text with this model's tokenizer, or use a config whose "
-                    "vocab_size is above %lld",
-                    f->id.name, (long long)(first + i + k), (long long)id, vocab, vocab - 1,
-                    (long long)id);
+                return fail(fault,
+                            xasprintf("%s: token %lld is id %lld, but the model's vocabulary has "
+                                      "%u ids (0 to %u)",
+                                      f->id.name, (long long)(first + i + k), (long long)id, vocab,
+                                      vocab - 1),
+                            "tokenize the text with this model's tokenizer, or use a config with a "
+                            "larger vocab_size");
             if (out) out[i + k] = (int)id;
         }
     }
+    return 1;
 }
 
 // Sets the targets that do not count to -1: those among tokens first to first + n - 1 whose byte in
-// the mask is 0. Returns the number of those that count. targets (n) may be 0.
-static int64_t read_mask(int fd, const Shard *f, int64_t first, int64_t n, int *targets) {
+// the mask is 0. Adds the number of those that count to *counted. targets (n) may be 0.
+static int read_mask(int fd, const Shard *f, int64_t first, int64_t n, int *targets,
+                     int64_t *counted, Fault *fault) {
     unsigned char chunk[CHUNK_BYTES];
-    int64_t counted = 0;
     for (int64_t i = 0; i < n; i += CHUNK_BYTES) {
         int64_t bytes = n - i < CHUNK_BYTES ? n - i : CHUNK_BYTES;
-        read_exactly(fd, f->mask.name, chunk, bytes, HEADER_BYTES + first + i);
+        if (!read_exactly(fd, f->mask.name, chunk, bytes, HEADER_BYTES + first + i, fault))
+            return 0;
         for (int64_t k = 0; k < bytes; k++) {
             if (chunk[k] > 1)
-                die("%s: the byte of token %lld is %d, not 0 or 1|write the mask again, or use "
-                    "--loss-mask off",
-                    f->mask.name, (long long)(first + i + k), chunk[k]);
-            counted += chunk[k];
+                return fail(fault,
+                            xasprintf("%s: the byte of token %lld is %d, not 0 or 1", f->mask.name,
+                                      (long long)(first + i + k), chunk[k]),
+                            "write the mask again, or use --loss-mask off");
+            *counted += chunk[k];
             if (targets && !chunk[k]) targets[i + k] = -1;
         }
     }
-    return counted;
+    return 1;
 }
 
 // ---- the files ------------------------------------------------------------------------------
@@ -141,7 +156,7 @@ static void check_header(Shard *f, int fd, uint32_t vocab) {
         die("%s: %lld bytes are too short for a token shard, whose header has %d|give shards of "
             "data/tokenize.py or .txt files",
             f->id.name, (long long)f->id.size, HEADER_BYTES);
-    read_exactly(fd, f->id.name, header, HEADER_BYTES, 0);
+    read_exactly(fd, f->id.name, header, HEADER_BYTES, 0, 0);
     uint32_t magic = (uint32_t)number_at(header, 4);
     uint32_t version = (uint32_t)number_at(header + 4, 4);
     if (magic != MAGIC_UINT16 && magic != MAGIC_UINT32)
@@ -184,14 +199,14 @@ static int identify(Identity *id) {
     if (fd < 0 && errno == ESPIPE)
         die("%s: not a regular file|name the shards themselves, for example '%s/*.bin'", id->name,
             id->name);
-    if (fd < 0) die_unopened(id->name);
+    if (fd < 0) fail_unopened(id->name, 0);
     if (fstat(fd, &s))
         die("%s: cannot stat: %s|check the disk or the mount", id->name, strerror(errno));
     id->size = s.st_size;
     id->modified = s.st_mtim;
     id->device = s.st_dev;
     id->inode = s.st_ino;
-    id->samples = sample_file(fd, id->name, s.st_size);
+    sample_file(fd, id->name, s.st_size, &id->samples, 0);
     return fd;
 }
 
@@ -218,8 +233,8 @@ void shard_free(Shard *f) {
 }
 
 void shard_check_ids(const Shard *f, int64_t n, uint32_t vocab) {
-    int fd = open_same(&f->id);
-    read_ids(fd, f, 0, f->tokens < n ? f->tokens : n, vocab, 0);
+    int fd = open_same(&f->id, 0);
+    read_ids(fd, f, 0, f->tokens < n ? f->tokens : n, vocab, 0, 0);
     close(fd);
 }
 
@@ -245,7 +260,7 @@ int64_t shard_check_mask(Shard *f, int64_t n_targets) {
         die("%s: %lld bytes are too short for a loss mask, whose header has %d|write it again, or "
             "use --loss-mask off",
             name, (long long)f->mask.size, HEADER_BYTES);
-    read_exactly(fd, name, header, HEADER_BYTES, 0);
+    read_exactly(fd, name, header, HEADER_BYTES, 0, 0);
     if (number_at(header, 4) != MAGIC_MASK || number_at(header + 4, 4) != 1)
         die("%s: not a loss mask: magic %lld version %lld, expected %u version 1|write it again, "
             "or use --loss-mask off",
@@ -256,32 +271,28 @@ int64_t shard_check_mask(Shard *f, int64_t n_targets) {
             "one byte for each token: write it again, or use --loss-mask off",
             name, (long long)stated, (long long)(f->mask.size - HEADER_BYTES), f->id.name,
             (long long)f->tokens);
-    read_mask(fd, f, 0, 1, 0);
-    int64_t counted = read_mask(fd, f, 1, n_targets, 0);
-    read_mask(fd, f, 1 + n_targets, f->tokens - 1 - n_targets, 0);
+    int64_t counted = 0, others = 0;
+    read_mask(fd, f, 0, 1, 0, &others, 0);
+    read_mask(fd, f, 1, n_targets, 0, &counted, 0);
+    read_mask(fd, f, 1 + n_targets, f->tokens - 1 - n_targets, 0, &others, 0);
     close(fd);
     return counted;
 }
 
-void shard_read(const Shard *f, int64_t first, int64_t T, uint32_t vocab, int *inputs,
-                int *targets) {
-    int fd = open_same(&f->id);
-    read_ids(fd, f, first, T, vocab, inputs);
-    read_ids(fd, f, first + T, 1, vocab, targets + T - 1);
+int shard_read(const Shard *f, int64_t first, int64_t T, uint32_t vocab, int *inputs, int *targets,
+               Fault *fault) {
+    int64_t counted = 0;
+    int fd = open_same(&f->id, fault);
+    if (fd < 0) return 0;
+    int good = read_ids(fd, f, first, T, vocab, inputs, fault) &&
+               read_ids(fd, f, first + T, 1, vocab, targets + T - 1, fault);
     close(fd);
+    if (!good) return 0;
     memmove(targets, inputs + 1, (size_t)(T - 1) * sizeof *targets);
-    if (!f->mask.name) return;
-    fd = open_same(&f->mask);
-    read_mask(fd, f, first + 1, T, targets);
+    if (!f->mask.name) return 1;
+    fd = open_same(&f->mask, fault);
+    if (fd < 0) return 0;
+    good = read_mask(fd, f, first + 1, T, targets, &counted, fault);
     close(fd);
-}
-
-const char *shard_changed(const Shard *f) {
-    const Identity *part[] = { &f->id, &f->mask };
-    for (int i = 0; i < 2 && part[i]->name; i++) {
-        int fd = try_open(part[i]);
-        if (fd < 0) return part[i]->name;
-        close(fd);
-    }
-    return 0;
+    return good;
 }

@@ -2,7 +2,7 @@
 // The formats are in loader.h.
 #ifndef MOE_SHARD_H
 #define MOE_SHARD_H
-#include "../kernels/types.h"
+#include "loader.h" // Fault
 #include <sys/types.h>
 #include <time.h>
 MOE_BEGIN_C
@@ -41,11 +41,10 @@ void shard_free(Shard *shard); // its names
 // Compares at most the first n tokens with the vocabulary.
 void shard_check_ids(const Shard *shard, int64_t n, uint32_t vocab);
 // Reads inputs (T) = tokens first to first + T - 1 and targets (T), the tokens after them, or -1
-// where the mask says that they do not count. Dies when the file is no longer the one that was
-// described, or an id is not below `vocab`.
-void shard_read(const Shard *shard, int64_t first, int64_t T, uint32_t vocab, int *inputs,
-                int *targets);
-// Returns the name of the shard or of its mask if that is gone or no longer the same, else 0.
-const char *shard_changed(const Shard *shard);
+// where the mask says that they do not count. Returns 1; 0 with *fault where the file is no longer
+// the one that was described, cannot be read, or holds an id that is not below `vocab`. Ends the
+// run then where fault is 0.
+int shard_read(const Shard *shard, int64_t first, int64_t T, uint32_t vocab, int *inputs,
+               int *targets, Fault *fault);
 MOE_END_C
 #endif

@@ -222,7 +222,7 @@ static int same(const char *pattern, const int *expected, int n) {
         int input, target;
         int64_t first;
         int file = loader_where(l, w, &first);
-        loader_read(l, w, &input, &target);
+        loader_read(l, w, &input, &target, 0);
         if (w && !first) at++;
         good = file >= 0 && at + 1 < n && input == expected[at] && target == expected[at + 1];
         at++;

@@ -5,13 +5,18 @@
 #include <stdlib.h>
 
 // Reads `sequences` windows of a source from `first` on. Windows from n_windows on, which the last
-// pass may reach, count nothing. Returns the targets that count.
+// pass may reach, count nothing, and neither does any once *fault has been filled in. Returns the
+// targets that count.
 static int64_t read_windows(const Trainer *t, Loader *data, int source, int64_t first,
-                            int64_t sequences, int64_t n_windows, int *ids, int *targets) {
+                            int64_t sequences, int64_t n_windows, int *ids, int *targets,
+                            Fault *fault) {
     int64_t T = t->o.T, valid = 0;
     for (int64_t s = 0; s < sequences; s++) {
-        int counts = first + s < n_windows;
-        loader_read_source(data, source, counts ? first + s : 0, ids + s * T, targets + s * T);
+        int counts = first + s < n_windows && !(fault && fault->what);
+        int *window = ids + s * T;
+        if (counts)
+            counts = loader_read_source(data, source, first + s, window, targets + s * T, fault);
+        if (!counts) memset(window, 0, (size_t)T * sizeof *window);
         for (int64_t i = 0; i < T && !counts; i++) targets[s * T + i] = -1;
         valid += step_targets(t, ids + s * T, targets + s * T);
     }
@@ -19,15 +24,15 @@ static int64_t read_windows(const Trainer *t, Loader *data, int source, int64_t 
 }
 
 // Every rank makes the same number of passes (I2, collectives do not depend on data).
-double trainer_evaluate(Trainer *t, Loader *data, int source, int64_t n_windows,
-                        double *n_targets) {
+double trainer_evaluate(Trainer *t, Loader *data, int source, int64_t n_windows, double *n_targets,
+                        Fault *fault) {
     int64_t tokens = t->n_micro * t->R, sequences = tokens / t->o.T, valid = 0;
     size_t bytes = 2 * (size_t)tokens * sizeof(int);
     int *ids = (int *)xmalloc(bytes, "validation tokens"), *targets = ids + tokens;
     device_zero(t->head.loss_sum, sizeof(double));
     for (int64_t pass = 0; pass < n_windows; pass += sequences * t->g->data_ranks) {
         int64_t first = pass + t->g->data_rank * sequences;
-        valid += read_windows(t, data, source, first, sequences, n_windows, ids, targets);
+        valid += read_windows(t, data, source, first, sequences, n_windows, ids, targets, fault);
         step_upload(t, ids, targets, t->n_micro);
         step_forward(t, t->n_micro, 0, 0);
         step_head(t, 0);

@@ -46,19 +46,30 @@ static double window_pairs(const Trainer *t, const int *ids) {
     return pairs;
 }
 
-// Reads this rank's contiguous part of the update's windows.
-static void read_tokens(Trainer *t, Loader *data, int64_t update) {
+// A rank's part of an update's windows is contiguous.
+int trainer_read(Trainer *t, const Loader *data, int64_t update, Fault *fault) {
     int64_t T = t->o.T, valid = 0;
     double pairs = 0;
+    t->tokens.update = 0;
     int64_t first = (update - 1) * t->o.batch + t->g->data_rank * t->tokens.sequences;
     for (int64_t s = 0; s < t->tokens.sequences; s++) {
         int *ids = t->tokens.host_ids + s * T, *targets = t->tokens.host_targets + s * T;
-        loader_read(data, first + s, ids, targets);
+        if (!loader_read(data, first + s, ids, targets, fault)) return 0;
         valid += step_targets(t, ids, targets);
         pairs += window_pairs(t, ids);
     }
-    t->tokens.valid = comm_sum(t->g->all, (double)valid);
-    t->tokens.pairs = comm_sum(t->g->all, pairs);
+    t->tokens.update = update;
+    t->tokens.valid = (double)valid;
+    t->tokens.pairs = pairs;
+    return 1;
+}
+
+// Takes the tokens of an update, of which every rank has read its own.
+static void take_tokens(Trainer *t, const Loader *data, int64_t update) {
+    if (t->tokens.update != update) trainer_read(t, data, update, 0);
+    t->tokens.update = 0;
+    t->tokens.valid = comm_sum(t->g->all, t->tokens.valid);
+    t->tokens.pairs = comm_sum(t->g->all, t->tokens.pairs);
 }
 
 // position[i] of ids (n) in windows of T: 0 at the start of a window and after each end of a
@@ -527,7 +538,7 @@ static StepResult report(Trainer *t, int64_t update, double lr, double aux) {
 StepResult trainer_step(Trainer *t, Loader *data, int64_t update, double lr) {
     comm_where(update, -1, "tokens");
     double aux = 0;
-    read_tokens(t, data, update);
+    take_tokens(t, data, update);
     device_zero(t->head.loss_sum, sizeof(double));
     memset(&t->counts, 0, sizeof t->counts);
     routing_start(t, update);

@@ -47,6 +47,7 @@ typedef struct {                  // tokens of this rank
     int *ids, *targets;           // (n_micro,R) device: the round
     int *position;                // (n_micro,A) device, host: in its document; 0 = in its sequence
     int *host_position;           // A = attention rows
+    int64_t update;               // whose tokens were read and not used yet; 0 = none
     double valid, pairs;          // of the update and all ranks: targets that count, pairs of a
                                   // token and an earlier or equal one of its document, halves
     int *host_ids, *host_targets; // (sequences,T): the update
@@ -130,8 +131,12 @@ void trainer_free(Trainer *t);
 void trainer_init(Trainer *t);
 
 // ---- step.c ---------------------------------------------------------------------------------
-// Makes one update from windows [(update - 1) * batch, update * batch) of data. Leaves everything
-// unchanged, on all ranks alike, if the gradient is not finite.
+// Reads this rank's windows of an update, which the next trainer_step() makes. Returns 1; 0 with
+// *fault where the data cannot be read or is no longer the same, or ends the run where fault is 0.
+int trainer_read(Trainer *t, const Loader *data, int64_t update, Fault *fault);
+// Makes one update from windows [(update - 1) * batch, update * batch) of data, which it reads
+// itself where trainer_read() has not. Leaves everything unchanged, on all ranks alike, if the
+// gradient is not finite.
 StepResult trainer_step(Trainer *t, Loader *data, int64_t update, double lr);
 // Ends the run after such an update, naming the first block of backward that is not finite.
 void trainer_die_nonfinite(Trainer *t, int64_t update);
@@ -206,8 +211,10 @@ int routing_write(const Trainer *t, int fd, int64_t at);
 // ---- evaluate.c -----------------------------------------------------------------------------
 // Returns the mean cross entropy over the first n_windows windows of a source of data, in file
 // order, the same on every layout; and in *n_targets, if it is not 0, the targets that it is a mean
-// of.
-double trainer_evaluate(Trainer *t, Loader *data, int source, int64_t n_windows, double *n_targets);
+// of. Where a window cannot be read, this rank gets *fault and goes on without it, so that all
+// ranks come to the end; the loss then means nothing. Ends the run instead where fault is 0.
+double trainer_evaluate(Trainer *t, Loader *data, int source, int64_t n_windows, double *n_targets,
+                        Fault *fault);
 // Computes the logits (V) of the token after ids[length - 1], length <= T, both in host memory.
 // Every rank calls it with the same ids and gets the same numbers.
 void trainer_logits(Trainer *t, const int *ids, int length, float *logits);

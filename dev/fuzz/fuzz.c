@@ -213,7 +213,7 @@ static void read_windows(void) {
     Loader *loader = loader_open(&name, 1, options);
     int inputs[4], targets[4];
     for (int i = 0; i < 3; i++) {
-        loader_read(loader, i, inputs, targets);
+        loader_read(loader, i, inputs, targets, 0);
         for (int t = 0; t < 4; t++)
             if (inputs[t] < 0 || inputs[t] >= 300 || targets[t] < -1 || targets[t] >= 300) abort();
     }

@@ -77,7 +77,7 @@ static void test_three_windows(const Fixture *f, const Config *c, const char *to
     s = document_setup(f, tokens, T, f->B);
     Run *r = run_open(f, 0, &s);
     StepResult x = run_step(r, 1, 0, 0);
-    double loss = trainer_evaluate(r->t, r->data, 0, f->B, 0);
+    double loss = trainer_evaluate(r->t, r->data, 0, f->B, 0, 0);
     check(relative(loss, x.loss) <= 1e-6, "%s: evaluation sees the same documents (%.1e)", f->name,
           relative(loss, x.loss));
     run_close(r);

@@ -268,13 +268,14 @@ static void test_layout_evaluation(const Fixture *f, const Shape *shape, int n_s
     Setup s = fixture_setup(f, OPT_SGD);
     s.step.batch = batch;
     Run *r = run_open(f, 0, &s);
-    double expected = trainer_evaluate(r->t, r->data, 0, batch + 1, 0);
+    double expected = trainer_evaluate(r->t, r->data, 0, batch + 1, 0, 0);
     double worst = 0;
     run_close(r);
     for (int i = 0; i < n_shapes; i++) {
         Layout l = { shape[i].dp, shape[i].fsdp, shape[i].ep, DISPATCH_ALLTOALL, 0 };
         r = run_open(f, &l, &s);
-        worst = fmax(worst, relative(trainer_evaluate(r->t, r->data, 0, batch + 1, 0), expected));
+        worst =
+            fmax(worst, relative(trainer_evaluate(r->t, r->data, 0, batch + 1, 0, 0), expected));
         run_close(r);
     }
     check(worst <= (BF16 ? 1e-2 : 1e-6), "validation loss of %d windows in %d layouts: %.1e",
