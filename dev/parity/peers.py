@@ -11,7 +11,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 FIXTURES = ["gqa", "tied", "dense", "wide", "parallel", "skewed", "documents", "masks", "chat"]
 # (adapter, its arguments, needs several ranks)
 ADAPTERS = [("hf.py", [], False), ("hf_ep.py", ["data", "mean"], True), ("hf_ep.py", ["data", "global"], True), ("hf_ep.py", ["batch", "mean"], True),
-            ("fsdp2.py", ["mean"], True), ("fsdp2.py", ["global"], True)]
+            ("fsdp2.py", ["mean"], True), ("fsdp2.py", ["global"], True), ("torchtitan_ep.py", [], True)]
 
 
 def run(adapter, fixture, arguments, several, ranks, timeout):
