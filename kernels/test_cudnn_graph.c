@@ -123,6 +123,13 @@ cudaError_t cudaGetDevice(int *d) {
     *d = 0;
     return cudaSuccess;
 }
+static int capability = 9; // Hopper
+cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr name, int device) {
+    (void)name;
+    (void)device;
+    *value = capability;
+    return cudaSuccess;
+}
 
 // ---- tensors: (b, h, r, c) in logical order while a plan runs -------------------------------
 static const int64_t *dims(const Node *t) { return get(t, CUDNN_ATTR_TENSOR_DIMENSIONS); }
@@ -374,6 +381,10 @@ int main(void) {
     }
     cudnn_attention_chunk = 2 * 6 * 2 * 128 * 128 + 16384; // dS of two sequences of one tile
     test_shape(5, 12, 6, 2, 16, "calls of two, two and one sequence", 2);
+    cudnn_attention_finish();
+    capability = 10;
+    check(!cudnn_attention_backward(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 128, 2, 1, 128, 0),
+          "Blackwell: backward is left to the kernel \"flash\"");
     cudnn_attention_finish();
     check(alive == 0, "every descriptor is destroyed (%d left)", alive);
     return test_summary();

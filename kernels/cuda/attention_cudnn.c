@@ -55,6 +55,7 @@ typedef struct {
     int n_made, n_ops;
     int64_t next;       // names of virtual tensors count from NAMES
     Desc device;        // the described device, 0: the handle's
+    int major;          // its compute capability, the number before the point
     const char *failed; // the first step that cuDNN refused; later ones do nothing
 } Graph;
 typedef struct {
@@ -290,8 +291,11 @@ static Shape forward_call(int B, int T, int H, int KV, int D) {
     Shape s = { 0, B, T, H, KV, H, KV, D };
     return s;
 }
-// What cuDNN's own front end knows of its versions and does not leave to the support check.
-static const char *refused(const Shape *s) {
+// What cuDNN's own front end knows of its versions and does not leave to the support check. On
+// Blackwell (10 and above) deterministic sums are a setting of the engine, from cuDNN 9.18.1 on
+// (TransformerEngine, pull request 2584). It is not made here, and the form of the graph alone is
+// not known to give them (I8, deterministic).
+static const char *refused(const Shape *s, int major) {
     size_t version = cudnnGetVersion();
     if (version == 91000 || version == 91001) return "cuDNN 9.10.0 and 9.10.1 compute it wrongly";
     if (s->backward && s->T == 1) return "a sequence of one token has no backward kernel";
@@ -299,6 +303,8 @@ static const char *refused(const Shape *s) {
         return "before cuDNN 9.16 its backward pass wants sequences of whole tiles of 128";
     if (s->backward && workspace_bound(s) > GROUP_BYTES)
         return "its deterministic backward pass would take more than 2 GiB beside the tensors";
+    if (s->backward && major >= 10)
+        return "its backward pass is not known to be deterministic on Blackwell";
     return 0;
 }
 // The graph of a call, and cuDNN's engine configurations for it, best first; returns their number.
@@ -306,7 +312,7 @@ static int configurations(Graph *g, Desc config[CONFIGS]) {
     cudnnBackendHeurMode_t mode = CUDNN_HEUR_MODE_A;
     int64_t n = 0;
     g->next = NAMES;
-    if ((g->failed = refused(&g->shape))) return 0;
+    if ((g->failed = refused(&g->shape, g->major))) return 0;
     if (g->shape.backward)
         build_backward(g);
     else
@@ -347,6 +353,8 @@ static void plan_create(AttentionPlan *p, const Shape *s) {
     int device = 0;
     memset(p, 0, sizeof *p);
     p->g.shape = *s;
+    if (cudaGetDevice(&device) == cudaSuccess)
+        cudaDeviceGetAttribute(&p->g.major, cudaDevAttrComputeCapabilityMajor, device);
     int n = configurations(&p->g, config);
     for (int i = 0; i < n && !p->plan; i++) {
         Graph *g = &p->g;
@@ -357,7 +365,7 @@ static void plan_create(AttentionPlan *p, const Shape *s) {
         p->workspace = number_of(plan, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE);
         if (p->workspace >= 0 && p->workspace <= workspace_bound(s)) p->plan = plan;
     }
-    if (p->plan || said++ || (cudaGetDevice(&device) == cudaSuccess && device)) return;
+    if (p->plan || said++ || device) return;
     fprintf(stderr,
             "attention: cuDNN has no %s plan for sequences of %d, %d heads on %d of %d (%s); the "
             "kernel \"flash\" computes it\n",
@@ -471,10 +479,11 @@ int cudnn_attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d
 }
 
 // ---- without a GPU --------------------------------------------------------------------------
-int cudnn_attention_check(const char *device, int backward, int B, int T, int H, int KV, int D,
-                          int64_t *workspace, const char **why) {
+int cudnn_attention_check(const char *device, int major, int backward, int B, int T, int H, int KV,
+                          int D, int64_t *workspace, const char **why) {
     Graph g = { 0 };
     Desc config[CONFIGS];
+    g.major = major;
     g.shape = backward ? backward_call(B, T, H, KV, D) : forward_call(B, T, H, KV, D);
     g.device = make(&g, CUDNN_BACKEND_DEVICEPROP_DESCRIPTOR);
     set(&g, g.device, CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION, CUDNN_TYPE_CHAR,

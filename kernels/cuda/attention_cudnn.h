@@ -26,9 +26,9 @@ void cudnn_attention_finish(void);
 extern int64_t cudnn_attention_chunk; // backward runs in calls that need about so many bytes beside
                                       // the tensors (576 MiB); tests make it small
 // Without a GPU: how many engine configurations cuDNN has for the graph on the GPU that `device`
-// describes (JSON: kernels/test_cudnn.c), 0 where none would be taken; *why then names what refused
-// it. *workspace: bytes of the one that would be taken.
-int cudnn_attention_check(const char *device, int backward, int B, int T, int H, int KV, int D,
-                          int64_t *workspace, const char **why);
+// describes (JSON: kernels/test_cudnn.c; `major` begins its compute capability), 0 where none would
+// be taken; *why then names what refused it. *workspace: bytes of the one that would be taken.
+int cudnn_attention_check(const char *device, int major, int backward, int B, int T, int H, int KV,
+                          int D, int64_t *workspace, const char **why);
 MOE_END_C
 #endif
