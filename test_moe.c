@@ -171,7 +171,7 @@ static void test_replay(const Fixture *f) {
         unlink(path);
         s = probe_setup(f);
         r = run_open(f, 0, &s);
-        r->t->routing = routing_open(r->t, path, "", 1);
+        r->t->routing = routing_open(r->t, path, "", 1, 1);
         StepResult recorded = run_step(r, 1, 0, 0);
         run_close(r);
         step = xasprintf("%s/step_1.safetensors", path);

@@ -306,7 +306,7 @@ static int64_t train(Run *r) {
     if (r->first < o->steps && *o->dump) t->dump = dump_open(o->dump, t);
     if (r->first < o->steps && o->trace_token >= 0) t->trace = trace_open(t, o->trace_token);
     if (r->first < o->steps)
-        t->routing = routing_open(t, o->routing_record, o->routing_replay, o->steps);
+        t->routing = routing_open(t, o->routing_record, o->routing_replay, r->first + 1, o->steps);
     for (int64_t step = r->first + 1; step <= o->steps; step++) {
         double begin = now_seconds();
         StepResult s = update(r, step, o->lr * schedule_factor(&schedule, step));
@@ -452,6 +452,16 @@ static Config open_config(Options *o, const char *path) {
     return c;
 }
 
+// A plan needs no more than a config.
+static int has_weights(const char *model) {
+    char *file = xasprintf("%s/model.safetensors", model);
+    char *index = xasprintf("%s.index.json", file);
+    int has = *model && (!access(file, R_OK) || !access(index, R_OK));
+    free(file);
+    free(index);
+    return has;
+}
+
 // A config that ties the head to the embedding, beside a head that differs, is not the truth.
 static void keep_own_head(Config *c, const Options *o, Comm *all) {
     int own = comm_world_rank() == 0 && checkpoint_has_own_head(o->model);
@@ -478,6 +488,7 @@ static void command_plan(Options *o) {
         Machine machine = plan_machine(o->plan_device);
         if (o->gpu_mem > 0) machine.memory = o->gpu_mem * 1073741824.0;
         if (o->gpus_per_node) machine.per_node = (int)o->gpus_per_node;
+        if (c.tied && has_weights(o->model) && checkpoint_has_own_head(o->model)) c.tied = 0;
         Grid grid = grid_plan(&c, o->world ? (int)o->world : comm_world_size(), (int)o->dp,
                               (int)o->fsdp, (int)o->ep, (Dispatch)o->dispatch, o->attention == 1);
         default_batch(o, &grid);

@@ -300,9 +300,11 @@ typedef struct {
     int fd, error;
 } Removal;
 
-static void remove_file(void *context, const char *name) {
+static void remove_entry(void *context, const char *name) {
     Removal *r = (Removal *)context;
-    if (unlinkat(r->fd, name, 0) && errno != ENOENT && !r->error) r->error = errno;
+    int error = unlinkat(r->fd, name, 0) ? errno : 0;
+    if (error == EISDIR || error == EPERM) error = folder_remove(r->fd, name); // a folder
+    if (error && error != ENOENT && !r->error) r->error = error;
 }
 
 int folder_remove(int at, const char *name) {
@@ -313,7 +315,7 @@ int folder_remove(int at, const char *name) {
         if (errno != ELOOP && errno != ENOTDIR) return errno;
         return unlinkat(at, name, 0) && errno != ENOENT ? errno : 0;
     }
-    int error = folder_visit(r.fd, remove_file, &r);
+    int error = folder_visit(r.fd, remove_entry, &r);
     close(r.fd);
     if (!error) error = r.error;
     if (unlinkat(at, name, AT_REMOVEDIR) && errno != ENOENT && !error) error = errno;

@@ -54,7 +54,7 @@ int folder_enter(int at, const char *name);
 void folder_make(const char *path);
 // Makes the names in an open folder durable.
 int folder_sync(int fd);
-// Removes a folder and the files in it, not folders inside it; of a symbolic link only the link.
+// Removes a folder and all in it, or a file; of a symbolic link only the link.
 int folder_remove(int at, const char *name);
 // Calls visit for every name in an open folder but "." and "..".
 int folder_visit(int fd, void (*visit)(void *context, const char *name), void *context);

@@ -40,7 +40,8 @@ static char *replay_path(const RoutingFiles *f, int64_t update) {
     return path;
 }
 
-RoutingFiles *routing_open(const Trainer *t, const char *record, const char *replay, int64_t last) {
+RoutingFiles *routing_open(const Trainer *t, const char *record, const char *replay, int64_t first,
+                           int64_t last) {
     if (!*record && !*replay) return 0;
     if (!t->m->c.n_moe)
         die("--routing-record and --routing-replay: the model has no experts|leave them out");
@@ -53,7 +54,8 @@ RoutingFiles *routing_open(const Trainer *t, const char *record, const char *rep
         die("cannot read the routing %s: %s|give a folder or file of --routing-record", f->replay,
             strerror(errno));
     f->replay_is_file = f->replay && S_ISREG(s.st_mode);
-    if (f->replay) free(replay_path(f, last));
+    if (f->replay_is_file) last = first;
+    for (int64_t u = first; f->replay && t->g->rank == 0 && u <= last; u++) free(replay_path(f, u));
     if (f->record && t->g->rank == 0) folder_make(f->record);
     return f;
 }

@@ -193,8 +193,9 @@ void trainer_set_bias(Trainer *t, const float *bias, size_t n);
 // Prepares to write the routing of every update to the folder `record`, and to take it from
 // `replay`, a folder of such files or one file for the first update. "" is neither; returns 0 if
 // both are. Dies if the model has no experts, or replay does not exist or is a folder without the
-// file of update `last`.
-RoutingFiles *routing_open(const Trainer *t, const char *record, const char *replay, int64_t last);
+// file of one of the updates first to last.
+RoutingFiles *routing_open(const Trainer *t, const char *record, const char *replay, int64_t first,
+                           int64_t last);
 void routing_close(RoutingFiles *f);
 // Open and close the files of an update. Die on a file that is missing or not of its shape.
 void routing_start(Trainer *t, int64_t update);

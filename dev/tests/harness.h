@@ -237,7 +237,7 @@ static Run *run_open(const Fixture *f, const Layout *l, const Setup *s) {
     arena_commit(&r->staging);
     r->k = checkpoint_create(&r->m, r->g.all, r->g.dp_rank == 0, &r->staging);
     checkpoint_load_model(r->k, f->dir, r->t->optimizer.state);
-    if (s->replay) r->t->routing = routing_open(r->t, "", s->replay, 1);
+    if (s->replay) r->t->routing = routing_open(r->t, "", s->replay, 1, 1);
     if (s->bias) trainer_set_bias(r->t, s->bias, (size_t)config.n_moe * (size_t)config.E);
     return r;
 }

@@ -608,9 +608,9 @@ static void test_looking(void) {
     check(samples == 2, "the log has both samples as the screen shows them");
     log_free(&said_log);
     free(screen);
-    good("eval exec $B $S $SAY --steps 1 --out $T/again");
-    good("eval exec $B $S $SAY --steps 2 --resume --out $T/again");
-    check(same_logs("said", "again"), "a resumed run has every sample once, and the same");
+    good("eval exec $B $S $SAY --steps 1 --out $T/said_again");
+    good("eval exec $B $S $SAY --steps 2 --resume --out $T/said_again");
+    check(same_logs("said", "said_again"), "a resumed run has every sample once, and the same");
     // The table of a token does not depend on rounds (without aux, which is per round): token 37
     // lies in the first, 100 in the second
     for (int token = 37; token <= 100; token += 63) {

@@ -346,9 +346,13 @@ static void bad_documents(void) {
 // Routings: a record of $S, and files that are none.
 static void bad_routing(void) {
     good("eval exec $B $S --steps 2 --routing-record $T/routing");
+    good("mkdir $T/gap; cp $T/routing/step_1.safetensors $T/gap; "
+         "cp $T/routing/step_1.safetensors $T/gap/step_3.safetensors");
     bad("no such routing", "cannot read the routing", "$S --routing-replay $T/none");
     bad("a routing for fewer updates", "the routing of update 3",
         "$S --steps 3 --routing-replay $T/routing");
+    check(!said("stdout", "step 1/3"), "  before the first update");
+    bad("a routing with a gap", "the routing of update 2", "$S --steps 3 --routing-replay $T/gap");
     check(!said("stdout", "step 1/3"), "  before the first update");
     bad("a routing of another shape", "not a tensor topk of int32",
         "$S --steps 1 --batch 8 --routing-replay $T/routing");

@@ -69,12 +69,15 @@ static void test_owner(void) {
 
 static void test_links(void) {
     good("eval exec $B $S --steps 2 --save-every 1 --out $T/link");
-    good("mkdir $T/home $T/disk2; echo x > $T/home/thesis; ln -s $T/home "
-         "$T/link/checkpoints/incomplete_step_7; mv $T/link/checkpoints/step_1 $T/disk2; "
-         "ln -s $T/disk2/step_1 $T/link/checkpoints/step_1");
+    good(
+        "mkdir $T/home $T/disk2; echo x > $T/home/thesis; ln -s $T/home "
+        "$T/link/checkpoints/incomplete_step_7; "
+        "mkdir -p $T/link/checkpoints/incomplete_step_8/left/behind; "
+        "mv $T/link/checkpoints/step_1 $T/disk2; ln -s $T/disk2/step_1 $T/link/checkpoints/step_1");
     good("eval exec $B $S --steps 3 --resume --keep 1 --out $T/link");
     check(exists(at("home/thesis")) && exists(at("disk2/step_1/model.safetensors")) &&
               !exists(at("link/checkpoints/incomplete_step_7")) &&
+              !exists(at("link/checkpoints/incomplete_step_8")) &&
               exists(at("link/checkpoints/step_3/model.safetensors")),
           "what links under --out lead to is neither emptied nor removed");
     good("mkdir $T/outside $T/linked $T/logged; echo keep > $T/victim; "

@@ -93,6 +93,9 @@ static void odd_heads(void) {
     same = loads_like("head_other", "tied", &lines);
     check(!same && lines == 1 && said("odd.err", "it is kept as a head of its own"),
           "a tied config beside another head: it is used, with one line");
+    good("exec $B --model $T/head_other --plan > $T/own.plan");
+    good("exec $B --model $T/tied --plan > $T/tied.plan");
+    check(run("cmp -s $T/own.plan $T/tied.plan") == 1, "  --plan plans that head");
     const char *out = at("head_other.out/checkpoints/step_1");
     check(same_tensor(out, "lm_head.weight", at("head_other"), "lm_head.weight") &&
               same_tensor(out, "model.embed_tokens.weight", at("tied"),
