@@ -217,16 +217,6 @@ static SaveOptions save_options(const Options *o) {
     return s;
 }
 
-// Says in one line what other programs cannot do with the checkpoints of this run.
-static void say_limits(const Config *c, int fused) {
-    int scaled = !c->norm_topk && c->n_moe, dense = c->n_moe < c->L;
-    if (!scaled && !dense && !fused) return;
-    printf("exports    not for every program:%s%s%s\n",
-           scaled ? " llama.cpp renormalises the experts' weights, this model does not;" : "",
-           dense ? " llama.cpp has no dense layers in such a model;" : "",
-           fused ? " transformers 4.57 loads fused experts as random numbers, 5 as they are;" : "");
-}
-
 static void save(Run *r, int64_t step) {
     const Options *o = r->o;
     const Trainer *t = r->trainer;
@@ -431,35 +421,13 @@ static char *config_path(const Options *o) {
     return *o->model ? xasprintf("%s/config.json", o->model) : xasprintf("%s", o->init);
 }
 
-// What people give as --model instead of a folder.
-static void check_model(const char *model) {
-    struct stat st;
-    if (!stat(model, &st) && !S_ISDIR(st.st_mode))
-        die("--model %s is a file|give the folder that it lies in", model);
-    if (stat(model, &st) && *model != '/' && *model != '.' && strchr(model, '/') &&
-        strchr(model, '/') == strrchr(model, '/'))
-        die("--model %s is no folder here|"
-            "if it is a name on the hub: hf download %s --local-dir DIR",
-            model, model);
-}
-
 static Config open_config(Options *o, const char *path) {
     Config c;
     memset(&c, 0, sizeof c);
-    if (*o->model) check_model(o->model);
+    if (*o->model) config_check_folder(o->model);
     if (*path) c = config_read(path);
     if (!o->seq_len) o->seq_len = c.max_positions < 512 ? c.max_positions : 512;
     return c;
-}
-
-// A plan needs no more than a config.
-static int has_weights(const char *model) {
-    char *file = xasprintf("%s/model.safetensors", model);
-    char *index = xasprintf("%s.index.json", file);
-    int has = *model && (!access(file, R_OK) || !access(index, R_OK));
-    free(file);
-    free(index);
-    return has;
 }
 
 // A config that ties the head to the embedding, beside a head that differs, is not the truth.
@@ -488,7 +456,7 @@ static void command_plan(Options *o) {
         Machine machine = plan_machine(o->plan_device);
         if (o->gpu_mem > 0) machine.memory = o->gpu_mem * 1073741824.0;
         if (o->gpus_per_node) machine.per_node = (int)o->gpus_per_node;
-        if (c.tied && has_weights(o->model) && checkpoint_has_own_head(o->model)) c.tied = 0;
+        if (c.tied && *o->model && checkpoint_has_own_head(o->model)) c.tied = 0;
         Grid grid = grid_plan(&c, o->world ? (int)o->world : comm_world_size(), (int)o->dp,
                               (int)o->fsdp, (int)o->ep, (Dispatch)o->dispatch, o->attention == 1);
         default_batch(o, &grid);
@@ -545,7 +513,7 @@ static void command_train(Options *o) {
     int again = r.val && r.first == 0;
     r.report = report_open(r.trainer, r.writes ? &r.folder : 0, r.first, o->steps, again, peak);
     report_start(&r.report, r.trainer, o, path, r.data, r.val);
-    if (r.writes && r.grid.rank == 0) say_limits(&r.model.c, o->save_layout);
+    if (r.writes && r.grid.rank == 0) report_limits(&r.model.c, o->save_layout);
     fill_weights(&r, resumed, trainer);
     cJSON_Delete(trainer);
     free(resumed);
@@ -586,13 +554,9 @@ int main(int argc, char **argv) {
     int status = 0;
     if (o.help || argc == 1) {
         if (comm_world_rank() == 0) options_help(stdout);
+    } else if (*o.verify) {
+        if (comm_world_rank() == 0) checkpoint_verify(o.verify, stdout);
     } else {
-        if (*o.verify) {
-            if (comm_world_rank() == 0) checkpoint_verify(o.verify, stdout);
-            options_free(&o);
-            comm_finish();
-            return 0;
-        }
         check_options(&o);
         start(&o);
         if (o.plan)

@@ -228,6 +228,12 @@ static void warn_extra(const Checkpoint *checkpoint, const SafeTensors *s, const
 }
 
 int checkpoint_has_own_head(const char *dir) {
+    char *file = xasprintf("%s/model.safetensors", dir);
+    char *index = xasprintf("%s.index.json", file);
+    int found = !access(file, F_OK) || !access(index, F_OK);
+    free(file);
+    free(index);
+    if (!found) return 0;
     SafeTensors s = safetensors_open_folder(dir);
     const SafeTensor *head = safetensors_find(&s, "lm_head.weight"),
                      *embed = safetensors_find(&s, "model.embed_tokens.weight");

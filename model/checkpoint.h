@@ -60,7 +60,7 @@ void checkpoint_free(Checkpoint *checkpoint);
 
 // Returns 1 where the model in `dir` has a head that differs from its embedding. A config that ties
 // the two is then not the truth about it: transformers 5 keeps such a head, and so does this
-// program.
+// program. Returns 0 where there are no weights, but a config for a plan.
 int checkpoint_has_own_head(const char *dir);
 // Reads this rank's shards of the model in `dir` into shard[b].param and, where it is not 0,
 // .master, for every block b. Takes one file or several, per-expert or fused 3-D tensors, F32,

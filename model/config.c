@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 enum { MAX_CONFIG = 16 << 20 }; // bytes; a config is a few kilobytes
 
@@ -340,4 +341,16 @@ double config_total_parameters(const Config *c) {
 
 double config_flops_per_token(const Config *c, double T) {
     return 6 * config_matrix_parameters(c) + 12.0 * c->L * c->H * c->D * T / 2;
+}
+
+// What people give instead: a file of the model, or a name on the hub.
+void config_check_folder(const char *model) {
+    struct stat st;
+    if (!stat(model, &st) && !S_ISDIR(st.st_mode))
+        die("--model %s is a file|give the folder that it lies in", model);
+    if (stat(model, &st) && *model != '/' && *model != '.' && strchr(model, '/') &&
+        strchr(model, '/') == strrchr(model, '/'))
+        die("--model %s is no folder here|"
+            "if it is a name on the hub: hf download %s --local-dir DIR",
+            model, model);
 }

@@ -34,6 +34,7 @@ typedef struct {
 // impossible shape (K > E, odd D, ...) and on a key that changes the mathematics and is not
 // supported (sliding window, rope scaling, biases, dropout, another activation or model_type).
 Config config_read(const char *path);
+void config_check_folder(const char *model); // ends the run with a hint if --model is no folder
 void config_free(Config *c);
 // Returns the text of a config.json that transformers 4.51+ and 5.x, vLLM and llama.cpp read: the
 // keys that were read, in the 4.x spelling, with the given dtype name. The caller frees it.

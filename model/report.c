@@ -183,6 +183,15 @@ static void write_run(const RunFolder *folder, const Options *o, const Trainer *
     free(line);
 }
 
+void report_limits(const Config *c, int fused) {
+    int scaled = !c->norm_topk && c->n_moe, dense = c->n_moe < c->L;
+    if (!scaled && !dense && !fused) return;
+    printf("exports    not for every program:%s%s%s\n",
+           scaled ? " llama.cpp renormalises the experts' weights, this model does not;" : "",
+           dense ? " llama.cpp has no dense layers in such a model;" : "",
+           fused ? " transformers 4.57 loads fused experts as random numbers, 5 as they are;" : "");
+}
+
 void report_start(const Report *r, const Trainer *t, const Options *o, const char *source,
                   const Loader *train, const Loader *val) {
     if (!r->active) return;

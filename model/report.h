@@ -33,6 +33,9 @@ Report report_open(const Trainer *t, RunFolder *folder, int64_t step, int64_t st
 // ahead of its log. Warns where the disk refuses.
 void report_sync(Report *r);
 void report_close(Report *r);
+// Prints one line on what other programs cannot do with checkpoints of a model, if there is
+// anything.
+void report_limits(const Config *c, int fused);
 // Prints model, precision, backend, grid, data, batch, losses, optimizer and the formula of MFU,
 // and writes out/run.json. source: where the model comes from; train, val: 0 = not given.
 void report_start(const Report *r, const Trainer *t, const Options *o, const char *source,

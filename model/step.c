@@ -7,9 +7,8 @@
 //     head      in chunks of tokens: logits, loss and dlogits in one pass
 //     backward  layers L-1 .. 0: weights of l-1 on their way; every micro-batch back through layer
 //               l, whose gradient is then on its way to its shards
-//   update      norm, clip, optimizer: at the end, or (--update layer) a layer at a time in
-//   backward report      the one moment at which the host waits and reads (I11, the host does not
-//   wait)
+//   update      norm, clip, optimizer: at the end, or a layer at a time (--update layer)
+//   report      the one moment at which the host waits and reads (I11, the host does not wait)
 #include "step.h"
 #include "checkpoint.h"
 #include "trace.h"
