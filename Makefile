@@ -92,7 +92,7 @@ gpu-check:
 compare-hf:
 	@CC=$(CC) bash $(if $(filter bf16,$(PRECISION)),dev/hf/compare_bf16.sh,dev/compare_hf.sh)
 bench-cpu: train_moe $(BUILD)/dev/bench_cpu
-	@BENCH=$(BUILD)/dev/bench_cpu bash dev/bench_cpu.sh
+	@BENCH=$(BUILD)/dev/bench_cpu PRECISION=$(PRECISION) bash dev/bench_cpu.sh
 
 clean:
 	rm -rf $(ROOT_BUILD) train_moe test_moe naive

@@ -5,16 +5,21 @@
 //   bench_cpu step DIR FILE [options]         updates of a checkpoint: one line of JSON
 //   bench_cpu kernels DIR [options]           every kernel at the shapes of that model: a table
 //       --seq-len 512 --batch 8 --steps 8 --warmup 3 --threads 0 --embed 1 --skew 1
+//       --optimizer adamw|adamw8bit         adamw8bit: without master weights, the least memory
 //
 // The peak is device_peak_flops(): square products, one on each thread, best of 0.2 s; it is
 // measured before and after every update, because other programs and the clock of the processor
-// change it within seconds, and an update is judged by the mean of its two neighbours. Model FLOPs
-// of a token: config_flops_per_token = 6 x parameters a token meets in matrix products + 12 x
-// layers x heads x head_dim x T / 2. Two scalings of the checkpoint, in memory, the same in
-// dev/hf/bench.py: --embed S multiplies the embedding, so that what a token routes to is decided by
-// the token and not by what its neighbours share (near-balanced with random tokens); --skew S
-// multiplies the router's rows of the first eighth of the experts: their logits dispatch S times as
-// far, so they are chosen more often.
+// change it within seconds, and an update is judged by the mean of its two neighbours. A kernel is
+// judged by its ceiling, which takes turns with it: BLAS's fp32 products of the shapes that one
+// task of the kernel multiplies, or a copy of as many bytes as the kernel moves if each operand
+// moves once. The share is the median over the turns; it may pass 100 % (a copy's target is not in
+// the cache, a kernel's often is). attention_backward counts five products, one of them the second
+// making of the scores. Model FLOPs of a token: config_flops_per_token = 6 x parameters a token
+// meets in matrix products + 12 x layers x heads x head_dim x T / 2. Two scalings of the
+// checkpoint, in memory, the same in dev/hf/bench.py: --embed S multiplies the embedding, so that
+// what a token routes to is decided by the token and not by what its neighbours share
+// (near-balanced with random tokens); --skew S multiplies the router's rows of the first eighth of
+// the experts: their logits spread S times as far, so they are chosen more often.
 #define _GNU_SOURCE
 #include "../kernels/cpu/gemm.h"
 #include "../kernels/fail.h"
@@ -26,7 +31,7 @@
 #include <sys/resource.h>
 
 typedef struct {
-    int T, batch, steps, warmup, threads;
+    int T, batch, steps, warmup, threads, small;
     double embed, skew;
 } Bench;
 
@@ -75,6 +80,10 @@ static Trainer *start(Model *m, Grid *grid, const Bench *b, const char *dir) {
     OptimizerOptions o = {
         .kind = OPT_ADAMW, .lr = 1e-5, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .master = 1
     };
+    if (b->small) {
+        o.kind = OPT_ADAMW8;
+        o.master = 0;
+    }
     Trainer *t = trainer_create(m, grid, s, o, 0, 0);
     Arena staging = arena_counting("checkpoint");
     checkpoint_free(checkpoint_create(m, grid->all, 1, &staging));
@@ -115,13 +124,15 @@ static void bench_step(Model *m, const Bench *b, const char *dir, const char *to
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
     double s = median(seconds, b->steps);
-    printf("{\"who\":\"moe.c\",\"skew\":%g,\"tokens\":%d,\"steps\":%d,\"seconds\":%.6g,\"tok_s\":%."
-           "6g,\"gflops\":%.6g,\"peak_gflops\":%.6g,\"share\":%.4g,\"fastest\":%.6g,"
-           "\"load\":%.4g,\"first_loss\":%.9g,\"memory_mib\":%.5g,\"flops_per_token\":%.9g,"
-           "\"device\":\"%s\"}\n",
-           b->skew, b->T * b->batch, b->steps, s, b->T * b->batch / s, flops / s * 1e-9,
-           median(peak, b->steps) * 1e-9, median(share, b->steps), seconds[0], load, first_loss,
-           (double)usage.ru_maxrss / 1024, config_flops_per_token(&m->c, b->T), device_describe());
+    printf(
+        "{\"who\":\"moe.c%s\",\"skew\":%g,\"tokens\":%d,\"steps\":%d,\"seconds\":%.6g,\"tok_s\":%."
+        "6g,\"gflops\":%.6g,\"peak_gflops\":%.6g,\"share\":%.4g,\"fastest\":%.6g,"
+        "\"load\":%.4g,\"first_loss\":%.9g,\"memory_mib\":%.5g,\"flops_per_token\":%.9g,"
+        "\"device\":\"%s\"}\n",
+        b->small ? ", adamw8bit" : "", b->skew, b->T * b->batch, b->steps, s, b->T * b->batch / s,
+        flops / s * 1e-9, median(peak, b->steps) * 1e-9, median(share, b->steps), seconds[0], load,
+        first_loss, (double)usage.ru_maxrss / 1024, config_flops_per_token(&m->c, b->T),
+        device_describe());
     fflush(stdout);
     Profile *profile = profile_start(t->g->all);
     trainer_step(t, data, b->warmup + b->steps + 1, 1e-5);
@@ -134,34 +145,118 @@ static void bench_step(Model *m, const Bench *b, const char *dir, const char *to
 }
 
 // ---- single kernels -------------------------------------------------------------------------
-static double table_total, table_peak;
+// A product C (m,n) = op(A) op(B) that a kernel makes `times` times for one measure of its work.
+typedef struct {
+    int ta, tb;
+    int64_t m, n, k, times;
+} Product;
+enum { SAMPLES = 1000, PRODUCTS = 3 };
+// One row of the table while it is measured. A kernel and its ceiling take turns.
+typedef struct {
+    const char *name;
+    double calls, flops, bytes; // calls in one update; flops or bytes of one call
+    Product product[PRODUCTS];
+    real *memory;
+    int n;
+    double begin, at, seconds[SAMPLES], ceiling[SAMPLES], share[SAMPLES];
+} Row;
+static struct { double seconds, at_ceiling, peak; } table;
 
-static void row(const char *name, double calls, double flops, double bytes, double seconds) {
-    char rate[64];
-    if (flops > 0)
-        snprintf(rate, sizeof rate, "%8.1f GFLOP/s %5.1f %%", flops / seconds * 1e-9,
-                 100 * flops / seconds / table_peak);
-    else
-        snprintf(rate, sizeof rate, "%8.1f GB/s", bytes / seconds * 1e-9);
-    printf("| %-34s | %8.3f | %5.0f | %9.2f | %-26s |\n", name, 1e3 * seconds, calls,
-           1e3 * seconds * calls, rate);
-    table_total += seconds * calls;
+static size_t product_size(const Product *p) {
+    return (size_t)(p->m * p->k + p->k * p->n + p->m * p->n);
 }
-// Median of at least 5 calls and 0.1 s; the first call is not counted. calls: in one update. flops,
-// bytes: of one call, bytes as if each operand moved once.
-#define KERNEL(name, calls, flops, bytes, call)                        \
-    do {                                                               \
-        double times_[1000];                                           \
-        int n_ = 0;                                                    \
-        call;                                                          \
-        for (double begin_ = now_seconds();                            \
-             n_ < 1000 && (n_ < 5 || now_seconds() - begin_ < 0.1);) { \
-            double at_ = now_seconds();                                \
-            call;                                                      \
-            times_[n_++] = now_seconds() - at_;                        \
-        }                                                              \
-        row(name, calls, flops, bytes, median(times_, n_));            \
-    } while (0)
+// Returns the FLOP/s of the row's products, each thread making them alone and from operands of its
+// own; every thread makes at least 0.2 GFLOP.
+static double products_speed(const Row *row) {
+    double flops = 0;
+    size_t size = 0;
+    for (const Product *p = row->product; p < row->product + PRODUCTS; p++) {
+        flops += 2.0 * (double)(p->m * p->n * p->k * p->times);
+        if (product_size(p) > size) size = product_size(p);
+    }
+    int repeats = (int)(2e8 / flops) + 1;
+    double begin = now_seconds();
+    PARALLEL_FOR
+    for (int t = 0; t < thread_count(); t++)
+        for (int i = 0; i < repeats; i++)
+            for (const Product *p = row->product; p < row->product + PRODUCTS; p++)
+                for (int64_t j = 0; j < p->times; j++) {
+                    real *A = row->memory + size * (size_t)t, *B = A + p->m * p->k;
+                    gemm(p->ta, p->tb, p->m, p->n, p->k, A, p->ta ? p->m : p->k, B,
+                         p->tb ? p->k : p->n, 0, B + p->k * p->n, p->n);
+                }
+    return flops * repeats * thread_count() / (now_seconds() - begin);
+}
+// Returns the bytes a second of a copy that moves as many bytes as a call of the kernel, half of
+// them read and half written, in one piece a thread.
+static double copy_speed(const Row *row) {
+    size_t half = (size_t)(row->bytes / 2 / thread_count());
+    double begin = now_seconds();
+    PARALLEL_FOR
+    for (int t = 0; t < thread_count(); t++) {
+        char *from = (char *)row->memory + 2 * half * (size_t)t;
+        memcpy(from + half, from, half);
+    }
+    return 2.0 * (double)half * thread_count() / (now_seconds() - begin);
+}
+static Row row_of(const char *name, double calls, double flops, double bytes,
+                  const Product product[PRODUCTS]) {
+    Row row = { .name = name, .calls = calls, .flops = flops, .bytes = bytes };
+    size_t size = 0;
+    for (int i = 0; i < PRODUCTS && product; i++) {
+        row.product[i] = product[i];
+        if (product_size(product + i) > size) size = product_size(product + i);
+    }
+    size_t count = flops > 0 ? size * (size_t)thread_count() : (size_t)bytes / sizeof(real) + 1;
+    row.memory = (real *)xmalloc(count * sizeof(real), "operands of a ceiling");
+    for (size_t i = 0; i < count; i++) row.memory[i] = (real)(i % 7) * (real)0.125;
+    return row;
+}
+static Row products(const char *name, double calls, double flops, const Product p[PRODUCTS]) {
+    return row_of(name, calls, flops, 0, p);
+}
+static Row memory(const char *name, double calls, double bytes) {
+    return row_of(name, calls, 0, bytes, 0);
+}
+// The tile in which linear_* hand out a product of (m,k) with (k,n).
+static Product tile(int ta, int tb, int64_t m, int64_t n, int64_t k) {
+    Product p = { ta, tb, 0, 0, k, 1 };
+    gemm_tile(m, n, k, &p.m, &p.n);
+    return p;
+}
+static void print_row(Row *row) {
+    int flops = row->flops > 0;
+    double work = flops ? row->flops : row->bytes, seconds = median(row->seconds, row->n),
+           ceiling = median(row->ceiling, row->n), share = median(row->share, row->n);
+    char peak[16] = "";
+    if (flops) snprintf(peak, sizeof peak, "%.1f %%", 100 * work / seconds / table.peak);
+    printf("| %-30s | %8.3f | %5.0f | %9.2f | %6.1f %-7s | %7s | %7.1f | %5.1f %% |\n", row->name,
+           1e3 * seconds, row->calls, 1e3 * seconds * row->calls, work / seconds * 1e-9,
+           flops ? "GFLOP/s" : "GB/s", peak, ceiling * 1e-9, 100 * share);
+    table.seconds += seconds * row->calls;
+    table.at_ceiling += seconds * share * row->calls;
+    free(row->memory);
+}
+// Goes before each call of a kernel: true until it was called for 0.15 s, its ceiling included,
+// and at least 5 times after a first call that does not count; prints the row at the end.
+static int measured(Row *row) {
+    double now = now_seconds();
+    if (row->at > 0 && row->begin > 0) {
+        double work = row->flops > 0 ? row->flops : row->bytes;
+        row->seconds[row->n] = now - row->at;
+        row->ceiling[row->n] = row->flops > 0 ? products_speed(row) : copy_speed(row);
+        row->share[row->n] = work / row->seconds[row->n] / row->ceiling[row->n];
+        row->n++;
+    } else if (row->at > 0) {
+        row->begin = now;
+    }
+    if (row->n == SAMPLES || (row->n >= 5 && now_seconds() - row->begin > 0.15)) {
+        print_row(row);
+        return 0;
+    }
+    row->at = now_seconds();
+    return 1;
+}
 
 static floatX *normal(Arena *a, size_t n, uint64_t key) {
     floatX *x = ARENA_TAKE(a, floatX, n, "x");
@@ -173,6 +268,8 @@ static floatX *normal(Arena *a, size_t n, uint64_t key) {
 static void kernels(const Config *c, const Trainer *t, const Bench *b, Arena *arena) {
     const int T = b->T, B = b->batch, R = T * B, C = c->C, Q = c->H * c->D, KV = c->KV * c->D,
               E = c->E, K = c->K, F = c->F, V = c->V, M = row_index_bound(R, K, E);
+    // Rows of a task: of an expert at balance; of a block of attention (kernels/cpu/attention.c).
+    const int each = (int)lesser(1024, div_up((int64_t)R * K, E)), keys = 256, stacked = 192;
     const int chunk = t->head.chunk < R ? t->head.chunk : R;
     const double L = c->n_moe, chunks = (double)R / chunk, x = sizeof(floatX), g = sizeof(gradX);
     const double RC = (double)R * C, rows = (double)R * K;
@@ -224,99 +321,127 @@ static void kernels(const Config *c, const Trainer *t, const Bench *b, Arena *ar
     for (int i = 0; i < E / 8 * C; i++) store(Wr + i, load(Wr + i) * (real)b->skew);
     rope_table(cosine, sine, c->rope_theta, T, c->D);
 
-    table_peak = device_peak_flops();
+    table.peak = device_peak_flops();
     printf("sgemm on %d threads: %.1f GFLOP/s (side 512, one product a thread)\n\n", thread_count(),
-           table_peak * 1e-9);
-    printf("| kernel                             |  ms/call | calls | ms/update | rate             "
-           "          |\n|---|---|---|---|---|\n");
-    KERNEL("embed_forward", 1, 0, 2 * RC * x, embed_forward(h, ids, We, R, C));
-    KERNEL("embed_backward", 1, 0, RC * x + (double)V * C * g,
-           embed_backward(dWe, dy, ids, 0, -1, R, V, C));
-    KERNEL("rmsnorm_forward", 4 * L + chunks, 0, 2 * RC * x,
-           rmsnorm_forward(y, rstd, h, w, (real)1e-6, R, C));
-    KERNEL("rmsnorm_backward", 2 * L + 1, 0, 4 * RC * x,
-           rmsnorm_backward(y, dw, dy, dy, h, w, rstd, 0, R, C));
-    KERNEL("add (residual)", 2 * L, 0, 3 * RC * x, add(y, h, dy, (size_t)R * C));
-    KERNEL("linear_forward q, o", 2 * L, 2 * RC * Q, 0, linear_forward(q, h, Wq, R, Q, C));
-    KERNEL("linear_forward k, v", 2 * L, 2 * RC * KV, 0, linear_forward(k, h, Wq, R, KV, C));
-    KERNEL("linear_backward_input q, o", 2 * L, 2 * RC * Q, 0,
-           linear_backward_input(y, q, Wq, R, Q, C));
-    KERNEL("linear_backward_input_add k, v", 2 * L, 2 * RC * KV, 0,
-           linear_backward_input_add(y, k, Wq, R, KV, C));
-    KERNEL("linear_backward_weight q, o", 2 * L, 2 * RC * Q, 0,
-           linear_backward_weight(dW, q, h, 0, R, Q, C));
-    KERNEL("linear_backward_weight k, v", 2 * L, 2 * RC * KV, 0,
-           linear_backward_weight(dW, k, h, 0, R, KV, C));
-    KERNEL("qk_norm_rope_forward", L, 0, 2.0 * R * (Q + KV) * x,
-           qk_norm_rope_forward(qn, kn, q, k, w, w, cosine, sine, 0, (real)1e-6, R, T, c->H, c->KV,
-                                c->D));
-    KERNEL("qk_norm_rope_backward", L, 0, 3.0 * R * (Q + KV) * x,
-           qk_norm_rope_backward(dq, dk, dw, dw + c->D, qn, kn, q, k, w, w, cosine, sine, 0,
-                                 (real)1e-6, 0, R, T, c->H, c->KV, c->D));
-    KERNEL("attention_forward (causal half)", L, 2.0 * R * T * Q, 0,
-           attention_forward(o, lse, qn, kn, v, 0, workspace, B, T, c->H, c->KV, c->D));
-    KERNEL("attention_backward (causal half)", L, 4.0 * R * T * Q, 0,
-           attention_backward(dq, dk, dv, q, o, lse, qn, kn, v, 0, workspace, B, T, c->H, c->KV,
-                              c->D));
-    KERNEL("router_forward", L, 2 * RC * E, 0,
-           router_forward(z, topk, score, stats, h, Wr, 0, 0, c->norm_topk, R, C, E, K));
+           table.peak * 1e-9);
+    printf(
+        "| kernel | ms/call | calls | ms/update | rate | of that sgemm | ceiling | of the ceiling "
+        "|\n|---|---|---|---|---|---|---|---|\n");
+    for (Row r = memory("embed_forward", 1, 2 * RC * x); measured(&r);)
+        embed_forward(h, ids, We, R, C);
+    for (Row r = memory("embed_backward", 1, RC * x + (double)V * C * g); measured(&r);)
+        embed_backward(dWe, dy, ids, 0, -1, R, V, C);
+    for (Row r = memory("rmsnorm_forward", 4 * L + chunks, 2 * RC * x); measured(&r);)
+        rmsnorm_forward(y, rstd, h, w, (real)1e-6, R, C);
+    for (Row r = memory("rmsnorm_backward", 2 * L + 1, 4 * RC * x); measured(&r);)
+        rmsnorm_backward(y, dw, dy, dy, h, w, rstd, 0, R, C);
+    for (Row r = memory("add (residual)", 2 * L, 3 * RC * x); measured(&r);)
+        add(y, h, dy, (size_t)R * C);
+    for (Row r = products("linear_forward q, o", 2 * L, 2 * RC * Q,
+                          (Product[PRODUCTS]){ tile(0, 1, R, Q, C) });
+         measured(&r);)
+        linear_forward(q, h, Wq, R, Q, C);
+    for (Row r = products("linear_forward k, v", 2 * L, 2 * RC * KV,
+                          (Product[PRODUCTS]){ tile(0, 1, R, KV, C) });
+         measured(&r);)
+        linear_forward(k, h, Wq, R, KV, C);
+    for (Row r = products("linear_backward_input q, o", 2 * L, 2 * RC * Q,
+                          (Product[PRODUCTS]){ tile(0, 0, R, C, Q) });
+         measured(&r);)
+        linear_backward_input(y, q, Wq, R, Q, C);
+    for (Row r = products("linear_backward_input_add k, v", 2 * L, 2 * RC * KV,
+                          (Product[PRODUCTS]){ tile(0, 0, R, C, KV) });
+         measured(&r);)
+        linear_backward_input_add(y, k, Wq, R, KV, C);
+    for (Row r = products("linear_backward_weight q, o", 2 * L, 2 * RC * Q,
+                          (Product[PRODUCTS]){ tile(1, 0, Q, C, R) });
+         measured(&r);)
+        linear_backward_weight(dW, q, h, 0, R, Q, C);
+    for (Row r = products("linear_backward_weight k, v", 2 * L, 2 * RC * KV,
+                          (Product[PRODUCTS]){ tile(1, 0, KV, C, R) });
+         measured(&r);)
+        linear_backward_weight(dW, k, h, 0, R, KV, C);
+    for (Row r = memory("qk_norm_rope_forward", L, 2.0 * R * (Q + KV) * x); measured(&r);)
+        qk_norm_rope_forward(qn, kn, q, k, w, w, cosine, sine, 0, (real)1e-6, R, T, c->H, c->KV,
+                             c->D);
+    for (Row r = memory("qk_norm_rope_backward", L, 3.0 * R * (Q + KV) * x); measured(&r);)
+        qk_norm_rope_backward(dq, dk, dw, dw + c->D, qn, kn, q, k, w, w, cosine, sine, 0,
+                              (real)1e-6, 0, R, T, c->H, c->KV, c->D);
+    for (Row r = products("attention_forward", L, 2.0 * R * T * Q,
+                          (Product[PRODUCTS]){ { 0, 1, stacked, keys, c->D, 1 },
+                                               { 0, 0, stacked, c->D, keys, 1 } });
+         measured(&r);)
+        attention_forward(o, lse, qn, kn, v, 0, workspace, B, T, c->H, c->KV, c->D);
+    for (Row r = products("attention_backward", L, 5.0 * R * T * Q,
+                          (Product[PRODUCTS]){ { 0, 1, stacked, keys, c->D, 2 },
+                                               { 1, 0, keys, c->D, stacked, 2 },
+                                               { 0, 0, stacked, c->D, keys, 1 } });
+         measured(&r);)
+        attention_backward(dq, dk, dv, q, o, lse, qn, kn, v, 0, workspace, B, T, c->H, c->KV, c->D);
+    for (Row r = products("router_forward", L, 2 * RC * E,
+                          (Product[PRODUCTS]){ { 0, 1, 128, E, C, 1 } });
+         measured(&r);)
+        router_forward(z, topk, score, stats, h, Wr, 0, 0, c->norm_topk, R, C, E, K);
     router_share(share, stats.count, R, 1, E);
     for (int i = 0; i < R * K; i++) dscore[i] = (real)0.01 * (real)(i % 7);
-    KERNEL("router_backward_add", L, 4 * RC * E, 0,
-           router_backward_add(y, dW, dz, dscore, z, topk, score, h, Wr, share, 1e-3, 0,
-                               c->norm_topk, 0, R, C, E, K));
-    KERNEL("row_index_build", 2 * L, 0, 3 * rows * sizeof(int), row_index_build(&plan, topk, 0));
-    KERNEL("experts_up", L, 4 * rows * F * C, 0, experts_up(H, A, h, W1, &plan, C, F));
-    KERNEL("experts_down", L, 2 * rows * F * C, 0, experts_down(Y, A, W2, &plan, C, F));
-    KERNEL("rows_weighted_sum", 2 * L, 0, (rows + R) * C * x,
-           rows_weighted_sum(y, Y, score, &plan, C));
-    KERNEL("experts_down_backward", L, 2 * rows * F * C, 0,
-           experts_down_backward(dH, A, dscore, dy, H, W2, score, &plan, C, F));
-    KERNEL("experts_up_backward", L, 4 * rows * F * C, 0,
-           experts_up_backward(Y, dH, W1, &plan, C, F));
-    KERNEL("experts_wgrad", L, 6 * rows * F * C, 0,
-           experts_wgrad(dW1, dW2, h, dy, dH, A, &plan, 0, C, F));
+    for (Row r = products("router_backward_add", L, 4 * RC * E,
+                          (Product[PRODUCTS]){ { 0, 0, 128, C, E, 4 }, { 1, 0, E, 64, 512, 8 } });
+         measured(&r);)
+        router_backward_add(y, dW, dz, dscore, z, topk, score, h, Wr, share, 1e-3, 0, c->norm_topk,
+                            0, R, C, E, K);
+    for (Row r = memory("row_index_build", 2 * L, 3 * rows * sizeof(int)); measured(&r);)
+        row_index_build(&plan, topk, 0);
+    for (Row r = products("experts_up", L, 4 * rows * F * C,
+                          (Product[PRODUCTS]){ { 0, 1, each, 2 * F, C, 1 } });
+         measured(&r);)
+        experts_up(H, A, h, W1, &plan, C, F);
+    for (Row r = products("experts_down", L, 2 * rows * F * C,
+                          (Product[PRODUCTS]){ { 0, 1, each, C, F, 1 } });
+         measured(&r);)
+        experts_down(Y, A, W2, &plan, C, F);
+    for (Row r = memory("rows_weighted_sum", 2 * L, (rows + R) * C * x); measured(&r);)
+        rows_weighted_sum(y, Y, score, &plan, C);
+    for (Row r = products("experts_down_backward", L, 2 * rows * F * C,
+                          (Product[PRODUCTS]){ { 0, 0, each, F, C, 1 } });
+         measured(&r);)
+        experts_down_backward(dH, A, dscore, dy, H, W2, score, &plan, C, F);
+    for (Row r = products("experts_up_backward", L, 4 * rows * F * C,
+                          (Product[PRODUCTS]){ { 0, 0, each, C, 2 * F, 1 } });
+         measured(&r);)
+        experts_up_backward(Y, dH, W1, &plan, C, F);
+    for (Row r = products("experts_wgrad", L, 6 * rows * F * C,
+                          (Product[PRODUCTS]){ { 1, 0, 2 * F, lesser(512, C), each, 1 },
+                                               { 1, 0, lesser(512, C), F, each, 1 } });
+         measured(&r);)
+        experts_wgrad(dW1, dW2, h, dy, dH, A, &plan, 0, C, F);
     double head = 2.0 * chunk * C * V;
-    KERNEL("linear_forward head", chunks, head, 0, linear_forward(logits, h, We, chunk, V, C));
-    KERNEL("cross_entropy", chunks, 0, 2.0 * chunk * V * x,
-           cross_entropy(logits, loss, ids, (real)1 / R, 1, chunk, V));
-    KERNEL("linear_backward_input head", chunks, head, 0,
-           linear_backward_input(y, logits, We, chunk, V, C));
-    KERNEL("linear_backward_weight head", chunks, head, 0,
-           linear_backward_weight(dWe, logits, h, 1, chunk, V, C));
+    for (Row r = products("linear_forward head", chunks, head,
+                          (Product[PRODUCTS]){ tile(0, 1, chunk, V, C) });
+         measured(&r);)
+        linear_forward(logits, h, We, chunk, V, C);
+    for (Row r = memory("cross_entropy", chunks, 2.0 * chunk * V * x); measured(&r);)
+        cross_entropy(logits, loss, ids, (real)1 / R, 1, chunk, V);
+    for (Row r = products("linear_backward_input head", chunks, head,
+                          (Product[PRODUCTS]){ tile(0, 0, chunk, C, V) });
+         measured(&r);)
+        linear_backward_input(y, logits, We, chunk, V, C);
+    for (Row r = products("linear_backward_weight head", chunks, head,
+                          (Product[PRODUCTS]){ tile(1, 0, V, C, chunk) });
+         measured(&r);)
+        linear_backward_weight(dWe, logits, h, 1, chunk, V, C);
     double n = config_total_parameters(c);
     norm[0] = 1;
-#define EVERY_BLOCK(call) \
-    for (int i = 0; i < t->m->n_blocks; i++) call
-    KERNEL("gradient_squares", 1, 0, n * g,
-           EVERY_BLOCK(
-               gradient_squares(sums, grad, t->m->block[i].segment, t->m->block[i].n_segments)));
-    KERNEL("optimizer_update (AdamW)", 1, 0, n * (2 * x + g + 4 * sizeof(real)),
-           EVERY_BLOCK(optimizer_step((Optimizer *)&t->optimizer, i, grad, 1e-5, 2, 2, 1, norm)));
+    for (Row r = memory("gradient_squares", 1, n * g); measured(&r);)
+        for (int i = 0; i < t->m->n_blocks; i++)
+            gradient_squares(sums, grad, t->m->block[i].segment, t->m->block[i].n_segments);
+    for (Row r = memory("optimizer_update (AdamW)", 1, n * (2 * x + g + 4 * sizeof(real)));
+         measured(&r);)
+        for (int i = 0; i < t->m->n_blocks; i++)
+            optimizer_step((Optimizer *)&t->optimizer, i, grad, 1e-5, 2, 2, 1, norm);
     printf("\nsum over an update: %.0f ms; with model FLOPs that is %.1f %% of the sgemm measured "
-           "here\n",
-           1e3 * table_total, 100 * config_flops_per_token(c, T) * R / table_total / table_peak);
-    printf("one sgemm a thread (M = N = K):");
-    for (int side = 64; side <= 2048; side *= 2) {
-        size_t size = (size_t)side * side;
-        real *s = (real *)xmalloc(3 * size * (size_t)thread_count() * sizeof(real), "matrices"),
-             best = 0;
-        for (size_t i = 0; i < 3 * size * (size_t)thread_count(); i++) s[i] = (real)(i % 5);
-        for (double begin = now_seconds(), at; now_seconds() - begin < 0.2;) {
-            at = now_seconds();
-            PARALLEL_FOR
-            for (int j = 0; j < thread_count(); j++) {
-                real *a = s + 3 * size * (size_t)j;
-                gemm(0, 1, side, side, side, a, side, a + size, side, 0, a + 2 * size, side);
-            }
-            real speed =
-                (real)(2.0 * (double)size * side * thread_count() / (now_seconds() - at) * 1e-9);
-            if (speed > best) best = speed;
-        }
-        printf(" %d: %.0f", side, (double)best);
-        free(s);
-    }
-    printf(" GFLOP/s\n");
+           "here; at the ceilings it would be %.0f ms\n",
+           1e3 * table.seconds, 100 * config_flops_per_token(c, T) * R / table.seconds / table.peak,
+           1e3 * table.at_ceiling);
 }
 
 static void bench_kernels(Model *m, const Bench *b, const char *dir) {
@@ -358,6 +483,8 @@ int main(int argc, char **argv) {
             b.threads = atoi(value);
         else if (!strcmp(name, "--embed"))
             b.embed = atof(value);
+        else if (!strcmp(name, "--optimizer"))
+            b.small = !strcmp(value, "adamw8bit");
         else if (!strcmp(name, "--skew"))
             b.skew = atof(value);
         else

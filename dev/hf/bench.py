@@ -4,8 +4,9 @@
     python dev/hf/bench.py step --model DIR --train FILE --seq-len 512 --batch 8 --experts grouped_mm --steps 3       one line of JSON
     python dev/hf/bench.py report LINES.jsonl --kernels TABLE.txt --phases PHASES.txt --out REPORT.md --note TEXT...
 
-An update is what train_moe does: forward, cross entropy and load-balancing loss, backward, clipping, AdamW; fp32. What transformers offers to be
-fast is on: sdpa attention, fused AdamW, the expert kernels asked for. The matrix-product peak is torch's own, measured between updates.
+An update is what train_moe does: forward, cross entropy and load-balancing loss, backward, clipping, AdamW. What transformers offers to be fast is on:
+sdpa attention, fused AdamW, the expert kernels asked for. --dtype bf16: weights, gradients and both moments are bf16, as transformers trains a
+model loaded so. The matrix-product peak is that of torch's own fp32 product, measured between updates.
 """
 import argparse, json, os, resource, statistics, sys, time
 
@@ -16,7 +17,7 @@ def step(a):
     import torch, transformers
     from reference import Windows, forward, load_model, losses, matmul_peak, step_flops, expert_load
     torch.set_num_threads(a.threads)
-    model = load_model(a.model, "fp32", a.attn, a.experts)
+    model = load_model(a.model, a.dtype, a.attn, a.experts)
     config = model.config
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(a.embed)
@@ -45,7 +46,7 @@ def step(a):
         del logits, router, total, loss
     middle, tokens = statistics.median(seconds), a.batch * a.seq_len
     share = statistics.median(flops / t / (0.5 * (x + y)) for t, x, y in zip(seconds, peaks, peaks[1:]))
-    print(json.dumps({"who": f"transformers, {a.experts}", "skew": a.skew, "tokens": tokens, "steps": a.steps, "seconds": middle, "tok_s": tokens / middle,
+    print(json.dumps({"who": f"transformers, {a.experts}", "dtype": a.dtype, "skew": a.skew, "tokens": tokens, "steps": a.steps, "seconds": middle, "tok_s": tokens / middle,
                       "gflops": flops / middle / 1e9, "peak_gflops": statistics.median(peaks) / 1e9, "share": share, "fastest": min(seconds), "load": load,
                       "first_loss": first, "memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "flops_per_token": flops / tokens,
                       "device": f"torch {torch.__version__}, transformers {transformers.__version__}, {a.threads} threads, {a.attn}"}), flush=True)
@@ -68,7 +69,7 @@ def report(a):
             middle[who] = m
             out.append(f"| {who} | {m['tok_s']:.0f} | {m['gflops']:.1f} | {100 * m['share']:.1f} % | {m['peak_gflops']:.0f} | {m['seconds']:.3f} | "
                        f"{' '.join(format(r['tok_s'], '.0f') for r in mine)} | {m['load']:.2f} | {mine[-1]['first_loss']:.6f} | {m['memory_mib']:.0f} |")
-        others = {w: m for w, m in middle.items() if w != "moe.c"}
+        others = {w: m for w, m in middle.items() if not w.startswith("moe.c")}
         if others and "moe.c" in middle:
             best = max(others, key=lambda w: others[w]["tok_s"])
             ratio = [x["tok_s"] / y["tok_s"] for x, y in zip((r for r in here if r["who"] == "moe.c"), (r for r in here if r["who"] == best))]
@@ -99,6 +100,7 @@ def main():
         s.add_argument(f"--{name}", type=int, default=default)
     s.add_argument("--embed", type=float, default=1.0)
     s.add_argument("--skew", type=float, default=1.0)
+    s.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     s.add_argument("--attn", default="sdpa")
     s.add_argument("--experts", default="grouped_mm")
     r = commands.add_parser("report")

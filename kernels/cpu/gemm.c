@@ -220,7 +220,7 @@ static const double TILE_MIN_FLOP = 2e6; // some 20 microseconds: less is not wo
 
 // Multiples of 16 keep the micro-kernels' edges rare.
 static int64_t halved(int64_t side) { return div_up(div_up(side, 2), 16) * 16; }
-static void gemm_tile(int64_t m, int64_t n, int64_t k, int64_t *tile_m, int64_t *tile_n) {
+void gemm_tile(int64_t m, int64_t n, int64_t k, int64_t *tile_m, int64_t *tile_n) {
     int64_t tm = lesser(TILE_LARGE, m > 0 ? m : 1), tn = lesser(TILE_LARGE, n > 0 ? n : 1);
     for (;;) {
         int64_t tiles = div_up(m, tm) * div_up(n, tn);

@@ -27,6 +27,8 @@ void gemm_parallel_x(int ta, int tb, int64_t m, int64_t n, int64_t k, const floa
                      const floatX *B, int64_t ldb, real beta, real *C, int64_t ldc);
 void gemm_parallel_xx(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int64_t lda,
                       const floatX *B, int64_t ldb, real beta, floatX *C, int64_t ldc);
+// Returns the side lengths of those tiles in *tile_m and *tile_n.
+void gemm_tile(int64_t m, int64_t n, int64_t k, int64_t *tile_m, int64_t *tile_n);
 // ---- bf16 by the processor's own instructions: gemm_bf16.c ----------------------------------
 typedef enum { GEMM_WIDENED, GEMM_AVX512, GEMM_AMX } GemmBf16;
 // Returns what this processor multiplies bf16 by; GEMM_WIDENED: nothing but fp32 products.
