@@ -136,7 +136,8 @@ void *xcalloc(size_t count, size_t size, const char *what) {
 void *xrealloc(void *old, size_t count, size_t size, const char *what) {
     size_t bytes = count * size;
     int fits = !size || count <= SIZE_MAX / size;
-    void *p = fits ? realloc(old, bytes ? bytes : 1) : 0;
+    if (!bytes) bytes = 1;
+    void *p = fits ? realloc(old, bytes) : 0;
     if (!p)
         die("out of host memory: %zu x %zu bytes for %s|free memory or use fewer ranks here", count,
             size, what);

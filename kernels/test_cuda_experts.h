@@ -84,9 +84,8 @@ static void test_experts(int P, int K, int E, int C, int F, Routing routing) {
     for (int p = 0; p < P; p++) { // K distinct ids, ascending
         std::vector<int> take(global);
         for (int k = 0; k < K; k++) {
-            int e = routing == ONE && k == 0 ? E - 1
-                    : routing == EMPTY       ? E + below(E)
-                                             : below(global);
+            int e = routing == EMPTY ? E + below(E) : below(global);
+            if (routing == ONE && k == 0) e = E - 1;
             while (take[e]) e = routing == EMPTY ? E + (e + 1) % E : (e + 1) % global;
             take[e] = 1;
         }

@@ -259,9 +259,8 @@ static Node *run_operation(const Node *op) {
             int64_t to = 0;
             place(x, i, inner);
             for (int a = 0; a < 4; a++) to = to * dims(y)[a] + inner[a] / (dims(x)[a] / dims(y)[a]);
-            y->value[to] = !most                        ? y->value[to] + x->value[i]
-                           : x->value[i] > y->value[to] ? x->value[i]
-                                                        : y->value[to];
+            double before = y->value[to], one = x->value[i];
+            y->value[to] = most ? fmax(before, one) : before + one;
         }
     } else if (op->type ==
                CUDNN_BACKEND_OPERATION_RESHAPE_DESCRIPTOR) { // the same memory under other strides

@@ -105,7 +105,8 @@ static void test_rows(void) {
            right = test_dot(from_x(x, n), from_x(ty, n), n);
     // Rounding of ty: 2^-9 (bf16), 2^-24 or 2^-53 relative to terms whose sum has a root mean
     // square of sqrt(m).
-    double unit = sizeof(floatX) == 2 ? 0x1p-8 : sizeof(floatX) == 4 ? 0x1p-22 : 0x1p-50;
+    double unit = sizeof(floatX) == 2 ? 0x1p-8 : 0x1p-22;
+    if (sizeof(floatX) == 8) unit = 0x1p-50;
     check(fabs(left - right) <= 4 * unit * sqrt((double)m),
           "gather and combine are adjoint: %.9g %.9g", left, right);
     check(memcmp(ty, sum, n * sizeof(floatX)) == 0, "rows_sum is rows_weighted_sum without scores");

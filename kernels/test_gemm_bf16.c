@@ -30,9 +30,10 @@ static void test_shape(GemmBf16 kind, int ta, int tb, int64_t m, int64_t n, int6
     for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; j < ldc; j++) {
             double sum = (double)old[i * ldc + j];
-            for (int64_t p = 0; j < n && p < k; p++)
-                sum += (double)bf16_to_float(A[ta ? p * lda + i : i * lda + p]) *
-                       (double)bf16_to_float(B[tb ? j * ldb + p : p * ldb + j]);
+            for (int64_t p = 0; j < n && p < k; p++) {
+                int64_t a = ta ? p * lda + i : i * lda + p, b = tb ? j * ldb + p : p * ldb + j;
+                sum += (double)bf16_to_float(A[a]) * (double)bf16_to_float(B[b]);
+            }
             double error =
                 fabs((double)C[i * ldc + j] - sum) / (j < n ? sqrt((double)k + 1) : 1e-9);
             if (!(error <= worst)) worst = error;

@@ -71,9 +71,9 @@ static void test_numbers(void) {
                *y = test_random_real((size_t)n + 1, 1, 0), sum = 0, dot = 0, most = -INFINITY;
         for (int i = 0; i < n; i++) sum += x[i], dot += x[i] * y[i], most = fmax(most, x[i]);
         real *a = test_real(x, (size_t)n), *b = test_real(y, (size_t)n);
-        compare(fabs((double)row_sum(a, n) - sum) <= (FP64 ? 1e-13 : 1e-5) &&
-                    fabs((double)row_dot(a, b, n) - dot) <= (FP64 ? 1e-13 : 1e-5) &&
-                    (double)row_max(a, n) == most,
+        double bound = FP64 ? 1e-13 : 1e-5;
+        compare(fabs((double)row_sum(a, n) - sum) <= bound &&
+                    fabs((double)row_dot(a, b, n) - dot) <= bound && (double)row_max(a, n) == most,
                 "reductions over %d", n);
         test_release("reductions");
     }
@@ -86,9 +86,10 @@ static void naive_gemm(double *C, int ta, int tb, int m, int n, int k, const dou
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++) {
             double s = beta ? C0[i * n + j] : 0;
-            for (int p = 0; p < k; p++)
-                s +=
-                    (ta ? A[p * lda + i] : A[i * lda + p]) * (tb ? B[j * ldb + p] : B[p * ldb + j]);
+            for (int p = 0; p < k; p++) {
+                int a = ta ? p * lda + i : i * lda + p, b = tb ? j * ldb + p : p * ldb + j;
+                s += A[a] * B[b];
+            }
             C[i * n + j] = Q(s);
         }
 }
@@ -293,11 +294,9 @@ static void test_rmsnorm(int R, int C) {
         rmsnorm_forward(c.y, c.rstd, c.x, c.w, (real)EPS, R, C);
         floatX *d = residual == 2 ? test_x(res, n) : TEST_TAKE(floatX, n);
         gradX *g = accumulate ? test_grad(old, (size_t)C) : TEST_TAKE(gradX, C);
-        rmsnorm_backward(d, g,
-                         residual == 2 ? d
-                         : residual    ? test_x(res, n)
-                                       : 0,
-                         dyx, c.x, c.w, c.rstd, accumulate, R, C);
+        const floatX *path = residual == 1 ? test_x(res, n) : 0;
+        if (residual == 2) path = d;
+        rmsnorm_backward(d, g, path, dyx, c.x, c.w, c.rstd, accumulate, R, C);
         check_close("rmsnorm", from_x(c.y, n), y[0], y[1], n, 1);
         check_close("rmsnorm dx", from_x(d, n), dx[0], dx[1], n, 1);
         check_close("rmsnorm dw", from_grad(g, (size_t)C), dw[0], dw[1], (size_t)C, 1);
@@ -540,10 +539,8 @@ static void test_linear(void) {
             double *a = test_random(n, 1, 0), *b = test_random(n, 1, 0);
             TAKE2(want, n);
             BOTH for (size_t j = 0; j < n; j++) want[test_rounding][j] = Q(a[j] + b[j]);
-            floatX *ax = test_x(a, n), *bx = test_x(b, n),
-                   *out = alias == 0   ? TEST_TAKE(floatX, n)
-                          : alias == 1 ? ax
-                                       : bx;
+            floatX *ax = test_x(a, n), *bx = test_x(b, n);
+            floatX *outs[] = { TEST_TAKE(floatX, n), ax, bx }, *out = outs[alias];
             add(out, ax, bx, n);
             check_close("add", from_x(out, n), want[0], want[1], n, 1);
         }

@@ -227,9 +227,8 @@ static void test_update(OptimizerKind kind, int master, const char *name) {
     }
     // 5 steps of a few fp32 roundings: 3e-7; stochastic bf16: 5 roundings of up to 2^-8. 8-bit:
     // five steps of 0.01, m off by 2 % and v by 12 % at worst.
-    double error = test_error(got, p, TENSOR), bound = kind == OPT_ADAMW8  ? 2e-3
-                                                       : sizeof(real) == 8 ? 1e-14
-                                                                           : 3e-7;
+    double error = test_error(got, p, TENSOR), bound = sizeof(real) == 8 ? 1e-14 : 3e-7;
+    if (kind == OPT_ADAMW8) bound = 2e-3;
     if (sizeof(floatX) == 2 && !master) bound += 5 * 0x1p-8;
     check(error < bound && rounding == 0, "%s: torch's formula to %.1e", name, error);
     OptimizerStep o = take_step(kind, 6);
@@ -287,11 +286,9 @@ static void test_adamw8(void) {
             OptimizerStep o = take_step(OPT_ADAMW8, t);
             o.lr = 1;
             for (int i = 0; i < N; i++) {
-                double g = kind == 0   ? 1e-6 * test_normal()
-                           : kind == 1 ? test_normal() * pow(10, 25 * test_uniform() - 15)
-                           : i % 2     ? 1e-6 * test_normal()
-                           : t > 100   ? 0
-                                       : 1;
+                double g = t > 100 ? 0 : 1;
+                if (kind == 0 || (kind > 1 && i % 2)) g = 1e-6 * test_normal();
+                if (kind == 1) g = test_normal() * pow(10, 25 * test_uniform() - 15);
                 if (kind == 3)
                     g = 1e-9 * pow(0.999 / 0.9, t) * (i % 2 ? -1 : 1) *
                         (1 + 0.13 * (i % 7)); // v of most falls between codes
@@ -343,7 +340,7 @@ static void test_norms(void) {
     double sums[2][4], truth[3] = { 0 }, total;
     for (int run = 0; run < 2; run++) test_threads(run + 1), gradient_squares(sums[run], g, cut, 4);
     for (int i = 0; i < N; i++)
-        truth[i < 65536 ? 0 : i < N - 7 ? 1 : 2] += (double)g[i].v * (double)g[i].v;
+        truth[(i >= 65536) + (i >= N - 7)] += (double)g[i].v * (double)g[i].v;
     int ok = memcmp(sums[0], sums[1], sizeof sums[0]) == 0 && sums[0][3] == 0;
     for (int i = 0; i < 3; i++)
         ok &= fabs(sums[0][i] / truth[i] - 1) < 1e-13; // 2e5 additions of 1e-16, in 16 lanes
@@ -385,7 +382,8 @@ static void test_norms(void) {
 // ---- conversion -----------------------------------------------------------------------------
 static double half_value(uint16_t h) { // the definition
     int e = h >> 10 & 31, f = h & 1023;
-    double v = e == 31 ? (f ? NAN : INFINITY) : e ? ldexp(1024 + f, e - 25) : ldexp(f, -24);
+    double v = e ? ldexp(1024 + f, e - 25) : ldexp(f, -24);
+    if (e == 31) v = f ? NAN : INFINITY;
     return h & 0x8000 ? -v : v;
 }
 static void test_convert(void) {
@@ -420,7 +418,7 @@ static void test_convert(void) {
         }
         convert(back, to, d, DTYPE_F64, (size_t)top - 1);
         for (int i = 0; i < top - 1; i++) {
-            int want = i % 3 == 0 ? i : i % 3 == 2 ? i + 1 : i + (i & 1);
+            int up[3] = { 0, i & 1, 1 }, want = i + up[i % 3];
             nearest &= (back[i] & 0x7fff) == want && back[i] >> 15 == (i & 1);
         }
     }

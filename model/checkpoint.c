@@ -142,8 +142,12 @@ void checkpoint_check_blocks(const Checkpoint *checkpoint) {
 }
 
 unsigned checkpoint_state(const OptimizerState *s) {
-    return (s->master ? STATE_MASTER : 0u) | (s->m ? STATE_M : 0u) | (s->v ? STATE_V : 0u) |
-           (s->m8 ? STATE_8BIT : 0u);
+    unsigned state = 0;
+    if (s->master) state |= STATE_MASTER;
+    if (s->m) state |= STATE_M;
+    if (s->v) state |= STATE_V;
+    if (s->m8) state |= STATE_8BIT;
+    return state;
 }
 
 // One line on a terminal that rewrites itself, for what takes longer than two seconds.
@@ -284,12 +288,15 @@ int64_t checkpoint_not_finite(const void *data, Dtype type, int64_t n) {
         for (int64_t i = 0; i < n; i++) bad |= (f[i] & mask32) == mask32;
     if (type == DTYPE_F64)
         for (int64_t i = 0; i < n; i++) bad |= (d[i] & mask64) == mask64;
-    for (int64_t i = 0; bad && i < n; i++)
-        if (dtype_size(type) == 2 ? (h[i] & mask16) == mask16
-            : type == DTYPE_F32   ? (f[i] & mask32) == mask32
-                                  : (d[i] & mask64) == mask64)
-            return i;
-    return -1;
+    if (!bad) return -1;
+    int64_t i = 0;
+    if (dtype_size(type) == 2)
+        while ((h[i] & mask16) != mask16) i++;
+    if (type == DTYPE_F32)
+        while ((f[i] & mask32) != mask32) i++;
+    if (type == DTYPE_F64)
+        while ((d[i] & mask64) != mask64) i++;
+    return i;
 }
 
 // Reads one part of one segment into the shard. Weights go to the master first; the parameter is

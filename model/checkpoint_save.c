@@ -30,10 +30,11 @@ SaveDtype save_dtype_parse(const char *text) {
 }
 
 static const char *torch_name(Dtype t) {
-    return t == DTYPE_BF16  ? "bfloat16"
-           : t == DTYPE_F16 ? "float16"
-           : t == DTYPE_F64 ? "float64"
-                            : "float32";
+    static const char *const names[] = { [DTYPE_F32] = "float32",
+                                         [DTYPE_BF16] = "bfloat16",
+                                         [DTYPE_F16] = "float16",
+                                         [DTYPE_F64] = "float64" };
+    return names[t];
 }
 
 // ---- plan -----------------------------------------------------------------------------------

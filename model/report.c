@@ -227,7 +227,7 @@ void report_start(const Report *r, const Trainer *t, const Options *o, const cha
            "micro-batch%s of %d\n",
            (long long)t->o.batch, t->o.T, (long long)t->o.batch * t->o.T, t->o.rounds,
            t->o.rounds > 1 ? "s" : "", t->n_micro, t->n_micro > 1 ? "es" : "",
-           (int)((int)((int)((int)(t->R / t->o.T)))));
+           (int)(t->R / t->o.T));
     if (train && t->o.batch > loader_windows(train))
         printf("warning    the training data has %lld windows, an update takes %lld: every update "
                "sees some of them twice\n",

@@ -109,8 +109,8 @@ const char *safetensors_dtype(const SafeTensor *t) { return t->name + strlen(t->
 
 static int by_place(const void *a, const void *b) {
     const SafeTensor *x = (const SafeTensor *)a, *y = (const SafeTensor *)b;
-    return x->at != y->at ? (x->at < y->at ? -1 : 1)
-                          : (x->bytes > y->bytes) - (x->bytes < y->bytes);
+    if (x->at != y->at) return x->at < y->at ? -1 : 1;
+    return (x->bytes > y->bytes) - (x->bytes < y->bytes);
 }
 
 static int by_name(const void *a, const void *b) {

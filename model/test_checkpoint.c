@@ -412,6 +412,7 @@ static void test_configs(void) {
 static void test_round_trips(const char *config) {
     static const SaveDtype types[] = { SAVE_PRECISION, SAVE_F32, SAVE_BF16 };
     static const Dtype through[] = { DTYPE_FLOATX, DTYPE_F32, DTYPE_BF16 };
+    static const char *const type_name[] = { "floatX", "f32", "bf16" };
     for (int fused = 0; fused < 2; fused++)
         for (int t = 0; t < 3; t++)
             for (int64_t limit = 0; limit <= 20000; limit += 20000) {
@@ -426,8 +427,7 @@ static void test_round_trips(const char *config) {
                     several = limit > 0 && files > 5 && !exists(dir, "model.safetensors");
                 check(!wrong && s.n == want && (several || (!limit && files == 1)),
                       "round trip: %s layout, %s, %d file%s, %d tensors",
-                      fused ? "fused" : "experts", t ? t == 1 ? "f32" : "bf16" : "floatX", files,
-                      files > 1 ? "s" : "", s.n);
+                      fused ? "fused" : "experts", type_name[t], files, files > 1 ? "s" : "", s.n);
                 safetensors_close(&s);
                 free(out);
                 free(dir);

@@ -129,8 +129,8 @@ static void read_environment(void) {
             snprintf(master, sizeof master, "%s", getenv("MASTER_ADDR"));
         else
             join_first_host(nodes ? nodes : "", master, sizeof master);
-        port = at ? number("MASTER_PORT", at)
-                  : 10000 + (job ? number("SLURM_JOB_ID", job) % 20000 : 0);
+        int offset = job ? number("SLURM_JOB_ID", job) % 20000 : 0;
+        port = at ? number("MASTER_PORT", at) : 10000 + offset;
     } else
         return;
     if (here.size < 1 || here.rank >= here.size)

@@ -150,17 +150,20 @@ Fsdp *fsdp_create(const Model *m, const Grid *g, int keep_grads, Arena *arena) {
             s->grad = ARENA_TAKE(arena, gradX, block->shard,
                                  s->moves ? "gradients (shards)" : "gradients");
     }
+    // Where sums take time, the next gradient is written while one is summed.
+    int takes_time = dense_moves || local_moves || f->dp_moves;
     for (int i = 0; i < SLOT_KINDS; i++) {
         SlotKind *k = &f->kind[i];
         int moves = i == KIND_LOCAL ? local_moves : dense_moves;
         int two = i == KIND_DENSE || i == KIND_LOCAL;
-        k->n_slots = !moves ? 0 : two && blocks[i] > 1 ? 2 : blocks[i] > 0;
+        int slots = two ? 2 : 1, shards = takes_time ? 2 : 1;
+        k->n_slots = blocks[i] < slots ? blocks[i] : slots;
+        if (!moves) k->n_slots = 0;
         // The embedding of a tied model keeps its gradient: then no block is left in KIND_ENDS that
         // would need a buffer of the kind.
         int keep_all = keep_grads || (m->c.tied && i == KIND_ENDS);
-        int takes_time = dense_moves || local_moves ||
-                         f->dp_moves; // then the next gradient is written while this one is summed
-        k->n_shards = keep_all ? 0 : blocks[i] > 1 && takes_time ? 2 : blocks[i] > 0;
+        k->n_shards = blocks[i] < shards ? blocks[i] : shards;
+        if (keep_all) k->n_shards = 0;
         for (int s = 0; s < k->n_slots; s++) {
             k->weight[s].data = ARENA_TAKE(arena, floatX, k->size, "weights (gathered, slots)");
             k->grad[s].data = ARENA_TAKE(arena, gradX, k->size, "gradients (full, slots)");

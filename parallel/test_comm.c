@@ -59,7 +59,8 @@ static uint16_t to_bf16(float f) { // round to nearest even, by arithmetic rathe
         a = -a;
         b = -b;
     }
-    return a < b ? lo : a > b ? hi : lo & 1 ? hi : lo;
+    if (a == b) return lo & 1 ? hi : lo;
+    return a < b ? lo : hi;
 }
 static void store(void *p, size_t i, Dtype t, double x) {
     if (t == DTYPE_F32)

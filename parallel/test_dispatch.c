@@ -80,7 +80,8 @@ static double dot(const double *a, const double *b, size_t n) {
 static double distance(const double *a, const double *b, size_t n) {
     double d = 0, norm = dot(b, b, n);
     for (size_t i = 0; i < n; i++) d += (a[i] - b[i]) * (a[i] - b[i]);
-    return norm > 0 ? sqrt(d / norm) : d == 0 ? 0 : INFINITY;
+    if (norm == 0 && d == 0) return 0;
+    return norm > 0 ? sqrt(d / norm) : INFINITY;
 }
 static double *numbers(size_t n) {
     return (double *)xcalloc(n + 1, sizeof(double), "test numbers");
@@ -355,8 +356,9 @@ static void answer_free(Answer *a) {
     free(a->y), free(a->dx), free(a->dscore), free(a->dW1), free(a->dW2);
 }
 static double largest(double a, double b) {
-    return a >= b ? a : b == b ? b : INFINITY;
-} // NaN counts as infinite
+    if (isnan(b)) return INFINITY;
+    return a >= b ? a : b;
+}
 static double error_of(const Answer *a, const Problem *p, const Slot *s) {
     size_t x = (size_t)p->N * p->C, w = (size_t)p->F * p->C, first = (size_t)p->me * s->experts;
     double e = largest(distance(a->y, p->y, x), distance(a->dx, p->dx, x));

@@ -79,7 +79,8 @@ static int one_goes(
     if (rank == size - 1) raise(SIGKILL);
     for (int i = 0; i < 100; i++, usleep(50000)) {
         int gone = join_lost();
-        if (gone >= 0) return gone == (rank ? 0 : size - 1) ? 0 : 7;
+        int expected = rank ? 0 : size - 1;
+        if (gone >= 0) return gone == expected ? 0 : 7;
     }
     return 8;
 }

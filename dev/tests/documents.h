@@ -184,7 +184,7 @@ static void test_layout_inputs(const Fixture *f) {
     Shape shape[MAX_VALUES];
     const int windows = 8, length[] = { f->T / 2 + 1, 3, 1, f->T / 4 };
     int world = comm_world_size(), n = shapes_of(shape, world, &c);
-    int batch = windows % world ? world * (windows / world > 0 ? windows / world : 1) : windows;
+    int batch = windows / world > 0 ? windows / world * world : world;
     free(path);
     path = xasprintf("%s/routing.safetensors", temporary);
     char *tokens = xasprintf("%s/documents.bin", temporary);

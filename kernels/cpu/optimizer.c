@@ -284,8 +284,8 @@ void clip_scale(real *norm, real *scale, const double *sums, int n, double clip)
     double sum = 0;
     for (int i = 0; i < n; i++) sum += sums[i];
     norm[0] = (real)sqrt(sum);
-    double s = clip > 0 ? clip / ((double)norm[0] + 1e-6) : 1;
-    scale[0] = isfinite(norm[0]) ? (real)(s < 1 ? s : 1) : (real)NAN;
+    double s = clip > 0 ? fmin(1.0, clip / ((double)norm[0] + 1e-6)) : 1;
+    scale[0] = isfinite(norm[0]) ? (real)s : (real)NAN;
 }
 
 // ---- initial weights ------------------------------------------------------------------------

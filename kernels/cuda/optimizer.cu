@@ -350,8 +350,8 @@ static __global__ void clip_kernel(real *norm, real *scale, const double *sums, 
     double sum = ordered_sum(sums, n);
     if (threadIdx.x > 0) return;
     norm[0] = (real)sqrt(sum);
-    double s = clip > 0 ? clip / ((double)norm[0] + 1e-6) : 1;
-    scale[0] = isfinite(norm[0]) ? (real)(s < 1 ? s : 1) : (real)NAN;
+    double s = clip > 0 ? fmin(1.0, clip / ((double)norm[0] + 1e-6)) : 1;
+    scale[0] = isfinite(norm[0]) ? (real)s : (real)NAN;
 }
 void clip_scale(real *norm, real *scale, const double *sums, int n, double clip) {
     kernel_begin("clip_scale", 0);
