@@ -14,7 +14,7 @@
 // works in chunks of at most 1 GiB of logits (model/trainer.c). Routing: `even`, K distinct experts
 // drawn alike; `skewed`, expert e drawn with weight (e + 1)^-1/2, and the rows of the most loaded
 // expert over the mean in `load`. Left out: rope_table, router_share, sum_in_order, clip_scale,
-// gradient_scale, rows_sum_real, row_index_dense: less than a megabyte, or once a run.
+// gradient_scale, rows_sum_real: less than a megabyte, or once a run.
 // --tiny: shapes for the emulator (dev/cuemu), where times mean nothing.
 #include "../kernels/cuda/experts.cuh"
 #include <math.h>
@@ -340,7 +340,6 @@ static void optimizer(const Shape *s, Arena *a) {
     float *m_scale = ARENA_TAKE(a, float, blocks, "operands"),
           *v_scale = ARENA_TAKE(a, float, blocks, "operands");
     double *sums = ARENA_TAKE(a, double, count, "operands");
-    int *flag = ARENA_TAKE(a, int, 1, "operands");
     if (!a->base) return;
     float value = 1;
     device_upload(one, &value, sizeof value);
@@ -357,7 +356,6 @@ static void optimizer(const Shape *s, Arena *a) {
     BENCH("optimizer_adamw8", "", optimizer_update(&state8, segments.data(), count, &o, one));
     BENCH("init_segments", "", init_segments(param, master, segments.data(), count, 1, 0.02));
     BENCH("convert", "", convert(master, DTYPE_F32, param, DTYPE_FLOATX, (size_t)n));
-    BENCH("check_finite", "", check_finite(flag, grad, DTYPE_F32, (size_t)n));
 }
 
 int main(int argc, char **argv) {

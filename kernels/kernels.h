@@ -154,8 +154,6 @@ int64_t row_index_bound(int64_t P, int64_t K, int64_t E_local);
 // Fills the index from choice (P,K), ascending global expert ids (-1: none), of which it keeps the
 // experts [first_expert, first_expert + E). Rows of an expert stand in the order of pool tokens.
 void row_index_build(RowIndex *index, const int *choice, int first_expert);
-// Fills the index of a dense MLP: one expert that each of R tokens chose (K = 1, E = 1).
-void row_index_dense(RowIndex *index, int64_t R);
 
 // ---- routing over the ranks of an ep group --------------------------------------------------
 // Who sends what to whom follows from everybody's choice: ids (sources*R, K) are the global experts
@@ -273,7 +271,5 @@ void init_segments(floatX *param, real *master, const Segment *segments, int n_s
 // Converts n elements between floating-point types, each rounded once to nearest even. Dies on
 // other types unless they are equal.
 void convert(void *dst, Dtype to, const void *src, Dtype from, size_t n);
-// Sets flag[0] (int, on the device) to 1 if any of n elements is not finite.
-void check_finite(int *flag, const void *x, Dtype type, size_t n);
 MOE_END_C
 #endif

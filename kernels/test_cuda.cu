@@ -47,7 +47,6 @@ TWIN(router_backward_add);
 TWIN(router_share);
 TWIN(row_index_bound);
 TWIN(row_index_build);
-TWIN(row_index_dense);
 TWIN(experts_up);
 TWIN(experts_down);
 TWIN(rows_weighted_sum);
@@ -64,7 +63,6 @@ TWIN(gradient_scale);
 TWIN(clip_scale);
 TWIN(init_segments);
 TWIN(convert);
-TWIN(check_finite);
 TWIN(device_init);
 TWIN(route_table);
 TWIN(route_lists);
@@ -608,21 +606,15 @@ static void test_convert(size_t n) {
     for (size_t i = 0; i < n; i++) v[i] = uniform() * size[i % 5];
     if (n > 4)
         v[n % 8 ? n - 1 : 0] = INFINITY, v[1] = -0.0, v[2] = 65519.999, v[3] = 1 + 0x1p-8 + 0x1p-40;
-    Buffer wide = input(DOUBLE, v), from = output(BYTE, n * 8), to = output(BYTE, n * 8),
-           flag = zeros(INT, 8);
+    Buffer wide = input(DOUBLE, v), from = output(BYTE, n * 8), to = output(BYTE, n * 8);
     for (int a = 0; a < 4; a++)
         for (int b = 0; b < 4; b++) {
             for (int w = CUDA; w <= SAME; w++) {
                 CALL(w, convert, from.memory[w], types[a], wide.memory[w], DTYPE_F64, n);
                 CALL(w, convert, to.memory[w], types[b], from.memory[w], types[a], n);
-                CALL(w, check_finite, flag.i(w) + a, from.memory[w], types[a], n);
-                if (n > 4)
-                    CALL(w, check_finite, flag.i(w) + 4 + a,
-                         (char *)from.memory[w] + dtype_size(types[a]), types[a], (size_t)1);
             }
             exact("conversion", to);
         }
-    exact("not finite", flag);
     end();
 }
 static void test_device() {
@@ -739,7 +731,7 @@ int main(int argc, char **argv) {
     RUN(router, 0, 16, 8, 2, 1, 0);
     RUN(router, 5, 16, 1, 1, 1, 0);
     RUN(router, 3, 16, 400, 8, 1, 0);
-    RUN(plan, 1, 1, 1);
+    RUN(plan, 300, 1, 1);
     RUN(plan, 600, 8, 128);
     RUN(plan, 257, 2, 3);
     RUN(plan, 0, 2, 4);

@@ -434,22 +434,7 @@ static void test_convert(void) {
     real *r = TEST_TAKE(real, 5000);
     convert(r, DTYPE_REAL, x, DTYPE_FLOATX, 5000);
     for (int i = ok = 0; i < 5000; i++) ok += r[i] == load(x + i);
-    int flag = 0;
-    check_finite(&flag, x, DTYPE_FLOATX, 5000);
-    check(ok == 5000 && flag == 0, "floatX to real; finite numbers are finite");
-    ok = 1;
-    static const Dtype types[4] = { DTYPE_F32, DTYPE_BF16, DTYPE_F16, DTYPE_F64 };
-    for (int t = 0; t < 4; t++) {
-        double bad[3000] = { 0 };
-        int flags[3] = { 0, 0, 0 };
-        convert(d, types[t], bad, DTYPE_F64, 3000), check_finite(flags, d, types[t], 3000);
-        bad[2999] = INFINITY, convert(d, types[t], bad, DTYPE_F64, 3000),
-        check_finite(flags + 1, d, types[t], 3000);
-        bad[2999] = NAN, convert(d, types[t], bad, DTYPE_F64, 3000),
-        check_finite(flags + 2, d, types[t], 3000);
-        ok &= !flags[0] && flags[1] == 1 && flags[2] == 1;
-    }
-    check(ok, "check_finite sees one infinity or NaN in every type");
+    check(ok == 5000, "floatX to real");
     test_release("convert");
 }
 

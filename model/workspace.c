@@ -114,7 +114,6 @@ static void dense_index_create(Workspace *w, Arena *arena) {
     index->row_token = ARENA_TAKE(arena, int, index->M, "row index");
     index->token_row = ARENA_TAKE(arena, int, w->R, "row index");
     index->expert_row = ARENA_TAKE(arena, int, 2, "row index");
-    if (index->row_token) row_index_dense(index, w->R);
 }
 
 void workspace_create(Workspace *w, const Model *m, const Grid *g, int64_t B, int64_t T,
@@ -164,6 +163,11 @@ void workspace_create(Workspace *w, const Model *m, const Grid *g, int64_t B, in
     w->Y = ARENA_TAKE(arena, floatX, rows * c->C, experts);
     w->rstd = ARENA_TAKE(arena, real, w->R, attention);
     w->dz = ARENA_TAKE(arena, real, c->n_moe ? w->R * c->E : 0, experts);
+    if (w->dense.row_token) { // every token chooses expert 0: rstd lends the memory for R zeros
+        device_zero(w->rstd, (size_t)w->R * sizeof(int));
+        row_index_build(&w->dense, (const int *)w->rstd, 0);
+        device_poison(w->rstd, (size_t)w->R * sizeof(real));
+    }
 }
 
 void workspace_free(Workspace *w) {

@@ -1,6 +1,5 @@
-// Element types of buffers, messages and files: conversion between the floating-point ones (each
-// value rounded once, to nearest even) and a search for values that are not finite. Offers
-// kernels.h's convert and check_finite.
+// Element types of buffers, messages and files: conversion between the floating-point ones, each
+// value rounded once, to nearest even. Offers kernels.h's convert.
 #include "../fail.h"
 #include "math.h"
 
@@ -97,33 +96,4 @@ void convert(void *dst, Dtype to, const void *src, Dtype from, size_t n) {
             write_floats(dst, to, buffer, at, count);
         }
     }
-}
-
-// ---- finite? --------------------------------------------------------------------------------
-// Not finite = all exponent bits set.
-static int any_not_finite(const void *x, Dtype type, size_t at, size_t n) {
-    unsigned bad = 0;
-    if (type == DTYPE_F64) {
-        const double *d = (const double *)x + at;
-        for (size_t i = 0; i < n; i++) bad |= !isfinite(d[i]);
-    } else if (type == DTYPE_F32) {
-        const char *f = (const char *)x + at * 4;
-        for (size_t i = 0; i < n; i++) {
-            uint32_t bits;
-            memcpy(&bits, f + 4 * i, 4);
-            bad |= (bits & 0x7f800000u) == 0x7f800000u;
-        }
-    } else {
-        const uint16_t *u = (const uint16_t *)x + at, mask = type == DTYPE_BF16 ? 0x7f80u : 0x7c00u;
-        for (size_t i = 0; i < n; i++) bad |= (u[i] & mask) == mask;
-    }
-    return bad != 0;
-}
-void check_finite(int *flag, const void *x, Dtype type, size_t n) {
-    if (!floating(type)) return;
-    int bad = 0;
-    OMP(parallel for schedule(static) reduction(| : bad))
-    for (size_t at = 0; at < n; at += BLOCK)
-        bad |= any_not_finite(x, type, at, n - at < BLOCK ? n - at : BLOCK);
-    flag[0] |= bad;
 }

@@ -56,18 +56,6 @@ void row_index_build(RowIndex *index, const int *choice, int first_expert) {
         if (e >= 0) index->row_token[next[e]++] = (int)(i / index->K);
     }
 }
-void row_index_dense(RowIndex *index, int64_t R) {
-    int64_t rows = div_up(R, device_row_tile()) * device_row_tile();
-    if (R > index->P || rows > index->M || index->K != 1 || index->E != 1)
-        die("a dense index of %lld tokens where P = %lld, M = %lld, K = %lld, E = %lld|it needs "
-            "P >= R, M >= row_index_bound(R, 1, 1), K = E = 1",
-            (long long)R, (long long)index->P, (long long)index->M, (long long)index->K,
-            (long long)index->E);
-    index->expert_row[0] = 0;
-    index->expert_row[1] = (int)rows;
-    for (int64_t m = 0; m < index->M; m++) index->row_token[m] = m < R ? (int)m : -1;
-    for (int64_t p = 0; p < index->P; p++) index->token_row[p] = p < R ? (int)p : -1;
-}
 
 // ---- gather and its adjoint -----------------------------------------------------------------
 void rows_gather(void *out, const void *in, const int *index, int64_t n, size_t row_bytes) {

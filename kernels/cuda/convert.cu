@@ -1,6 +1,6 @@
-// Element types of buffers, messages and files: conversion between the floating-point ones (each
-// value rounded once, to nearest even) and a search for values that are not finite. Bound by
-// memory; used when weights are read and written, and once a step for the check.
+// Element types of buffers, messages and files: conversion between the floating-point ones, each
+// value rounded once, to nearest even. Offers kernels.h's convert. Bound by memory; used when
+// weights are read and written.
 #include "common.cuh"
 #include <cuda_fp16.h>
 
@@ -82,38 +82,4 @@ void convert(void *dst, Dtype to, const void *src, Dtype from, size_t n) {
         convert_to<__half>(dst, src, from, n);
     else
         convert_to<double>(dst, src, from, n);
-}
-
-// Not finite = all exponent bits set. 16 bytes a thread; Word: the element's bits. An integer OR of
-// the same value: no order matters.
-template <class Word>
-static __global__ void finite_kernel(int *flag, const Word *x, Word mask, int64_t n) {
-    const int W = 16 / sizeof(Word);
-    int bad = 0;
-    for (int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W; i < n;
-         i += (int64_t)gridDim.x * blockDim.x * W) {
-        Word w[W];
-        if (i + W <= n && (size_t)(x + i) % 16 == 0) {
-            int4 bits = *(const int4 *)(x + i);
-            memcpy(w, &bits, 16);
-        } else
-            for (int l = 0; l < W; l++) w[l] = i + l < n ? x[i + l] : (Word)0;
-        for (int l = 0; l < W; l++) bad |= (w[l] & mask) == mask;
-    }
-    if (__any_sync(0xffffffffu, bad) && threadIdx.x % 32 == 0) atomicOr(flag, 1);
-}
-template <class Word> static void find(int *flag, const void *x, Word mask, size_t n) {
-    finite_kernel<Word>
-        <<<grid_for((int64_t)n, 256 * (int)(16 / sizeof(Word)), 4096), 256, 0, compute_stream()>>>(
-            flag, (const Word *)x, mask, (int64_t)n);
-    LAUNCHED();
-}
-void check_finite(int *flag, const void *x, Dtype type, size_t n) {
-    if (!floating(type) || n == 0) return;
-    if (type == DTYPE_F64)
-        find<unsigned long long>(flag, x, 0x7ff0000000000000ull, n);
-    else if (type == DTYPE_F32)
-        find<unsigned>(flag, x, 0x7f800000u, n);
-    else
-        find<unsigned short>(flag, x, (unsigned short)(type == DTYPE_BF16 ? 0x7f80 : 0x7c00), n);
 }

@@ -48,24 +48,3 @@ void row_index_build(RowIndex *plan, const int *choice, int first_expert) {
         (int *)device_scratch(SCRATCH_SORT, sort_counts_size(plan->E, plan->P) * sizeof(int));
     stable_sort(counts, plan->expert_row, source, plan->E, plan->P, device_row_tile());
 }
-
-static __global__ void dense_kernel(RowIndex plan, int R, int rows) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i == 0) {
-        plan.expert_row[0] = 0;
-        plan.expert_row[1] = rows;
-    }
-    if (i < plan.M) plan.row_token[i] = i < R ? i : -1;
-    if (i < plan.P) plan.token_row[i] = i < R ? i : -1;
-}
-void row_index_dense(RowIndex *plan, int64_t R) {
-    int rows = (int)div_up(R, device_row_tile()) * device_row_tile();
-    if (R > plan->P || rows > plan->M || plan->K != 1 || plan->E != 1)
-        die("a dense index of %lld tokens where P = %lld, M = %lld, K = %lld, E = %lld|it needs P "
-            ">= R, M >= row_index_bound(R, 1, 1), K = E = 1",
-            (long long)R, (long long)plan->P, (long long)plan->M, (long long)plan->K,
-            (long long)plan->E);
-    int n = plan->M > plan->P ? plan->M : plan->P;
-    dense_kernel<<<grid_for(n > 0 ? n : 1, 256), 256, 0, compute_stream()>>>(*plan, R, rows);
-    LAUNCHED();
-}
