@@ -1,9 +1,12 @@
 #!/bin/sh
-# Compiles every kernel and fails where one keeps something in local memory, as spilled registers or as an array that is indexed by a variable: in a loop that is limited by memory or
-# tensor cores, that is traffic that nobody planned. Fails too where ptxas serializes wgmma or ignores setmaxnreg.
+# Compiles every kernel and fails where one keeps something in local memory, as spilled registers or
+# as an array that is indexed by a variable: in a loop that is limited by memory or tensor cores,
+# that is traffic that nobody planned. Fails too where ptxas serializes wgmma or ignores setmaxnreg.
 #   dev/check_spills.sh [ARCH...]        default: 90a 80.   PRECISIONS: default "bf16 fp32".  make check-spills runs it; no GPU needed
-# dev/spills.txt lists the exceptions: kernel (a part of its name), precision, architecture (* = any), most bytes, and the reason, which must be there.
-# Prints the kernels with most registers, each use of local memory, and 'N passed, N failed' (a kernel counts once per precision and architecture).
+# dev/spills.txt lists the exceptions: kernel (a part of its name), precision, architecture (* =
+# any), most bytes, and the reason, which must be there.
+# Prints the kernels with most registers, each use of local memory, and 'N passed, N failed' (a
+# kernel counts once per precision and architecture).
 cd "$(dirname "$0")/.." || exit 1
 : "${NVCC:=nvcc}" "${PRECISIONS:=bf16 fp32}"
 [ $# -gt 0 ] || set -- 90a 80
@@ -21,7 +24,8 @@ for arch in "$@"; do
                 echo "$arch $precision 0 1 $file: does not compile" >> "$dir/all"
                 continue
             fi
-            # What ptxas only remarks on: wgmma that it could not keep asynchronous (C7510), a register budget that it ignored (C7508)
+            # What ptxas only remarks on: wgmma that it could not keep asynchronous (C7510), a
+            # register budget that it ignored (C7508)
             remark=$(grep -m1 -E 'wgmma.*serialized|setmaxnreg.*ignored' "$dir/log" | cut -c1-200)
             if [ -n "$remark" ]; then
                 echo "FAIL $file, sm_$arch, $precision: $remark"

@@ -1,13 +1,19 @@
 #!/bin/bash
-# The same checkpoint, the same text, the same order of windows: trained here and by transformers, curve over curve.
-#   make compare-hf               about 15 minutes on two cores; installs torch and transformers into .venv where they are missing
-#   TEXT=file  PYTHON=...  STEPS=200  SGD_STEPS=60  CONFIG=model/configs/tiny.json  OUT=dev/results/DATE-compare-hf
+# The same checkpoint, the same text, the same order of windows: trained here and by transformers,
+# curve over curve.
+#   make compare-hf               about 15 minutes on two cores; installs torch and transformers
+#                                 into .venv where they are missing
+#   TEXT=file  PYTHON=...  STEPS=200  SGD_STEPS=60  CONFIG=model/configs/tiny.json
+#   OUT=dev/results/DATE-compare-hf
 #
-# Routing is discrete and Adam divides by the size of a gradient: two runs that differ in the last bit part after some tens of updates. How far is
-# what transformers shows against itself: one thread, several threads, other kernels (sdpa, grouped experts), and float64. Required of moe.c:
+# Routing is discrete and Adam divides by the size of a gradient: two runs that differ in the last
+# bit part after some tens of updates. How far is what transformers shows against itself: one
+# thread, several threads, other kernels (sdpa, grouped experts), and float64. Required of moe.c:
 #   SGD     |difference of the loss| to transformers in fp32 at most 1e-5 in every one of 60 updates
-#   AdamW   mean |difference| over updates 101-200 to any of the four at most 1.5 x the largest such mean between two of the four
-# Writes OUT.md, OUT-adamw.png, OUT-sgd.png and OUT.csv (all losses). Exit status 1 where a requirement is not met.
+#   AdamW   mean |difference| over updates 101-200 to any of the four at most 1.5 x the largest such
+#           mean between two of the four
+# Writes OUT.md, OUT-adamw.png, OUT-sgd.png and OUT.csv (all losses). Exit status 1 where a
+# requirement is not met.
 set -e -o pipefail
 cd "$(dirname "$0")/.."
 CC=${CC:-cc} TEXT=${TEXT:-} STEPS=${STEPS:-200} SGD_STEPS=${SGD_STEPS:-60} CONFIG=${CONFIG:-model/configs/tiny.json} OUT=${OUT:-dev/results/$(date +%Y-%m-%d)-compare-hf}

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Draws the losses of a log.jsonl as text, with nothing but awk: '.' training loss (mean of the updates of a column), 'o' validation.
+# Draws the losses of a log.jsonl as text, with nothing but awk: '.' training loss (mean of the
+# updates of a column), 'o' validation.
 #   sh dev/curve.sh runs/first/log.jsonl [columns] [rows]
 LOG=${1:?a log.jsonl, or the folder of a run}
 [ -d "$LOG" ] && LOG=$LOG/log.jsonl

@@ -2,8 +2,9 @@
 # Installs what this machine lacks to build moe.c, where it may; elsewhere prints the line to type.
 #   sh dev/deps.sh [CC]           make deps runs it; CC as in the Makefile
 #   DRY=1 sh dev/deps.sh          only says what it would do
-# What is missing is found by dev/detect.sh (by compiling and linking). Needed: a C compiler and cJSON. The rest makes it faster (OpenBLAS,
-# OpenMP) or makes several ranks possible (MPI). Exit status 0 when the needed parts are there afterwards.
+# What is missing is found by dev/detect.sh (by compiling and linking). Needed: a C compiler and
+# cJSON. The rest makes it faster (OpenBLAS, OpenMP) or makes several ranks possible
+# (MPI). Exit status 0 when the needed parts are there afterwards.
 cd "$(dirname "$0")/.." || exit 1
 CC=${1:-cc}
 

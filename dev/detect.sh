@@ -1,5 +1,6 @@
 #!/bin/sh
-# What this machine can build, found by compiling and linking small programs, never by asking a package manager.
+# What this machine can build, found by compiling and linking small programs, never by asking a
+# package manager.
 #   dev/detect.sh CC > build/detected.mk        (make runs it; `make detect` runs it again)
 # Writes make variables; a missing optional part leaves its variables empty.
 CC=${1:-cc}
@@ -48,7 +49,8 @@ if [ -n "$NVCC" ]; then
     for dir in "$home/lib64" "$home"/targets/*/lib "$home/lib"; do [ -e "$dir/libcudart.so" ] && { echo "CUDA_LIB := $dir"; lib="-L$dir"; break; }; done
     for dir in "$home/include" "$home"/targets/*/include; do [ -e "$dir/cuda_runtime.h" ] && { echo "CUDA_INCLUDE := $dir"; include="-I$dir"; break; }; done
     echo "CUDA_ARCHS := $("$NVCC" --list-gpu-arch 2> /dev/null | sed 's/compute_//' | sort -un | tr '\n' ' ')"
-    # library NAME SONAME "program text": sets NAME_CFLAGS and NAME_LIBS where the library is beside the toolkit, or in PyTorch's wheels (site-packages/nvidia/name), which have no plain .so
+    # library NAME SONAME "program text": sets NAME_CFLAGS and NAME_LIBS where the library is beside
+    # the toolkit, or in PyTorch's wheels (site-packages/nvidia/name), which have no plain .so
     library() {
         if try "$include" "$lib -l$2" "$3"; then echo "HAVE_$1 := 1"; echo "$1_LIBS := -l$2"; return; fi
         for python in $PYTHON .venv/bin/python python3; do

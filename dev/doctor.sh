@@ -15,7 +15,7 @@ trap 'rm -rf "$FOUND" "$DIR"' EXIT
 sh dev/detect.sh "$CC" | sed -n 's/^\([A-Z_]*\) := *\(.*\)$/\1="\2"/p' > "$FOUND"
 . "$FOUND"
 
-# ---- machine ----------------------------------------------------------------------------------------------------------------------------
+# ---- machine ------------------------------------------------------------------------------------
 ok system "$(uname -sm) $(uname -r)$([ -r /etc/os-release ] && . /etc/os-release && printf ', %s' "$PRETTY_NAME")"
 threads=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)
 cores=$(lscpu -p=core,socket 2> /dev/null | grep -v '^#' | sort -u | wc -l)
@@ -35,7 +35,7 @@ case $limit in ''|max) ;; *) fix memory "this container may use $((limit / 10485
 disk=$(df -Pk . | awk 'NR == 2 { printf "%.1f", $4 / 1048576 }')
 if awk "BEGIN { exit !($disk < 2) }"; then fix disk "$disk GiB free in this folder" "give --out on a larger disk; a checkpoint with AdamW takes 16 bytes a parameter in fp32"; else ok disk "$disk GiB free in this folder"; fi
 
-# ---- to build ----------------------------------------------------------------------------------------------------------------------------
+# ---- to build -----------------------------------------------------------------------------------
 if [ -n "$HAVE_CC" ]; then ok compiler "$CC: $(first "$CC" --version)"; else fix compiler "$CC does not compile C11" "make deps, or make CC=..."; fi
 for other in gcc clang; do has $other && [ "$other" != "$CC" ] && ok compiler "$other: $(first $other --version)"; done
 if [ -n "$HAVE_CJSON" ]; then ok cJSON "found${CJSON_CFLAGS:+ with $CJSON_CFLAGS}"; else fix cJSON "needed to read configs and checkpoints" "make deps"; fi
@@ -53,7 +53,7 @@ if [ -n "$BLAS_LIBS" ]; then
 else fix BLAS "not found: own matrix product, slower" "make deps"; fi
 if has "${PYTHON:-python3}" && ${PYTHON:-python3} -c 'import matplotlib' 2> /dev/null; then ok Python "$(first ${PYTHON:-python3} --version) with matplotlib: dev/plot.py draws"; else fine Python "no matplotlib: only plots and the comparison with transformers want it"; fi
 
-# ---- many processes -------------------------------------------------------------------------------------------------------------------------
+# ---- many processes -----------------------------------------------------------------------------
 if [ -n "$MPI_LIBS" ] && [ -n "$MPIRUN" ]; then
     ok MPI "$(first mpirun --version)"
     line=$(sh dev/mpirun.sh "$NP")
@@ -73,7 +73,7 @@ if [ -d /dev/shm ]; then
 else fine /dev/shm "none: MPI takes /tmp"; fi
 [ -z "$SLURM_JOB_ID" ] || ok Slurm "job $SLURM_JOB_ID on $SLURM_JOB_NUM_NODES nodes; dev/slurm has the scripts"
 
-# ---- GPUs -----------------------------------------------------------------------------------------------------------------------------------
+# ---- GPUs ---------------------------------------------------------------------------------------
 toolkit=$([ -n "$NVCC" ] && "$NVCC" --version 2> /dev/null | sed -n 's/.*release \([0-9.]*\).*/\1/p')
 gpus=
 has nvidia-smi && gpus=$(nvidia-smi --query-gpu=name,memory.total,memory.free,compute_cap,driver_version --format=csv,noheader 2> /dev/null)
@@ -89,7 +89,7 @@ if [ -n "$gpus" ]; then
 elif [ -n "$NVCC" ]; then fine CUDA "nvcc ${toolkit:-?}, but no GPU: BACKEND=cpu"
 else fine CUDA "no GPU, no nvcc: BACKEND=cpu"; fi
 
-# ---- what to type ------------------------------------------------------------------------------------------------------------------------------
+# ---- what to type -------------------------------------------------------------------------------
 echo
 [ -n "$line" ] && printf 'mpirun line for %s ranks here:\n  %s ./train_moe --ep %s ...\nand first:\n  %s ./train_moe --init model/configs/tiny.json --ep %s --selftest\n' "$NP" "$line" "$NP" "$line" "$NP"
 if [ "$fixes" = 0 ]; then echo "nothing to fix"; else echo "$fixes to fix"; fi

@@ -1,9 +1,13 @@
 #!/bin/bash
-# Everything about the CUDA backend that only a card can answer, in one command, without a network, in under nine minutes: `make gpu-check`.
-#   make gpu-check              on a machine with a GPU and nvcc; BUDGET=540 seconds in all, builds included
+# Everything about the CUDA backend that only a card can answer, in one command, without a network,
+# in under nine minutes: `make gpu-check`.
+#   make gpu-check              on a machine with a GPU and nvcc; BUDGET=540 seconds in all, builds
+#                               included
 #   ONLY="build bench"          some steps        OUT=folder     where the report goes; default dev/results/GPU-DATE
-#   GPU_CHECK_DRY=1             no GPU: kernels and benchmark of the emulator builds, the rest `not run`: tries the script and the report, nothing else
-# Writes OUT/report.md, OUT/report.json and a log of every step. A step that fails, takes too long or lacks something does not stop the others; the report says what ran.
+#   GPU_CHECK_DRY=1             no GPU: kernels and benchmark of the emulator builds, the rest `not
+#                               run`: tries the script and the report, nothing else
+# Writes OUT/report.md, OUT/report.json and a log of every step. A step that fails, takes too long
+# or lacks something does not stop the others; the report says what ran.
 # Exit status 0 where no step failed. Steps, by what would change most if it were wrong:
 #   build         all programs; what does not compile is missing below              needs nvcc; cJSON for train_moe and test_moe, MPI for `ranks`
 #   instructions  the emulator's own tests on the card: wgmma, TMA, mbarrier, mma     exact in every bit; Hopper only
@@ -11,14 +15,19 @@
 #   ceilings      copies, host to device and back, launches, cuBLAS
 #   cudnn         attention by cuDNN, forward and backward, against the CPU           needs cuDNN
 #   kernels-*     every kernel against its CPU twin
-#   model-*       test_moe: fixtures of transformers; bf16 at most twice the error of the naive bf16 version, fp32 1e-4
-#   bench         every kernel at the shapes of Qwen3-30B-A3B, share of the ceilings measured in the same run; then torch's own kernels beside them
+#   model-*       test_moe: fixtures of transformers; bf16 at most twice the error of the naive bf16
+#                 version, fp32 1e-4
+#   bench         every kernel at the shapes of Qwen3-30B-A3B, share of the ceilings measured in the
+#                 same run; then torch's own kernels beside them
 #   publish       the experts with both ways to publish gathered stages; names the faster
-#   update-4      updates of 4 layers at the true widths, phase by phase; update-48: the whole model, all 30.5B parameters (139 GiB)
+#   update-4      updates of 4 layers at the true widths, phase by phase; update-48: the whole
+#                 model, all 30.5B parameters (139 GiB)
 #   ladder        the rungs of dev/kernels, checked against the first and timed
 #   offsets       indices beyond 2^31 elements in every kernel                        needs 60 GB
-#   sanitizer     compute-sanitizer: memory and barriers, two updates of the tiny model; racecheck: shared memory (hazards inside library kernels are not ours: read the log)
-#   nccl          test_moe on one rank that sends to itself through NCCL; with two cards two ranks, met over TCP
+#   sanitizer     compute-sanitizer: memory and barriers, two updates of the tiny model; racecheck:
+#                 shared memory (hazards inside library kernels are not ours: read the log)
+#   nccl          test_moe on one rank that sends to itself through NCCL; with two cards two ranks,
+#                 met over TCP
 #   ranks         test_moe on 4 ranks that share the card, over MPI
 #   curve         60 updates here and by transformers on the same card
 # cJSON in another place than the compiler's: make gpu-check HAVE_CJSON=1 CJSON_CFLAGS=-I... CJSON_LIBS=.../libcjson.a      COMMIT=... where git is not
@@ -34,14 +43,15 @@ mk() { make --no-print-directory -s CC="$CC" "$@"; }
 have() { grep -q "^$1 := ." build/detected.mk || case " $MAKEFLAGS" in *" $1="*) ;; *) false ;; esac; }      # found, or said on the command line
 variant() { mk show-build BACKEND=cuda "$@"; }
 
-# ---- steps ------------------------------------------------------------------------------------------------------------------------------
+# ---- steps --------------------------------------------------------------------------------------
 rows="$WORK/rows" steps="$WORK/steps" bad=0
 record() {                     # NAME STATUS SECONDS NOTE
     echo "| $1 | $2 | $3 | $4 |" >> "$rows"
     printf '{"step": "%s", "status": "%s", "seconds": %s, "note": "%s"}\n' "$1" "$2" "$3" "$(echo "$4" | tr -d '"\\\000-\037')" >> "$steps"
     printf '%-13s %-9s %4s s  %s\n' "$1" "$2" "$3" "$4"
 }
-# step NAME LIMIT RESERVE REASON COMMAND...: at most LIMIT seconds, and RESERVE seconds of the budget stay for later steps. REASON: why it cannot run here, or empty.
+# step NAME LIMIT RESERVE REASON COMMAND...: at most LIMIT seconds, and RESERVE seconds of the
+# budget stay for later steps. REASON: why it cannot run here, or empty.
 step() {
     local name=$1 limit=$2 reserve=$3 reason=$4 left from status note
     shift 4
@@ -70,7 +80,7 @@ libraries() {
 # missing PROGRAM: why it cannot run, or nothing
 missing() { [ -x "$1" ] || echo "not built, see build.log"; }
 
-# ---- what is here -----------------------------------------------------------------------------------------------------------------------
+# ---- what is here -------------------------------------------------------------------------------
 bf16=build/cuemu/plain-bf16 fp32=build/cuemu/plain-fp32 ranks='' tiny=
 if [ -z "$DRY" ]; then
     have HAVE_GPU 2> /dev/null || rm -f build/detected.mk          # of a time without the GPU
@@ -90,7 +100,8 @@ torch=$([ -n "$python" ] && "$python" -c 'import torch; print(torch.__version__ 
 hf=$([ -n "$torch" ] && "$python" -c 'import transformers, safetensors, numpy; print(transformers.__version__)' 2> /dev/null)
 emu="make --no-print-directory -C dev/cuemu BUILD=$PWD/build/cuemu CUDA_HOME=$(dirname "$(dirname "$(sed -n 's/^NVCC := //p' build/detected.mk)")")"
 
-# Several makes side by side, one per folder of objects; -k: what fails does not keep the rest from being built.
+# Several makes side by side, one per folder of objects; -k: what fails does not keep the rest from
+# being built.
 build() {
     if [ -n "$DRY" ]; then mk "$bf16/kernels/test_cuda" "$bf16/dev/bench_cuda"; return; fi
     mk build/cuemu/twins/ref_bf16.o build/cuemu/twins/ref_fp32.o build/cuemu/twins/true_fp32.o || return
@@ -132,7 +143,8 @@ nccl() {
     for pid in $pids; do wait "$pid" || failed=1; done
     return $failed
 }
-# SGD, as dev/compare_hf.sh: fp32 within 1e-5 of transformers in every update. bf16: the mean distance to transformers in fp32 is at most twice that of transformers in bf16.
+# SGD, as dev/compare_hf.sh: fp32 within 1e-5 of transformers in every update. bf16: the mean
+# distance to transformers in fp32 is at most twice that of transformers in bf16.
 curve() {
     local common="--train $WORK/text/train.txt --seq-len 128 --optimizer sgd --lr 0.1 --batch 2 --steps 60" p ours
     "$fp32/train_moe" --init model/configs/tiny.json --steps 0 --out "$WORK/init" || return
@@ -162,7 +174,7 @@ update() {
 export CC DRY OUT WORK bf16 fp32 ranks tiny cjson hopper sanitizer python emu jobs
 export -f mk have libraries publish build bench bench_torch sanitize nccl curve update
 
-# ---- the steps --------------------------------------------------------------------------------------------------------------------------
+# ---- the steps ----------------------------------------------------------------------------------
 echo "$gpu, at most $BUDGET s; report in $OUT"
 sh dev/text.sh "$WORK/text" > /dev/null
 R=200 bench_seconds=80         # kept for the benchmark and the whole updates
@@ -189,7 +201,7 @@ step nccl 40 0 "${nogpu:-${cjson:-$(have HAVE_NCCL || echo "NCCL was not found; 
 step ranks 100 0 "${nogpu:-${cjson:-$([ -n "$mpirun" ] || echo "MPI was not found; ")$(missing "$ranks/test_moe")}}" $mpirun "$ranks/test_moe"
 step curve 80 0 "${nogpu:-${cjson:-$([ -n "$hf" ] || echo "no torch with CUDA beside transformers")}}" curve
 
-# ---- the report -------------------------------------------------------------------------------------------------------------------------
+# ---- the report ---------------------------------------------------------------------------------
 lines() { [ -s "$1" ] && grep '^{' "$1" | paste -sd, -; }
 machine="$gpu, driver $(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | head -1), power limit $(nvidia-smi --query-gpu=power.limit --format=csv,noheader 2> /dev/null | head -1), multiprocessors at $(nvidia-smi --query-gpu=clocks.sm --format=csv,noheader 2> /dev/null | head -1) of $(nvidia-smi --query-gpu=clocks.max.sm --format=csv,noheader 2> /dev/null | head -1)"
 [ -z "$DRY" ] || machine="the emulator on $(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -1): no GPU, times mean nothing"

@@ -1,9 +1,13 @@
 #!/bin/sh
-# Several machines on one: four network namespaces, each with its own address, host name and no shared memory with the others, joined by a switch; one rank in each, over TCP.
-#   sudo dev/netns.sh [TRAIN_MOE] [REPORT.md]          needs root, iproute2 and Open MPI; touches only namespaces of its own, which it removes
+# Several machines on one: four network namespaces, each with its own address, host name and no
+# shared memory with the others, joined by a switch; one rank in each, over TCP.
+#   sudo dev/netns.sh [TRAIN_MOE] [REPORT.md]          needs root, iproute2 and Open MPI; touches
+#                                                      only namespaces of its own, which it removes
 # 1. healthy: the losses are those of one process to 1e-5.
-# 2. one link slowed (netem: 20 ms and 20 Mbit/s; kernels without it: 5 Mbit/s by tbf): the same bits as before, only later.
-# 3. one link cut in mid-run: the watchdog's report names the rank that does not answer and the call; the run ends, with a status that is not 0, and its last checkpoint loads.
+# 2. one link slowed (netem: 20 ms and 20 Mbit/s; kernels without it: 5 Mbit/s by tbf): the same
+#    bits as before, only later.
+# 3. one link cut in mid-run: the watchdog's report names the rank that does not answer and the
+#    call; the run ends, with a status that is not 0, and its last checkpoint loads.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 train=${1:-./train_moe} report=${2:-}
@@ -25,7 +29,7 @@ passed=0 failed=0
 say() { echo "$*"; echo "$*" >> "$T/report"; }
 check() { status=$?; if [ $status -eq 0 ]; then passed=$((passed + 1)); say "- ok: $*"; else failed=$((failed + 1)); say "- **FAIL**: $*"; fi; }
 
-# ---- the machines: namespace 0 is the switch, 1 .. N are m1 .. mN with addresses net.1 .. net.N --------------------------------------------------------------
+# ---- the machines: namespace 0 is the switch, 1 .. N are m1 .. mN with addresses net.1 .. net.N -
 ip netns add $tag-0 && ip -n $tag-0 link add sw type bridge && ip -n $tag-0 link set sw up || { echo "dev/netns.sh: skipped, namespaces or bridges are not allowed here"; exit 0; }
 for i in $(seq 1 $N); do
     ip netns add $tag-"$i"
@@ -34,7 +38,8 @@ for i in $(seq 1 $N); do
     ip -n $tag-"$i" addr add $net."$i"/24 dev eth0
     ip -n $tag-"$i" link set lo up
     ip -n $tag-"$i" link set eth0 up
-    # mpirun learns of a dead machine from TCP alone: 15 retransmissions take a quarter of an hour, 5 some seconds
+    # mpirun learns of a dead machine from TCP alone: 15 retransmissions take a quarter of an hour,
+    # 5 some seconds
     ip netns exec $tag-"$i" sh -c 'echo 5 > /proc/sys/net/ipv4/tcp_retries2'
     echo "$net.$i slots=1" >> "$T/hosts"
 done

@@ -1,5 +1,6 @@
 #!/bin/sh
-# From a fresh clone to a model that has learnt real text, in under three minutes on two cores, without Python and without a GPU.
+# From a fresh clone to a model that has learnt real text, in under three minutes on two cores,
+# without Python and without a GPU.
 #   sh dev/quickstart.sh          make quickstart runs it
 #   TEXT=file                     the text (default: this repository's own sources and chapters)
 #   STEPS=300                     updates
@@ -22,7 +23,7 @@ WORK=build/quickstart
 rm -rf "$WORK"
 sh dev/text.sh "$WORK" "$TEXT"
 
-# ---- training --------------------------------------------------------------------------------------------------------------------------
+# ---- training -----------------------------------------------------------------------------------
 RUN=$(grep -q '^MPI_LIBS := .' build/detected.mk && sh dev/mpirun.sh 2 || true)
 if [ -n "$RUN" ]; then say "training: two processes, each with half of the experts"; EP=2; else say "training: one process (no MPI was found)"; EP=1; fi
 rm -rf "$OUT"
@@ -34,7 +35,7 @@ echo "$ $RUN $(printf '%s ' "$@" | sed 's/static void /"static void "/')"
 if [ -e "$WORK/failed" ]; then echo "error: the training ended with status $(cat "$WORK/failed"), hint: all it said is in $WORK/screen.txt"; exit 1; fi
 
 
-# ---- what was learnt ---------------------------------------------------------------------------------------------------------------------
+# ---- what was learnt ----------------------------------------------------------------------------
 say "the loss"
 sh dev/curve.sh "$OUT/log.jsonl"
 if $PYTHON -c 'import matplotlib' 2> /dev/null && $PYTHON dev/plot.py "$OUT/log.jsonl" --out "$OUT/plot.png" > /dev/null; then PLOT="$OUT/plot.png (and above)"; else PLOT="above (python3 with matplotlib would draw $OUT/plot.png)"; fi

@@ -1,8 +1,12 @@
 #!/bin/bash
-# Two ranks on this machine beside one: tokens/s of ep 2 and of fsdp 2 relative to one rank with the same number of threads in all, and where the ranks' communication goes.
-#   dev/scaling.sh [TRAIN_MOE]                   about 5 minutes on two cores; nothing else should run
-#   ROUNDS=3 STEPS=8  CONFIG=model/configs/bench.json SEQ=512 BATCH=8  LAYOUTS="--ep 2;--fsdp 2;--ep 2 --attention heads"  OUT=file.md
-# Layouts take turns, so that a machine that slows down does so for all; the best of ROUNDS medians counts. Target: 0.92 or more for ep 2 and fsdp 2.
+# Two ranks on this machine beside one: tokens/s of ep 2 and of fsdp 2 relative to one rank with the
+# same number of threads in all, and where the ranks' communication goes.
+#   dev/scaling.sh [TRAIN_MOE]                   about 5 minutes on two cores; nothing else should
+#                                                run
+#   ROUNDS=3 STEPS=8  CONFIG=model/configs/bench.json SEQ=512 BATCH=8  OUT=file.md
+#   LAYOUTS="--ep 2;--fsdp 2;--ep 2 --attention heads"
+# Layouts take turns, so that a machine that slows down does so for all; the best of ROUNDS medians
+# counts. Target: 0.92 or more for ep 2 and fsdp 2.
 set -e -o pipefail
 cd "$(dirname "$0")/.."
 train=${1:-./train_moe} ROUNDS=${ROUNDS:-3} STEPS=${STEPS:-8} CONFIG=${CONFIG:-model/configs/bench.json} SEQ=${SEQ:-512} BATCH=${BATCH:-8} PRECISION=${PRECISION:-fp32}

@@ -1,6 +1,8 @@
 #!/bin/sh
-# Real text to learn from, without a network: writes DIR/train.txt and DIR/val.txt, the last sixteenth of every file held out.
-#   sh dev/text.sh DIR [FILE]     FILE: a text; default: this repository's own sources and chapters, in order of their names
+# Real text to learn from, without a network: writes DIR/train.txt and DIR/val.txt, the last
+# sixteenth of every file held out.
+#   sh dev/text.sh DIR [FILE]     FILE: a text; default: this repository's own sources and chapters,
+#                                 in order of their names
 cd "$(dirname "$0")/.." || exit 1
 DIR=${1:?a folder} TEXT=$2
 mkdir -p "$DIR" && rm -f "$DIR/train.txt" "$DIR/val.txt" || exit 1

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Shows a run in a browser while it goes on: serves the folder of the run, with dev/watch.html in it, to this machine only.
+# Shows a run in a browser while it goes on: serves the folder of the run, with dev/watch.html in
+# it, to this machine only.
 #   dev/watch.sh RUN [PORT]      make watch RUN=runs/first calls it; ends with Ctrl-C
 RUN=${1:?the --out folder of a run} PORT=${2:-8000} PYTHON=${PYTHON:-python3}
 [ -d "$RUN" ] || { echo "error: $RUN is no folder, hint: RUN=... names the --out folder of a run" >&2; exit 1; }

@@ -1,6 +1,9 @@
 #!/bin/sh
-# Every check of the communication layer, and every fault that must end a run with a line that names it.
-#   test_comm.sh PROGRAM [quick]      PROGRAM: test_comm;  quick: fewer ranks.  MPIRUN: the launcher (default: mpirun --allow-run-as-root --oversubscribe), none: built without MPI
+# Every check of the communication layer, and every fault that must end a run with a line that names
+# it.
+#   test_comm.sh PROGRAM [quick]      PROGRAM: test_comm;  quick: fewer ranks.  MPIRUN: the launcher
+#                                     (default: mpirun --allow-run-as-root --oversubscribe), none:
+#                                     built without MPI
 program=$1
 quick=$2
 : "${MPIRUN:=mpirun --allow-run-as-root --oversubscribe}"
@@ -17,7 +20,8 @@ expect_pass() {
     if [ "$ranks" = 0 ]; then timeout 300 "$program" "$@" > "$output" 2>&1; else timeout 300 $MPIRUN -np "$ranks" "$program" "$@" > "$output" 2>&1; fi
     if [ $? = 0 ]; then ok; grep '^test_comm:' "$output"; else bad "$ranks ranks: $*"; fi
 }
-# expect_fault SECONDS RANKS 'PATTERN' ARGUMENTS...: ends within SECONDS, status not 0, exactly one line of ours, which matches
+# expect_fault SECONDS RANKS 'PATTERN' ARGUMENTS...: ends within SECONDS, status not 0, exactly one
+# line of ours, which matches
 expect_fault() {
     seconds=$1 ranks=$2 pattern=$3; shift 3
     timeout "$seconds" $MPIRUN -np "$ranks" "$program" "$@" > "$output" 2>&1
@@ -42,7 +46,8 @@ if [ "$MPIRUN" != none ]; then
         expect_pass 6
         expect_pass 8
     fi
-    # ranks that disagree: at the first call where they do, with --check by the records, else by the length of a message
+    # ranks that disagree: at the first call where they do, with --check by the records, else by the
+    # length of a message
     expect_fault 20 3 'rank 0 is at step 7, layer 3 backward: call 2 in group all, all_reduce of 100 f32; rank 2 is at step 7, layer 2 backward: call 2 in group all, all_gather' --check --fault skip
     expect_fault 20 3 'rank 0 is at step 7, layer 2 .*; rank 2 is at step 7, layer 1 ' --check --fault layer
     expect_fault 20 3 'rank 2 is at .* end of step' --check --fault last

@@ -1,9 +1,11 @@
 #!/bin/sh
 # Fuzzes each parser from its seeds (corpus/PARSER, small files of each kind).
-#   dev/fuzz/run.sh PARSER...     SECONDS_EACH: time for each (default 30); RUNS: inputs instead of a time;
-#                                 ONLY=PARSER: that one. The last line is 'N passed, N failed', one check a parser.
-# A crash, a sanitizer report, an input that takes more than a second or a process above 256 MB is a failure;
-# the input lies in build/fuzz/found and is run again by: build/fuzz/fuzz-PARSER FILE
+#   dev/fuzz/run.sh PARSER...     SECONDS_EACH: time for each (default 30); RUNS: inputs instead of
+#                                 a time.
+#                                 ONLY=PARSER: that one. The last line is 'N passed, N failed', one
+#                                 check a parser.
+# A crash, a sanitizer report, an input that takes more than a second or a process above 256 MB is a
+# failure; the input lies in build/fuzz/found and is run again by: build/fuzz/fuzz-PARSER FILE
 cd "$(dirname "$0")/../.." || exit 1
 unset MAKEFLAGS MAKELEVEL MFLAGS
 command -v clang > /dev/null || { echo "fuzz: no clang here  hint: apt-get install clang libclang-rt-14-dev"; echo "0 passed, 1 failed"; exit 1; }

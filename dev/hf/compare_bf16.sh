@@ -1,9 +1,13 @@
 #!/bin/bash
-# make compare-hf PRECISION=bf16: the same checkpoint in bf16 here and in transformers, both with the routing that transformers chose in fp32.
-#   STEPS=50 TEXT=file CONFIG=model/configs/tiny.json SEQ=64 BATCH=2 OUT=dev/results/DATE-compare-bf16
-# Required of moe.c: every tensor's error of the first update against fp32 is at most twice that of transformers in bf16; over STEPS updates of SGD and of
-# AdamW its loss is within the spread of the two runs of transformers: its mean |difference| to fp32 is at most that of transformers in bf16.
-# Transformers in bf16 keeps no fp32 masters. The weights are rounded to bf16 first, so that all three begin with the same numbers.
+# make compare-hf PRECISION=bf16: the same checkpoint in bf16 here and in transformers, both with
+# the routing that transformers chose in fp32.
+#   STEPS=50 TEXT=file CONFIG=model/configs/tiny.json SEQ=64 BATCH=2
+#   OUT=dev/results/DATE-compare-bf16
+# Required of moe.c: every tensor's error of the first update against fp32 is at most twice that of
+# transformers in bf16; over STEPS updates of SGD and of AdamW its loss is within the spread of the
+# two runs of transformers: its mean |difference| to fp32 is at most that of transformers in bf16.
+# Transformers in bf16 keeps no fp32 masters. The weights are rounded to bf16 first, so that all
+# three begin with the same numbers.
 # Writes OUT.md, OUT-sgd.png and OUT-adamw.png; exit status 1 where a requirement is not met.
 set -e -o pipefail
 cd "$(dirname "$0")/../.."

@@ -1,6 +1,8 @@
 #!/bin/bash
-# Prints a Python that has what dev/hf needs. PYTHON names one; else python3 when it has torch and transformers already; else a virtual environment .venv
-# is made in the repository and dev/hf/requirements.txt is installed into it (about 1.5 GB; torch's CPU build where pip is told of its index by PIP_EXTRA_INDEX_URL).
+# Prints a Python that has what dev/hf needs. PYTHON names one; else python3 when it has torch and
+# transformers already; else a virtual environment .venv is made in the repository and
+# dev/hf/requirements.txt is installed into it (about 1.5 GB; torch's CPU build where pip is told of
+# its index by PIP_EXTRA_INDEX_URL).
 cd "$(dirname "$0")/../.." || exit 1
 works() { "$1" -c 'import torch, transformers, safetensors, numpy, matplotlib' 2> /dev/null; }
 if [ -n "$PYTHON" ]; then

@@ -1,8 +1,11 @@
 #!/bin/bash
-# Two layers with the true widths of Qwen3-30B-A3B (hidden 2048, 32/4 heads of 128, 128 experts of 768, top-8, vocabulary 151,936; 1.87 billion parameters):
-# one forward, backward and SGD update here and in transformers, fp32; logits, loss and every gradient compared.
-#   bash dev/hf/true_width.sh          about 20 GB of free memory (one process at a time) and 32 GB of disk, ten minutes on two cores
-#   SEQ=32  BATCH=1  CONFIG=...  PYTHON=...  WORK=build/true_width  OUT=dev/results/DATE-true-width.md  KEEP=1 leaves the files
+# Two layers with the true widths of Qwen3-30B-A3B (hidden 2048, 32/4 heads of 128, 128 experts of
+# 768, top-8, vocabulary 151,936; 1.87 billion parameters): one forward, backward and SGD update
+# here and in transformers, fp32; logits, loss and every gradient compared.
+#   bash dev/hf/true_width.sh          about 20 GB of free memory (one process at a time) and 32 GB
+#                                      of disk, ten minutes on two cores
+#   SEQ=32  BATCH=1  CONFIG=...  PYTHON=...  WORK=build/true_width
+#   OUT=dev/results/DATE-true-width.md  KEEP=1 leaves the files
 set -e -o pipefail
 cd "$(dirname "$0")/../.."
 CONFIG=${CONFIG:-model/configs/qwen3_30b_a3b.json} SEQ=${SEQ:-32} BATCH=${BATCH:-1} WORK=${WORK:-build/true_width} OUT=${OUT:-dev/results/$(date +%Y-%m-%d)-true-width.md}

@@ -1,14 +1,25 @@
-# The whole CUDA program on machines without a GPU: every .cu of the project compiled by g++ for the emulator in dev/cuemu, NCCL over MPI. The Makefile includes this file.
-#   build/cuemu/MODE-PRECISION/PROGRAM      MODE plain | asan (with UBSan) | tsan, PRECISION bf16 | fp32, PROGRAM train_moe, test_moe, parallel/test_comm, ... (any .cu or .c with main)
-#                                           PROGRAM_staged: with the MPI transport, staged through the host, in place of NCCL: several ranks on one GPU (COMM=mpi)
-#   make test-cuemu                         kernels against their CPU twins (test-cuemu-kernels), the whole program (test-cuemu-program), the emulator's own tests (test-cuemu-self),
-#                                           planted mistakes (test-cuemu-seeded), the benchmark (test-cuemu-bench), the ladder (test-cuemu-ladder), cuDNN's attention graphs (test-cudnn-graphs); 'N passed, N failed'
+# The whole CUDA program on machines without a GPU: every .cu of the project compiled by g++ for the
+# emulator in dev/cuemu, NCCL over MPI. The Makefile includes this file.
+#   build/cuemu/MODE-PRECISION/PROGRAM      MODE plain | asan (with UBSan) | tsan, PRECISION bf16 |
+#                                           fp32, PROGRAM train_moe, test_moe, parallel/test_comm,
+#                                           ... (any .cu or .c with main)
+#                                           PROGRAM_staged: with the MPI transport, staged through
+#                                           the host, in place of NCCL: several ranks on one GPU
+#                                           (COMM=mpi)
+#   make test-cuemu                         kernels against their CPU twins (test-cuemu-kernels),
+#                                           the whole program (test-cuemu-program), the emulator's
+#                                           own tests (test-cuemu-self),
+#                                           planted mistakes (test-cuemu-seeded), the benchmark
+#                                           (test-cuemu-bench), the ladder (test-cuemu-ladder),
+#                                           cuDNN's attention graphs (test-cudnn-graphs); 'N passed,
+#                                           N failed'
 CUEMU_DIR = dev/cuemu
 CUEMU_BUILD = $(ROOT_BUILD)/cuemu
 
 CUEMU_CXX = g++
 
-# Flags by mode: those of dev/cuemu/Makefile, which explains them. Sanitized builds run blocks one after another and without OpenMP, whose runtime ThreadSanitizer does not know.
+# Flags by mode: those of dev/cuemu/Makefile, which explains them. Sanitized builds run blocks one
+# after another and without OpenMP, whose runtime ThreadSanitizer does not know.
 CUEMU_FLAGS_plain = -O2 -g1 -fopenmp
 CUEMU_FLAGS_asan = -O1 -g -DCUEMU_SEQ -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -DMOE_DEBUG
 CUEMU_FLAGS_tsan = -O1 -g -DCUEMU_SEQ -fsanitize=thread -DMOE_DEBUG
@@ -21,7 +32,8 @@ CUEMU_STAGED = $(filter-out parallel/comm_nccl parallel/comm_join,$(basename $(C
 CUEMU_HEADERS = $(patsubst %,$(CUEMU_BUILD)/source/%,$(wildcard kernels/cuda/*.cuh))
 CUEMU_PROGRAMS = train_moe test_moe parallel/test_comm parallel/test_join kernels/test_cuda kernels/test_offsets dev/bench_cuda
 
-# Launches and dynamic shared memory are rewritten to C++; the rewritten files keep their places relative to one another, what was not rewritten is found beside the original.
+# Launches and dynamic shared memory are rewritten to C++; the rewritten files keep their places
+# relative to one another, what was not rewritten is found beside the original.
 .PRECIOUS: $(CUEMU_BUILD)/%/built $(CUEMU_BUILD)/source/%.cu $(CUEMU_BUILD)/source/%.cuh
 $(CUEMU_BUILD)/source/%.cu: %.cu $(CUEMU_DIR)/tools/cuemu_pp.py
 	@mkdir -p $(@D)
@@ -57,7 +69,7 @@ $(foreach m,plain asan tsan,$(foreach p,bf16 fp32,$(eval $(call CUEMU_VARIANT,$(
 
 -include dev/mk/kernel_tests.mk
 
-# ---- tests -------------------------------------------------------------------------------------------------------------------------
+# ---- tests --------------------------------------------------------------------------------------
 CUEMU_TESTED = $(foreach v,plain-fp32 plain-bf16 asan-bf16 tsan-bf16,$(CUEMU_BUILD)/$(v)/train_moe) $(foreach v,plain-fp32 plain-bf16,$(CUEMU_BUILD)/$(v)/test_moe) $(CUEMU_BUILD)/plain-fp32/parallel/test_comm $(CUEMU_BUILD)/plain-fp32/parallel/test_comm_staged $(CUEMU_BUILD)/asan-bf16/parallel/test_join
 .PHONY: test-cuemu test-cuemu-build test-cuemu-program test-cuemu-self test-cuemu-seeded
 test-cuemu-program: $(CUEMU_TESTED)
@@ -69,11 +81,13 @@ CUEMU_SELF = test test-asan test-tsan test-lazy test-mpi test-bugs
 test-cuemu-self:
 	@for t in $(CUEMU_SELF); do echo "---- dev/cuemu: $$t"; $(MAKE) -s --no-print-directory -j$(CUEMU_JOBS) -C $(CUEMU_DIR) CUDA_HOME=$(CUDA_INCLUDE:/include=) BUILD=$(abspath $(CUEMU_BUILD)) $$t; done | \
 	    awk '{ print } /^[0-9]+ passed, [0-9]+ failed$$/ { good += $$1; bad += $$3; n++ } END { bad += $(words $(CUEMU_SELF)) - n; print good + 0 " passed, " bad + 0 " failed"; exit bad > 0 }'
-# Some mistakes planted in the kernels, which must be found: all of them are make test-mutations-cuda. test-cuemu-kernels shows that the unchanged kernels pass.
+# Some mistakes planted in the kernels, which must be found: all of them are make
+# test-mutations-cuda. test-cuemu-kernels shows that the unchanged kernels pass.
 test-cuemu-seeded:
 	@UNCHANGED=passed sh dev/mutations/run.sh kernels.txt '(quick)'
-# All: first everything is built, then the parts run beside each other, the long ones first, each into its log, and are told as they end; last their sum. A part that ends without its
-# own closing line is one failure.
+# All: first everything is built, then the parts run beside each other, the long ones first, each
+# into its log, and are told as they end; last their sum. A part that ends without its own closing
+# line is one failure.
 CUEMU_PARTS = test-cuemu-program test-cuemu-kernels test-cuemu-self test-cuemu-seeded test-cuemu-bench test-cuemu-ladder test-cudnn-graphs
 CUEMU_JOBS := $(shell nproc 2> /dev/null || echo 2)
 $(CUEMU_PARTS:%=$(CUEMU_BUILD)/%.log): FORCE

@@ -1,7 +1,9 @@
-# Programs for a machine with a GPU, of the kernels alone: they need neither cJSON nor MPI (after dev/mk/cuemu.mk; `make gpu-check` runs everything: dev/gpu_check.sh).
+# Programs for a machine with a GPU, of the kernels alone: they need neither cJSON nor MPI (after
+# dev/mk/cuemu.mk; `make gpu-check` runs everything: dev/gpu_check.sh).
 #   BACKEND=cuda $(BUILD)/kernels/test_cuda     every kernel against its CPU twin        $(BUILD)/dev/bench_cuda     every kernel against the ceilings of the card
 #   make bench-cuda          the benchmark as a table, beside the predictions of dev/ledger.py (dev/bench_report.py)     ARGS="--only experts"
-#   make test-cuemu-bench    the benchmark at toy shapes in the emulator: every kernel of dev/costs.h is called; 'N passed, N failed'
+#   make test-cuemu-bench    the benchmark at toy shapes in the emulator: every kernel of
+#                            dev/costs.h is called; 'N passed, N failed'
 ifeq ($(BACKEND),cuda)
 $(BUILD)/kernels/test_cuda: $(TWINS)/ref_$(PRECISION).o $(TWINS)/true_fp32.o
 $(BUILD)/kernels/test_cuda $(BUILD)/kernels/test_offsets $(BUILD)/dev/bench_cuda: %: %.o $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(CUDA_KERNELS))))

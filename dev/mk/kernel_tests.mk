@@ -1,10 +1,14 @@
 # The tests of the CUDA kernels (after dev/mk/cuemu.mk, whose rules build the emulated objects):
-#   make test-cuemu-kernels    every kernel against its CPU twin in the emulator, bf16 and fp32: plain, AddressSanitizer + UBSan, ThreadSanitizer, and with streams
+#   make test-cuemu-kernels    every kernel against its CPU twin in the emulator, bf16 and fp32:
+#                              plain, AddressSanitizer + UBSan, ThreadSanitizer, and with streams
 #                              and copies as late as possible and in random order; 'N passed, N failed'.   KERNEL_MODES="plain asan" for some of them
 #                              (plain: kernels/test_offsets too, offsets beyond 2^31 elements)
-#   make test-cuda-gpu         the same programs on the GPU of this machine, with both attention kernels where make found cuDNN
-#   make test-cudnn-graphs     cuDNN's attention without a GPU: what it says of the graphs for several GPUs, and what the graphs mean, run by an interpreter
-# kernels/test_cuda links the CPU kernels beside the CUDA ones: their global names get the prefix ref_ (precision under test) or true_ (fp32).
+#   make test-cuda-gpu         the same programs on the GPU of this machine, with both attention
+#                              kernels where make found cuDNN
+#   make test-cudnn-graphs     cuDNN's attention without a GPU: what it says of the graphs for
+#                              several GPUs, and what the graphs mean, run by an interpreter
+# kernels/test_cuda links the CPU kernels beside the CUDA ones: their global names get the prefix
+# ref_ (precision under test) or true_ (fp32).
 KERNEL_MODES = plain asan tsan lazy
 TWINS = $(CUEMU_BUILD)/twins
 
@@ -23,7 +27,8 @@ $(eval $(call TWIN,ref_,fp32))
 $(eval $(call TWIN,true_,fp32))
 $(foreach m,plain asan tsan,$(foreach p,bf16 fp32,$(eval $(CUEMU_BUILD)/$(m)-$(p)/kernels/test_cuda: $(TWINS)/ref_$(p).o $(TWINS)/true_fp32.o)))
 
-# fp32 builds differ from bf16 ones in the fragments of the products only: their races are those of bf16, and ThreadSanitizer looks at bf16.
+# fp32 builds differ from bf16 ones in the fragments of the products only: their races are those of
+# bf16, and ThreadSanitizer looks at bf16.
 KERNEL_TESTS = $(sort $(if $(filter plain,$(KERNEL_MODES)),$(foreach p,bf16 fp32,$(CUEMU_BUILD)/plain-$(p)/kernels/test_offsets)) $(foreach m,$(patsubst lazy,plain,$(KERNEL_MODES)),$(CUEMU_BUILD)/$(m)-bf16/kernels/test_cuda $(if $(filter tsan,$(m)),,$(CUEMU_BUILD)/$(m)-fp32/kernels/test_cuda)))
 .PHONY: test-cuemu-kernels test-cuda-gpu test-cudnn-graphs
 test-cuemu-kernels: $(KERNEL_TESTS)
@@ -32,7 +37,8 @@ test-cuda-gpu:
 	@for p in bf16 fp32; do dir=$$($(MAKE) -s show-build BACKEND=cuda PRECISION=$$p); for t in test_cuda test_offsets; do \
 	    $(MAKE) BACKEND=cuda PRECISION=$$p $$dir/kernels/$$t && $$dir/kernels/$$t || exit 1; done; done
 
-# The driver's library is the toolkit's stub, in a folder of its own: cuDNN asks it for the GPU, is told there is none, and uses the description instead.
+# The driver's library is the toolkit's stub, in a folder of its own: cuDNN asks it for the GPU, is
+# told there is none, and uses the description instead.
 ifdef HAVE_CUDNN
 CUDNN_TEST = $(CUEMU_BUILD)/cudnn
 CUDNN_BUILD = $(CC) -std=c11 -O2 -Wall -Wextra $(WERROR) -DMOE_BF16 -isystem $(CUDA_INCLUDE) $(CUDNN_CFLAGS) $(filter %.c,$^) -o $@

@@ -1,6 +1,7 @@
 # The kit for other trainers (dev/parity).
 #   make parity-kit        build/parity-kit.tar.gz: adapters, fixtures, compare.py; under 8 MB
-#   make parity-peers      runs the adapters on CPUs (needs transformers >= 5.20 with accelerate), a table in dev/results
+#   make parity-peers      runs the adapters on CPUs (needs transformers >= 5.20 with accelerate), a
+#                          table in dev/results
 .PHONY: parity-kit parity-peers
 parity-kit:
 	@rm -rf $(ROOT_BUILD)/parity && mkdir -p $(ROOT_BUILD)/parity

@@ -16,8 +16,8 @@ test-mutations: train_moe $(BUILD)/dev/tests/reshard
 	@sh dev/mutations/run.sh list.txt $(ONLY)
 test-kills: train_moe $(BUILD)/dev/tests/reshard
 	@sh dev/tests/kill.sh $(BUILD)/train_moe $(BUILD)/dev/tests/reshard 120
-# Faults of the file system that must lose nothing: injected into system calls, and power cuts (root,
-# ext4). Nightly at these counts, half an hour; make test-full injects FAULTS=40.
+# Faults of the file system that must lose nothing: injected into system calls, and power cuts
+# (root, ext4). Nightly at these counts, half an hour; make test-full injects FAULTS=40.
 FAULTS = 1500
 test-faults: $(BUILD)/train_moe
 	@bash dev/tests/faults.sh $< $(FAULTS)

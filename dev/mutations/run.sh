@@ -1,13 +1,23 @@
 #!/bin/sh
-# Plants mistakes one at a time and checks that a test fails for each: make test-mutations, the bugs that other systems shipped (nightly; about half an hour on 2 cores), and
-# make test-mutations-cuda, mistakes of the CUDA backend, found by the emulator.
-#   dev/mutations/run.sh LIST [PATTERN]    LIST: list.txt or kernels.txt of this folder; only mutations whose name, file or test matches PATTERN (grep)
-#   LIST=1 dev/mutations/run.sh ...        builds and runs nothing: says which of these mutations find their text exactly once
-# A list holds blocks separated by lines of ----: `name:`, `file:`, `test:`, then the text to find (it must occur exactly once) between `<<<` and `===`, and what replaces it up to
-# `>>>`. White space in the text to find counts only where it separates two words, so a formatter may lay out the source differently. test: RANKS, NAME=VALUE... for the environment, then a command in which tests are named as their source without its .c, emulated ones as cuemu/MODE-PRECISION/PROGRAM.
-# Each is built in a copy of the tree under build/mutants, so only the changed file compiles again. A mutant is caught when a check prints FAIL, the program ends with its own
-# `error:` line, or a sanitizer or the emulator reports; the test is stopped there. So every test that is used must first pass on the unchanged tree. A mutant that survives, crashes
-# or hangs without a word, does not compile, or whose text is not found counts as failed. The last line is 'N passed, N failed'.
+# Plants mistakes one at a time and checks that a test fails for each: make test-mutations, the bugs
+# that other systems shipped (nightly; about half an hour on 2 cores), and make test-mutations-cuda,
+# mistakes of the CUDA backend, found by the emulator.
+#   dev/mutations/run.sh LIST [PATTERN]    LIST: list.txt or kernels.txt of this folder; only
+#                                          mutations whose name, file or test matches PATTERN (grep)
+#   LIST=1 dev/mutations/run.sh ...        builds and runs nothing: says which of these mutations
+#                                          find their text exactly once
+# A list holds blocks separated by lines of ----: `name:`, `file:`, `test:`, then the text to find
+# (it must occur exactly once) between `<<<` and `===`, and what replaces it up to `>>>`. White
+# space in the text to find counts only where it separates two words, so a formatter may lay out the
+# source differently. test: RANKS, NAME=VALUE... for the environment, then a command in
+# which tests are named as their source without its .c, emulated ones as
+# cuemu/MODE-PRECISION/PROGRAM.
+# Each is built in a copy of the tree under build/mutants, so only the changed file compiles again.
+# A mutant is caught when a check prints FAIL, the program ends with its own `error:`
+# line, or a sanitizer or the emulator reports; the test is stopped there. So every test
+# that is used must first pass on the unchanged tree. A mutant that survives, crashes or hangs
+# without a word, does not compile, or whose text is not found counts as failed. The last line is 'N
+# passed, N failed'.
 set -u
 top=$(cd "$(dirname "$0")/../.." && pwd)
 copy=$top/build/mutants/tree
@@ -15,7 +25,8 @@ list=dev/mutations/$1 only=${2:-}
 dry=${LIST:-}      # read here: plant gives its perl a LIST of its own
 # Prints name, file and test of every mutation of the list.
 names() { perl -0777 -ne 'for (split /^----\n/m) { next unless /\S/; my ($n) = /^name: (.*)$/m; my ($f) = /^file: (.*)$/m; my ($t) = /^test: (.*)$/m; print "$n\t$f\t$t\n"; }' "$list"; }
-# Plants the mutation NAME of LIST in FILE, or only looks for its text where DRY is set. The status is 2 where the text is not found exactly once.
+# Plants the mutation NAME of LIST in FILE, or only looks for its text where DRY is set. The status
+# is 2 where the text is not found exactly once.
 plant() {
     NAME="$1" LIST="$list" DRY="$dry" perl -0777 -e '
         open F, "<", $ENV{LIST}; $all = <F>; close F;
@@ -51,7 +62,8 @@ case $1 in kernels.txt) export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMPI_MCA
 export ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=halt_on_error=1 TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0 detect_deadlocks=0"
 folder=$(make -s --eval='show-folder: ; @echo $(BUILD)' show-folder)
 
-# The words of a test as a command: test_moe and ./train_moe lie at the root, other tests (words with a source) in the folder of this variant; `targets` are what `make` builds for it.
+# The words of a test as a command: test_moe and ./train_moe lie at the root, other tests (words
+# with a source) in the folder of this variant; `targets` are what `make` builds for it.
 resolve() {
     line='' targets=''
     for word; do
@@ -65,9 +77,11 @@ resolve() {
         line="$line $word"
     done
 }
-# RANKS WORDS...; once more, for ranks of the last mutant that are still ending can hold a program that is to be replaced
+# RANKS WORDS...; once more, for ranks of the last mutant that are still ending can hold a program
+# that is to be replaced
 build() { shift; resolve "$@"; quiet make -s $targets || { sleep 2; quiet make -s $targets; }; }
-# Runs RANKS WORDS... into build/out, until it ends, or says FAIL or error:, or 10 minutes have passed.
+# Runs RANKS WORDS... into build/out, until it ends, or says FAIL or error:, or 10 minutes have
+# passed.
 said='FAIL(ED)? |^error: |WARNING: ThreadSanitizer|ERROR: AddressSanitizer|runtime error: |^cuemu: '
 run_test() {
     ranks=$1; shift; resolve "$@"

@@ -1,7 +1,10 @@
 #!/bin/bash
-# Runs the batch scripts under a real Slurm: a slurmctld and a slurmd of its own on this machine, one node with select/cons_tres, for as long as the test takes.
-#   dev/slurm/test.sh      doctor, selftest, a training that is put back into the queue at its time limit and resumes, a job that asks for too little
-# Needs slurmctld, slurmd and munge (Debian: slurmctld slurmd slurm-client munge), root, and a built train_moe. Prints 'N passed, N failed'; where they are missing, 0 and 0.
+# Runs the batch scripts under a real Slurm: a slurmctld and a slurmd of its own on this machine,
+# one node with select/cons_tres, for as long as the test takes.
+#   dev/slurm/test.sh      doctor, selftest, a training that is put back into the queue at its time
+#                          limit and resumes, a job that asks for too little
+# Needs slurmctld, slurmd and munge (Debian: slurmctld slurmd slurm-client munge), root, and a built
+# train_moe. Prints 'N passed, N failed'; where they are missing, 0 and 0.
 cd "$(dirname "$0")/../.." || exit 1
 for tool in slurmctld slurmd sbatch munged; do
     command -v $tool > /dev/null || PATH=$PATH:/usr/sbin:/sbin
@@ -21,7 +24,7 @@ cleanup() {
 trap cleanup EXIT
 check() { if [ "$1" = 0 ]; then passed=$((passed + 1)); echo "ok $((passed + failed)) $2"; else failed=$((failed + 1)); echo "FAILED $((passed + failed)) $2"; fi; }
 
-# ---- a cluster of one node --------------------------------------------------------------------------------------------------------------
+# ---- a cluster of one node ----------------------------------------------------------------------
 host=$(hostname -s)
 head -c 1024 /dev/urandom > "$work/munge.key"
 chmod 400 "$work/munge.key"
@@ -68,7 +71,7 @@ for _ in $(seq 30); do [ "$(sinfo -h -o %T 2> /dev/null)" = idle ] && break; sle
 check $? "a cluster of one node, $(sbatch --version), $(scontrol show config | sed -n 's/^SelectType *= //p')"
 [ $failed = 0 ] || { tail -5 "$work"/*.log "$work"/*.out; echo "$passed passed, $failed failed"; exit 1; }
 
-# ---- as dev/slurm/site.sh of a small site ---------------------------------------------------------------------------------------------------
+# ---- as dev/slurm/site.sh of a small site -------------------------------------------------------
 export RANKS_PER_NODE=${RANKS_PER_NODE:-2} CPUS_PER_RANK=1 LAUNCH=${LAUNCH:-mpirun} OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 submit() { bash -c '. dev/slurm/site.sh && sbatch --parsable --chdir "$0" --output "$1" "${@:2}"' "$top" "$@"; }   # FILE arguments of sbatch ...
 state() { scontrol show job "$1" 2> /dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p'; }
@@ -85,7 +88,8 @@ wait_for "$job" 'COMPLETED|FAILED' 90
 [ "$(state "$job")" = COMPLETED ]
 check $? "selftest.sbatch on $RANKS_PER_NODE ranks: $(tail -1 "$work/selftest.txt")"
 
-# 60 seconds are the shortest limit; the signal comes 40 s before its end, an update waits for nothing
+# 60 seconds are the shortest limit; the signal comes 40 s before its end, an update waits for
+# nothing
 head -c 20000 README.md > "$work/text.txt"
 job=$(submit "$work/train.txt" --nodes 1 --time 1 --signal B:USR1@40 dev/slurm/train.sbatch --init model/configs/tiny.json --train "$work/text.txt" --ep 2 \
     --seq-len 64 --batch 4 --steps "${STEPS:-400000}" --out "$work/run")

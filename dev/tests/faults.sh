@@ -1,11 +1,14 @@
 #!/bin/bash
-# Injected faults: the n-th system call of a kind fails while a run starts, saves, resumes and logs. strace injects them, so no root
-# is needed (ptrace must be allowed).
-#   dev/tests/faults.sh PROGRAM [COUNT] [SEED]      COUNT faults (default 150), chosen at random by SEED from all (call, error, n)
-# A fault may end the run, with a status that is not 0 and one `error:` line, or be survived. Afterwards, without faults:
+# Injected faults: the n-th system call of a kind fails while a run starts, saves, resumes and logs.
+# strace injects them, so no root is needed (ptrace must be allowed).
+#   dev/tests/faults.sh PROGRAM [COUNT] [SEED]      COUNT faults (default 150), chosen at random by
+#                                                   SEED from all (call, error, n)
+# A fault may end the run, with a status that is not 0 and one `error:` line, or be survived.
+# Afterwards, without faults:
 #   - every published checkpoint verifies (--verify);
 #   - nothing that was published before is gone (--keep 0);
-#   - --resume ends with the same weights and optimizer, byte for byte, as the run that nobody disturbed;
+#   - --resume ends with the same weights and optimizer, byte for byte, as the run that nobody
+#     disturbed;
 #   - log.jsonl has every update once, in order, and run.json is whole.
 # Prints the counts by call, and ends with 'N passed, N failed'.
 cd "$(dirname "$0")/../.." || exit 1
@@ -28,8 +31,8 @@ sums() { (cd "$1/checkpoints/step_$last" && sha256sum ./*.safetensors); }
 want=$(sums "$t/whole")
 run "$program" "${options[@]}" --steps $first --out "$t/before" || { cat "$t/err"; echo "0 passed, 1 failed"; exit 1; }
 
-# All calls of the part under test: --resume from update $first to $last. Calls before the first look at --out belong to the loader of
-# the program and are left alone.
+# All calls of the part under test: --resume from update $first to $last. Calls before the first
+# look at --out belong to the loader of the program and are left alone.
 cp -a "$t/before" "$t/probe"
 kinds="openat read pread64 write pwrite64 fsync fdatasync rename renameat renameat2 mkdir mkdirat unlink unlinkat symlink symlinkat getdents64 ftruncate newfstatat fstat lseek close fallocate"
 known=

@@ -1,10 +1,14 @@
 #!/bin/sh
 # Checkpoints across layouts, and ranks that are killed.
-#   dev/tests/kill.sh TRAIN_MOE RESHARD [KILLS]          KILLS: how often a rank is killed, default 8 (50: make test-mutations; 0: part 1 alone)
-# 1. A checkpoint written by 8 ranks (ep 4, fsdp 2) is resumed by 1, 2, 3 and 6: parameters and moments bit for bit (dev/tests/reshard.c), and the losses go on as those of a run that was
-#    left alone, to 1e-5.
-# 2. kill -9 of one rank at random moments, saving after every update so that many fall inside a save: every time the run ends within --timeout with a status that is not 0, and the
-#    last complete checkpoint resumes. The run that was killed so often ends with the bits of the one that was left alone.
+#   dev/tests/kill.sh TRAIN_MOE RESHARD [KILLS]    KILLS: how often a rank is killed, default 8
+#                                              (50: make test-mutations; 0: part 1 alone)
+# 1. A checkpoint written by 8 ranks (ep 4, fsdp 2) is resumed by 1, 2, 3 and 6: parameters and
+#    moments bit for bit (dev/tests/reshard.c), and the losses go on as those of a run that was left
+#    alone, to 1e-5.
+# 2. kill -9 of one rank at random moments, saving after every update so that many fall inside a
+#    save: every time the run ends within --timeout with a status that is not 0, and the last
+#    complete checkpoint resumes. The run that was killed so often ends with the bits of the one
+#    that was left alone.
 set -u
 train=${1:?usage: kill.sh TRAIN_MOE RESHARD [KILLS]} reshard=${2:?usage: kill.sh TRAIN_MOE RESHARD [KILLS]} kills=${3:-8}
 cd "$(dirname "$0")/../.." || exit 1
@@ -29,7 +33,7 @@ apart() {
 }
 least() { awk -v a="$1" -v b="$2" 'BEGIN { exit !(a != "inf" && a + 0 <= b) }'; }
 
-# ---- 1. layouts ----------------------------------------------------------------------------------------------------------------------------------------------
+# ---- 1. layouts ---------------------------------------------------------------------------------
 ranks 1 "$train" $model --steps 8 --out "$T/whole"; check "one process, 8 updates"
 ranks 8 "$train" $model --steps 4 --ep 4 --fsdp 2 --out "$T/eight"; check "8 ranks (ep 4, fsdp 2), 4 updates"
 for grid in "1" "2 --ep 2" "2 --fsdp 2" "3 --fsdp 3" "6 --fsdp 3 --ep 2"; do
@@ -46,7 +50,7 @@ done
 finish() { echo "dev/tests/kill.sh: $passed passed, $failed failed"; [ $failed -eq 0 ]; exit; }
 [ "$kills" -gt 0 ] || finish
 
-# ---- 2. kills ------------------------------------------------------------------------------------------------------------------------------------------------
+# ---- 2. kills -----------------------------------------------------------------------------------
 run="$model --ep 2 --steps 100000 --save-every 1 --keep 3"
 lines() { if [ -f "$1/log.jsonl" ]; then wc -l < "$1/log.jsonl"; else echo 0; fi; }
 saving() { ls -d "$T"/kill/checkpoints/incomplete_* > /dev/null 2>&1; }
@@ -57,7 +61,8 @@ while [ $i -lt "$kills" ]; do
     before=$(lines "$T/kill")
     $(GRACE=1 sh dev/mpirun.sh 2) "$train" $run --resume --out "$T/kill" > "$T/out" 2>&1 &
     launcher=$!
-    # wait for the next update at most 60 s, then for up to a second; every second time on until a save has begun
+    # wait for the next update at most 60 s, then for up to a second; every second time on until a
+    # save has begun
     k=0
     while [ $k -lt 600 ] && [ "$(lines "$T/kill")" -le "$before" ] && kill -0 $launcher 2> /dev/null; do sleep 0.1; k=$((k + 1)); done
     seed=$(( (seed * 1103515245 + 12345) % 2147483648 ))

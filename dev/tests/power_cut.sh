@@ -1,9 +1,12 @@
 #!/bin/bash
-# Power cuts: what lies on the disk at a moment, without what only the page cache holds, must be a run that goes on.
-#   dev/tests/power_cut.sh PROGRAM [CUTS]      needs root and ext4 (a loop device); nightly. Default 62 cuts.
-# A run writes into an ext4 image; at a random moment it is stopped and the image is copied: the copy has what had reached the block
-# device. Its journal is replayed (mount), and then: every published checkpoint verifies, log.jsonl holds every update up to the newest
-# checkpoint, run.json is whole, and --resume goes on from it. The next cut continues from the copy.
+# Power cuts: what lies on the disk at a moment, without what only the page cache holds, must be a
+# run that goes on.
+#   dev/tests/power_cut.sh PROGRAM [CUTS]      needs root and ext4 (a loop device); nightly. Default
+#                                              62 cuts.
+# A run writes into an ext4 image; at a random moment it is stopped and the image is copied: the
+# copy has what had reached the block device. Its journal is replayed (mount), and then: every
+# published checkpoint verifies, log.jsonl holds every update up to the newest checkpoint, run.json
+# is whole, and --resume goes on from it. The next cut continues from the copy.
 cd "$(dirname "$0")/../.." || exit 1
 program=$(realpath "${1:?usage: power_cut.sh PROGRAM [CUTS]}") cuts=${2:-62}
 t=$(mktemp -d)

@@ -1,11 +1,16 @@
 #!/bin/sh
-# The whole CUDA program, run by the emulator of dev/cuemu, against the CPU backend: every gradient of the first update and the losses of three; and test_moe, against transformers.
-#   test_cuemu_program.sh BUILD CPU_FP32 CPU_BF16 [quick]     BUILD: folder with MODE-PRECISION/PROGRAM (dev/mk/cuemu.mk); CPU_*: train_moe of the CPU backend; quick: one run of each mode
-#
-# fp32: both sides round in fp32 and differ in the order of sums; the CPU is within 5e-6 of fp64 (test_moe.c), a mistake makes 8e-5 and more: 1e-5.
-# bf16: at most twice the error that the CPU's bf16 build, which rounds wherever it stores, has against fp32 (FlashAttention's rule). The fixture's routing is the same in all.
-# Modes: plain; asan with UBSan; tsan; streams as late as a synchronisation forces them (CUEMU_LAZY=1) and running ahead of each other at random (seeds);
-#        asynchronous copies early and at random, threads in random order.
+# The whole CUDA program, run by the emulator of dev/cuemu, against the CPU backend: every gradient
+# of the first update and the losses of three; and test_moe, against transformers.
+#   test_cuemu_program.sh BUILD CPU_FP32 CPU_BF16 [quick]
+# BUILD is the folder with MODE-PRECISION/PROGRAM (dev/mk/cuemu.mk), CPU_* are train_moe of the CPU
+# backend, and `quick` means one run of each mode.
+# fp32: both sides round in fp32 and differ in the order of sums; the CPU is within 5e-6 of fp64
+# (test_moe.c), a mistake makes 8e-5 and more: 1e-5. bf16: at most twice the error that the CPU's
+# bf16 build, which rounds wherever it stores, has against fp32 (FlashAttention's rule). The
+# fixture's routing is the same in all.
+# Modes: plain; asan with UBSan; tsan; streams as late as a synchronisation forces them
+# (CUEMU_LAZY=1) and running ahead of each other at random (seeds); asynchronous copies early and at
+# random, threads in random order.
 build=$1 cpu_fp32=$2 cpu_bf16=$3 quick=$4
 : "${MPIRUN:=mpirun --allow-run-as-root --oversubscribe --bind-to none}" "${PYTHON:=python3}"
 here=$(dirname "$0")
@@ -16,7 +21,8 @@ passed=0 failed=0
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 export OMPI_MCA_btl=self,vader OMPI_MCA_btl_vader_single_copy_mechanism=none OMPI_MCA_mpi_yield_when_idle=1     # no sockets: ThreadSanitizer dislikes their locks
 export ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0 detect_deadlocks=0"
-# MPI is not built for ThreadSanitizer: two of its own threads inside it (the watchdog's and the caller's) look like a race.
+# MPI is not built for ThreadSanitizer: two of its own threads inside it (the watchdog's and the
+# caller's) look like a race.
 printf 'race:mca_\nrace:libmpi\nrace:libopen-\nmutex:mca_\n' > "$dir/mpi.supp"
 TSAN_OPTIONS="$TSAN_OPTIONS suppressions=$dir/mpi.supp"
 base="--model $fixture --train $fixture/tokens.bin --seq-len 16 --batch 4 --steps 3 --shuffle off --aux-coef 0.01 --z-coef 0.001"
@@ -55,7 +61,8 @@ run() {
     done
     ok "$what  [$line]"
 }
-# program NAME RANKS 'SETTINGS' ARGUMENTS: a test program that counts for itself; 0 ranks: without mpirun
+# program NAME RANKS 'SETTINGS' ARGUMENTS: a test program that counts for itself; 0 ranks: without
+# mpirun
 program() {
     test=$1 ranks=$2 settings=$3; shift 3
     # shellcheck disable=SC2086
@@ -65,7 +72,8 @@ program() {
     if [ $status = 0 ] && [ -n "$line" ]; then ok "$settings $test, $ranks ranks $*  [$line]"; else bad "$settings $test, $ranks ranks $* (status $status)"; fi
 }
 
-# stuck 'SETTINGS' FAULT 'PATTERN': three ranks of which one does something else; one line of ours says who has entered the call and who has not
+# stuck 'SETTINGS' FAULT 'PATTERN': three ranks of which one does something else; one line of ours
+# says who has entered the call and who has not
 stuck() {
     settings=$1 fault=$2 pattern=$3
     # shellcheck disable=SC2016,SC2086

@@ -1,5 +1,6 @@
 #!/bin/sh
-# test_modes.sh BUILD MODE...: runs the emulated kernel tests in the modes plain, asan, tsan and lazy; ends with 'N passed, N failed'.
+# test_modes.sh BUILD MODE...: runs the emulated kernel tests in the modes plain, asan, tsan and
+# lazy; ends with 'N passed, N failed'.
 build=$1
 shift
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
