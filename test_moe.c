@@ -651,7 +651,7 @@ int main(int argc, char **argv) {
     Comm *all = comm_group("test", ranks, comm_world_size());
     free(ranks);
     const char *base = getenv("TMPDIR");
-    snprintf(temporary, sizeof temporary, "%.200s/test_moe.XXXXXX", base ? base : "/tmp");
+    snprintf(temporary, sizeof temporary, "%.200s/test_moe.XXXXXX", base && *base ? base : "/tmp");
     if (comm_world_rank() == 0 && !mkdtemp(temporary))
         die("cannot make a folder like %s|set TMPDIR", temporary);
     comm_broadcast(all, temporary, sizeof temporary, 0);

@@ -2,7 +2,8 @@
 # Compiles every kernel and fails where one keeps something in local memory, as spilled registers or
 # as an array that is indexed by a variable: in a loop that is limited by memory or tensor cores,
 # that is traffic that nobody planned. Fails too where ptxas serializes wgmma or ignores setmaxnreg.
-#   dev/check_spills.sh [ARCH...]        default: 90a 80.   PRECISIONS: default "bf16 fp32".  make check-spills runs it; no GPU needed
+#   dev/check_spills.sh [ARCH...]        default: 90a 80; PRECISIONS: default "bf16 fp32"
+# make check-spills runs it. It needs no GPU.
 # dev/spills.txt lists the exceptions: kernel (a part of its name), precision, architecture (* =
 # any), most bytes, and the reason, which must be there.
 # Prints the kernels with most registers, each use of local memory, and 'N passed, N failed' (a

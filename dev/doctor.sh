@@ -1,6 +1,8 @@
 #!/bin/sh
 # What this machine can run and what stands in the way. Every line begins with
-#   ok     there, and good          fine   absent or small, nothing to do          fix    costs you something: what to type follows
+#   ok     there, and good
+#   fine   absent or small, nothing to do
+#   fix    costs you something: what to type follows
 #   sh dev/doctor.sh [RANKS]        make doctor [NP=RANKS] runs it; RANKS defaults to 2
 cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} NP=${1:-2}

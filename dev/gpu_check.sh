@@ -3,14 +3,17 @@
 # in under nine minutes: `make gpu-check`.
 #   make gpu-check              on a machine with a GPU and nvcc; BUDGET=540 seconds in all, builds
 #                               included
-#   ONLY="build bench"          some steps        OUT=folder     where the report goes; default dev/results/GPU-DATE
+#   ONLY="build bench"          some steps
+#   OUT=folder                  where the report goes; default dev/results/GPU-DATE
 #   GPU_CHECK_DRY=1             no GPU: kernels and benchmark of the emulator builds, the rest `not
 #                               run`: tries the script and the report, nothing else
 # Writes OUT/report.md, OUT/report.json and a log of every step. A step that fails, takes too long
 # or lacks something does not stop the others; the report says what ran.
 # Exit status 0 where no step failed. Steps, by what would change most if it were wrong:
-#   build         all programs; what does not compile is missing below              needs nvcc; cJSON for train_moe and test_moe, MPI for `ranks`
-#   instructions  the emulator's own tests on the card: wgmma, TMA, mbarrier, mma     exact in every bit; Hopper only
+#   build         all programs; what does not compile is missing below. Needs nvcc; cJSON for
+#                 train_moe and test_moe, MPI for `ranks`
+#   instructions  the emulator's own tests on the card: wgmma, TMA, mbarrier, mma; exact in every
+#                 bit; Hopper only
 #   libraries     cuDNN and NCCL were found: without them a Hopper build is slow or alone
 #   ceilings      copies, host to device and back, launches, cuBLAS
 #   cudnn         attention by cuDNN, forward and backward, against the CPU           needs cuDNN
@@ -30,7 +33,9 @@
 #                 met over TCP
 #   ranks         test_moe on 4 ranks that share the card, over MPI
 #   curve         60 updates here and by transformers on the same card
-# cJSON in another place than the compiler's: make gpu-check HAVE_CJSON=1 CJSON_CFLAGS=-I... CJSON_LIBS=.../libcjson.a      COMMIT=... where git is not
+# cJSON in another place than the compiler's:
+#   make gpu-check HAVE_CJSON=1 CJSON_CFLAGS=-I... CJSON_LIBS=.../libcjson.a
+# COMMIT=... where git is not.
 cd "$(dirname "$0")/.." || exit 1
 BUDGET=${BUDGET:-540} CC=${CC:-cc} DRY=$GPU_CHECK_DRY
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null | head -1)

@@ -9,8 +9,8 @@
 #                                       with all of their threads
 #   mpi_yield_when_idle                 a rank that waits gives its core away: spinning takes from
 #                                       the other ranks where cores share units or somebody else
-#                                       computes (two ranks on two virtual cores: 0.81-0.83 of one rank's
-#                                       speed without, 0.86-0.95 with; dev/results)
+#                                       computes (two ranks on two virtual cores: 0.81-0.83 of one
+#                                       rank's speed without, 0.86-0.95 with; dev/results)
 #   odls_base_sigkill_timeout           seconds t (here GRACE, default 5): when mpirun gets SIGTERM,
 #                                       or a rank dies or aborts, the other ranks get SIGTERM after
 #                                       t and SIGKILL after 2t,

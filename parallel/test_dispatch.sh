@@ -1,5 +1,6 @@
 #!/bin/sh
-# Runs test_dispatch under several numbers of ranks and adds up:   parallel/test_dispatch.sh build/test_dispatch [ranks...]       (default 1 2 3 4)
+# Runs test_dispatch under several numbers of ranks and adds up.
+#   parallel/test_dispatch.sh build/test_dispatch [ranks...]       default: 1 2 3 4
 # MPIRUN: the launcher (default mpirun). Exit status 1 where anything failed, was killed or did not
 # report.
 test=${1:?usage: test_dispatch.sh PROGRAM [ranks...]}

@@ -1,7 +1,9 @@
 # Programs for a machine with a GPU, of the kernels alone: they need neither cJSON nor MPI (after
 # dev/mk/cuemu.mk; `make gpu-check` runs everything: dev/gpu_check.sh).
-#   BACKEND=cuda $(BUILD)/kernels/test_cuda     every kernel against its CPU twin        $(BUILD)/dev/bench_cuda     every kernel against the ceilings of the card
-#   make bench-cuda          the benchmark as a table, beside the predictions of dev/ledger.py (dev/bench_report.py)     ARGS="--only experts"
+# With BACKEND=cuda, $(BUILD)/kernels/test_cuda compares every kernel with its CPU twin, and
+# $(BUILD)/dev/bench_cuda times every kernel against the ceilings of the card.
+#   make bench-cuda          the benchmark as a table, beside the predictions of dev/ledger.py
+#                            (dev/bench_report.py); ARGS="--only experts"
 #   make test-cuemu-bench    the benchmark at toy shapes in the emulator: every kernel of
 #                            dev/costs.h is called; 'N passed, N failed'
 ifeq ($(BACKEND),cuda)

@@ -1,8 +1,9 @@
 # The tests of the CUDA kernels (after dev/mk/cuemu.mk, whose rules build the emulated objects):
 #   make test-cuemu-kernels    every kernel against its CPU twin in the emulator, bf16 and fp32:
 #                              plain, AddressSanitizer + UBSan, ThreadSanitizer, and with streams
-#                              and copies as late as possible and in random order; 'N passed, N failed'.   KERNEL_MODES="plain asan" for some of them
-#                              (plain: kernels/test_offsets too, offsets beyond 2^31 elements)
+#                              and copies as late as possible and in random order; 'N passed,
+#                              N failed'. KERNEL_MODES="plain asan": some of them (plain:
+#                              kernels/test_offsets too, offsets beyond 2^31 elements)
 #   make test-cuda-gpu         the same programs on the GPU of this machine, with both attention
 #                              kernels where make found cuDNN
 #   make test-cudnn-graphs     cuDNN's attention without a GPU: what it says of the graphs for

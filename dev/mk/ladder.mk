@@ -1,5 +1,6 @@
 # The ladder of dev/kernels (after dev/mk/gpu.mk): every rung checked against the first.
-#   make ladder               on a GPU, with times        make test-cuemu-ladder      in the emulator, checks alone; 'N passed, N failed'
+#   make ladder               on a GPU, with times
+#   make test-cuemu-ladder    in the emulator, checks alone; 'N passed, N failed'
 LADDER = $(basename $(wildcard dev/kernels/*.cu))
 ifeq ($(BACKEND),cuda)
 $(BUILD)/dev/kernels/ladder: $(LADDER:%=$(BUILD)/%.o) $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(CUDA_KERNELS))))

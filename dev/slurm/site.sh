@@ -2,7 +2,8 @@
 # .sbatch files, and by your shell before submitting:
 #   . dev/slurm/site.sh && sbatch --nodes 2 dev/slurm/doctor.sbatch
 
-# ---- read by sbatch from the environment (see `man sbatch`, INPUT ENVIRONMENT VARIABLES); leave out what your site does not want -------------
+# ---- read by sbatch from the environment --------------------------------------------------------
+# See `man sbatch`, INPUT ENVIRONMENT VARIABLES. Leave out what your site does not want.
 # export SBATCH_ACCOUNT=project
 # export SBATCH_PARTITION=gpu
 # export SBATCH_GPUS_PER_NODE=8
@@ -16,7 +17,8 @@ CPUS_PER_RANK=${CPUS_PER_RANK:-1}                  # hardware threads of a rank;
 # Slurm's own variables. No srun integration at all: LAUNCH=mpirun uses mpirun inside the
 # allocation.
 LAUNCH=${LAUNCH:-srun --mpi=pmix}
-# What a job needs before ./train_moe starts, on every node: module load gcc openmpi   (or cuda nccl)
+# What a job needs before ./train_moe starts, on every node, for example
+# module load gcc openmpi (or cuda nccl).
 site_setup() { :; }
 # The network between nodes: export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 # OMPI_MCA_btl_tcp_if_include=ib0

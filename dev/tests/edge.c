@@ -372,7 +372,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < world; i++) ranks[i] = i;
     Comm *all = comm_group("test", ranks, world);
     free(ranks);
-    snprintf(temporary, sizeof temporary, "%.200s/edge.XXXXXX", base ? base : "/tmp");
+    snprintf(temporary, sizeof temporary, "%.200s/edge.XXXXXX", base && *base ? base : "/tmp");
     if (comm_world_rank() == 0 && !mkdtemp(temporary))
         die("cannot make a folder like %s|set TMPDIR", temporary);
     comm_broadcast(all, temporary, sizeof temporary, 0);

@@ -755,7 +755,7 @@ int main(int argc, char **argv) {
         die("test_cli needs the program to test|"
             "test_cli ./train_moe [--fixtures DIR] [--mpirun COMMAND]");
     const char *base = getenv("TMPDIR");
-    snprintf(folder, sizeof folder, "%.200s/test_cli.XXXXXX", base ? base : "/tmp");
+    snprintf(folder, sizeof folder, "%.200s/test_cli.XXXXXX", base && *base ? base : "/tmp");
     if (!mkdtemp(folder)) die("cannot make a folder like %s|set TMPDIR", folder);
     char *absolute = realpath(program, 0), *root = realpath(fixtures, 0);
     if (!root)
