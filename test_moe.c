@@ -45,8 +45,7 @@ static double total(const StepResult *s, const Setup *p) {
 // The naive model's update: gradients into all, and with rounding 1 rounded as it stores them.
 static void naive_run(NaiveBatch *b, const Config *config, Weights *all, int rounding) {
     NaiveConfig c = naive_config(config);
-    for (int i = 0; i < all->n; i++)
-        memset(all->weight[i].g, 0, (size_t)all->weight[i].n * sizeof(double));
+    for (int i = 0; i < all->n; i++) memset(all->weight[i].g, 0, all->weight[i].n * sizeof(double));
     naive_rounding = rounding;
     naive_model(b, &c, all);
     for (int i = 0; i < all->n; i++)
@@ -208,7 +207,7 @@ static void test_differences(const Fixture *f) {
     StepResult x = run_step(r, 1, 0, 0);
     read_all(r, &all, 1, 1, &equal);
     int *routing = read_routing(r);
-    size_t routing_bytes = (size_t)r->m.c.n_moe * (size_t)r->t->R * (size_t)r->m.c.K * sizeof(int);
+    size_t routing_bytes = r->m.c.n_moe * r->t->R * r->m.c.K * sizeof(int);
     double floor_norm = 1e-3 * x.grad_norm / sqrt(all.n);
     double worst = 0;
     char worst_name[160] = "-";
@@ -220,7 +219,7 @@ static void test_differences(const Fixture *f) {
                           r->m.block[b].segment_slice[i], name);
             const Weight *w = &all.weight[weights_find(&all, name)];
             floatX *device = r->t->optimizer.state[b].param + g->offset;
-            size_t n = (size_t)g->count;
+            size_t n = g->count;
             floatX *keep = (floatX *)xmalloc(n * sizeof(floatX), "a tensor");
             floatX *moved = (floatX *)xmalloc(n * sizeof(floatX), "a tensor");
             double *direction = doubles(n);
@@ -584,7 +583,7 @@ static void forward_only(const Fixture *f, int micro_batch) {
     float *got = floats(V);
     trainer_logits(r->t, r->t->tokens.host_ids, length, got);
     for (int v = 0; v < V; v++) wide[v] = (double)got[v];
-    worst = distance(wide, logits + (size_t)(length - 1) * (size_t)V, V);
+    worst = distance(wide, logits + (length - 1) * (size_t)V, V);
     check(
         relative(loss, x.loss) <= 1e-6 && worst <= 1e-6,
         "%s: %d micro-batch%s: evaluation gives training's loss (%.1e), sampling its logits (%.1e)",

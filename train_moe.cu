@@ -240,7 +240,7 @@ static void save(Run *r, int64_t step) {
 // saw it, where a validation file cannot be read or is no longer the same.
 static int evaluate(Run *r, int64_t step, Fault *fault) {
     int n = loader_sources(r->val);
-    double *loss = (double *)xmalloc((size_t)n * sizeof(double), "validation losses");
+    double *loss = (double *)xmalloc(n * sizeof(double), "validation losses");
     double sum = 0, all = 0, targets;
     for (int i = 0; i < n; i++) {
         int64_t wanted = r->o->eval_batches * r->o->batch;
@@ -392,7 +392,7 @@ static Tokens *open_tokens(const Run *r) {
 // A prompt that has no tokens would else end the run at its first sample.
 static void check_prompt(const Options *o, const Tokens *tokens, const Config *c) {
     int64_t n = tokens_encode(tokens, 0, 0, o->prompt, strlen(o->prompt));
-    int *ids = (int *)xcalloc((size_t)n + 1, sizeof *ids, "prompt");
+    int *ids = (int *)xcalloc(n + 1, sizeof *ids, "prompt");
     tokens_encode(tokens, ids, n, o->prompt, strlen(o->prompt));
     for (int64_t i = 0; i < n; i++)
         if (ids[i] >= c->V)
@@ -462,7 +462,7 @@ static void command_plan(Options *o) {
         default_batch(o, &grid);
         StepOptions step = step_options(o, &c);
         // --recompute auto fills the planned machine, not this one.
-        if (!step.memory) step.memory = (size_t)machine.memory;
+        if (!step.memory) step.memory = machine.memory;
         plan_print(stdout, &c, &grid, step, optimizer_options(o), &machine);
     }
     config_free(&c);

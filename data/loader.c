@@ -38,7 +38,7 @@ static int by_name(const void *a, const void *b) {
 }
 
 static void add_file(Loader *loader, const char *name) {
-    loader->files = (Shard *)realloc(loader->files, ((size_t)loader->n_files + 1) * sizeof(Shard));
+    loader->files = (Shard *)realloc(loader->files, (loader->n_files + 1) * sizeof(Shard));
     if (!loader->files)
         die("out of host memory for the list of %d token files|name fewer files",
             loader->n_files + 1);
@@ -236,7 +236,7 @@ static int64_t greatest_divisor(int64_t a, int64_t b) { return b ? greatest_divi
 static void make_schedule(Loader *loader, const int64_t *weight) {
     int n = loader->n_sources;
     int64_t unit = 0;
-    loader->quota = (int64_t *)xcalloc((size_t)n, 2 * sizeof(int64_t), "the mixture");
+    loader->quota = (int64_t *)xcalloc(n, 2 * sizeof(int64_t), "the mixture");
     int64_t *given = loader->quota + n;
     for (int i = 0; i < n; i++) unit = greatest_divisor(weight[i], unit);
     for (int i = 0; i < n; i++) {
@@ -248,8 +248,8 @@ static void make_schedule(Loader *loader, const int64_t *weight) {
                 MOST_PERIOD);
     }
     int64_t P = loader->period;
-    loader->turn_source = (uint16_t *)xmalloc((size_t)P * sizeof(uint16_t), "the mixture");
-    loader->turn_number = (int32_t *)xmalloc((size_t)P * sizeof(int32_t), "the mixture");
+    loader->turn_source = (uint16_t *)xmalloc(P * sizeof(uint16_t), "the mixture");
+    loader->turn_number = (int32_t *)xmalloc(P * sizeof(int32_t), "the mixture");
     for (int64_t turn = 0; turn < P; turn++) {
         int next = -1;
         int64_t first_due = 0;
@@ -269,8 +269,8 @@ static void make_schedule(Loader *loader, const int64_t *weight) {
 
 static void add_sources(Loader *loader, Pattern *pattern, int n_patterns) {
     int n = group(pattern, n_patterns, loader->o.validation);
-    int64_t *weight = (int64_t *)xcalloc((size_t)n, sizeof *weight, "the mixture");
-    loader->source = (LoaderSource *)xcalloc((size_t)n, sizeof(LoaderSource), "the mixture");
+    int64_t *weight = (int64_t *)xcalloc(n, sizeof *weight, "the mixture");
+    loader->source = (LoaderSource *)xcalloc(n, sizeof(LoaderSource), "the mixture");
     loader->n_sources = n;
     for (int i = 0; i < n; i++) {
         LoaderSource *s = &loader->source[i];
@@ -302,7 +302,7 @@ Loader *loader_open(const char *const *patterns, int n_patterns, LoaderOptions o
     Loader *loader = (Loader *)xcalloc(1, sizeof *loader, "the data loader");
     loader->o = options;
     loader->vocab = (uint32_t)options.vocab;
-    Pattern *pattern = (Pattern *)xcalloc((size_t)n_patterns, sizeof *pattern, "the patterns");
+    Pattern *pattern = (Pattern *)xcalloc(n_patterns, sizeof *pattern, "the patterns");
     for (int i = 0; i < n_patterns; i++) pattern[i] = parse_pattern(patterns[i]);
     add_sources(loader, pattern, n_patterns);
     for (int i = 0; i < n_patterns; i++) {

@@ -32,7 +32,7 @@ static int fail(Fault *fault, char *what, const char *hint) {
 static int read_exactly(int fd, const char *name, void *to, int64_t bytes, int64_t offset,
                         Fault *fault) {
     for (int64_t done = 0; done < bytes;) {
-        ssize_t n = pread(fd, (char *)to + done, (size_t)(bytes - done), (off_t)(offset + done));
+        ssize_t n = pread(fd, (char *)to + done, bytes - done, (off_t)(offset + done));
         if (n < 0 && errno == EINTR) continue;
         if (n < 0)
             return fail(fault,
@@ -288,7 +288,7 @@ int shard_read(const Shard *f, int64_t first, int64_t T, uint32_t vocab, int *in
                read_ids(fd, f, first + T, 1, vocab, targets + T - 1, fault);
     close(fd);
     if (!good) return 0;
-    memmove(targets, inputs + 1, (size_t)(T - 1) * sizeof *targets);
+    memmove(targets, inputs + 1, (T - 1) * sizeof *targets);
     if (!f->mask.name) return 1;
     fd = open_same(&f->mask, fault);
     if (fd < 0) return 0;

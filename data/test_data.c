@@ -60,7 +60,7 @@ static void put32(unsigned char *p, uint32_t v) {
 // with the fields [3] and [4].
 static const char *write_shard(const char *name, int width, int64_t count, int64_t says,
                                uint32_t first, uint32_t step, uint32_t vocab, uint32_t largest) {
-    size_t bytes = 1024 + (size_t)(count * width);
+    size_t bytes = 1024 + (count * width);
     unsigned char *data = xcalloc(bytes, 1, "a test shard");
     put32(data, width == 2 ? 20240520 : 20240801);
     put32(data + 4, width == 2 ? 1 : 7);
@@ -167,7 +167,7 @@ static void test_files(void) {
 
 // ---- order ----------------------------------------------------------------------------------
 static int is_bijection(int64_t n, uint64_t seed, uint64_t epoch) {
-    unsigned char *seen = xcalloc((size_t)n, 1, "marks");
+    unsigned char *seen = xcalloc(n, 1, "marks");
     int good = 1;
     for (int64_t i = 0; good && i < n; i++) {
         int64_t j = loader_permute(i, n, seed, epoch);
@@ -297,7 +297,7 @@ static void dies(void (*f)(const void *), const void *argument, const char *a, c
     close(ends[1]);
     for (ssize_t got;
          n < sizeof text - 1 && (got = read(ends[0], text + n, sizeof text - 1 - n)) > 0;)
-        n += (size_t)got;
+        n += got;
     text[n] = 0;
     close(ends[0]);
     int status = 0;
@@ -319,12 +319,12 @@ static void loader_dies(const char *path, int T, int vocab, int64_t read, const 
 // The mask of `count` tokens in which token i has the byte bytes[i % n]; its header says `says`.
 static const char *write_mask(const char *name, int64_t count, int64_t says, const char *bytes,
                               int n) {
-    unsigned char *data = xcalloc(1024 + (size_t)count, 1, "a test mask");
+    unsigned char *data = xcalloc(1024 + count, 1, "a test mask");
     put32(data, 20260520);
     put32(data + 4, 1);
     put32(data + 8, (uint32_t)says);
     for (int64_t i = 0; i < count; i++) data[1024 + i] = (unsigned char)bytes[i % n];
-    const char *path = write_bytes(name, data, 1024 + (size_t)count);
+    const char *path = write_bytes(name, data, 1024 + count);
     free(data);
     return path;
 }

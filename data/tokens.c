@@ -65,7 +65,7 @@ static void open_bytes(Tokens *t) {
     t->are_bytes = 1;
     t->text = (unsigned char *)xmalloc(256 + sizeof eot, "the byte table");
     t->start = (size_t *)xmalloc(258 * sizeof *t->start, "the byte table");
-    for (int id = 0; id <= 256; id++) t->start[id] = (size_t)id;
+    for (int id = 0; id <= 256; id++) t->start[id] = id;
     for (int id = 0; id < 256; id++) t->text[id] = (unsigned char)id;
     memcpy(t->text + 256, eot, sizeof eot);
     t->start[257] = 256 + sizeof eot - 1;
@@ -81,7 +81,7 @@ static unsigned char *read_file(const char *path, size_t *bytes) {
         die("%s: cannot open the decode table: %s|tokenize.py writes it beside the shards as "
             "PREFIX.vocab",
             path, file_why(error));
-    *bytes = (size_t)size;
+    *bytes = size;
     return (unsigned char *)data;
 }
 
@@ -121,7 +121,7 @@ static void open_table(Tokens *t, const char *path) {
     // The texts move down over their lengths, so the memory of the file becomes that of the texts.
     size_t prefix = version == 3 ? 4 : 1;
     size_t out = 0;
-    t->start = (size_t *)xmalloc(((size_t)vocab + 1) * sizeof *t->start, "the decode table");
+    t->start = (size_t *)xmalloc((vocab + 1) * sizeof *t->start, "the decode table");
     for (int id = 0; id < t->vocab; id++) {
         int whole = bytes - at >= prefix;
         size_t n = 0;
@@ -228,7 +228,7 @@ static void append(Word *word, const void *bytes, size_t n) {
 
 static void append_number(Word *word, const char *format, int number) {
     char text[32];
-    append(word, text, (size_t)snprintf(text, sizeof text, format, number));
+    append(word, text, snprintf(text, sizeof text, format, number));
 }
 
 static void append_byte(Word *word, unsigned char c) {

@@ -55,7 +55,7 @@ static int by_value(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 static double median(double *x, int n) {
-    qsort(x, (size_t)n, sizeof *x, by_value);
+    qsort(x, n, sizeof *x, by_value);
     return n % 2 ? x[n / 2] : 0.5 * (x[n / 2 - 1] + x[n / 2]);
 }
 
@@ -162,9 +162,7 @@ typedef struct {
 } Row;
 static struct { double seconds, at_ceiling, peak; } table;
 
-static size_t product_size(const Product *p) {
-    return (size_t)(p->m * p->k + p->k * p->n + p->m * p->n);
-}
+static size_t product_size(const Product *p) { return p->m * p->k + p->k * p->n + p->m * p->n; }
 // Returns the FLOP/s of the row's products, each thread making them alone and from operands of its
 // own; every thread makes at least 0.2 GFLOP.
 static double products_speed(const Row *row) {
@@ -207,7 +205,7 @@ static Row row_of(const char *name, double calls, double flops, double bytes,
         row.product[i] = product[i];
         if (product_size(product + i) > size) size = product_size(product + i);
     }
-    size_t count = flops > 0 ? size * (size_t)thread_count() : (size_t)bytes / sizeof(real) + 1;
+    size_t count = flops > 0 ? size * thread_count() : (size_t)bytes / sizeof(real) + 1;
     row.memory = (real *)xmalloc(count * sizeof(real), "operands of a ceiling");
     for (size_t i = 0; i < count; i++) row.memory[i] = (real)(i % 7) * (real)0.125;
     return row;
@@ -274,7 +272,7 @@ static void kernels(const Config *c, const Trainer *t, const Bench *b, Arena *ar
     const double L = c->n_moe, chunks = (double)R / chunk, x = sizeof(floatX), g = sizeof(gradX);
     const double RC = (double)R * C, rows = (double)R * K;
     floatX *h = normal(arena, (size_t)R * C, 1), *y = normal(arena, (size_t)R * C, 2),
-           *dy = normal(arena, (size_t)R * C, 3), *w = normal(arena, (size_t)C, 4);
+           *dy = normal(arena, (size_t)R * C, 3), *w = normal(arena, C, 4);
     floatX *q = normal(arena, (size_t)R * Q, 5), *k = normal(arena, (size_t)R * KV, 6),
            *v = normal(arena, (size_t)R * KV, 7), *qn = normal(arena, (size_t)R * Q, 8);
     floatX *kn = normal(arena, (size_t)R * KV, 9), *o = normal(arena, (size_t)R * Q, 10),

@@ -35,11 +35,11 @@ static int64_t read_table(const int *table, RouteShape s, int64_t *send, int64_t
 static void measure(RouteShape s) {
     enum { REPEAT = 21 };
     int64_t tokens = s.sources * s.R, J = s.ranks < s.K ? s.ranks : s.K, sum = 0;
-    int *ids = (int *)xmalloc((size_t)(tokens * s.K) * sizeof(int), "choices");
-    int *choice = (int *)xmalloc((size_t)(tokens * s.K) * sizeof(int), "choices");
-    int *send = (int *)xmalloc((size_t)(2 * s.R * J) * sizeof(int), "lists");
-    int *table = (int *)xmalloc((size_t)route_table_size(s) * sizeof(int), "table");
-    int64_t *rows = (int64_t *)xmalloc((size_t)(2 * s.ranks) * sizeof(int64_t), "rows");
+    int *ids = (int *)xmalloc(tokens * s.K * sizeof(int), "choices");
+    int *choice = (int *)xmalloc(tokens * s.K * sizeof(int), "choices");
+    int *send = (int *)xmalloc(2 * s.R * J * sizeof(int), "lists");
+    int *table = (int *)xmalloc(route_table_size(s) * sizeof(int), "table");
+    int64_t *rows = (int64_t *)xmalloc(2 * s.ranks * sizeof(int64_t), "rows");
     uint64_t x = 1;
     for (int64_t t = 0; t < tokens; t++) // K ascending ids, each from its own range
         for (int64_t k = 0; k < s.K; k++) {

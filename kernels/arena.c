@@ -46,7 +46,7 @@ static int larger_first(const void *a, const void *b) {
 }
 // The table on one line, largest first: what die() can print.
 static char *arena_table(Arena *a) {
-    qsort(a->row, (size_t)a->rows, sizeof a->row[0], larger_first);
+    qsort(a->row, a->rows, sizeof a->row[0], larger_first);
     char *text = xasprintf("%s", "");
     for (int i = 0; i < a->rows; i++) {
         char *longer = xasprintf("%s%s%s %.3f GiB", text, i ? ", " : "", a->row[i].what,

@@ -64,7 +64,7 @@ void arena_commit(Arena *a);
 void *arena_take(Arena *a, size_t bytes, const char *what);
 void arena_free(Arena *a);
 #define ARENA_TAKE(arena, type, count, what) \
-    ((type *)arena_take((arena), (size_t)(count) * sizeof(type), (what)))
+    ((type *)arena_take((arena), (count) * sizeof(type), (what)))
 
 // ---- streams, events, copies (no-ops or memcpy on CPUs) -------------------------------------
 // Kernels run on COMPUTE. Weight gathers and gradient reductions run on GATHER, token exchange on

@@ -58,7 +58,7 @@ char *printable(char *out, size_t size, const char *text) {
             return out;
         }
         if (n)
-            memcpy(out + used, p, (size_t)n);
+            memcpy(out + used, p, n);
         else if (*p == '\n')
             memcpy(out + used, " ", wanted = 1);
         else
@@ -76,8 +76,8 @@ static char *format_text(const char *format, va_list args, int *length) {
     va_copy(again, args);
     *length = vsnprintf(0, 0, format, again);
     va_end(again);
-    char *text = *length < 0 ? 0 : (char *)malloc((size_t)*length + 1);
-    if (text) vsnprintf(text, (size_t)*length + 1, format, args);
+    char *text = *length < 0 ? 0 : (char *)malloc(*length + 1);
+    if (text) vsnprintf(text, *length + 1, format, args);
     return text;
 }
 

@@ -65,13 +65,13 @@ static inline void *test_take(size_t bytes) {
     test_piece[test_pieces++].bytes = bytes;
     return p;
 }
-#define TEST_TAKE(type, count) ((type *)test_take((size_t)(count) * sizeof(type)))
+#define TEST_TAKE(type, count) ((type *)test_take((count) * sizeof(type)))
 // Frees everything taken; a damaged guard is a failed comparison.
 static inline void test_release(const char *name) {
     int damaged = 0;
     for (int i = 0; i < test_pieces; i++) {
         for (int g = 0; g < TEST_GUARD; g++)
-            damaged += test_piece[i].memory[test_piece[i].bytes + (size_t)g] != (char)0xa5;
+            damaged += test_piece[i].memory[test_piece[i].bytes + g] != (char)0xa5;
         free(test_piece[i].memory);
     }
     test_pieces = 0;

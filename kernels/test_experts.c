@@ -16,7 +16,7 @@ static RowIndex take_plan(int P, int K, int E) {
     RowIndex plan = { 0, 0, 0, row_index_bound(P, K, E), P, E, K };
     plan.row_token = TEST_TAKE(int, plan.M), plan.token_row = TEST_TAKE(int, (int64_t)P *K),
     plan.expert_row = TEST_TAKE(int, E + 1);
-    memset(plan.row_token, 0x55, (size_t)plan.M * sizeof(int)),
+    memset(plan.row_token, 0x55, plan.M * sizeof(int)),
         memset(plan.token_row, 0x55, (size_t)P * K * sizeof(int)); // 0xff would read as -1
     return plan;
 }
@@ -89,7 +89,7 @@ static void test_rows(void) {
     RowIndex plan = take_plan(P, K, E);
     int *choice = take_choice(P, K, E, 0.2, -1);
     row_index_build(&plan, choice, 0);
-    size_t n = (size_t)P * C, m = (size_t)plan.M * C;
+    size_t n = (size_t)P * C, m = plan.M * C;
     floatX *x = test_x(test_random(n, 1, 0), n), *y = test_x(test_random(m, 1, 0), m),
            *px = TEST_TAKE(floatX, m), *ty = TEST_TAKE(floatX, n), *sum = TEST_TAKE(floatX, n);
     rows_gather(px, x, plan.row_token, plan.M, C * sizeof(floatX));
@@ -104,7 +104,7 @@ static void test_rows(void) {
     check(fabs(left - right) <= 4 * unit * sqrt((double)m),
           "gather and combine are adjoint: %.9g %.9g", left, right);
     check(memcmp(ty, sum, n * sizeof(floatX)) == 0, "rows_sum is rows_weighted_sum without scores");
-    real *rx = test_real(test_random_real((size_t)plan.M * 4, 1, 0), (size_t)plan.M * 4),
+    real *rx = test_real(test_random_real(plan.M * 4, 1, 0), plan.M * 4),
          *ry = TEST_TAKE(real, P * 4);
     rows_sum_real(ry, rx, plan.token_row, P, K, 4);
     int ok = 1;
@@ -158,10 +158,10 @@ static void naive_forward(Naive *s) {
         int e = s->choice[slot] - c->first, p = slot / c->K;
         double *h = s->H + (int64_t)slot * 2 * F, *a = s->A + (int64_t)slot * F;
         for (int f = 0; f < 2 * F; f++)
-            h[f] = Q(test_dot(s->x + p * C, s->W1 + ((int64_t)e * 2 * F + f) * C, (size_t)C));
+            h[f] = Q(test_dot(s->x + p * C, s->W1 + ((int64_t)e * 2 * F + f) * C, C));
         for (int f = 0; f < F; f++) a[f] = Q(Q(h[f] / (1 + exp(-h[f]))) * h[F + f]);
         for (int j = 0; j < C; j++) {
-            y[j] = Q(test_dot(a, s->W2 + ((int64_t)e * C + j) * F, (size_t)F));
+            y[j] = Q(test_dot(a, s->W2 + ((int64_t)e * C + j) * F, F));
             s->out[p * C + j] = Q(s->out[p * C + j] + Q(s->score[slot] * y[j]));
         }
     }
@@ -223,7 +223,7 @@ static void naive_results(Naive *s) {
 }
 // (M,width) rows of a kernel as (P*K,width) slots.
 static double *by_slot(const floatX *rows, const RowIndex *plan, int width) {
-    double *d = zeros((size_t)plan->P * plan->K * width);
+    double *d = zeros(plan->P * plan->K * width);
     for (int i = 0; i < plan->P * plan->K; i++)
         for (int j = 0; plan->token_row[i] >= 0 && j < width; j++)
             d[(int64_t)i * width + j] =
@@ -249,7 +249,7 @@ static void test_experts_case(const Case *c) {
 
     RowIndex plan = take_plan(c->P, c->K, c->local);
     row_index_build(&plan, exact.choice, c->first);
-    size_t M = (size_t)plan.M;
+    size_t M = plan.M;
     floatX *x = test_x(exact.x, n), *W1 = test_x(exact.W1, w1), *W2 = test_x(exact.W2, w2),
            *seed = test_x(exact.seed, n);
     real *score = c->use_score ? test_real(exact.score, slots) : 0;
@@ -280,7 +280,7 @@ static void test_experts_case(const Case *c) {
         memcpy(result[run], all, sizeof all);
     }
     test_threads(MANY);
-    size_t used = (size_t)plan.expert_row[c->local],
+    size_t used = plan.expert_row[c->local],
            size[8] = { used * 2 * c->F, used * c->F, used * c->C, n,
                        used * 2 * c->F, used * c->F, used * c->C, n };
     int same = 1;
@@ -359,7 +359,7 @@ static double gate_loss(void *context) {
     for (int r = 0; r < c->R; r++) {
         double *z = s->logits + (int64_t)r * c->E, total = 0;
         for (int e = 0; e < c->E; e++)
-            z[e] = test_dot(s->u + (int64_t)r * c->C, s->W + (int64_t)e * c->C, (size_t)c->C);
+            z[e] = test_dot(s->u + (int64_t)r * c->C, s->W + (int64_t)e * c->C, c->C);
         double lse = gate_softmax(p, z, c->E);
         for (int k = 0; k < c->K; k++) total += p[s->topk[r * c->K + k]];
         for (int k = 0; k < c->K; k++) {
@@ -438,7 +438,7 @@ static void test_router_case(const Gate *c) {
                memcmp(score[0], score[1], k * sizeof(real)) == 0 &&
                memcmp(dz[0], dz[1], z * sizeof(real)) == 0 &&
                memcmp(du[0], du[1], n * sizeof(floatX)) == 0 &&
-               memcmp(prob[0], prob[1], sizeof(double) * (size_t)c->E) == 0 &&
+               memcmp(prob[0], prob[1], sizeof(double) * c->E) == 0 &&
                memcmp(stat[0], stat[1], 16) == 0;
     int sorted = 1, counted = 1;
     double lse2 = 0, entropy = 0, *p = TEST_TAKE(double, c->E), *mass = zeros(c->E),
@@ -495,7 +495,7 @@ static void test_router_case(const Gate *c) {
 // One token whose logits are given: u = 1, W = the logits.
 static void route(const double *logits, int E, int K, const real *bias, int normalize, int *topk,
                   real *score) {
-    floatX *W = test_x(logits, (size_t)E), *u = TEST_TAKE(floatX, 1);
+    floatX *W = test_x(logits, E), *u = TEST_TAKE(floatX, 1);
     RouterStats none = { 0, 0, 0 };
     store(u, 1);
     router_forward(TEST_TAKE(real, E), topk, score, none, u, W, bias, 0, normalize, 1, 1, E, K);

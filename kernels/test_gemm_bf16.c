@@ -15,7 +15,7 @@
 // One shape: C = old + op(A) op(B) in double, against the kernel; what surrounds C stays.
 static void test_shape(GemmBf16 kind, int ta, int tb, int64_t m, int64_t n, int64_t k) {
     int64_t lda = (ta ? m : k) + 3, ldb = (tb ? k : n) + 1, ldc = n + 2;
-    size_t na = (size_t)((ta ? k : m) * lda), nb = (size_t)((tb ? n : k) * ldb);
+    size_t na = (ta ? k : m) * lda, nb = (tb ? n : k) * ldb;
     uint16_t *A = TEST_TAKE(uint16_t, na), *B = TEST_TAKE(uint16_t, nb);
     for (size_t i = 0; i < na; i++) A[i] = float_to_bf16((float)test_normal());
     for (size_t i = 0; i < nb; i++) B[i] = float_to_bf16((float)test_normal());

@@ -67,10 +67,10 @@ static void test_numbers(void) {
             "sigmoid and silu");
 
     for (int n = 0; n < 70; n++) {
-        double *x = test_random_real((size_t)n + 1, 1, 0),
-               *y = test_random_real((size_t)n + 1, 1, 0), sum = 0, dot = 0, most = -INFINITY;
+        double *x = test_random_real(n + 1, 1, 0), *y = test_random_real(n + 1, 1, 0), sum = 0,
+               dot = 0, most = -INFINITY;
         for (int i = 0; i < n; i++) sum += x[i], dot += x[i] * y[i], most = fmax(most, x[i]);
-        real *a = test_real(x, (size_t)n), *b = test_real(y, (size_t)n);
+        real *a = test_real(x, n), *b = test_real(y, n);
         double bound = FP64 ? 1e-13 : 1e-5;
         compare(fabs((double)row_sum(a, n) - sum) <= bound &&
                     fabs((double)row_dot(a, b, n) - dot) <= bound && (double)row_max(a, n) == most,
@@ -95,8 +95,7 @@ static void naive_gemm(double *C, int ta, int tb, int m, int n, int k, const dou
 }
 static void test_gemm_shape(int ta, int tb, int m, int n, int k, int beta) {
     int pad = 3, lda = (ta ? m : k) + pad, ldb = (tb ? k : n) + pad, ldc = n + pad;
-    size_t na = (size_t)lda * (size_t)(ta ? k : m), nb = (size_t)ldb * (size_t)(tb ? n : k),
-           nc = (size_t)m * (size_t)n;
+    size_t na = lda * (size_t)(ta ? k : m), nb = ldb * (size_t)(tb ? n : k), nc = m * (size_t)n;
     double *A = test_random(na, 1, 0), *B = test_random(nb, 1, 0), *C0 = test_random(nc, 1, 0);
     TAKE2(want, nc);
     BOTH naive_gemm(want[test_rounding], ta, tb, m, n, k, A, lda, B, ldb, beta, C0);
@@ -154,7 +153,7 @@ static void test_gemm(void) {
 
 // ---- ends -----------------------------------------------------------------------------------
 static void test_embed(int R, int V, int C) {
-    size_t nw = (size_t)V * (size_t)C, nx = (size_t)R * (size_t)C;
+    size_t nw = V * (size_t)C, nx = R * (size_t)C;
     double *W = test_random(nw, 1, 0), *dx = test_random(nx, 1, 0),
            *old = test_random_real(nw, 1, 0);
     int *ids = TEST_TAKE(int, R);
@@ -165,8 +164,7 @@ static void test_embed(int R, int V, int C) {
     embed_forward(out, ids, Wx, R, C);
     int wrong = 0;
     for (int r = 0; r < R; r++)
-        wrong +=
-            memcmp(out + (int64_t)r * C, Wx + (int64_t)ids[r] * C, (size_t)C * sizeof *out) != 0;
+        wrong += memcmp(out + (int64_t)r * C, Wx + (int64_t)ids[r] * C, C * sizeof *out) != 0;
     compare(!wrong, "embedding: %d rows differ", wrong);
     for (int pad = -1; pad < V && R;
          pad += 1 + ids[0] - pad > 0 ? 1 + ids[0] - pad : V) // none, then one that occurs
@@ -200,7 +198,7 @@ static double cross_entropy_loss(void *context) {
     return loss * (double)c->seed;
 }
 static void test_cross_entropy(int N, int V, double spread) {
-    size_t n = (size_t)N * (size_t)V;
+    size_t n = N * (size_t)V;
     double *x = test_random(n, spread, 0), seed = 0.37, want_loss = 0;
     int *targets = TEST_TAKE(int, N);
     for (int r = 0; r < N; r++) targets[r] = r % 3 == 1 ? -1 - r : test_below(V);
@@ -256,16 +254,13 @@ static double norm_loss(void *context) {
     return s;
 }
 static void test_rmsnorm(int R, int C) {
-    size_t n = (size_t)R * (size_t)C;
-    double *x = test_random(n, 0.5, 0.1), *w = test_random((size_t)C, 0.3, 1),
-           *dy = test_random(n, 1, 0), *res = test_random(n, 1, 0),
-           *old = test_random_real((size_t)C, 1, 0);
+    size_t n = R * (size_t)C;
+    double *x = test_random(n, 0.5, 0.1), *w = test_random(C, 0.3, 1), *dy = test_random(n, 1, 0),
+           *res = test_random(n, 1, 0), *old = test_random_real(C, 1, 0);
     TAKE2(y, n);
     TAKE2(dx, n);
     TAKE2(dw, C);
-    Norm c = {
-        test_x(x, n), test_x(w, (size_t)C), TEST_TAKE(floatX, n), TEST_TAKE(real, R), dy, R, C
-    };
+    Norm c = { test_x(x, n), test_x(w, C), TEST_TAKE(floatX, n), TEST_TAKE(real, R), dy, R, C };
     floatX *dyx = test_x(dy, n);
     rmsnorm_forward(c.y, 0, c.x, c.w, (real)EPS, R, C); // rstd not wanted
     for (int mode = 0; mode < 6;
@@ -293,16 +288,16 @@ static void test_rmsnorm(int R, int C) {
         }
         rmsnorm_forward(c.y, c.rstd, c.x, c.w, (real)EPS, R, C);
         floatX *d = residual == 2 ? test_x(res, n) : TEST_TAKE(floatX, n);
-        gradX *g = accumulate ? test_grad(old, (size_t)C) : TEST_TAKE(gradX, C);
+        gradX *g = accumulate ? test_grad(old, C) : TEST_TAKE(gradX, C);
         const floatX *path = residual == 1 ? test_x(res, n) : 0;
         if (residual == 2) path = d;
         rmsnorm_backward(d, g, path, dyx, c.x, c.w, c.rstd, accumulate, R, C);
         check_close("rmsnorm", from_x(c.y, n), y[0], y[1], n, 1);
         check_close("rmsnorm dx", from_x(d, n), dx[0], dx[1], n, 1);
-        check_close("rmsnorm dw", from_grad(g, (size_t)C), dw[0], dw[1], (size_t)C, 1);
+        check_close("rmsnorm dw", from_grad(g, C), dw[0], dw[1], C, 1);
         if (FP64 && mode == 0) {
             check_gradient("rmsnorm dx", (double *)d, (double *)c.x, n, 50, norm_loss, &c);
-            check_gradient("rmsnorm dw", (double *)g, (double *)c.w, (size_t)C, 50, norm_loss, &c);
+            check_gradient("rmsnorm dw", (double *)g, (double *)c.w, C, 50, norm_loss, &c);
         }
     }
     test_release("rmsnorm");
@@ -380,7 +375,7 @@ static void naive_heads(double *y, double *dx, double *dw, const double *x, cons
 }
 static void test_heads(int B, int T, int H, int KV, int D) {
     int R = B * T;
-    size_t nq = (size_t)R * (size_t)(H * D), nk = (size_t)R * (size_t)(KV * D), nd = (size_t)D;
+    size_t nq = R * (size_t)(H * D), nk = R * (size_t)(KV * D), nd = D;
     double *q = test_random(nq, 1, 0.2), *k = test_random(nk, 1, 0), *wq = test_random(nd, 0.3, 1),
            *wk = test_random(nd, 0.3, 1), *gq = test_random(nq, 1, 0), *gk = test_random(nk, 1, 0),
            *old = test_random_real(nd, 1, 0);
@@ -496,7 +491,7 @@ static double linear_loss(void *context) {
     return s;
 }
 static void test_linear_shape(int R, int O, int N) {
-    size_t nx = (size_t)R * (size_t)N, nw = (size_t)O * (size_t)N, ny = (size_t)R * (size_t)O;
+    size_t nx = R * (size_t)N, nw = O * (size_t)N, ny = R * (size_t)O;
     double *x = test_random(nx, 1, 0), *W = test_random(nw, 1, 0), *dy = test_random(ny, 1, 0),
            *oldx = test_random(nx, 1, 0), *oldw = test_random_real(nw, 1, 0);
     Linear c = { test_x(x, nx), test_x(W, nw), TEST_TAKE(floatX, ny), dy, R, O, N };
@@ -592,7 +587,7 @@ static void test_offsets(void) {
 
     // four rows, 2^30 elements apart: A and C, then B
     const int64_t STRIDE = 1 << 30;
-    bytes = (size_t)(3 * STRIDE + 64) * sizeof(floatX);
+    bytes = (3 * STRIDE + 64) * sizeof(floatX);
     floatX *A = sparse(bytes), *D = sparse(bytes), *I = test_x(test_random(16, 0, 0), 16);
     for (int i = 0; i < 4; i++) {
         store(I + 5 * i, 1);
@@ -636,7 +631,7 @@ static void output_of(void (*f)(void), char *text, size_t size, int *status) {
     close(ends[1]);
     size_t at = 0;
     for (ssize_t got; at + 1 < size && (got = read(ends[0], text + at, size - 1 - at)) > 0;)
-        at += (size_t)got;
+        at += got;
     text[at] = 0;
     close(ends[0]);
     waitpid(child, status, 0);

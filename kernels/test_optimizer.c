@@ -175,10 +175,10 @@ static void test_update(OptimizerKind kind, int master, const char *name) {
     }
     for (int j = 0; j < 3; j++) {
         memcpy(cut.s.param + parts[j].offset, one.s.param + parts[j].first,
-               (size_t)parts[j].count * sizeof(floatX));
+               parts[j].count * sizeof(floatX));
         if (master)
             memcpy(cut.s.master + parts[j].offset, one.s.master + parts[j].first,
-                   (size_t)parts[j].count * sizeof(real));
+                   parts[j].count * sizeof(real));
     }
     real scale = 0.5;
     for (int t = 1; t <= 5; t++) {
@@ -197,7 +197,7 @@ static void test_update(OptimizerKind kind, int master, const char *name) {
         }
         for (int j = 0; j < 3; j++)
             memcpy(cut.grad + parts[j].offset, one.grad + parts[j].first,
-                   (size_t)parts[j].count * sizeof(gradX));
+                   parts[j].count * sizeof(gradX));
         test_threads(1);
         optimizer_update(&one.s, &whole, 1, &o, &scale);
         test_threads(2);
@@ -206,14 +206,13 @@ static void test_update(OptimizerKind kind, int master, const char *name) {
     int same = 1;
     for (int j = 0; j < 3; j++) {
         int64_t a = parts[j].offset, b = parts[j].first, n = parts[j].count;
-        same &= memcmp(cut.s.param + a, one.s.param + b, (size_t)n * sizeof(floatX)) == 0;
-        if (master)
-            same &= memcmp(cut.s.master + a, one.s.master + b, (size_t)n * sizeof(real)) == 0;
+        same &= memcmp(cut.s.param + a, one.s.param + b, n * sizeof(floatX)) == 0;
+        if (master) same &= memcmp(cut.s.master + a, one.s.master + b, n * sizeof(real)) == 0;
         if (kind != OPT_ADAMW8)
-            same &= memcmp(cut.s.m + a, one.s.m + b, (size_t)n * sizeof(real)) == 0;
+            same &= memcmp(cut.s.m + a, one.s.m + b, n * sizeof(real)) == 0;
         else {
-            same &= memcmp(cut.s.m8 + a, one.s.m8 + b, (size_t)n) == 0 &&
-                    memcmp(cut.s.v8 + a, one.s.v8 + b, (size_t)n) == 0;
+            same &= memcmp(cut.s.m8 + a, one.s.m8 + b, n) == 0 &&
+                    memcmp(cut.s.v8 + a, one.s.v8 + b, n) == 0;
             same &= memcmp(cut.s.m_scale + parts[j].qblock, one.s.m_scale + b / 256, 4) == 0 &&
                     memcmp(cut.s.v_scale + parts[j].qblock, one.s.v_scale + b / 256, 4) == 0;
         }
@@ -416,7 +415,7 @@ static void test_convert(void) {
                             : half_value((uint16_t)(i + 1));
             d[i] = (i % 2 ? -1 : 1) * (a + b) / 2 * (1 + (i % 3 - 1) * 0x1p-50);
         }
-        convert(back, to, d, DTYPE_F64, (size_t)top - 1);
+        convert(back, to, d, DTYPE_F64, top - 1);
         for (int i = 0; i < top - 1; i++) {
             int up[3] = { 0, i & 1, 1 }, want = i + up[i % 3];
             nearest &= (back[i] & 0x7fff) == want && back[i] >> 15 == (i & 1);

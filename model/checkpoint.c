@@ -58,13 +58,12 @@ Checkpoint *checkpoint_create(const Model *m, Comm *all, int writer, Arena *aren
     checkpoint->device = arena_take(arena, CHECKPOINT_STAGING, "checkpoint staging");
     model_visit(&m->c, add_weight, checkpoint);
     checkpoint->weight =
-        (Weight *)xcalloc((size_t)checkpoint->n, sizeof *checkpoint->weight, "tensor list");
-    checkpoint->by_id = xcalloc((size_t)checkpoint->n, sizeof *checkpoint->by_id, "tensor list");
-    checkpoint->source =
-        (Dtype *)xcalloc((size_t)checkpoint->n, sizeof *checkpoint->source, "tensor list");
+        (Weight *)xcalloc(checkpoint->n, sizeof *checkpoint->weight, "tensor list");
+    checkpoint->by_id = xcalloc(checkpoint->n, sizeof *checkpoint->by_id, "tensor list");
+    checkpoint->source = (Dtype *)xcalloc(checkpoint->n, sizeof *checkpoint->source, "tensor list");
     checkpoint->n = 0;
     model_visit(&m->c, add_weight, checkpoint);
-    qsort(checkpoint->by_id, (size_t)checkpoint->n, sizeof *checkpoint->by_id, by_id);
+    qsort(checkpoint->by_id, checkpoint->n, sizeof *checkpoint->by_id, by_id);
     for (int i = 1; i < checkpoint->n; i++)
         if (checkpoint->by_id[i].id == checkpoint->by_id[i - 1].id)
             die("tensors %s and %s have the same 64-bit identity|rename one",
@@ -249,7 +248,7 @@ int checkpoint_has_own_head(const char *dir) {
 // Fills place (checkpoint->n) and checkpoint->source.
 static void place_model(Checkpoint *checkpoint, const SafeTensors *s, const char *dir,
                         Place *place) {
-    char *used = (char *)xcalloc((size_t)s->n + 1, 1, "tensor list");
+    char *used = (char *)xcalloc(s->n + 1, 1, "tensor list");
     const char *missing = 0;
     int n_missing = 0;
     for (int i = 0; i < checkpoint->n; i++) {
@@ -320,13 +319,13 @@ static void read_piece(Checkpoint *checkpoint, const Source *source, Place place
                      checkpoint->host, n * size);
         char *dst = p.data + i * (int64_t)dtype_size(p.type);
         if (place.type == p.type)
-            device_upload(dst, checkpoint->host, (size_t)(n * size));
+            device_upload(dst, checkpoint->host, n * size);
         else {
-            device_upload(checkpoint->device, checkpoint->host, (size_t)(n * size));
-            convert(dst, p.type, checkpoint->device, place.type, (size_t)n);
+            device_upload(checkpoint->device, checkpoint->host, n * size);
+            convert(dst, p.type, checkpoint->device, place.type, n);
         }
         if (part == PART_WEIGHT && s->master)
-            convert(s->param + g->offset + i, DTYPE_FLOATX, dst, DTYPE_REAL, (size_t)n);
+            convert(s->param + g->offset + i, DTYPE_FLOATX, dst, DTYPE_REAL, n);
         checkpoint_progress(checkpoint, "reading", n * size);
     }
 }
@@ -388,11 +387,11 @@ static void load_attachments(Checkpoint *checkpoint, const char *dir) {
             f = fopen(path, "rb");
         if (f) {
             Attachment a = { xasprintf("%s", e->d_name),
-                             (char *)xmalloc((size_t)st.st_size, "tokenizer file"), 0 };
-            a.bytes = fread(a.data, 1, (size_t)st.st_size, f);
+                             (char *)xmalloc(st.st_size, "tokenizer file"), 0 };
+            a.bytes = fread(a.data, 1, st.st_size, f);
             fclose(f);
             checkpoint->attachment = (Attachment *)realloc(
-                checkpoint->attachment, (size_t)(checkpoint->n_attachments + 1) * sizeof a);
+                checkpoint->attachment, (checkpoint->n_attachments + 1) * sizeof a);
             if (!checkpoint->attachment) die("out of host memory for tokenizer files|free memory");
             checkpoint->attachment[checkpoint->n_attachments++] = a;
         }
@@ -442,7 +441,7 @@ static cJSON *trainer_beside(const char *dir) {
 // Compares what was read with the checksums of a checkpoint of ours.
 static void verify(Checkpoint *checkpoint, const char *dir, const cJSON *trainer,
                    const Source *source, int n) {
-    uint32_t *sum = (uint32_t *)xcalloc((size_t)n, sizeof *sum, "checksums");
+    uint32_t *sum = (uint32_t *)xcalloc(n, sizeof *sum, "checksums");
     checkpoint_whole_sums(checkpoint, source, n, sum);
     for (int i = 0; i < n; i++)
         checkpoint_check_sum(dir, trainer, strrchr(source[i].path, '/') + 1, sum[i]);
@@ -458,7 +457,7 @@ static void load(Checkpoint *checkpoint, const char *dir, const OptimizerState *
     char *path = xasprintf("%s/optimizer.safetensors", dir);
     if (with_state && (!access(path, F_OK) || errno != ENOENT)) state = safetensors_open(path);
     int n_files = model.n_files + state.n_files, sums = cJSON_HasObjectItem(trainer, "checksums");
-    Source *source = (Source *)xcalloc((size_t)n_files + 1, sizeof *source, "file list");
+    Source *source = (Source *)xcalloc(n_files + 1, sizeof *source, "file list");
     for (int i = 0; i < n_files; i++) {
         const SafeTensors *from = i < model.n_files ? &model : &state;
         int file = i < model.n_files ? i : 0;
@@ -466,7 +465,7 @@ static void load(Checkpoint *checkpoint, const char *dir, const OptimizerState *
         source[i].path = from->path[file];
         if (sums) source[i].bytes = from->bytes[file];
     }
-    Place *place = (Place *)xmalloc((size_t)checkpoint->n * sizeof *place, "tensor places");
+    Place *place = (Place *)xmalloc(checkpoint->n * sizeof *place, "tensor places");
     if (!checkpoint->host)
         checkpoint->host = (char *)xmalloc(CHECKPOINT_STAGING, "checkpoint staging");
     checkpoint_progress_start(checkpoint, 0);

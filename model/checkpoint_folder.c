@@ -113,7 +113,7 @@ static void add_step(void *context, const char *name) {
     errno = 0;
     int64_t step = strtoll(name + n, &end, 10);
     if (*end || errno) return;
-    s->step = (int64_t *)xrealloc(s->step, (size_t)s->n + 1, sizeof *s->step, "list of steps");
+    s->step = (int64_t *)xrealloc(s->step, s->n + 1, sizeof *s->step, "list of steps");
     s->step[s->n++] = step;
 }
 
@@ -129,7 +129,7 @@ static int list_steps(int at, const char *prefix, Steps *s) {
     s->step = 0;
     s->n = 0;
     int error = folder_visit(at, add_step, s);
-    if (s->n) qsort(s->step, (size_t)s->n, sizeof *s->step, descending);
+    if (s->n) qsort(s->step, s->n, sizeof *s->step, descending);
     return error;
 }
 

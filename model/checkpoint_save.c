@@ -115,14 +115,14 @@ static void add_file(SavePlan *p, char *name, SafeTensor *t, int n) {
 }
 
 static void plan_model(const Checkpoint *checkpoint, SavePlan *p) {
-    Home *home = (Home *)xmalloc((size_t)checkpoint->n * sizeof *home, "save plan");
-    p->tensor = (SafeTensor *)xcalloc((size_t)checkpoint->n, sizeof *p->tensor, "save plan");
+    Home *home = (Home *)xmalloc(checkpoint->n * sizeof *home, "save plan");
+    p->tensor = (SafeTensor *)xcalloc(checkpoint->n, sizeof *p->tensor, "save plan");
     p->n_tensors = model_tensors(checkpoint, p->options, p->tensor, home);
     p->dtype = torch_name(p->tensor[0].type);
     p->n_model_files =
         cut_files(p->tensor, p->n_tensors,
                   p->options.file_bytes > 0 ? p->options.file_bytes : DEFAULT_FILE_BYTES);
-    p->file = (OutFile *)xcalloc((size_t)p->n_model_files + 1, sizeof *p->file, "save plan");
+    p->file = (OutFile *)xcalloc(p->n_model_files + 1, sizeof *p->file, "save plan");
     for (int i = 0, first = 0; i < p->n_model_files; i++) {
         int n = 0;
         while (first + n < p->n_tensors && p->tensor[first + n].file == i) n++;
@@ -133,7 +133,7 @@ static void plan_model(const Checkpoint *checkpoint, SavePlan *p) {
                  p->tensor + first, n);
         first += n;
     }
-    p->place[PART_WEIGHT] = (Place *)xmalloc((size_t)checkpoint->n * sizeof(Place), "save plan");
+    p->place[PART_WEIGHT] = (Place *)xmalloc(checkpoint->n * sizeof(Place), "save plan");
     for (int i = 0; i < checkpoint->n; i++) {
         const SafeTensor *t = &p->tensor[home[i].tensor];
         Place place = { t->file, t->type, t->at + home[i].base * (int64_t)dtype_size(t->type) };
@@ -149,7 +149,7 @@ static void plan_state(const Checkpoint *checkpoint, SavePlan *p, unsigned state
     SafeTensor *t = (SafeTensor *)xmalloc((size_t)checkpoint->n * PARTS * sizeof *t, "save plan");
     int n = 0;
     for (Part part = PART_MASTER; part < PARTS; part = (Part)(part + 1))
-        p->place[part] = (Place *)xmalloc((size_t)checkpoint->n * sizeof(Place), "save plan");
+        p->place[part] = (Place *)xmalloc(checkpoint->n * sizeof(Place), "save plan");
     for (int i = 0; i < checkpoint->n; i++)
         for (Part part = PART_MASTER; part < PARTS; part = (Part)(part + 1)) {
             const Weight *w = &checkpoint->weight[i];
@@ -306,10 +306,10 @@ int checkpoint_write_piece(Checkpoint *checkpoint, int fd, Place place, Piece p)
         int64_t n = p.count - i < step ? p.count - i : step;
         const void *src = p.data + i * (int64_t)dtype_size(p.type);
         if (place.type != p.type) {
-            convert(checkpoint->device, place.type, src, p.type, (size_t)n);
+            convert(checkpoint->device, place.type, src, p.type, n);
             src = checkpoint->device;
         }
-        device_download(checkpoint->host, src, (size_t)(n * size));
+        device_download(checkpoint->host, src, n * size);
         int saves = checkpoint->plan.run != 0; // a dump is free to hold what is not finite
         int64_t bad = saves ? checkpoint_not_finite(checkpoint->host, place.type, n) : -1;
         if (bad >= 0) {
@@ -340,7 +340,7 @@ void checkpoint_save_shards(Checkpoint *checkpoint, const OptimizerState *shard)
     SavePlan *p = &checkpoint->plan;
     if (!checkpoint->writer) return;
     checkpoint->host = (char *)xmalloc(CHECKPOINT_STAGING, "checkpoint staging");
-    int *fd = (int *)xmalloc((size_t)p->n_files * sizeof *fd, "file list");
+    int *fd = (int *)xmalloc(p->n_files * sizeof *fd, "file list");
     int folder = open_folder(p);
     for (int i = 0; i < p->n_files; i++) {
         fd[i] = file_edit(folder, p->file[i].name);
@@ -377,14 +377,14 @@ void checkpoint_save_shards(Checkpoint *checkpoint, const OptimizerState *shard)
 
 void checkpoint_save_sums(Checkpoint *checkpoint) {
     SavePlan *p = &checkpoint->plan;
-    Source *file = (Source *)xmalloc((size_t)p->n_files * sizeof *file, "file list");
+    Source *file = (Source *)xmalloc(p->n_files * sizeof *file, "file list");
     int folder = open_folder(p);
     for (int i = 0; i < p->n_files; i++) {
         file[i].path = p->file[i].name;
         file[i].fd = file_open(folder, p->file[i].name, O_NOFOLLOW, &file[i].bytes);
         if (file[i].fd < 0) fail(p, p->file[i].name, errno);
     }
-    p->sum = (uint32_t *)xcalloc((size_t)p->n_files, sizeof *p->sum, "checksums");
+    p->sum = (uint32_t *)xcalloc(p->n_files, sizeof *p->sum, "checksums");
     checkpoint_whole_sums(checkpoint, file, p->n_files, p->sum);
     for (int i = 0; i < p->n_files; i++) close(file[i].fd);
     close(folder);

@@ -117,7 +117,7 @@ int sums_json_has(const struct cJSON *trainer, const char *name, uint32_t *sum) 
 
 // Its own digits count as zeros.
 static uint32_t own_sum(const char *text, const char *digits) {
-    size_t before = (size_t)(digits - text);
+    size_t before = digits - text;
     uint32_t sum = checksum(0, text, before);
     sum = checksum(sum, "00000000", DIGITS);
     return checksum(sum, digits + DIGITS, strlen(digits + DIGITS));
@@ -177,7 +177,7 @@ static uint32_t sum_file(const char *dir, const char *name, int64_t *bytes) {
     for (int64_t at = 0, n; at < *bytes; at += n) {
         n = *bytes - at < READ ? *bytes - at : READ;
         file_read_at(fd, path, at, buffer, n);
-        sum = checksum(sum, buffer, (size_t)n);
+        sum = checksum(sum, buffer, n);
     }
     close(fd);
     free(buffer);

@@ -109,13 +109,13 @@ static int joined(SumRange *last, const SumRange *next) {
 void sums_append(SumList *s, SumRange r) {
     if (s->n == s->room) {
         s->room = s->room ? 2 * s->room : 64;
-        s->range = (SumRange *)xrealloc(s->range, (size_t)s->room, sizeof r, "checksums");
+        s->range = (SumRange *)xrealloc(s->range, s->room, sizeof r, "checksums");
     }
     s->range[s->n++] = r;
 }
 
 void sums_add(SumList *s, int file, int64_t begin, const void *data, int64_t bytes) {
-    SumRange r = { file, checksum(0, data, (size_t)bytes), begin, begin + bytes };
+    SumRange r = { file, checksum(0, data, bytes), begin, begin + bytes };
     if (bytes && (!s->n || !joined(&s->range[s->n - 1], &r))) sums_append(s, r);
 }
 
@@ -132,7 +132,7 @@ static int same(const SumRange *a, const SumRange *b) {
 
 void sums_sort(SumList *s) {
     int n = 0;
-    if (s->n) qsort(s->range, (size_t)s->n, sizeof *s->range, by_place);
+    if (s->n) qsort(s->range, s->n, sizeof *s->range, by_place);
     for (int i = 0; i < s->n; i++)
         if (!i || !same(&s->range[i], &s->range[n - 1])) s->range[n++] = s->range[i];
     s->n = n;

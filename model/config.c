@@ -220,7 +220,7 @@ Config config_read(const char *path) {
     const cJSON *dense = get(k, "mlp_only_layers"), *item = 0;
     if (dense && !cJSON_IsArray(dense))
         die("%s: mlp_only_layers must be a list of layer numbers|correct this key", path);
-    c.is_moe = (unsigned char *)xmalloc((size_t)c.L, "layer kinds");
+    c.is_moe = (unsigned char *)xmalloc(c.L, "layer kinds");
     for (int l = 0; l < c.L; l++) c.is_moe[l] = (l + 1) % sparse_step == 0;
     cJSON_ArrayForEach(item, dense) {
         if (!cJSON_IsNumber(item))

@@ -34,7 +34,7 @@ static void die_dump(const Dump *d, int error) {
 static void lay_out(Dump *d, const Trainer *t) {
     const Checkpoint *list = d->checkpoint;
     int topk = GRADIENTS + list->n, n = t->m->c.n_moe ? topk + 1 : topk;
-    SafeTensor *tensor = (SafeTensor *)xcalloc((size_t)n, sizeof *tensor, "dump");
+    SafeTensor *tensor = (SafeTensor *)xcalloc(n, sizeof *tensor, "dump");
     SafeTensor logits = { "logits", DTYPE_F32, 3, { t->o.batch, t->o.T, t->m->c.V }, 0, 0, 0 };
     tensor[LOGITS] = logits;
     tensor[LOSS].name = "loss";
@@ -54,7 +54,7 @@ static void lay_out(Dump *d, const Trainer *t) {
     file.header = safetensors_layout(tensor, n, &file.header_bytes, &file.bytes);
     int error = t->g->rank == 0 ? checkpoint_create_file(AT_FDCWD, d->path, &file) : 0;
     if (error) die_dump(d, error);
-    d->at = (int64_t *)xmalloc((size_t)n * sizeof *d->at, "dump");
+    d->at = (int64_t *)xmalloc(n * sizeof *d->at, "dump");
     for (int i = 0; i < n; i++) {
         d->at[i] = tensor[i].at;
         if (i >= GRADIENTS && i < topk) free(tensor[i].name);

@@ -16,7 +16,7 @@ static int64_t read_windows(const Trainer *t, Loader *data, int source, int64_t 
         int *window = ids + s * T;
         if (counts)
             counts = loader_read_source(data, source, first + s, window, targets + s * T, fault);
-        if (!counts) memset(window, 0, (size_t)T * sizeof *window);
+        if (!counts) memset(window, 0, T * sizeof *window);
         for (int64_t i = 0; i < T && !counts; i++) targets[s * T + i] = -1;
         valid += step_targets(t, ids + s * T, targets + s * T);
     }
@@ -27,7 +27,7 @@ static int64_t read_windows(const Trainer *t, Loader *data, int source, int64_t 
 double trainer_evaluate(Trainer *t, Loader *data, int source, int64_t n_windows, double *n_targets,
                         Fault *fault) {
     int64_t tokens = t->n_micro * t->R, sequences = tokens / t->o.T, valid = 0;
-    size_t bytes = 2 * (size_t)tokens * sizeof(int);
+    size_t bytes = 2 * tokens * sizeof(int);
     int *ids = (int *)xmalloc(bytes, "validation tokens"), *targets = ids + tokens;
     device_zero(t->head.loss_sum, sizeof(double));
     for (int64_t pass = 0; pass < n_windows; pass += sequences * t->g->data_ranks) {
@@ -51,8 +51,8 @@ double trainer_evaluate(Trainer *t, Loader *data, int source, int64_t n_windows,
 void trainer_logits(Trainer *t, const int *ids, int length, float *logits) {
     const Config *c = &t->m->c;
     Head *h = &t->head;
-    int *padded = (int *)xcalloc((size_t)t->R, sizeof(int), "prompt");
-    memcpy(padded, ids, (size_t)length * sizeof(int));
+    int *padded = (int *)xcalloc(t->R, sizeof(int), "prompt");
+    memcpy(padded, ids, length * sizeof(int));
     step_upload(t, padded, 0, 1);
     free(padded);
     step_forward(t, 1, 0, 0);
@@ -61,7 +61,7 @@ void trainer_logits(Trainer *t, const int *ids, int length, float *logits) {
     rmsnorm_forward(h->x, h->rstd, x, p.norm, (real)c->rms_eps, 1, c->C);
     linear_forward(h->logits, h->x, p.matrix, 1, c->V, c->C);
     head_release(t);
-    size_t bytes = (size_t)c->V * sizeof(floatX);
+    size_t bytes = c->V * sizeof(floatX);
     floatX *staged = (floatX *)xmalloc(bytes, "logits");
     device_download(staged, h->logits, bytes);
     for (int v = 0; v < c->V; v++) logits[v] = floatx_to_float(staged[v]);

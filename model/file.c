@@ -80,9 +80,9 @@ int file_load(int at, const char *name, int flags, int64_t limit, char **text, i
         close(fd);
         return EFBIG;
     }
-    char *p = (char *)xmalloc((size_t)size + 1, "the text of a file");
+    char *p = (char *)xmalloc(size + 1, "the text of a file");
     while (used < size) {
-        ssize_t n = pread(fd, p + used, (size_t)(size - used), (off_t)used);
+        ssize_t n = pread(fd, p + used, size - used, (off_t)used);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) error = errno;
         if (n <= 0) break; // a file that became shorter is what it is now
@@ -101,7 +101,7 @@ int file_load(int at, const char *name, int flags, int64_t limit, char **text, i
 
 void file_read_at(int fd, const char *path, int64_t first, void *dst, int64_t bytes) {
     for (char *p = (char *)dst; bytes > 0;) {
-        ssize_t n = pread(fd, p, (size_t)(bytes < IO_CHUNK ? bytes : IO_CHUNK), (off_t)first);
+        ssize_t n = pread(fd, p, bytes < IO_CHUNK ? bytes : IO_CHUNK, (off_t)first);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0)
             die("%s: cannot read at byte %lld: %s|check the disk", path, (long long)first,
@@ -117,7 +117,7 @@ void file_read_at(int fd, const char *path, int64_t first, void *dst, int64_t by
 
 int file_write_at(int fd, int64_t first, const void *src, int64_t bytes) {
     for (const char *p = (const char *)src; bytes > 0;) {
-        ssize_t n = pwrite(fd, p, (size_t)(bytes < IO_CHUNK ? bytes : IO_CHUNK), (off_t)first);
+        ssize_t n = pwrite(fd, p, bytes < IO_CHUNK ? bytes : IO_CHUNK, (off_t)first);
         if (n < 0 && errno == EINTR) continue;
         if (n <= 0) return n < 0 ? errno : ENOSPC;
         p += n;

@@ -31,7 +31,7 @@ static int sample(const float *logits, int usable, double temperature, double un
 // The tokens of the prompt with room for n more; *length of them are filled in, at least one.
 static int *encode_prompt(const Tokens *tokens, const char *prompt, int V, int n, int64_t *length) {
     int64_t count = tokens_encode(tokens, 0, 0, prompt, strlen(prompt));
-    int *ids = (int *)xmalloc((size_t)(count + n + 1) * sizeof(int), "sample");
+    int *ids = (int *)xmalloc((count + n + 1) * sizeof(int), "sample");
     tokens_encode(tokens, ids, count, prompt, strlen(prompt));
     for (int64_t i = 0; i < count; i++)
         if (ids[i] >= V)
@@ -84,7 +84,7 @@ char *generate(Trainer *t, const Tokens *tokens, const char *prompt, int n, doub
     int usable = tokens_vocab(tokens) < V ? tokens_vocab(tokens) : V;
     int64_t length;
     int *ids = encode_prompt(tokens, prompt, V, n, &length);
-    float *logits = (float *)xmalloc((size_t)V * sizeof(float), "logits");
+    float *logits = (float *)xmalloc(V * sizeof(float), "logits");
     Output out;
     memset(&out, 0, sizeof out);
     if (speaks) {

@@ -20,7 +20,7 @@ static void attention_part(Workspace *w, const InFlight *f, Saved *s, const Laye
                       w->heads, w->kv_heads, c->D);
     linear_forward(heads_target(w->split, s->mid), s->o, p->o, A, C, Q);
     heads_reduce(w->split, s->mid);
-    add(s->mid, s->mid, s->x, (size_t)(R * C));
+    add(s->mid, s->mid, s->x, R * C);
 }
 
 void layer_forward_start(Workspace *w, InFlight *f, Saved *s, int layer, const LayerWeights *p,
@@ -49,8 +49,8 @@ void layer_forward_experts(Workspace *w, InFlight *f, Saved *s, int layer, const
     if (s->route.index.row_token) saved_route_copy(s, w, &f->route);
     if (s->pool) {
         int64_t P = f->route.index.P;
-        device_copy(s->pool, pool, (size_t)(P * c->C) * sizeof(floatX));
-        device_copy(s->pool_score, score, (size_t)(P * c->K) * sizeof(real));
+        device_copy(s->pool, pool, P * c->C * sizeof(floatX));
+        device_copy(s->pool_score, score, P * c->K * sizeof(real));
     }
     experts_up(s->H, w->A, pool, p->up, &f->route.index, c->C, c->F);
     experts_down(w->Y, w->A, p->down, &f->route.index, c->C, c->F);
@@ -61,7 +61,7 @@ void layer_forward_experts(Workspace *w, InFlight *f, Saved *s, int layer, const
 
 void layer_forward_finish(Workspace *w, InFlight *f, Saved *s, int layer, floatX *out) {
     if (w->c->is_moe[layer]) combine_wait(f->dispatcher, FORWARD);
-    add(out, s->mid, f->y, (size_t)(w->R * w->c->C));
+    add(out, s->mid, f->y, w->R * w->c->C);
 }
 
 // ---- backward: the stages of forward with every arrow turned round --------------------------

@@ -116,9 +116,9 @@ static void add_segment(SegmentList *list, const Param *p, int param, int slice,
     if (lo >= hi) return;
     if (b->n_segments == list->capacity) {
         list->capacity = list->capacity ? 2 * list->capacity : 64;
-        b->segment = (Segment *)realloc(b->segment, (size_t)list->capacity * sizeof(Segment));
-        b->segment_param = (int *)realloc(b->segment_param, (size_t)list->capacity * sizeof(int));
-        b->segment_slice = (int *)realloc(b->segment_slice, (size_t)list->capacity * sizeof(int));
+        b->segment = (Segment *)realloc(b->segment, list->capacity * sizeof(Segment));
+        b->segment_param = (int *)realloc(b->segment_param, list->capacity * sizeof(int));
+        b->segment_slice = (int *)realloc(b->segment_slice, list->capacity * sizeof(int));
         if (!b->segment || !b->segment_param || !b->segment_slice)
             die("out of host memory for the segment table|free memory");
     }
@@ -215,12 +215,11 @@ Model model_build(Config c, ShardSpec shard_spec) {
     memset(&m, 0, sizeof m);
     m.c = c;
     m.shard_spec = shard_spec;
-    m.param =
-        (Param *)xcalloc((size_t)P_COUNT * (size_t)(c.L + 2), sizeof(Param), "parameter table");
-    m.block = (Block *)xcalloc((size_t)(2 * c.L + 2), sizeof(Block), "block table");
-    m.dense_block = (int *)xcalloc((size_t)c.L, sizeof(int), "block table");
-    m.local_block = (int *)xcalloc((size_t)c.L, sizeof(int), "block table");
-    m.moe_index = (int *)xcalloc((size_t)c.L, sizeof(int), "block table");
+    m.param = (Param *)xcalloc(P_COUNT * (c.L + 2), sizeof(Param), "parameter table");
+    m.block = (Block *)xcalloc(2 * c.L + 2, sizeof(Block), "block table");
+    m.dense_block = (int *)xcalloc(c.L, sizeof(int), "block table");
+    m.local_block = (int *)xcalloc(c.L, sizeof(int), "block table");
+    m.moe_index = (int *)xcalloc(c.L, sizeof(int), "block table");
     int moe_layers = 0;
     for (int l = 0; l < c.L; l++) m.moe_index[l] = c.is_moe[l] ? moe_layers++ : -1;
     Param row[P_COUNT];

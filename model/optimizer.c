@@ -45,14 +45,13 @@ Optimizer optimizer_create(const Model *m, OptimizerOptions o, Arena *arena) {
     Optimizer opt;
     opt.o = o;
     opt.m = m;
-    opt.state =
-        (OptimizerState *)xcalloc((size_t)m->n_blocks, sizeof(OptimizerState), "optimizer table");
+    opt.state = (OptimizerState *)xcalloc(m->n_blocks, sizeof(OptimizerState), "optimizer table");
     int master = o.master && sizeof(floatX) < sizeof(float);
     const char *what = "optimizer state";
     for (int b = 0; b < m->n_blocks; b++) {
         const Block *block = &m->block[b];
         OptimizerState *s = &opt.state[b];
-        size_t n = (size_t)block->shard, q = (size_t)block->n_qblocks;
+        size_t n = block->shard, q = block->n_qblocks;
         if (master) s->master = (real *)take_zero(arena, n * sizeof(real), "fp32 master weights");
         switch (o.kind) {
         case OPT_SGD:

@@ -80,7 +80,7 @@ int64_t options_count(const char *name, const char *value, int64_t total) {
     int percent = n > 1 && value[n - 1] == '%';
     if (!percent && !strpbrk(value, ".eE")) return parse_int(name, value);
     char number[64];
-    snprintf(number, sizeof number, "%.*s", (int)(n - (size_t)percent), value);
+    snprintf(number, sizeof number, "%.*s", (int)(n - percent), value);
     double ratio = options_real(name, number) / (percent ? 100 : 1);
     if (ratio < 0 || ratio > 1)
         die("--%s %s: a ratio lies between 0 and 1|write a count without a point, or such a ratio",
@@ -137,7 +137,7 @@ static int add_files(FileList *list, const Option *o, char **argv, int first, in
     while (end < argc && strncmp(argv[end], "--", 2)) end++;
     int n = list->n + end - first + (given != 0);
     if (n == list->n) die("--%s needs a value|%s", o->name, takes(o));
-    list->name = (const char **)realloc((void *)list->name, (size_t)n * sizeof *list->name);
+    list->name = (const char **)realloc((void *)list->name, n * sizeof *list->name);
     if (!list->name) die("out of host memory for --%s|free memory", o->name);
     if (given) list->name[list->n++] = given;
     for (int i = first; i < end; i++) list->name[list->n++] = argv[i];

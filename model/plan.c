@@ -204,8 +204,8 @@ static Estimate estimate(const Model *m, const Grid *g, const StepOptions *o, Op
 static Model layout_model(const Config *c, const Grid *g) {
     Config copy = *c;
     copy.json = 0;
-    copy.is_moe = (unsigned char *)xmalloc((size_t)c->L, "config");
-    memcpy(copy.is_moe, c->is_moe, (size_t)c->L);
+    copy.is_moe = (unsigned char *)xmalloc(c->L, "config");
+    memcpy(copy.is_moe, c->is_moe, c->L);
     return model_build(copy, grid_shard_spec(g));
 }
 

@@ -29,7 +29,7 @@ static void hear(void *context, const KernelReport *report) {
     if (p->events) p->event[p->events - 1].end = time;
     if (p->events == p->capacity) {
         p->capacity = p->capacity ? 2 * p->capacity : 4096;
-        p->event = (Event *)realloc(p->event, (size_t)p->capacity * sizeof(Event));
+        p->event = (Event *)realloc(p->event, p->capacity * sizeof(Event));
         if (!p->event) die("out of host memory for the profile|profile a smaller model");
     }
     Event e = { *report, time, time };
@@ -82,10 +82,10 @@ void profile_print(Profile *p, FILE *file) {
     p->seconds = now(p);
     if (p->events) p->event[p->events - 1].end = p->seconds;
     if (!file) return;
-    Row *row = (Row *)xcalloc((size_t)p->events + 1, sizeof(Row), "profile");
+    Row *row = (Row *)xcalloc(p->events + 1, sizeof(Row), "profile");
     int rows = 0;
     for (int64_t i = 0; i < p->events; i++) add_to_rows(row, &rows, &p->event[i]);
-    qsort(row, (size_t)rows, sizeof(Row), by_time);
+    qsort(row, rows, sizeof(Row), by_time);
     fprintf(file, "profile: %.1f ms\n  %-42s %10s %7s %8s %10s %10s\n", 1e3 * p->seconds, "kernel",
             "ms", "share", "times", "MFLOP each", "GFLOP/s");
     for (int i = 0; i < rows; i++) {
@@ -116,7 +116,7 @@ static const char *stream_name(Stream s) {
 static char *rank_events(const Profile *p, size_t *bytes) {
     enum { LINE = 320 };
     int rank = comm_rank(p->all);
-    size_t lines = (size_t)p->events + STREAM_COUNT + 1;
+    size_t lines = p->events + STREAM_COUNT + 1;
     char *text = (char *)xmalloc(lines * LINE, "profile"), *at = text;
     at += sprintf(at,
                   "{\"name\":\"process_name\",\"ph\":\"M\",\"pid\":%d,\"args\":"
@@ -135,7 +135,7 @@ static char *rank_events(const Profile *p, size_t *bytes) {
                       e->report.name, rank, (int)e->report.stream, 1e6 * e->begin,
                       1e6 * (e->end - e->begin), e->report.flops, e->report.bytes);
     }
-    *bytes = (size_t)(at - text);
+    *bytes = at - text;
     return text;
 }
 
@@ -143,9 +143,9 @@ void profile_trace(const Profile *p, const char *path) {
     size_t bytes;
     char *mine = rank_events(p, &bytes);
     int ranks = comm_size(p->all);
-    size_t most = (size_t)comm_max(p->all, (int64_t)bytes) + 1;
+    size_t most = comm_max(p->all, (int64_t)bytes) + 1;
     char *padded = (char *)xcalloc(most, 1, "profile");
-    char *all = (char *)xmalloc((size_t)ranks * most, "profile");
+    char *all = (char *)xmalloc(ranks * most, "profile");
     memcpy(padded, mine, bytes);
     comm_all_gather_host(p->all, all, padded, most);
     if (comm_rank(p->all) == 0) {
@@ -153,7 +153,7 @@ void profile_trace(const Profile *p, const char *path) {
         if (!f) die("cannot write the trace %s: %s|free space under --out", path, strerror(errno));
         fprintf(f, "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n");
         for (int r = 0; r < ranks; r++) {
-            char *text = all + (size_t)r * most;
+            char *text = all + r * most;
             if (r == ranks - 1) text[strlen(text) - 2] = 0; // the last comma
             fprintf(f, "%s", text);
         }

@@ -153,7 +153,7 @@ static void check_config(const Options *o, const Config *c, const char *dir) {
             die("%s was trained with %s = %g in its config.json, now it is %g|"
                 "resume with the same config, or accept the difference with --allow-changed %s",
                 dir, field[i].name, field[i].was, field[i].now, field[i].name);
-    int kinds = was.L == c->L && !memcmp(was.is_moe, c->is_moe, (size_t)c->L);
+    int kinds = was.L == c->L && !memcmp(was.is_moe, c->is_moe, c->L);
     if (!kinds && !allowed(o, "mlp_only_layers")) die_field(dir, "mlp_only_layers");
     config_free(&was);
     free(path);
@@ -239,7 +239,7 @@ void resume_restore(Trainer *t, const struct cJSON *trainer, int64_t step) {
             "the checkpoint is damaged: resume from the one before it",
             (long long)t->updates, t->norms.previous);
     const cJSON *bias = cJSON_GetObjectItemCaseSensitive(trainer, "router_bias"), *b = 0;
-    size_t n = (size_t)t->m->c.n_moe * (size_t)t->m->c.E, i = 0;
+    size_t n = t->m->c.n_moe * (size_t)t->m->c.E, i = 0;
     if (!t->router.bias || !bias) return;
     if ((size_t)cJSON_GetArraySize(bias) != n)
         die("trainer.json has %d router biases, the model needs %zu|"

@@ -18,11 +18,11 @@ void router_totals_create(RouterTotals *r, const Model *m, int with_bias, Arena 
     r->z = ARENA_TAKE(arena, double, 2 * m->c.n_moe, what);
     r->share = ARENA_TAKE(arena, double, n, what);
     r->bias = with_bias ? ARENA_TAKE(arena, real, n, what) : 0;
-    if (r->bias) device_zero(r->bias, (size_t)n * sizeof(real));
+    if (r->bias) device_zero(r->bias, n * sizeof(real));
 }
 
 void router_totals_create_host(RouterTotals *r, const Model *m) {
-    size_t layers = (size_t)m->c.n_moe, n = layers * (size_t)m->c.E;
+    size_t layers = m->c.n_moe, n = layers * m->c.E;
     const char *what = "router statistics";
     r->host_count = (int64_t *)xcalloc(2 * n, sizeof(int64_t), what);
     r->host_prob = (double *)xcalloc(2 * n, sizeof(double), what);
@@ -42,7 +42,7 @@ void router_totals_free(RouterTotals *r) {
 
 void router_totals_clear(Trainer *t, int update) {
     RouterTotals *r = &t->router;
-    size_t n = (size_t)pairs(t), layers = (size_t)t->m->c.n_moe;
+    size_t n = pairs(t), layers = t->m->c.n_moe;
     device_zero(r->count, n * sizeof(int64_t));
     device_zero(r->prob, n * sizeof(double));
     device_zero(r->z, 2 * layers * sizeof(double));
@@ -74,7 +74,7 @@ void router_totals_sum(Trainer *t) {
     const Config *c = &t->m->c;
     const RouterTotals *r = &t->router;
     if (!c->n_moe) return;
-    size_t n = (size_t)pairs(t), n_z = 2 * (size_t)c->n_moe;
+    size_t n = pairs(t), n_z = 2 * (size_t)c->n_moe;
     comm_where(-1, -1, "router statistics");
     comm_wait(all_reduce_start(t->g->all, r->count, n, DTYPE_I64, STREAM_EXCHANGE));
     comm_wait(all_reduce_start(t->g->all, r->prob, n, DTYPE_F64, STREAM_EXCHANGE));
@@ -123,9 +123,9 @@ double router_totals_collect(Trainer *t) {
     RouterTotals *r = &t->router;
     int64_t n = pairs(t), n_z = 2 * t->m->c.n_moe;
     if (!n) return 0;
-    device_download(r->round_count, r->count, (size_t)n * sizeof(int64_t));
-    device_download(r->round_prob, r->prob, (size_t)n * sizeof(double));
-    device_download(r->round_z, r->z, (size_t)n_z * sizeof(double));
+    device_download(r->round_count, r->count, n * sizeof(int64_t));
+    device_download(r->round_prob, r->prob, n * sizeof(double));
+    device_download(r->round_z, r->z, n_z * sizeof(double));
     for (int64_t i = 0; i < n; i++) {
         r->host_count[i] += r->round_count[i];
         r->host_prob[i] += r->round_prob[i];
@@ -166,7 +166,7 @@ void router_bias_update(Trainer *t) {
             bias[e] += (float)(t->o.balance_rate * ((below > 0) - (below < 0)));
         }
     }
-    trainer_set_bias(t, t->router.host_bias, (size_t)pairs(t));
+    trainer_set_bias(t, t->router.host_bias, pairs(t));
 }
 
 void trainer_set_bias(Trainer *t, const float *bias, size_t n) {

@@ -48,7 +48,7 @@ RoutingFiles *routing_open(const Trainer *t, const char *record, const char *rep
     RoutingFiles *f = (RoutingFiles *)xcalloc(1, sizeof *f, "routing");
     f->record = *record ? record : 0;
     f->replay = *replay ? replay : 0;
-    f->choice = (int *)xmalloc((size_t)(t->n_micro * t->R * t->m->c.K) * sizeof(int), "routing");
+    f->choice = (int *)xmalloc(t->n_micro * t->R * t->m->c.K * sizeof(int), "routing");
     struct stat s;
     if (f->replay && stat(f->replay, &s))
         die("cannot read the routing %s: %s|give a folder or file of --routing-record", f->replay,
@@ -88,7 +88,7 @@ static int64_t layer_begin(const Trainer *t, int layer) { // in numbers of topk
 int routing_write(const Trainer *t, int fd, int64_t at) {
     if (t->g->data_ranks < t->g->world && t->g->ep_rank) return 0; // a replica of these tokens
     int64_t n = t->R * t->m->c.K;
-    size_t bytes = (size_t)n * sizeof(int);
+    size_t bytes = n * sizeof(int);
     int *choice = (int *)xmalloc(bytes, "routing");
     int error = 0;
     for (int l = 0; l < t->m->c.L; l++)
@@ -161,7 +161,7 @@ static int ascending(const void *a, const void *b) {
 // Sorts a token's ids, as the router would leave them (I7, the routing is decided once).
 static void check_choice(const Trainer *t, int *id, int layer, int64_t token) {
     const Config *c = &t->m->c;
-    qsort(id, (size_t)c->K, sizeof *id, ascending);
+    qsort(id, c->K, sizeof *id, ascending);
     for (int k = 0; k < c->K; k++)
         if (id[k] < 0 || id[k] >= c->E || (k && id[k] == id[k - 1]))
             die("%s: layer %d, token %lld: expert %d is %s|each token needs %d different ids "
@@ -182,7 +182,7 @@ static void replay_round(Trainer *t) {
         for (int64_t i = 0; i < tokens; i++)
             check_choice(t, f->choice + i * K, l, first_token(t) + i);
         for (int m = 0; m < t->n_micro; m++)
-            device_upload(saved_of(t, l, m)->topk, f->choice + m * n, (size_t)n * sizeof(int));
+            device_upload(saved_of(t, l, m)->topk, f->choice + m * n, n * sizeof(int));
     }
 }
 

@@ -126,7 +126,7 @@ int safetensors_equal(const SafeTensors *s, const SafeTensor *a, const SafeTenso
         int64_t n = a->bytes - at < PIECE ? a->bytes - at : PIECE;
         safetensors_read(s, a, at, x, n);
         safetensors_read(s, b, at, y, n);
-        same = !memcmp(x, y, (size_t)n);
+        same = !memcmp(x, y, n);
     }
     free(x);
     return same;
@@ -135,7 +135,7 @@ int safetensors_equal(const SafeTensors *s, const SafeTensor *a, const SafeTenso
 // Sorts by name. A tensor that several files hold counts once, if it is the same in all.
 static void sort_names(SafeTensors *s) {
     int n = 0;
-    qsort(s->tensor, (size_t)s->n, sizeof *s->tensor, by_name);
+    qsort(s->tensor, s->n, sizeof *s->tensor, by_name);
     for (int i = 0; i < s->n; i++) {
         SafeTensor *t = &s->tensor[i], *last = &s->tensor[n - 1];
         if (!n || strcmp(last->name, t->name)) {
@@ -181,9 +181,9 @@ static void add_file(SafeTensors *s, const char *path) {
     int error = fd < 0 ? errno : 0;
     if (error) file_check_link(path);
     if (error) die("%s: cannot open: %s|is the checkpoint complete?", path, file_why(error));
-    s->path = (char **)xrealloc(s->path, (size_t)s->n_files, sizeof *s->path, "list of files");
-    s->fd = (int *)xrealloc(s->fd, (size_t)s->n_files, sizeof *s->fd, "list of files");
-    s->bytes = (int64_t *)xrealloc(s->bytes, (size_t)s->n_files, sizeof *s->bytes, "list of files");
+    s->path = (char **)xrealloc(s->path, s->n_files, sizeof *s->path, "list of files");
+    s->fd = (int *)xrealloc(s->fd, s->n_files, sizeof *s->fd, "list of files");
+    s->bytes = (int64_t *)xrealloc(s->bytes, s->n_files, sizeof *s->bytes, "list of files");
     s->bytes[file] = size;
     s->path[file] = xasprintf("%s", path);
     s->fd[file] = fd;
@@ -196,14 +196,14 @@ static void add_file(SafeTensors *s, const char *path) {
         die("%s: the header is not valid: %s|the file is damaged, copy or download it again", path,
             why);
     int first = s->n;
-    size_t most = (size_t)s->n + (size_t)cJSON_GetArraySize(root) + 1;
+    size_t most = s->n + (size_t)cJSON_GetArraySize(root) + 1;
     s->tensor = (SafeTensor *)xrealloc(s->tensor, most, sizeof *s->tensor, "list of tensors");
     const cJSON *entry = 0;
     cJSON_ArrayForEach(entry, root) if (strcmp(entry->string, "__metadata__")) s->tensor[s->n++] =
         parse_tensor(entry, path, file, data_start, size);
     cJSON_Delete(root);
     free(text);
-    qsort(s->tensor + first, (size_t)(s->n - first), sizeof *s->tensor, by_place);
+    qsort(s->tensor + first, s->n - first, sizeof *s->tensor, by_place);
     for (int i = first + 1; i < s->n; i++)
         if (s->tensor[i].at < s->tensor[i - 1].at + s->tensor[i - 1].bytes)
             die("%s: tensors %s and %s overlap|the file is damaged, copy or download it again",
@@ -352,7 +352,7 @@ char *safetensors_layout(SafeTensor *tensor, int n, size_t *header_bytes, int64_
     size_t capacity = 64, used = 8;
     for (int i = 0; i < n; i++) capacity += strlen(tensor[i].name) + 80 + 20 * SAFETENSORS_DIMS;
     char *h = (char *)xmalloc(capacity + 16, "safetensors header");
-    used += (size_t)sprintf(h + used, "{\"__metadata__\":{\"format\":\"pt\"}");
+    used += sprintf(h + used, "{\"__metadata__\":{\"format\":\"pt\"}");
     int64_t at = 0;
     for (size_t size = 8; size; size /= 2)
         for (int i = 0; i < n; i++) {
@@ -360,12 +360,12 @@ char *safetensors_layout(SafeTensor *tensor, int n, size_t *header_bytes, int64_
             if (dtype_size(t->type) != size) continue;
             t->at = at;
             t->bytes = safetensors_elements(t) * (int64_t)size;
-            used += (size_t)sprintf(h + used, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[", t->name,
-                                    dtype_name(t->type));
+            used += sprintf(h + used, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[", t->name,
+                            dtype_name(t->type));
             for (int d = 0; d < t->n_dims; d++)
-                used += (size_t)sprintf(h + used, d ? ",%lld" : "%lld", (long long)t->shape[d]);
-            used += (size_t)sprintf(h + used, "],\"data_offsets\":[%lld,%lld]}", (long long)at,
-                                    (long long)(at + t->bytes));
+                used += sprintf(h + used, d ? ",%lld" : "%lld", (long long)t->shape[d]);
+            used += sprintf(h + used, "],\"data_offsets\":[%lld,%lld]}", (long long)at,
+                            (long long)(at + t->bytes));
             at += t->bytes;
         }
     h[used++] = '}';

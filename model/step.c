@@ -87,19 +87,18 @@ static void upload_positions(Trainer *t, const int *ids, int n) {
     int *all = t->tokens.host_position, *own = all + ranks * mine, *ordered = own + mine;
     document_positions(t, own, ids, mine);
     if (ranks == 1) {
-        device_upload(t->tokens.position, own, (size_t)mine * sizeof(int));
+        device_upload(t->tokens.position, own, mine * sizeof(int));
         return;
     }
-    comm_all_gather_host(t->g->ep_group, all, own, (size_t)mine * sizeof(int));
+    comm_all_gather_host(t->g->ep_group, all, own, mine * sizeof(int));
     for (int64_t m = 0; m < n; m++)
         for (int64_t rank = 0; rank < ranks; rank++)
-            memcpy(ordered + m * rows + rank * R, all + rank * mine + m * R,
-                   (size_t)R * sizeof(int));
-    device_upload(t->tokens.position, ordered, (size_t)(n * rows) * sizeof(int));
+            memcpy(ordered + m * rows + rank * R, all + rank * mine + m * R, R * sizeof(int));
+    device_upload(t->tokens.position, ordered, n * rows * sizeof(int));
 }
 
 void step_upload(Trainer *t, const int *ids, const int *targets, int n) {
-    size_t bytes = (size_t)(n * t->R) * sizeof(int);
+    size_t bytes = n * t->R * sizeof(int);
     device_upload(t->tokens.ids, ids, bytes);
     if (targets) device_upload(t->tokens.targets, targets, bytes);
     if (t->tokens.position) upload_positions(t, ids, n);
@@ -336,7 +335,7 @@ void step_head(Trainer *t, int training) {
 // --expert-grad-scale: an expert's gradient times mean count / own count.
 static void scale_by_use(Trainer *t, const Block *b, gradX *grad) {
     int E = t->m->c.E;
-    size_t bytes = (size_t)b->n_segments * sizeof(float);
+    size_t bytes = b->n_segments * sizeof(float);
     float *factor = (float *)xmalloc(bytes + 1, "utilisation factors");
     const int64_t *count = t->router.host_count + (int64_t)t->m->moe_index[b->layer] * E;
     double mean = 0;
@@ -363,8 +362,8 @@ static const gradX *finish_gradient(Trainer *t, int block) {
 }
 
 static void sum_squares(Trainer *t, int first, int n) {
-    comm_wait(all_reduce_start(t->g->dense_group, t->norms.blocks + first, (size_t)n, DTYPE_F64,
-                               STREAM_GATHER));
+    comm_wait(
+        all_reduce_start(t->g->dense_group, t->norms.blocks + first, n, DTYPE_F64, STREAM_GATHER));
 }
 
 static void step_block(Trainer *t, int block, const gradX *grad, int64_t update, double lr,
@@ -513,7 +512,7 @@ static StepResult report(Trainer *t, int64_t update, double lr, double aux) {
     if (t->o.update_layer) clip_scale(norms->norm, norms->finite, norms->blocks, n_blocks, 0);
     device_download(&loss_sum, t->head.loss_sum, sizeof loss_sum);
     device_download(&norm, norms->norm, sizeof norm);
-    device_download(norms->host_blocks, norms->blocks, (size_t)n_blocks * sizeof(double));
+    device_download(norms->host_blocks, norms->blocks, n_blocks * sizeof(double));
     r.loss = N > 0 ? loss_sum / N : NAN;
     r.aux = aux / t->o.rounds;
     r.grad_norm = (double)norm;

@@ -55,7 +55,7 @@ static char *slurp(const char *path, size_t *bytes) {
     FILE *f = fopen(path, "rb");
     if (!f) return 0;
     fseek(f, 0, SEEK_END);
-    *bytes = (size_t)ftell(f);
+    *bytes = ftell(f);
     rewind(f);
     char *text = (char *)xcalloc(*bytes + 1, 1, "test file");
     *bytes = fread(text, 1, *bytes, f);
@@ -117,7 +117,7 @@ static void take(Rank *r) {
     a->used = 0;
     for (int b = 0; b < r->m.n_blocks; b++) {
         OptimizerState *s = &r->shard[b];
-        size_t n = (size_t)r->m.block[b].shard, q = (size_t)r->m.block[b].n_qblocks;
+        size_t n = r->m.block[b].shard, q = r->m.block[b].n_qblocks;
         s->param = ARENA_TAKE(a, floatX, n, "param");
         if (r->state & STATE_MASTER) s->master = ARENA_TAKE(a, real, n, "master");
         if (r->state & STATE_M) s->m = ARENA_TAKE(a, real, n, "m");
@@ -135,7 +135,7 @@ static Rank rank_new(const char *config, ShardSpec cut, unsigned state) {
     memset(&r, 0, sizeof r);
     r.m = model_build(config_read(config), cut);
     r.state = state;
-    r.shard = (OptimizerState *)xcalloc((size_t)r.m.n_blocks, sizeof *r.shard, "shards");
+    r.shard = (OptimizerState *)xcalloc(r.m.n_blocks, sizeof *r.shard, "shards");
     r.arena = arena_counting("test shards");
     take(&r);
     arena_commit(&r.arena);
@@ -189,7 +189,7 @@ static int buffers(const OptimizerState *s, const Segment *g, Buffer *out) {
 // What buffer b of tensor t must hold: the hash, rounded to `through` on its way (the type of a
 // file) and then to the buffer's type. malloc'd.
 static void *expected(uint64_t tensor, Buffer b, Dtype through) {
-    size_t n = (size_t)b.n;
+    size_t n = b.n;
     char *file = (char *)xmalloc(n * 8, "expected"), *out = (char *)xmalloc(n * 8, "expected");
     if (b.type == DTYPE_U8) {
         for (size_t i = 0; i < n; i++)
@@ -219,7 +219,7 @@ static int64_t sweep(Rank *r, int fill, Dtype through) {
                 list[n++] = (Buffer){ s->param + g->offset, DTYPE_FLOATX, g->count, g->first,
                                       VALUE_WEIGHT };
             for (int j = 0; j < n; j++) {
-                size_t bytes = (size_t)list[j].n * dtype_size(list[j].type);
+                size_t bytes = list[j].n * dtype_size(list[j].type);
                 char *want = (char *)expected(g->tensor, list[j], through),
                      *have = (char *)xmalloc(bytes, "have");
                 if (fill) device_upload(list[j].here, want, bytes);
@@ -228,9 +228,9 @@ static int64_t sweep(Rank *r, int fill, Dtype through) {
                 if (!fill && j == 0 && s->master) { // the parameter is the master, rounded once
                     char *p = (char *)xmalloc(bytes, "parameter"),
                          *q = (char *)xmalloc(bytes, "parameter");
-                    convert(p, DTYPE_FLOATX, have, DTYPE_REAL, (size_t)list[j].n);
-                    device_download(q, s->param + g->offset, (size_t)list[j].n * sizeof(floatX));
-                    wrong += memcmp(p, q, (size_t)list[j].n * sizeof(floatX)) != 0;
+                    convert(p, DTYPE_FLOATX, have, DTYPE_REAL, list[j].n);
+                    device_download(q, s->param + g->offset, list[j].n * sizeof(floatX));
+                    wrong += memcmp(p, q, list[j].n * sizeof(floatX)) != 0;
                     free(p);
                     free(q);
                 }
@@ -336,7 +336,7 @@ static int same_config(const Config *a, const Config *b) {
            a->tied == b->tied && a->pad == b->pad && a->bos == b->bos && a->eos == b->eos &&
            a->rope_theta == b->rope_theta && a->rms_eps == b->rms_eps &&
            a->init_std == b->init_std && a->aux_coef == b->aux_coef && a->n_moe == b->n_moe &&
-           !memcmp(a->is_moe, b->is_moe, (size_t)a->L);
+           !memcmp(a->is_moe, b->is_moe, a->L);
 }
 
 static Config from_text(const char *text) {
@@ -439,7 +439,7 @@ static int64_t foreign(const SafeTensors *s, const char *tensor, int64_t base, c
                        int what, int64_t n) {
     const SafeTensor *t = safetensors_find(s, tensor);
     if (!t || t->type != DTYPE_F32) return -1;
-    float *v = (float *)xmalloc((size_t)n * 4, "numbers");
+    float *v = (float *)xmalloc(n * 4, "numbers");
     int64_t wrong = 0;
     safetensors_read(s, t, base * 4, v, n * 4);
     for (int64_t i = 0; i < n; i++) wrong += v[i] != value(tensor_id(hf), i, what);
@@ -490,7 +490,7 @@ static void mixed_model(const char *config, const char *dir) {
     unlink(trainer); // another program's model has none, and so no checksums
     free(trainer);
     SafeTensors s = safetensors_open_folder(from);
-    SafeTensor *t = (SafeTensor *)xmalloc((size_t)s.n * sizeof *t, "tensors");
+    SafeTensor *t = (SafeTensor *)xmalloc(s.n * sizeof *t, "tensors");
     static const Dtype types[] = { DTYPE_F32, DTYPE_BF16, DTYPE_F16 };
     for (int i = 0; i < s.n; i++) {
         t[i] = s.tensor[i];
@@ -499,15 +499,15 @@ static void mixed_model(const char *config, const char *dir) {
     size_t header;
     int64_t bytes;
     char *h = safetensors_layout(t, s.n, &header, &bytes),
-         *file = (char *)xcalloc((size_t)bytes, 1, "file");
+         *file = (char *)xcalloc(bytes, 1, "file");
     memcpy(file, h, header);
     for (int i = 0; i < s.n; i++) {
-        char *data = (char *)xmalloc((size_t)s.tensor[i].bytes, "tensor");
+        char *data = (char *)xmalloc(s.tensor[i].bytes, "tensor");
         safetensors_read(&s, &s.tensor[i], 0, data, s.tensor[i].bytes);
-        convert(file + t[i].at, t[i].type, data, DTYPE_F32, (size_t)safetensors_elements(&t[i]));
+        convert(file + t[i].at, t[i].type, data, DTYPE_F32, safetensors_elements(&t[i]));
         free(data);
     }
-    spill(path, file, (size_t)bytes);
+    spill(path, file, bytes);
     safetensors_close(&s);
     free(t);
     free(h);
@@ -529,11 +529,10 @@ static int differing(const char *a, const char *b) {
             n++;
             continue;
         }
-        char *p = (char *)xmalloc((size_t)t->bytes, "tensor"),
-             *q = (char *)xmalloc((size_t)t->bytes, "tensor");
+        char *p = (char *)xmalloc(t->bytes, "tensor"), *q = (char *)xmalloc(t->bytes, "tensor");
         safetensors_read(&x, t, 0, p, t->bytes);
         safetensors_read(&y, u, 0, q, u->bytes);
-        n += memcmp(p, q, (size_t)t->bytes) != 0;
+        n += memcmp(p, q, t->bytes) != 0;
         free(p);
         free(q);
     }

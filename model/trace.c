@@ -22,7 +22,7 @@ struct Trace {
 Trace *trace_open(const Trainer *t, int64_t token) {
     int64_t total = t->o.batch * t->o.T, per_rank = t->tokens.sequences * t->o.T;
     int64_t at = token - t->g->data_rank * per_rank;
-    size_t K = (size_t)t->m->c.K;
+    size_t K = t->m->c.K;
     if (token < 0 || token >= total)
         die("--trace-token %lld: an update has tokens 0 to %lld|choose one of them",
             (long long)token, (long long)total - 1);
@@ -30,7 +30,7 @@ Trace *trace_open(const Trainer *t, int64_t token) {
     int first_copy = t->g->world == t->g->data_ranks || t->g->ep_rank == 0;
     trace->token = token;
     trace->here = at >= 0 && at < per_rank && first_copy;
-    trace->layer = (LayerTrace *)xcalloc((size_t)t->m->c.L, sizeof(LayerTrace), "trace");
+    trace->layer = (LayerTrace *)xcalloc(t->m->c.L, sizeof(LayerTrace), "trace");
     if (!trace->here) return trace;
     trace->round = (int)(at / (t->n_micro * t->R));
     trace->micro = (int)(at / t->R % t->n_micro);
@@ -45,8 +45,8 @@ Trace *trace_open(const Trainer *t, int64_t token) {
 }
 
 static double row_norm(const floatX *device, int64_t n) {
-    floatX *row = (floatX *)xmalloc((size_t)n * sizeof(floatX), "trace");
-    device_download(row, device, (size_t)n * sizeof(floatX));
+    floatX *row = (floatX *)xmalloc(n * sizeof(floatX), "trace");
+    device_download(row, device, n * sizeof(floatX));
     double sum = 0;
     for (int64_t i = 0; i < n; i++) {
         double x = (double)floatx_to_float(row[i]);
@@ -68,11 +68,11 @@ void trace_forward(Trainer *t, int layer, int micro) {
     const Saved *s = saved_of(t, layer, micro);
     k->norm_out = row_norm(saved_of(t, layer + 1, micro)->x + row * c->C, c->C);
     if (!c->is_moe[layer]) return;
-    device_download(k->expert, s->topk + chosen, (size_t)c->K * sizeof(int));
-    device_download(k->score, s->score + chosen, (size_t)c->K * sizeof(real));
+    device_download(k->expert, s->topk + chosen, c->K * sizeof(int));
+    device_download(k->score, s->score + chosen, c->K * sizeof(real));
     if (t->work.tokens_move) return;
     const RowIndex *index = &in_flight_of(t, micro)->route.index;
-    device_download(k->row, index->token_row + chosen, (size_t)c->K * sizeof(int));
+    device_download(k->row, index->token_row + chosen, c->K * sizeof(int));
 }
 
 void trace_backward(Trainer *t, int layer, int micro) {
@@ -107,7 +107,7 @@ static void print_trace(const Trainer *t, const Trace *trace, const Tokens *toke
     if (moves)
         printf("  bytes of this token per MoE layer and direction: one copy of %zu to each rank "
                "above but its own\n",
-               (size_t)c->C * sizeof(floatX) + (size_t)c->K * sizeof(real));
+               c->C * sizeof(floatX) + c->K * sizeof(real));
     fflush(stdout);
 }
 

@@ -29,7 +29,7 @@ static size_t store_wanted(const Trainer *t) {
         if (w->tokens_move && pool > generous) pool = generous;
         total += saved_expert_bytes(w, l, rows, pool);
     }
-    return total * (size_t)t->n_micro;
+    return total * t->n_micro;
 }
 
 static void take_store(Trainer *t, Arena *a) {
@@ -40,7 +40,7 @@ static void take_store(Trainer *t, Arena *a) {
         if (a->base)
             free_bytes = a->capacity - a->used;
         else if (t->g->all) { // as the rank with the least: all must decide alike
-            free_bytes = (size_t)-comm_max(t->g->all, -(int64_t)free_bytes);
+            free_bytes = -comm_max(t->g->all, -(int64_t)free_bytes);
             free_bytes -= free_bytes % 256;
         }
         if (wanted > free_bytes) wanted = free_bytes;
@@ -59,7 +59,7 @@ static void take_parameters(Trainer *t, OptimizerOptions opt, Arena *a) {
     for (int b = 0; b < m->n_blocks; b++) {
         floatX *shard = t->optimizer.state[b].param = fsdp_shard(t->fsdp, b);
         // Whole, because nobody writes the padding after a parameter.
-        if (shard) device_zero(shard, (size_t)m->block[b].shard * sizeof(floatX));
+        if (shard) device_zero(shard, m->block[b].shard * sizeof(floatX));
     }
 }
 
@@ -67,8 +67,8 @@ static void take_activations(Trainer *t, Arena *a) {
     const Config *c = &t->m->c;
     int64_t R = t->R, n = t->n_micro;
     int64_t table = c->n_moe ? dispatch_table_size(t->g, c, R) : 0;
-    t->act.saved = (Saved *)xcalloc((size_t)((c->L + 1) * n), sizeof(Saved), "kept activations");
-    t->act.tables = (int *)xcalloc((size_t)(c->n_moe * n * table + 1), sizeof(int), "routing");
+    t->act.saved = (Saved *)xcalloc((c->L + 1) * n, sizeof(Saved), "kept activations");
+    t->act.tables = (int *)xcalloc(c->n_moe * n * table + 1, sizeof(int), "routing");
     for (int l = 0; l <= c->L; l++)
         for (int64_t m = 0; m < n; m++) {
             Saved *s = &t->act.saved[l * n + m];
@@ -87,7 +87,7 @@ static void take_head(Trainer *t, Arena *a) {
     const Config *c = &t->m->c;
     Head *h = &t->head;
     size_t bytes = !strcmp(device_backend(), "cuda") ? (size_t)1 << 30 : (size_t)128 << 20;
-    int64_t chunk = (int64_t)(bytes / ((size_t)c->V * sizeof(floatX)));
+    int64_t chunk = (int64_t)(bytes / (c->V * sizeof(floatX)));
     if (chunk < 128) chunk = 128;
     if (chunk > 8192) chunk = 8192;
     if (chunk > t->R) chunk = t->R;
@@ -116,17 +116,17 @@ static void take_norms(Trainer *t, Arena *a) {
 // Communication buffers for what the step itself sums. A plan has no groups, only their sizes.
 static void reserve_messages(Trainer *t, Arena *a) {
     const Config *c = &t->m->c;
-    size_t statistics = (size_t)c->n_moe * (size_t)c->E * sizeof(double);
+    size_t statistics = c->n_moe * (size_t)c->E * sizeof(double);
     if (t->g->all || t->g->world > 1)
         comm_reserve(t->g->all, statistics > 4096 ? statistics : 4096, a);
     if (t->g->dense_group || t->g->fsdp * t->g->ep > 1)
-        comm_reserve(t->g->dense_group, (size_t)t->m->n_blocks * sizeof(double), a);
+        comm_reserve(t->g->dense_group, t->m->n_blocks * sizeof(double), a);
 }
 
 static void allocate(Trainer *t, OptimizerOptions opt, Arena *a) {
     take_parameters(t, opt, a);
     workspace_create(&t->work, t->m, t->g, t->R / t->o.T, t->o.T, a);
-    t->in_flight = (InFlight *)xcalloc((size_t)t->n_in_flight, sizeof(InFlight), "micro-batches");
+    t->in_flight = (InFlight *)xcalloc(t->n_in_flight, sizeof(InFlight), "micro-batches");
     for (int i = 0; i < t->n_in_flight; i++) in_flight_create(&t->in_flight[i], &t->work, t->g, a);
     take_activations(t, a);
     take_head(t, a);
@@ -214,14 +214,14 @@ Trainer *trainer_create(Model *m, Grid *g, StepOptions o, OptimizerOptions opt, 
     allocate(t, opt, &t->arena);
     // Weights, gradients and other micro-batches' tokens travel while the experts compute.
     device_share(g->world > 1);
-    size_t tokens = (size_t)t->tokens.sequences * (size_t)o.T;
+    size_t tokens = t->tokens.sequences * o.T;
     t->tokens.host_ids = (int *)xcalloc(tokens, sizeof(int), "tokens of an update");
     t->tokens.host_targets = (int *)xcalloc(tokens, sizeof(int), "tokens of an update");
     // What the ep group has, what this rank has, and the group's in the order of attention.
-    size_t positions = (size_t)((2 * t->work.attention_rows + t->R) * t->n_micro);
+    size_t positions = (2 * t->work.attention_rows + t->R) * t->n_micro;
     t->tokens.host_position = (int *)xcalloc(positions, sizeof(int), "positions in documents");
     router_totals_create_host(&t->router, m);
-    t->norms.host_blocks = (double *)xcalloc((size_t)m->n_blocks, sizeof(double), "norms");
+    t->norms.host_blocks = (double *)xcalloc(m->n_blocks, sizeof(double), "norms");
     return t;
 }
 
@@ -247,8 +247,8 @@ static void zero_pad_row(Trainer *t, int block, const Segment *s) {
     if (begin >= end) return;
     int64_t at = s->offset + begin - s->first;
     OptimizerState *state = &t->optimizer.state[block];
-    device_zero(state->param + at, (size_t)(end - begin) * sizeof(floatX));
-    if (state->master) device_zero(state->master + at, (size_t)(end - begin) * sizeof(real));
+    device_zero(state->param + at, (end - begin) * sizeof(floatX));
+    if (state->master) device_zero(state->master + at, (end - begin) * sizeof(real));
 }
 
 void trainer_init(Trainer *t) {

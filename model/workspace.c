@@ -8,7 +8,7 @@
 // with base 0 only counts.
 static void *append(char *base, size_t *used, int64_t count, size_t size) {
     void *array = base ? base + *used : 0;
-    *used += ((size_t)count * size + 255) / 256 * 256;
+    *used += (count * size + 255) / 256 * 256;
     return array;
 }
 
@@ -50,10 +50,10 @@ void saved_route_copy(Saved *s, const Workspace *w, const Route *route) {
     to->P = from->P;
     to->E = from->E;
     to->K = from->K;
-    device_copy(to->row_token, from->row_token, (size_t)to->M * sizeof(int));
-    device_copy(to->token_row, from->token_row, (size_t)(to->P * to->K) * sizeof(int));
-    device_copy(to->expert_row, from->expert_row, (size_t)(to->E + 1) * sizeof(int));
-    size_t sent = (size_t)(w->R * w->destinations) * sizeof(int);
+    device_copy(to->row_token, from->row_token, to->M * sizeof(int));
+    device_copy(to->token_row, from->token_row, to->P * to->K * sizeof(int));
+    device_copy(to->expert_row, from->expert_row, (to->E + 1) * sizeof(int));
+    size_t sent = w->R * w->destinations * sizeof(int);
     if (!sent) return;
     device_copy(s->route.send_token, route->send_token, sent);
     device_copy(s->route.sum_row, route->sum_row, sent);
@@ -164,9 +164,9 @@ void workspace_create(Workspace *w, const Model *m, const Grid *g, int64_t B, in
     w->rstd = ARENA_TAKE(arena, real, w->R, attention);
     w->dz = ARENA_TAKE(arena, real, c->n_moe ? w->R * c->E : 0, experts);
     if (w->dense.row_token) { // every token chooses expert 0: rstd lends the memory for R zeros
-        device_zero(w->rstd, (size_t)w->R * sizeof(int));
+        device_zero(w->rstd, w->R * sizeof(int));
         row_index_build(&w->dense, (const int *)w->rstd, 0);
-        device_poison(w->rstd, (size_t)w->R * sizeof(real));
+        device_poison(w->rstd, w->R * sizeof(real));
     }
 }
 

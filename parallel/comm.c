@@ -93,9 +93,9 @@ Comm *comm_group(const char *name, const int *world_ranks, int n) {
         g->n = n;
         g->rank = rank;
         g->local = n == 1 && !(comm_options.force && transport_forces());
-        g->world = (int *)xmalloc((size_t)n * sizeof *g->world, "group");
-        memcpy(g->world, world_ranks, (size_t)n * sizeof *g->world);
-        g->numbers = xmalloc((size_t)n * sizeof(int64_t), "group");
+        g->world = (int *)xmalloc(n * sizeof *g->world, "group");
+        memcpy(g->world, world_ranks, n * sizeof *g->world);
+        g->numbers = xmalloc(n * sizeof(int64_t), "group");
         for (int kind = 0; kind < COMM_KINDS; kind++) {
             char *start = g->report[0][kind], *wait = g->report[1][kind];
             snprintf(start, sizeof g->report[0][0], "%s (%s)", comm_kind_name(kind), name);
@@ -104,7 +104,7 @@ Comm *comm_group(const char *name, const int *world_ranks, int n) {
     }
     transport_group(g, name);
     if (!g) return 0;
-    groups = (Comm **)realloc(groups, (size_t)(n_groups + 1) * sizeof *groups);
+    groups = (Comm **)realloc(groups, (n_groups + 1) * sizeof *groups);
     if (!groups) die("out of host memory for groups of ranks|free memory");
     return groups[n_groups++] = g;
 }
@@ -158,7 +158,7 @@ static void take_stage(Comm *g) {
 }
 
 size_t piece_of(size_t total, size_t piece, int j, size_t *length) {
-    size_t begin = (size_t)j * piece;
+    size_t begin = j * piece;
     if (begin > total) begin = total;
     *length = piece < total - begin ? piece : total - begin;
     return begin;
@@ -305,7 +305,7 @@ static void compare_records(const char *group, int other, const CallRecord *mine
 // first call where they disagree is named at once. The rows of an all_to_all differ by reader.
 static void compare_calls(Comm *g, const CallRecord *mine, const int64_t *to_rows,
                           const int64_t *from_rows) {
-    size_t n = (size_t)g->n;
+    size_t n = g->n;
     CallRecord *sent = (CallRecord *)xmalloc(n * (n + 1) * sizeof *sent, "records of calls");
     CallRecord *all = sent + n; // every rank's records, one for each reader
     for (size_t i = 0; i < n; i++) {
@@ -315,7 +315,7 @@ static void compare_calls(Comm *g, const CallRecord *mine, const int64_t *to_row
     }
     transport_host(g, mine, all, sent, n * sizeof *sent, -1);
     for (size_t i = 0; i < n; i++)
-        compare_records(g->name, g->world[i], &sent[i], &all[i * n + (size_t)g->rank]);
+        compare_records(g->name, g->world[i], &sent[i], &all[i * n + g->rank]);
     free(sent);
 }
 
@@ -460,7 +460,7 @@ static int overlaps(const void *a, const void *b, size_t b_bytes) {
 
 Request all_gather_start(Comm *g, void *recv, const void *send, size_t count, Dtype type,
                          Stream stream) {
-    size_t bytes = count * dtype_size(type), all = (size_t)g->n * bytes;
+    size_t bytes = count * dtype_size(type), all = g->n * bytes;
     if (g->local) return call_local(g, COMM_ALL_GATHER, recv, send, bytes, stream);
     Call *c = call_new(g, COMM_ALL_GATHER, type, count, stream);
     c->keep = overlaps(send, recv, all);
@@ -473,7 +473,7 @@ Request all_gather_start(Comm *g, void *recv, const void *send, size_t count, Dt
 
 Request reduce_scatter_start(Comm *g, void *recv, const void *send, size_t count, Dtype type,
                              int accumulate, Stream stream) {
-    size_t bytes = count * dtype_size(type), all = (size_t)g->n * bytes;
+    size_t bytes = count * dtype_size(type), all = g->n * bytes;
     if (g->local && accumulate && bytes) {
         add_local(recv, send, count, type);
         send = recv;
@@ -487,14 +487,14 @@ Request reduce_scatter_start(Comm *g, void *recv, const void *send, size_t count
     c->dst_bytes = bytes;
     c->src = (const char *)send;
     c->src_bytes = all;
-    c->own = in_place ? c->dst : c->src + (size_t)g->rank * bytes;
+    c->own = in_place ? c->dst : c->src + g->rank * bytes;
     return call_start(c, all - bytes);
 }
 
 Request all_reduce_start(Comm *g, void *buffer, size_t count, Dtype type, Stream stream) {
     if (g->local) return call_local(g, COMM_ALL_REDUCE, buffer, buffer, 0, stream);
     Call *c = call_new(g, COMM_ALL_REDUCE, type, count, stream);
-    size_t n = (size_t)g->n, mine;
+    size_t n = g->n, mine;
     c->keep = 1;
     c->dst = (char *)buffer;
     c->dst_bytes = count * c->width;
@@ -518,15 +518,15 @@ Request all_to_all_start(Comm *g, void *recv, const int64_t *recv_rows, const vo
             "caller",
             g->name, comm_world_rank(), (long long)send_rows[g->rank],
             (long long)recv_rows[g->rank]);
-    if (g->local) return call_local(g, COMM_ALL_TO_ALL, recv, send, (size_t)to * row_bytes, stream);
+    if (g->local) return call_local(g, COMM_ALL_TO_ALL, recv, send, to * row_bytes, stream);
     Call *c = call_new(g, COMM_ALL_TO_ALL, DTYPE_U8, row_bytes, stream);
     c->dst = (char *)recv;
-    c->dst_bytes = (size_t)from * row_bytes;
+    c->dst_bytes = from * row_bytes;
     c->src = (const char *)send;
-    c->src_bytes = (size_t)to * row_bytes;
+    c->src_bytes = to * row_bytes;
     c->to_rows = send_rows;
     c->from_rows = recv_rows;
-    return call_start(c, (size_t)(to - send_rows[g->rank]) * row_bytes);
+    return call_start(c, (to - send_rows[g->rank]) * row_bytes);
 }
 
 // ---- agreement ------------------------------------------------------------------------------
@@ -542,7 +542,7 @@ void comm_broadcast(Comm *g, void *host, size_t bytes, int root) {
 }
 
 void comm_all_gather_host(Comm *g, void *recv, const void *send, size_t bytes) {
-    char *mine = (char *)recv + (size_t)g->rank * bytes;
+    char *mine = (char *)recv + g->rank * bytes;
     if (mine != send && bytes) memmove(mine, send, bytes);
     host_call(g, COMM_HOST_GATHER, recv, mine, bytes, -1);
 }
@@ -588,7 +588,7 @@ static void sum_floats(void *out, const void *const *part, int n, int64_t at, in
     if (type == DTYPE_BF16)
         for (int64_t i = 0; i < length; i++) ((uint16_t *)out)[at + i] = float_to_bf16(sum[i]);
     else
-        memcpy((float *)out + at, sum, (size_t)length * sizeof *sum);
+        memcpy((float *)out + at, sum, length * sizeof *sum);
 }
 
 static void sum_doubles(double *out, const double *const *part, int n, int64_t at, int64_t length,
@@ -599,7 +599,7 @@ static void sum_doubles(double *out, const double *const *part, int n, int64_t a
         for (int64_t i = 0; i < length; i++) sum[i] += part[r][at + i];
     if (add)
         for (int64_t i = 0; i < length; i++) sum[i] = out[at + i] + sum[i];
-    memcpy(out + at, sum, (size_t)length * sizeof *sum);
+    memcpy(out + at, sum, length * sizeof *sum);
 }
 
 // Unsigned, so that a sum that overflows wraps as the GPU's does.

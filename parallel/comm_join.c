@@ -226,7 +226,7 @@ static int send_bytes(int fd, const void *bytes, size_t n) {
         ssize_t k = send(fd, p, n, MSG_NOSIGNAL);
         if (k < 0 && errno == EINTR) continue;
         if (k <= 0) return 0;
-        p += k, n -= (size_t)k;
+        p += k, n -= k;
     }
     return 1;
 }
@@ -235,7 +235,7 @@ static int recv_bytes(int fd, void *bytes, size_t n) {
         ssize_t k = recv(fd, p, n, 0);
         if (k < 0 && errno == EINTR) continue;
         if (k <= 0) return 0;
-        p += k, n -= (size_t)k;
+        p += k, n -= k;
     }
     return 1;
 }
@@ -330,7 +330,7 @@ typedef struct {
 static int hear(Guest *g) {
     ssize_t k = recv(g->fd, (char *)&g->hello + g->got, sizeof g->hello - g->got, MSG_DONTWAIT);
     if (k < 0) return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR;
-    g->got += (size_t)k;
+    g->got += k;
     if (k == 0 || (g->got >= sizeof(int32_t) && g->hello.magic != HELLO)) return 0;
     return g->got < sizeof g->hello || g->hello.token == token;
 }
@@ -360,7 +360,7 @@ static void welcome_all(double until) {
     struct pollfd p[GUESTS + 1];
     int fd = listener(), missing = here.size - 1, guests = 0;
     n_peers = here.size;
-    peer = (int *)xmalloc((size_t)n_peers * sizeof *peer, "connections");
+    peer = (int *)xmalloc(n_peers * sizeof *peer, "connections");
     for (int r = 0; r < n_peers; r++) peer[r] = -1;
     while (missing) {
         double now = now_seconds();
@@ -387,7 +387,7 @@ static void welcome_all(double until) {
         if (c < 0) continue;
         if (guests == GUESTS) { // a flood of connections: who has been silent longest goes
             close(guest[0].fd);
-            memmove(guest, guest + 1, (size_t)--guests * sizeof *guest);
+            memmove(guest, guest + 1, --guests * sizeof *guest);
         }
         Guest fresh = { c, 0, now + SPEAK, { 0, 0, 0, 0, 0, 0 } };
         guest[guests++] = fresh;
@@ -395,7 +395,7 @@ static void welcome_all(double until) {
     for (int i = 0; i < guests; i++) close(guest[i].fd);
     close(fd);
     Hello w = { WELCOME, 0, here.size, 0, machines[0], token };
-    size_t table = (size_t)here.size * sizeof *machines;
+    size_t table = here.size * sizeof *machines;
     for (int r = 1; r < n_peers; r++)
         must(send_bytes(peer[r], &w, sizeof w) && send_bytes(peer[r], machines, table), r);
 }
@@ -429,7 +429,7 @@ static void meet_rank_0(double until) {
     double left = until - now_seconds();
     limit_receive(fd, left > 1 ? left + 1 : 2); // rank 0 knows who is missing: let it speak first
     if (!send_bytes(fd, &h, sizeof h) || !recv_bytes(fd, &w, sizeof w) || w.magic != WELCOME ||
-        !recv_bytes(fd, machines, (size_t)here.size * sizeof *machines))
+        !recv_bytes(fd, machines, here.size * sizeof *machines))
         die("rank 0 at %s:%d did not answer rank %d|its own message says why; or another program "
             "listens at that port",
             master, port, here.rank);
@@ -441,7 +441,7 @@ static void meet_rank_0(double until) {
 }
 
 void join_connect(double timeout) {
-    machines = (uint64_t *)xcalloc((size_t)here.size, sizeof *machines, "places of ranks");
+    machines = (uint64_t *)xcalloc(here.size, sizeof *machines, "places of ranks");
     machines[here.rank] = this_machine();
     double until = now_seconds() + timeout;
     if (how == TCP && here.rank == 0)
@@ -486,7 +486,7 @@ void join_publish(const void *message, size_t bytes) {
         memcpy(frame + 1, message, bytes);
         ssize_t k = send(peer[0], frame, bytes + 1, MSG_NOSIGNAL | MSG_DONTWAIT);
         // The rest of a message that was cut must follow.
-        if (k > 0 && k < (ssize_t)bytes + 1) send_bytes(peer[0], frame + k, bytes + 1 - (size_t)k);
+        if (k > 0 && k < (ssize_t)bytes + 1) send_bytes(peer[0], frame + k, bytes + 1 - k);
     }
 #ifdef MOE_MPI
     if (how == MPI && here.rank > 0 && threads_multiple && channel != MPI_COMM_NULL)
@@ -500,7 +500,7 @@ void join_collect(void *all, size_t bytes) {
         char kind;
         while (recv(peer[r], &kind, 1, MSG_PEEK | MSG_DONTWAIT) == 1 && kind == PRESENT)
             if (!recv_bytes(peer[r], &kind, 1) ||
-                !recv_bytes(peer[r], (char *)all + (size_t)r * bytes, bytes))
+                !recv_bytes(peer[r], (char *)all + r * bytes, bytes))
                 break;
     }
 #ifdef MOE_MPI
@@ -509,7 +509,7 @@ void join_collect(void *all, size_t bytes) {
         MPI_Status status;
         MPI_Iprobe(MPI_ANY_SOURCE, CHANNEL_TAG, channel, &here_is_one, &status);
         if (here_is_one)
-            MPI_Recv((char *)all + (size_t)status.MPI_SOURCE * bytes, (int)bytes, MPI_BYTE,
+            MPI_Recv((char *)all + status.MPI_SOURCE * bytes, (int)bytes, MPI_BYTE,
                      status.MPI_SOURCE, CHANNEL_TAG, channel, MPI_STATUS_IGNORE);
     }
 #else

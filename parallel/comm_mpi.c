@@ -112,7 +112,7 @@ static void build_board(MPI_Comm here) {
     MPI_Barrier(here);
     MPI_Win_shared_query(board_window, 0, &bytes, &unit, &first); // the ranks' pieces are adjacent
     board = first;
-    size_t table = (size_t)world.size * sizeof(int);
+    size_t table = world.size * sizeof(int);
     int *ranks = (int *)xmalloc(table, "ranks of this machine");
     board_place = (int *)xmalloc(table, "ranks of this machine");
     for (int i = 0; i < world.size; i++) ranks[i] = i;
@@ -242,7 +242,7 @@ void transport_group(Comm *g, const char *name) {
     MPI_Comm_set_errhandler(mpi, MPI_ERRORS_RETURN);
     Group *own = (Group *)xcalloc(1, sizeof *own, "group");
     own->mpi = mpi;
-    own->part = (const void **)xmalloc((size_t)g->n * sizeof *own->part, "group");
+    own->part = (const void **)xmalloc(g->n * sizeof *own->part, "group");
     g->transport = own;
 }
 
@@ -262,7 +262,7 @@ static void post(Transfer *t, int receive, int peer, const void *memory, size_t 
     do { // an empty message is a message
         if (t->n_messages == t->capacity) {
             t->capacity = t->capacity ? 2 * t->capacity : 16;
-            size_t n = (size_t)t->capacity;
+            size_t n = t->capacity;
             t->message = (Message *)realloc(t->message, n * sizeof *t->message);
             t->request = (MPI_Request *)realloc(t->request, n * sizeof *t->request);
             if (!t->message || !t->request) die("out of host memory for messages|free memory");
@@ -284,7 +284,7 @@ static void post(Transfer *t, int receive, int peer, const void *memory, size_t 
 
 // Piece j of a gather or a sum: returns its first element.
 static size_t piece_begin(const Transfer *t, int j, size_t *length) {
-    size_t total = t->piece * (size_t)t->c->g->n;
+    size_t total = t->piece * t->c->g->n;
     if (t->kind == COMM_ALL_REDUCE) total = t->c->count; // cuts the last pieces short
     return piece_of(total, t->piece, j, length);
 }
@@ -292,12 +292,12 @@ static size_t piece_begin(const Transfer *t, int j, size_t *length) {
 // Elements of a piece that a round of REDUCE sums: the staging area holds those of n - 1 ranks.
 static size_t round_elements(const Transfer *t) {
     const Comm *g = t->c->g;
-    return g->stage_bytes / ((size_t)(g->n > 1 ? g->n - 1 : 1) * t->c->width);
+    return g->stage_bytes / ((g->n > 1 ? g->n - 1 : 1) * t->c->width);
 }
 
 static char *stage_of(const Transfer *t, int peer) {
     const Comm *g = t->c->g;
-    size_t place = (size_t)(peer > g->rank ? peer - 1 : peer);
+    size_t place = peer > g->rank ? peer - 1 : peer;
     return g->stage + place * round_elements(t) * t->c->width;
 }
 
@@ -325,7 +325,7 @@ static void post_exchange(Transfer *t) {
     for (int receive = 1; receive >= 0; receive--) {
         const char *p = receive ? t->dst : t->src; // the ranks' rows lie back to back
         for (int j = 0; j < g->n; j++) {
-            size_t bytes = (size_t)rows[receive][j] * t->c->count;
+            size_t bytes = rows[receive][j] * t->c->count;
             if (j != g->rank || g->n == 1) post(t, receive, j, p, bytes);
             p += bytes;
         }
@@ -450,7 +450,7 @@ static int progress(void) {
         Transfer *t = active[i];
         int n;
         if (done_capacity < t->n_messages) {
-            size_t capacity = (size_t)t->capacity;
+            size_t capacity = t->capacity;
             done_capacity = t->capacity;
             free(done_index);
             free(done_status);
@@ -507,10 +507,10 @@ static void report_transfer(const void *context, char *text, size_t size) {
         if (m->done || m->receive != receives || m->peer == last) continue;
         last = m->peer; // a long message comes in pieces
         int rank = g->world[m->peer];
-        n += (size_t)snprintf(who + n, sizeof who - n, "%s %d", n ? "," : "", rank);
+        n += snprintf(who + n, sizeof who - n, "%s %d", n ? "," : "", rank);
         if (waits_for_nobody(rank))
-            n_idle += (size_t)snprintf(idle + n_idle, sizeof idle - n_idle, "%s %d",
-                                       n_idle ? "," : "", rank);
+            n_idle +=
+                snprintf(idle + n_idle, sizeof idle - n_idle, "%s %d", n_idle ? "," : "", rank);
     }
     snprintf(text, size, "%s: %s rank%s%s%s%s%s", what,
              receives ? "no answer from" : "not taken by", strchr(who, ',') ? "s" : "", who,
@@ -568,14 +568,14 @@ static void launch(Transfer *t, Phase first) {
 // What this rank sends to itself is copied, unless the group is alone (--force-comm).
 static void copy_own(Transfer *t) {
     const Comm *g = t->c->g;
-    size_t me = (size_t)g->rank, bytes = t->piece * t->c->width, from = me * bytes, to = 0;
+    size_t me = g->rank, bytes = t->piece * t->c->width, from = me * bytes, to = 0;
     if (t->kind == COMM_ALL_TO_ALL) {
         from = 0;
         for (size_t j = 0; j < me; j++) {
-            to += (size_t)t->c->to_rows[j] * t->c->count;
-            from += (size_t)t->c->from_rows[j] * t->c->count;
+            to += t->c->to_rows[j] * t->c->count;
+            from += t->c->from_rows[j] * t->c->count;
         }
-        bytes = (size_t)t->c->to_rows[me] * t->c->count;
+        bytes = t->c->to_rows[me] * t->c->count;
     }
     const char *own = t->kind == COMM_ALL_TO_ALL ? t->src + to : t->own;
     if (g->n > 1 && bytes && own != t->dst + from) memcpy(t->dst + from, own, bytes);
@@ -596,7 +596,7 @@ void transport_post(Call *c, int slot) {
         launch(t, t->kind == COMM_ALL_GATHER ? GATHER : EXCHANGE);
         return;
     }
-    if (t->kind == COMM_ALL_REDUCE) t->piece = (c->count + (size_t)g->n - 1) / (size_t)g->n;
+    if (t->kind == COMM_ALL_REDUCE) t->piece = (c->count + g->n - 1) / (size_t)g->n;
     // A group has one staging area: a sum first finishes the group's last one, which is the same on
     // all ranks.
     Group *own = group_of(g);

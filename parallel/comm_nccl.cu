@@ -203,7 +203,7 @@ void transport_start(void) {
         check_alone("MPI found no other rank: srun --mpi=list shows what fits; or torchrun, or "
                     "srun --mpi=none with a build without MPI");
     join_connect(comm_options.timeout > 0 ? comm_options.timeout : 600);
-    presences = (Presence *)xcalloc((size_t)joined()->size, sizeof *presences, "ranks");
+    presences = (Presence *)xcalloc(joined()->size, sizeof *presences, "ranks");
     watch_start(join_threads());
     watch_poll(look_around);
 }
@@ -302,7 +302,7 @@ static void group_stream_done(Comm *of) {
 static void connect_members(Comm *g) {
     char text[96];
     snprintf(text, sizeof text, "connecting the members of group %s", g->name);
-    size_t n = (size_t)g->n, part = ((size_t)32 << 20) / n;
+    size_t n = g->n, part = ((size_t)32 << 20) / n;
     char *all = room(n + 1), *mine = all + n, *large;
     ncclComm_t nccl = group_of(g)->nccl;
     cudaStream_t s = group_stream(g, STREAM_EXCHANGE);
@@ -311,7 +311,7 @@ static void connect_members(Comm *g) {
     CUDA_CHECK(cudaMemsetAsync(all, 0, n + 1, s));
     CUDA_CHECK(cudaMemsetAsync(large, 0, part * n, s));
     NCCL_CHECK(ncclAllGather(mine, all, 1, ncclUint8, nccl, s));
-    NCCL_CHECK(ncclAllGather(large + part * (size_t)g->rank, large, part, ncclUint8, nccl, s));
+    NCCL_CHECK(ncclAllGather(large + part * g->rank, large, part, ncclUint8, nccl, s));
     NCCL_CHECK(ncclGroupStart());
     for (int j = 0; j < g->n; j++) {
         NCCL_CHECK(ncclRecv(all + j, 1, ncclUint8, j, nccl, s));
@@ -364,7 +364,7 @@ void transport_group(Comm *g, const char *name) {
             name, j->rank, g->n, size);
     CUDA_CHECK(cudaEventCreateWithFlags(&own->last, cudaEventDisableTiming));
     watch_lock(); // the watchdog walks the list
-    groups = (Comm **)realloc(groups, (size_t)(n_groups + 1) * sizeof *groups);
+    groups = (Comm **)realloc(groups, (n_groups + 1) * sizeof *groups);
     if (!groups) die("out of host memory for groups of ranks|free memory");
     groups[n_groups++] = g;
     watch_unlock();
@@ -392,7 +392,7 @@ void transport_host(Comm *g, const CallRecord *r, void *recv, const void *send, 
                     int root) {
     if (!bytes) return;
     char text[256];
-    size_t n = root < 0 ? (size_t)g->n : 1;
+    size_t n = root < 0 ? g->n : 1;
     char *all = room((n + 1) * bytes), *mine = all + n * bytes;
     ncclComm_t nccl = group_of(g)->nccl;
     cudaStream_t s = group_stream(g, STREAM_EXCHANGE);
@@ -543,7 +543,7 @@ static void post_all_reduce(const Call *c, cudaStream_t s) {
         NCCL_CHECK(ncclAllReduce(c->dst, c->dst, c->count, type, ncclSum, nccl, s));
         return;
     }
-    size_t piece = (c->count + (size_t)g->n - 1) / (size_t)g->n, mine, length;
+    size_t piece = (c->count + (size_t)g->n - 1) / g->n, mine, length;
     size_t begin = piece_of(c->count, piece, g->rank, &mine);
     sum_pieces(c, c->dst + begin * c->width, c->count, piece, s);
     NCCL_CHECK(ncclGroupStart());

@@ -103,7 +103,7 @@ Dispatcher *dispatcher_create(const Grid *g, const Config *c, int64_t R, Arena *
     d->table = ARENA_TAKE(arena, int, route_table_size(d->shape), exchange);
     d->pool[BACKWARD] = ARENA_TAKE(arena, floatX, P * C, exchange);
     if (d->kind == DISPATCH_ALLREDUCE) {
-        comm_reserve(d->group, (size_t)(P * C) * sizeof(floatX), arena);
+        comm_reserve(d->group, P * C * sizeof(floatX), arena);
         return d;
     }
     d->all_topk = ARENA_TAKE(arena, int, P *K, exchange);
@@ -112,7 +112,7 @@ Dispatcher *dispatcher_create(const Grid *g, const Config *c, int64_t R, Arena *
     d->score = ARENA_TAKE(arena, real, P * K, exchange);
     d->dscore = ARENA_TAKE(arena, real, P * K, exchange);
     if (d->kind == DISPATCH_ALLGATHER) {
-        comm_reserve(d->group, (size_t)(P * C) * sizeof(floatX), arena);
+        comm_reserve(d->group, P * C * sizeof(floatX), arena);
         return d;
     }
     d->choice = ARENA_TAKE(arena, int, P *K, exchange);
@@ -120,8 +120,8 @@ Dispatcher *dispatcher_create(const Grid *g, const Config *c, int64_t R, Arena *
     d->own_sum_row = ARENA_TAKE(arena, int, R *J, exchange);
     d->stage = ARENA_TAKE(arena, floatX, R * J * C, exchange);
     d->score_stage = ARENA_TAKE(arena, real, R * J * K, exchange);
-    d->send_rows = (int64_t *)xcalloc((size_t)n, sizeof(int64_t), "send sizes");
-    d->recv_rows = (int64_t *)xcalloc((size_t)n, sizeof(int64_t), "receive sizes");
+    d->send_rows = (int64_t *)xcalloc(n, sizeof(int64_t), "send sizes");
+    d->recv_rows = (int64_t *)xcalloc(n, sizeof(int64_t), "receive sizes");
     return d;
 }
 
@@ -134,7 +134,7 @@ void dispatcher_free(Dispatcher *d) {
 
 // ---- routing --------------------------------------------------------------------------------
 static void poison(void *p, int64_t count, size_t size) {
-    if (p) device_poison(p, (size_t)count * size);
+    if (p) device_poison(p, count * size);
 }
 
 static void poison_buffers(Dispatcher *d) {
@@ -150,8 +150,8 @@ static void poison_buffers(Dispatcher *d) {
 // The ids that the routing kernels look at: everybody's, or the replicated tokens'.
 static const int *gather_ids(Dispatcher *d, const int *topk) {
     if (d->kind == DISPATCH_ALLREDUCE) return topk;
-    comm_wait(all_gather_start(d->group, d->all_topk, topk, (size_t)(d->R * d->K), DTYPE_I32,
-                               STREAM_EXCHANGE));
+    comm_wait(
+        all_gather_start(d->group, d->all_topk, topk, d->R * d->K, DTYPE_I32, STREAM_EXCHANGE));
     return d->all_topk;
 }
 
@@ -222,7 +222,7 @@ void dispatch_route(Route *route, Dispatcher *d, const int *topk) {
         route_local(d, route, topk);
         return;
     }
-    size_t bytes = (size_t)route_table_size(d->shape) * sizeof(int);
+    size_t bytes = route_table_size(d->shape) * sizeof(int);
     poison_buffers(d);
     const int *ids = gather_ids(d, topk);
     route_table(d->table, ids, d->shape);
@@ -266,8 +266,8 @@ static Request exchange(Dispatcher *d, void *recv, const int64_t *recv_rows, con
 }
 
 void dispatch_start(Dispatcher *d, Pass pass, const floatX *x, const real *score) {
-    const size_t row = (size_t)d->C * sizeof(floatX), ids = (size_t)d->K * sizeof(real);
-    const size_t elements = (size_t)(d->R * d->C), scores = (size_t)(d->R * d->K);
+    const size_t row = d->C * sizeof(floatX), ids = d->K * sizeof(real);
+    const size_t elements = d->R * d->C, scores = d->R * d->K;
     d->at[pass].x = x;
     d->at[pass].score = score;
     d->at[pass].rows = d->at[pass].scores = NOTHING;
@@ -292,7 +292,7 @@ void dispatch_start(Dispatcher *d, Pass pass, const floatX *x, const real *score
         return;
     case DISPATCH_ALLREDUCE:
         if (pass == FORWARD) return;
-        device_copy(d->pool[BACKWARD], x, (size_t)d->R * row);
+        device_copy(d->pool[BACKWARD], x, d->R * row);
         d->at[pass].rows =
             all_reduce_start(d->group, d->pool[BACKWARD], elements, DTYPE_FLOATX, STREAM_EXCHANGE);
         return;
@@ -318,8 +318,8 @@ floatX *combine_target(Dispatcher *d, Pass pass, floatX *y, real *dscore, real *
 }
 
 void combine_start(Dispatcher *d, Pass pass, floatX *y, real *dscore) {
-    const size_t row = (size_t)d->C * sizeof(floatX), ids = (size_t)d->K * sizeof(real);
-    const size_t elements = (size_t)(d->R * d->C), scores = (size_t)(d->R * d->K);
+    const size_t row = d->C * sizeof(floatX), ids = d->K * sizeof(real);
+    const size_t elements = d->R * d->C, scores = d->R * d->K;
     d->at[pass].y = y;
     d->at[pass].dscore = dscore;
     d->at[pass].rows = d->at[pass].scores = NOTHING;

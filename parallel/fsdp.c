@@ -127,7 +127,7 @@ Fsdp *fsdp_create(const Model *m, const Grid *g, int keep_grads, Arena *arena) {
     f->rounds = 1;
     f->dp_group = g->dp_group;
     f->dp_moves = group_moves(g->dp_group, g->dp);
-    f->block = (BlockState *)xcalloc((size_t)m->n_blocks, sizeof *f->block, "blocks");
+    f->block = (BlockState *)xcalloc(m->n_blocks, sizeof *f->block, "blocks");
     int dense_moves = group_moves(g->dense_group, g->fsdp * g->ep),
         local_moves = group_moves(g->fsdp_group, g->fsdp), blocks[SLOT_KINDS] = { 0 };
     int64_t largest[2] = { 0, 0 }, largest_shard = 0; // [local]
@@ -176,10 +176,9 @@ Fsdp *fsdp_create(const Model *m, const Grid *g, int keep_grads, Arena *arena) {
         }
         k->scattering = k->reducing = NONE;
     }
-    if (dense_moves) comm_reserve(g->dense_group, (size_t)largest[0] * sizeof(gradX), arena);
-    if (local_moves && largest[1])
-        comm_reserve(g->fsdp_group, (size_t)largest[1] * sizeof(gradX), arena);
-    if (f->dp_moves) comm_reserve(g->dp_group, (size_t)largest_shard * sizeof(gradX), arena);
+    if (dense_moves) comm_reserve(g->dense_group, largest[0] * sizeof(gradX), arena);
+    if (local_moves && largest[1]) comm_reserve(g->fsdp_group, largest[1] * sizeof(gradX), arena);
+    if (f->dp_moves) comm_reserve(g->dp_group, largest_shard * sizeof(gradX), arena);
     return f;
 }
 
@@ -224,8 +223,8 @@ void fsdp_gather(Fsdp *f, int block) {
     slot->block = block;
     slot->gathering = 1;
     // The call follows what COMPUTE was given so far: the shard's update, the slot's last reader.
-    slot->gather = all_gather_start(b->group, slot->data, b->weight,
-                                    (size_t)f->m->block[block].shard, DTYPE_FLOATX, STREAM_GATHER);
+    slot->gather = all_gather_start(b->group, slot->data, b->weight, f->m->block[block].shard,
+                                    DTYPE_FLOATX, STREAM_GATHER);
 }
 
 static void weight_wait(WeightSlot *slot) {
@@ -275,8 +274,8 @@ static void group_summed(Fsdp *f, int block) {
         return;
     }
     reduce_wait(f, k);
-    k->reduce_request = all_reduce_start(f->dp_group, b->grad, (size_t)f->m->block[block].shard,
-                                         DTYPE_REAL, STREAM_GATHER);
+    k->reduce_request =
+        all_reduce_start(f->dp_group, b->grad, f->m->block[block].shard, DTYPE_REAL, STREAM_GATHER);
     k->reducing = block;
     b->state = REDUCING;
 }
@@ -371,8 +370,8 @@ void fsdp_reduce(Fsdp *f, int block, int accumulate) {
         if (k->grad[s].block == block) slot = &k->grad[s];
     slot->scattering = 1;
     k->scatter_request =
-        reduce_scatter_start(b->group, b->grad, slot->data, (size_t)f->m->block[block].shard,
-                             DTYPE_REAL, accumulate, STREAM_GATHER);
+        reduce_scatter_start(b->group, b->grad, slot->data, f->m->block[block].shard, DTYPE_REAL,
+                             accumulate, STREAM_GATHER);
     k->scattering = block;
     b->state = SCATTERING;
     b->rounds++;

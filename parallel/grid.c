@@ -19,7 +19,7 @@ static void divisors(char *text, size_t size, int world, int must, int also) {
     text[0] = 0;
     for (int e = 1; e <= world && n + 16 < size; e++)
         if (world % e == 0 && must % e == 0 && also % e == 0)
-            n += (size_t)snprintf(text + n, size - n, "%s%d", n ? ", " : "", e);
+            n += snprintf(text + n, size - n, "%s%d", n ? ", " : "", e);
 }
 
 static void check_layout(const Config *c, int world, int dp, int *fsdp, int ep, int split_heads) {
@@ -89,7 +89,7 @@ Grid grid_build(const Config *c, int dp, int fsdp, int ep, Dispatch dispatch, in
     g.data_rank = g.rank / (g.world / g.data_ranks);
     // Four families of groups are arithmetic progressions of world ranks: (first member, stride,
     // size).
-    int *ranks = (int *)xmalloc((size_t)g.world * sizeof *ranks, "ranks of a group");
+    int *ranks = (int *)xmalloc(g.world * sizeof *ranks, "ranks of a group");
     struct {
         const char *name;
         int first, stride, n;

@@ -18,9 +18,7 @@ typedef struct {
 static float value(int rank, size_t i) { return (float)((i * 7 + (size_t)rank * 13) % 101); }
 
 // Rows that rank i sends to rank j: uneven, some none. `part` elements is the mean.
-static int64_t rows(int i, int j, size_t part) {
-    return (int64_t)((size_t)((i + 2 * j) % 3) * part / 2);
-}
+static int64_t rows(int i, int j, size_t part) { return (int64_t)(((i + 2 * j) % 3) * part / 2); }
 
 // One call of `kind` on a message of `count` elements in all (a multiple of the ranks); returns
 // seconds.
@@ -62,7 +60,7 @@ static int wrong(Bench *t, int kind, size_t count) {
     size_t got = kind == COMM_ALL_GATHER || kind == COMM_ALL_REDUCE ? count : part;
     if (kind == COMM_ALL_TO_ALL) {
         got = 0;
-        for (int j = 0; j < n; j++) got += (size_t)t->from[j];
+        for (int j = 0; j < n; j++) got += t->from[j];
     }
     device_download(t->host, kind == COMM_ALL_REDUCE ? t->a : t->b, got * sizeof(float));
     if (kind == COMM_ALL_GATHER)
@@ -71,15 +69,14 @@ static int wrong(Bench *t, int kind, size_t count) {
         for (size_t i = 0; i < got; i++) {
             float sum = 0;
             for (int j = 0; j < n; j++)
-                sum += value(j, kind == COMM_ALL_REDUCE ? i : (size_t)me * part + i);
+                sum += value(j, kind == COMM_ALL_REDUCE ? i : me * part + i);
             bad |= t->host[i] != sum;
         }
     else
         for (int j = 0; j < n; j++) {
             size_t first = 0; // where rank j's rows to this rank begin in what it sends
-            for (int k = 0; k < me; k++) first += (size_t)rows(j, k, part);
-            for (int64_t i = 0; i < t->from[j]; i++)
-                bad |= t->host[at++] != value(j, first + (size_t)i);
+            for (int k = 0; k < me; k++) first += rows(j, k, part);
+            for (int64_t i = 0; i < t->from[j]; i++) bad |= t->host[at++] != value(j, first + i);
         }
     return bad;
 }
@@ -124,16 +121,15 @@ int comm_selftest(const Grid *g, FILE *out) {
         t.g = group[i].g;
         for (int kind = 0; kind < COMM_KINDS; kind++) {
             comm_where(0, -1, "self-test");
-            int bad = wrong(&t, kind, (size_t)small) + wrong(&t, kind, (size_t)large);
+            int bad = wrong(&t, kind, small) + wrong(&t, kind, large);
             double best[2] = { 1e30, 1e30 };
             comm_traffic(t.g, kind, 1);
             for (int repeat = 0; repeat < REPEAT; repeat++)
                 for (int size = 0; size < 2; size++) {
                     if (size == 1) comm_traffic(t.g, kind, 1);
-                    double s =
-                        (double)comm_max(
-                            t.g, (int64_t)(1e9 * run(&t, kind, (size_t)(size ? large : small)))) *
-                        1e-9;
+                    double s = (double)comm_max(
+                                   t.g, (int64_t)(1e9 * run(&t, kind, size ? large : small))) *
+                               1e-9;
                     if (s < best[size]) best[size] = s;
                 }
             double sent = (double)comm_traffic(t.g, kind, 1).bytes; // of the last large call

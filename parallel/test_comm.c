@@ -139,7 +139,7 @@ static Group group[4];
 static int n_groups;
 
 static void build_groups(void) {
-    int *ranks = (int *)xmalloc((size_t)world * sizeof *ranks, "ranks"), n = 0;
+    int *ranks = (int *)xmalloc(world * sizeof *ranks, "ranks"), n = 0;
     for (int r = 0; r < world; r++) ranks[n++] = r;
     group[n_groups].name = "all";
     group[n_groups++].g = comm_group("all", ranks, n);
@@ -170,17 +170,17 @@ static const size_t lengths[] = {
 static void test_all_gather(Group q, size_t count, Dtype t) {
     int n = comm_size(q.g), me = comm_rank(q.g);
     size_t w = dtype_size(t);
-    char *recv = malloc((size_t)n * count * w + 1), *send = malloc(count * w + 1),
-         *want = malloc((size_t)n * count * w + 1);
-    for (int j = 0; j < n; j++) fill(want + (size_t)j * count * w, count, t, 100 + (uint64_t)j, 0);
+    char *recv = malloc(n * count * w + 1), *send = malloc(count * w + 1),
+         *want = malloc(n * count * w + 1);
+    for (int j = 0; j < n; j++) fill(want + j * count * w, count, t, 100 + (uint64_t)j, 0);
     fill(send, count, t, 100 + (uint64_t)me, 0);
-    memset(recv, 7, (size_t)n * count * w);
+    memset(recv, 7, n * count * w);
     comm_wait(all_gather_start(q.g, recv, send, count, t, STREAM_GATHER));
-    check(!memcmp(recv, want, (size_t)n * count * w), "all_gather", q.name, n);
-    memset(recv, 7, (size_t)n * count * w);
-    memcpy(recv + (size_t)me * count * w, send, count * w);
-    comm_wait(all_gather_start(q.g, recv, recv + (size_t)me * count * w, count, t, STREAM_GATHER));
-    check(!memcmp(recv, want, (size_t)n * count * w), "all_gather in place", q.name, n);
+    check(!memcmp(recv, want, n * count * w), "all_gather", q.name, n);
+    memset(recv, 7, n * count * w);
+    memcpy(recv + me * count * w, send, count * w);
+    comm_wait(all_gather_start(q.g, recv, recv + me * count * w, count, t, STREAM_GATHER));
+    check(!memcmp(recv, want, n * count * w), "all_gather in place", q.name, n);
     free(recv);
     free(send);
     free(want);
@@ -189,28 +189,25 @@ static void test_all_gather(Group q, size_t count, Dtype t) {
 static void test_reduce_scatter(Group q, size_t count, Dtype t) {
     int n = comm_size(q.g), me = comm_rank(q.g);
     size_t w = dtype_size(t);
-    char *send = malloc((size_t)n * count * w + 1), *before = malloc((size_t)n * count * w + 1),
+    char *send = malloc(n * count * w + 1), *before = malloc(n * count * w + 1),
          *recv = malloc(count * w + 1), *want = malloc(count * w + 1);
-    fill(send, (size_t)n * count, t, 200 + (uint64_t)me, 0);
-    memcpy(before, send, (size_t)n * count * w);
-    expect_sum(want, 0, n, (size_t)me * count, count, t, 200);
+    fill(send, n * count, t, 200 + (uint64_t)me, 0);
+    memcpy(before, send, n * count * w);
+    expect_sum(want, 0, n, me * count, count, t, 200);
     memset(recv, 7, count * w);
     comm_wait(reduce_scatter_start(q.g, recv, send, count, t, 0, STREAM_GATHER));
     check(!memcmp(recv, want, count * w), "reduce_scatter: bits of the sum in rank order", q.name,
           n);
-    check(!memcmp(send, before, (size_t)n * count * w), "reduce_scatter leaves its source", q.name,
-          n);
+    check(!memcmp(send, before, n * count * w), "reduce_scatter leaves its source", q.name, n);
     fill(recv, count, t, 299, 0);
     char *start = malloc(count * w + 1);
     memcpy(start, recv, count * w);
-    expect_sum(want, start, n, (size_t)me * count, count, t, 200);
+    expect_sum(want, start, n, me * count, count, t, 200);
     comm_wait(reduce_scatter_start(q.g, recv, send, count, t, 1, STREAM_GATHER));
     check(!memcmp(recv, want, count * w), "reduce_scatter accumulating", q.name, n);
-    expect_sum(want, 0, n, (size_t)me * count, count, t, 200);
-    comm_wait(
-        reduce_scatter_start(q.g, send + (size_t)me * count * w, send, count, t, 0, STREAM_GATHER));
-    check(!memcmp(send + (size_t)me * count * w, want, count * w), "reduce_scatter in place",
-          q.name, n);
+    expect_sum(want, 0, n, me * count, count, t, 200);
+    comm_wait(reduce_scatter_start(q.g, send + me * count * w, send, count, t, 0, STREAM_GATHER));
+    check(!memcmp(send + me * count * w, want, count * w), "reduce_scatter in place", q.name, n);
     free(send);
     free(before);
     free(recv);
@@ -240,34 +237,32 @@ static int64_t rows_between(uint64_t salt, int from,
 // row + i).
 static void test_all_to_all(Group q, uint64_t salt, size_t row, int empty_rank) {
     int n = comm_size(q.g), me = comm_rank(q.g);
-    int64_t *to = malloc((size_t)n * sizeof *to), *from = malloc((size_t)n * sizeof *from),
-            sends = 0, recvs = 0;
+    int64_t *to = malloc(n * sizeof *to), *from = malloc(n * sizeof *from), sends = 0, recvs = 0;
     for (int j = 0; j < n; j++) {
         to[j] = j == empty_rank ? 0 : rows_between(salt, me, j); // empty_rank receives nothing
         from[j] = me == empty_rank ? 0 : rows_between(salt, j, me);
         sends += to[j];
         recvs += from[j];
     }
-    float *send = malloc(((size_t)sends * row + 1) * 4),
-          *recv = malloc(((size_t)recvs * row + 1) * 4),
-          *want = malloc(((size_t)recvs * row + 1) * 4), *p = send;
+    float *send = malloc((sends * row + 1) * 4), *recv = malloc((recvs * row + 1) * 4),
+          *want = malloc((recvs * row + 1) * 4), *p = send;
     for (int j = 0; j < n; j++) {
-        fill(p, (size_t)to[j] * row, DTYPE_F32, salt + (uint64_t)(me * 64 + j), 0);
-        p += (size_t)to[j] * row;
+        fill(p, to[j] * row, DTYPE_F32, salt + (uint64_t)(me * 64 + j), 0);
+        p += to[j] * row;
     }
     p = want;
     for (int j = 0; j < n; j++) {
-        fill(p, (size_t)from[j] * row, DTYPE_F32, salt + (uint64_t)(j * 64 + me), 0);
-        p += (size_t)from[j] * row;
+        fill(p, from[j] * row, DTYPE_F32, salt + (uint64_t)(j * 64 + me), 0);
+        p += from[j] * row;
     }
     comm_traffic(q.g, COMM_ALL_TO_ALL, 1);
     Request r = all_to_all_start(q.g, recv, from, send, to, row * 4, STREAM_EXCHANGE);
     // The arrays of sizes belong to the caller again as soon as the call is started.
     int64_t to_me = to[me];
-    memset(to, 0xee, (size_t)n * sizeof *to);
-    memset(from, 0xee, (size_t)n * sizeof *from);
+    memset(to, 0xee, n * sizeof *to);
+    memset(from, 0xee, n * sizeof *from);
     comm_wait(r);
-    check(!memcmp(recv, want, (size_t)recvs * row * 4), "all_to_all of uneven rows", q.name, n);
+    check(!memcmp(recv, want, recvs * row * 4), "all_to_all of uneven rows", q.name, n);
     CommTraffic t = comm_traffic(q.g, COMM_ALL_TO_ALL, 1);
     check(t.calls == 1 && t.bytes == (sends - to_me) * (int64_t)row * 4,
           "all_to_all: bytes sent to others", q.name, n);
@@ -292,8 +287,8 @@ static void test_traffic(Group q) {
           "traffic of reduce_scatter", q.name, n);
     // Over the group an all-reduce moves 2 (n - 1) buffers: each piece to its owner, each sum to
     // the others.
-    int64_t bytes = comm_traffic(q.g, COMM_ALL_REDUCE, 0).bytes,
-            *every = malloc((size_t)n * sizeof *every), total = 0;
+    int64_t bytes = comm_traffic(q.g, COMM_ALL_REDUCE, 0).bytes, *every = malloc(n * sizeof *every),
+            total = 0;
     comm_all_gather_host(q.g, every, &bytes, sizeof bytes);
     for (int j = 0; j < n; j++) total += every[j];
     check(total == 2ll * (n - 1) * COUNT * 4 && every[me] == bytes, "traffic of all_reduce", q.name,
@@ -341,13 +336,13 @@ static void test_adjoints(Group q) {
     free(z);
     free(Px);
     free(Pty);
-    int64_t *to = malloc((size_t)n * sizeof *to), *from = malloc((size_t)n * sizeof *from);
+    int64_t *to = malloc(n * sizeof *to), *from = malloc(n * sizeof *from);
     size_t sends = 0, recvs = 0;
     for (int j = 0; j < n; j++) {
         to[j] = rows_between(77, me, j);
         from[j] = rows_between(77, j, me);
-        sends += (size_t)to[j];
-        recvs += (size_t)from[j];
+        sends += to[j];
+        recvs += from[j];
     }
     x = small_vector(700 + (uint64_t)me, sends);
     y = small_vector(800 + (uint64_t)me, recvs);
@@ -433,9 +428,9 @@ static void test_big(void) {
         printf("no memory for --big\n");
         return;
     }
-    unsigned char *mine = recv + (size_t)rank * bytes, *other = recv + (size_t)(1 - rank) * bytes;
+    unsigned char *mine = recv + rank * bytes, *other = recv + (1 - rank) * bytes;
     for (size_t i = 0; i < bytes; i++) {
-        mine[i] = (unsigned char)(i * 31 + (i >> 24) + (size_t)rank);
+        mine[i] = (unsigned char)(i * 31 + (i >> 24) + rank);
         other[i] = 0;
     }
     double since = now_seconds();
@@ -443,7 +438,7 @@ static void test_big(void) {
     if (rank == 0) printf("%.2f GB in %.1f s\n", 1e-9 * (double)bytes, now_seconds() - since);
     size_t wrong = 0;
     for (size_t i = 0; i < bytes; i++)
-        wrong += other[i] != (unsigned char)(i * 31 + (i >> 24) + (size_t)(1 - rank));
+        wrong += other[i] != (unsigned char)(i * 31 + (i >> 24) + (1 - rank));
     check(wrong == 0, "message over 2 GB", "all", n);
     free(recv);
 }
@@ -494,9 +489,9 @@ typedef struct {
 static void use_weights(Walk *w, int b) {
     if (b < 0) return;
     const Block *k = &w->m->block[b];
-    floatX *W = (floatX *)xmalloc((size_t)k->size * sizeof *W, "weights");
+    floatX *W = (floatX *)xmalloc(k->size * sizeof *W, "weights");
     char want[8];
-    device_download(W, fsdp_get(w->f, b), (size_t)k->size * sizeof *W);
+    device_download(W, fsdp_get(w->f, b), k->size * sizeof *W);
     for (int64_t i = 0; i < k->size; i++) {
         store(want, 0, DTYPE_FLOATX, number(block_key(w->g, k->local, b), (uint64_t)i));
         w->bad_weight += value_x(W, i, DTYPE_FLOATX) != value_x(want, 0, DTYPE_FLOATX);
@@ -507,7 +502,7 @@ static void use_weights(Walk *w, int b) {
 static void make_gradient(Walk *w, int b, int round) {
     if (b < 0) return;
     gradX *G = fsdp_grad(w->f, b);
-    size_t bytes = (size_t)w->m->block[b].size * sizeof(gradX);
+    size_t bytes = w->m->block[b].size * sizeof(gradX);
     real *p = (real *)xmalloc(bytes, "gradients");
     device_download(p, G, bytes);
     int add = round > 0 && fsdp_accumulates_in_place(w->f, b); // what a kernel is told
@@ -525,8 +520,8 @@ static void use_gradient(Walk *w, int b) {
     if (b < 0) return;
     const Grid *g = w->g;
     const Block *k = &w->m->block[b];
-    real *shard = (real *)xmalloc((size_t)k->shard * sizeof *shard, "gradients");
-    device_download(shard, fsdp_grad_shard(w->f, b), (size_t)k->shard * sizeof *shard);
+    real *shard = (real *)xmalloc(k->shard * sizeof *shard, "gradients");
+    device_download(shard, fsdp_grad_shard(w->f, b), k->shard * sizeof *shard);
     int n = k->local ? g->fsdp : g->fsdp * g->ep;
     for (int64_t i = 0; i < k->shard; i++) {
         real total = 0;
@@ -636,10 +631,10 @@ static void test_fsdp(int dp, int fsdp, int ep, int tied, int split_heads, int l
     check(arena.used == count.used, "the arena holds what was counted", "grid", world);
     fsdp_rounds(w.f, rounds);
     for (int b = 0; b < m.n_blocks; b++) {
-        floatX *W = (floatX *)xmalloc((size_t)m.block[b].shard * sizeof *W, "weights");
-        fill(W, (size_t)m.block[b].shard, DTYPE_FLOATX, block_key(&g, m.block[b].local, b),
-             (size_t)m.block[b].shard0);
-        device_upload(fsdp_shard(w.f, b), W, (size_t)m.block[b].shard * sizeof *W);
+        floatX *W = (floatX *)xmalloc(m.block[b].shard * sizeof *W, "weights");
+        fill(W, m.block[b].shard, DTYPE_FLOATX, block_key(&g, m.block[b].local, b),
+             m.block[b].shard0);
+        device_upload(fsdp_shard(w.f, b), W, m.block[b].shard * sizeof *W);
         free(W);
     }
     for (int update = 0; update < 2; update++) {

@@ -135,7 +135,7 @@ static void problem_fill(Problem *p, int routing, uint64_t seed) {
             id[j] = e, k++;
         }
     }
-    size_t N = (size_t)p->N, C = (size_t)p->C, w = (size_t)p->E * p->F * C;
+    size_t N = p->N, C = p->C, w = (size_t)p->E * p->F * C;
     for (size_t i = 0; i < N * C; i++) p->x[i] = uniform(&s), p->dy[i] = uniform(&s);
     for (size_t i = 0; i < N * p->K; i++) p->score[i] = 0.5 + 0.4 * uniform(&s);
     for (size_t i = 0; i < 2 * w; i++) p->W1[i] = 0.3 * uniform(&s);
@@ -181,8 +181,8 @@ typedef struct {
 
 static void slot_take(Slot *s, const Grid *g, const Config *c, int R) {
     int bound = dispatch_pool_bound(g, R), local = c->E / g->ep;
-    size_t M = (size_t)row_index_bound(bound, c->K, local), x = (size_t)R * c->C,
-           k = (size_t)R * c->K, w = (size_t)local * c->F * c->C;
+    size_t M = row_index_bound(bound, c->K, local), x = (size_t)R * c->C, k = (size_t)R * c->K,
+           w = (size_t)local * c->F * c->C;
     Arena *a = &s->arena;
     s->e = dispatcher_create(g, c, R, &s->dispatcher_arena);
     s->topk_other = ARENA_TAKE(a, int, k, "t");
@@ -205,7 +205,7 @@ static Slot slot_new(const Grid *g, const Config *c, int R) {
     arena_commit(&s.dispatcher_arena), arena_commit(&s.arena);
     slot_take(&s, g, c, R);
     s.table_size = dispatch_table_size(g, c, R);
-    if (s.table_size) s.table = (int *)xcalloc((size_t)(2 * s.table_size), sizeof(int), "tables");
+    if (s.table_size) s.table = (int *)xcalloc(2 * s.table_size, sizeof(int), "tables");
     s.route.table = s.saved.table = s.table;
     s.R = R, s.experts = c->E / g->ep,
     s.first_token = g->dispatch == DISPATCH_ALLREDUCE ? 0 : g->ep_rank * R;
@@ -218,8 +218,7 @@ static void slot_free(Slot *s) {
 
 // Everything is poisoned, then this rank's part of the problem is put in.
 static void slot_load(Slot *s, const Problem *p) {
-    size_t t = (size_t)s->first_token, C = (size_t)p->C, w = (size_t)p->F * C,
-           first = (size_t)p->me * s->experts;
+    size_t t = s->first_token, C = p->C, w = p->F * C, first = (size_t)p->me * s->experts;
     poison(&s->dispatcher_arena), poison(&s->arena);
     device_upload(s->topk, p->topk + t * p->K, (size_t)s->R * p->K * sizeof(int));
     int *other = (int *)xmalloc((size_t)s->R * p->K * sizeof(int), "another routing");
@@ -244,7 +243,7 @@ static void route_and_dispatch(Slot *s) {
 // Back to forward's routing: makes the lists again, or takes saved ones.
 enum { NOT_AGAIN, MAKE_AGAIN, TAKE_SAVED, AGAIN_WAYS };
 static void copy_ints(int *to, const int *from, int64_t n) {
-    if (from) device_copy(to, from, (size_t)n * sizeof(int));
+    if (from) device_copy(to, from, n * sizeof(int));
 }
 static void save_route(Slot *s, int again) {
     RowIndex *to = &s->saved.index, *from = &s->route.index;
@@ -336,7 +335,7 @@ static void whole(double *out, const void *part, Dtype type, const Slot *s, cons
     else
         for (size_t i = 0; i < n; i++) {
             out[i] = partial ? 0 : mine[i];
-            for (int j = 0; j < p->n && partial; j++) out[i] += all[(size_t)j * n + i];
+            for (int j = 0; j < p->n && partial; j++) out[i] += all[j * n + i];
         }
     free(mine), free(all);
 }
@@ -429,7 +428,7 @@ static void test_layers(const Config *c, const Grid grid[3], int R) {
             check(e <= TOLERANCE, "%s: distance to one process %.2e", what, e);
             // Rows of an expert stand in the order of the whole batch whichever way tokens travel,
             // and dy and x travel unchanged: the weight gradients are the same bits.
-            size_t w = (size_t)p.F * p.C * slot[d].experts, first = (size_t)p.me * w;
+            size_t w = (size_t)p.F * p.C * slot[d].experts, first = p.me * w;
             for (size_t i = 0; i < 2 * w; i++) bits += a[d].dW1[i] != p.dW1[2 * first + i];
             for (size_t i = 0; i < w; i++) bits += a[d].dW2[i] != p.dW2[first + i];
             check(bits == 0, "%s: %g elements of dW1, dW2 differ in bits from one process", what,
@@ -479,7 +478,7 @@ static void test_adjoint(const Config *c, const Grid *g, int R) {
     int tokens = g->dispatch == DISPATCH_ALLREDUCE ? p.N : R;
     Slot s = slot_new(g, c, tokens);
     size_t x = (size_t)tokens * p.C, k = (size_t)tokens * p.K,
-           bound = (size_t)dispatch_pool_bound(g, tokens);
+           bound = dispatch_pool_bound(g, tokens);
     double *X = numbers(x), *Y = numbers(bound * p.C), *a = numbers(bound * p.C),
            *b = numbers(bound * p.C), *score = numbers(k), *D = numbers(bound * p.K);
     int *token_row = (int *)xcalloc(bound * p.K, sizeof(int), "rows");
@@ -494,7 +493,7 @@ static void test_adjoint(const Config *c, const Grid *g, int R) {
         for (size_t i = 0; i < k; i++) score[i] = quarter(&seed);
         put(s.x, DTYPE_FLOATX, X, x), put(s.score, DTYPE_REAL, score, k);
         route_and_dispatch(&s);
-        size_t P = (size_t)s.route.index.P * p.C, PK = (size_t)s.route.index.P * p.K;
+        size_t P = s.route.index.P * p.C, PK = s.route.index.P * p.K;
         device_download(token_row, s.route.index.token_row, PK * sizeof(int));
         for (size_t i = 0; i < P; i++) Y[i] = quarter(&seed);
         for (size_t i = 0; i < PK; i++) D[i] = token_row[i] < 0 ? 0 : quarter(&seed);
@@ -583,8 +582,8 @@ static void test_traffic(const Config *c, const Grid *g, int R) {
 // page shows.
 static int same(const int *device, const int *want, int n) {
     int got[16];
-    device_download(got, device, (size_t)n * sizeof(int));
-    return memcmp(got, want, (size_t)n * sizeof(int)) == 0;
+    device_download(got, device, n * sizeof(int));
+    return memcmp(got, want, n * sizeof(int)) == 0;
 }
 static void test_picture(const Config *base, const Grid *g) {
     static const int topk[2][6] = { { 0, 1, 1, 3, 2, 3 }, { 0, 2, 2, 3, 0, 1 } };
@@ -637,8 +636,8 @@ static void test_heads(const Config *c, const Grid *g, int R) {
     }
     check((h == 0) == comm_is_local(g->ep_group), "ep %d: heads exist where they are split", n);
     poison(&arena);
-    double *X = numbers(x), *Y = numbers(all), *a = numbers(all),
-           *gathered = numbers(x * (size_t)n), *parts = numbers(all * (size_t)n);
+    double *X = numbers(x), *Y = numbers(all), *a = numbers(all), *gathered = numbers(x * n),
+           *parts = numbers(all * n);
     uint64_t seed = 99 + (uint64_t)world_rank;
     for (size_t i = 0; i < x; i++) X[i] = quarter(&seed);
     for (size_t i = 0; i < all; i++) Y[i] = quarter(&seed);
@@ -660,8 +659,7 @@ static void test_heads(const Config *c, const Grid *g, int R) {
     int wrong = 0;
     for (size_t i = 0; i < x; i++) {
         double sum = 0;
-        for (int j = 0; j < n; j++)
-            sum += parts[(size_t)j * all + (same ? 0 : (size_t)g->ep_rank * x) + i];
+        for (int j = 0; j < n; j++) sum += parts[j * all + (same ? 0 : g->ep_rank * x) + i];
         wrong += sum != a[i];
     }
     check(!wrong, "heads ep %d %s: %d sums of partial outputs are wrong", n,

@@ -22,8 +22,8 @@ static unsigned char *read_file(const char *path, int64_t *n) {
     fseek(f, 0, SEEK_END);
     *n = ftell(f);
     rewind(f);
-    unsigned char *text = naive_allocate((size_t)*n + 1, 1);
-    if (fread(text, 1, (size_t)*n, f) != (size_t)*n) fail("cannot read", path, "is it a file?");
+    unsigned char *text = naive_allocate(*n + 1, 1);
+    if (fread(text, 1, *n, f) != (size_t)*n) fail("cannot read", path, "is it a file?");
     fclose(f);
     return text;
 }
@@ -60,8 +60,8 @@ static NaiveConfig config_load(const char *path, double *init, double *aux) {
     c.theta = config_number(json, "rope_theta");
     *init = config_number(json, "initializer_range");
     *aux = config_number(json, "router_aux_loss_coef");
-    unsigned char *is_moe = naive_allocate((size_t)c.L, 1);
-    memset(is_moe, 1, (size_t)c.L);
+    unsigned char *is_moe = naive_allocate(c.L, 1);
+    memset(is_moe, 1, c.L);
     const char *at = config_value(json, "mlp_only_layers") + 1; // after the bracket
     for (char *end; strcspn(at, "0123456789") < strcspn(at, "]"); at = end)
         is_moe[strtol(at + strcspn(at, "0123456789"), &end, 10)] = 0;
@@ -146,20 +146,18 @@ int main(int argc, char **argv) {
     double init, aux_coef;
     NaiveConfig c = config_load(config_path, &init, &aux_coef);
     Weights all = naive_weights(&c);
-    number **m = naive_allocate((size_t)all.n, sizeof *m),
-           **v = naive_allocate((size_t)all.n, sizeof *v);
+    number **m = naive_allocate(all.n, sizeof *m), **v = naive_allocate(all.n, sizeof *v);
     for (int i = 0; i < all.n; i++) {
         Weight *w = &all.weight[i];
-        m[i] = naive_allocate((size_t)w->n, sizeof(number));
-        v[i] = naive_allocate((size_t)w->n, sizeof(number));
+        m[i] = naive_allocate(w->n, sizeof(number));
+        v[i] = naive_allocate(w->n, sizeof(number));
         for (int64_t j = 0; j < w->n; j++)
             w->w[j] = is_norm(w) ? 1 : init * random_normal(seed, tensor_id(w->name), (uint64_t)j);
     }
     int64_t n, R = (int64_t)B * T, window = 0;
     unsigned char *text = read_file(text_path, &n);
     if ((n - 1) / T < 1) fail("too short for one window", text_path, "a smaller --seq-len");
-    int *ids = naive_allocate((size_t)R, sizeof(int)),
-        *targets = naive_allocate((size_t)R, sizeof(int));
+    int *ids = naive_allocate(R, sizeof(int)), *targets = naive_allocate(R, sizeof(int));
     for (int step = 1; step <= steps; step++) {
         for (int64_t r = 0; r < R; r++) { // windows of T inputs; targets are the next bytes
             int64_t at = (window + r / T) % ((n - 1) / T) * T + r % T;

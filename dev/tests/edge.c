@@ -235,7 +235,7 @@ static void test_changing(const Fixture *f, const Config *c, int batch, int upda
     s.step.batch = batch;
     s.step.balance_rate = 1e-30;
     s.step.micro_batch = 1;
-    size_t n = (size_t)c->n_moe * (size_t)c->E;
+    size_t n = c->n_moe * (size_t)c->E;
     float *bias = floats(n);
     Layout l;
     for (int turn = 0; next_layout(&l, c, &turn);) {

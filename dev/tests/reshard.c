@@ -23,7 +23,7 @@ static int64_t differing(const Run *r, const SafeTensors *file, int state, int64
             snprintf(key, sizeof key, "%s%s", name, suffix[state]);
             const SafeTensor *t = safetensors_find(file, key);
             size_t width = state ? sizeof(real) : sizeof(floatX);
-            size_t bytes = (size_t)s->count * width;
+            size_t bytes = s->count * width;
             *n += s->count;
             if (!t || dtype_size(t->type) != width) {
                 wrong += s->count;
@@ -36,7 +36,7 @@ static int64_t differing(const Run *r, const SafeTensors *file, int state, int64
             device_download(here, from, bytes);
             safetensors_read(file, t, s->first * (int64_t)width, there, (int64_t)bytes);
             for (int64_t k = 0; k < s->count; k++)
-                wrong += memcmp(here + (size_t)k * width, there + (size_t)k * width, width) != 0;
+                wrong += memcmp(here + k * width, there + k * width, width) != 0;
             free(here);
             free(there);
         }

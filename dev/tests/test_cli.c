@@ -154,15 +154,14 @@ static int tensors_differ(const char *a, const char *b) {
     for (int i = 0; i < x.n; i++) {
         const SafeTensor *t = &x.tensor[i], *u = safetensors_find(&y, t->name);
         if (!u || u->type != t->type || u->bytes != t->bytes || u->n_dims != t->n_dims ||
-            memcmp(u->shape, t->shape, (size_t)t->n_dims * sizeof t->shape[0])) {
+            memcmp(u->shape, t->shape, t->n_dims * sizeof t->shape[0])) {
             differ++;
             continue;
         }
-        char *p = (char *)xmalloc((size_t)t->bytes, "a tensor"),
-             *q = (char *)xmalloc((size_t)t->bytes, "a tensor");
+        char *p = (char *)xmalloc(t->bytes, "a tensor"), *q = (char *)xmalloc(t->bytes, "a tensor");
         safetensors_read(&x, t, 0, p, t->bytes);
         safetensors_read(&y, u, 0, q, t->bytes);
-        differ += memcmp(p, q, (size_t)t->bytes) != 0;
+        differ += memcmp(p, q, t->bytes) != 0;
         free(p);
         free(q);
     }
@@ -274,7 +273,7 @@ static void write_inputs(void) {
     for (unsigned word = 0; n < TEXT;) {
         state = state * 6364136223846793005u + 1442695040888963407u;
         word = (word * 5 + (unsigned)(state >> 33) % 4 + 1) % 16;
-        n += (size_t)sprintf(text + n, "%s", words[word]);
+        n += sprintf(text + n, "%s", words[word]);
     }
     write_file("config.json", config, sizeof config - 1);
     write_file("text.txt", text, n - 20000);

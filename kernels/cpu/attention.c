@@ -62,7 +62,7 @@ static int64_t work_layout(Work *w, void *base, int64_t T, int64_t H, int64_t KV
 size_t attention_workspace(int64_t B, int64_t T, int64_t H, int64_t KV, int64_t D) {
     (void)B;
     Work w;
-    return (size_t)(work_layout(&w, 0, T, H, KV, D) * thread_count());
+    return work_layout(&w, 0, T, H, KV, D) * thread_count();
 }
 static Work work_of_thread(void *workspace, int64_t T, int64_t H, int64_t KV, int64_t D) {
     Work w;

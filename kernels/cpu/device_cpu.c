@@ -87,18 +87,17 @@ double device_peak_flops(void) {
     const double LIMIT_SECONDS = 0.2;
     const size_t size = (size_t)SIDE * SIDE;
     int threads = thread_count();
-    real *all = (real *)xmalloc(3 * size * (size_t)threads * sizeof(real),
-                                "matrices of the speed measurement");
+    real *all =
+        (real *)xmalloc(3 * size * threads * sizeof(real), "matrices of the speed measurement");
     PARALLEL_FOR
     for (int t = 0; t < threads; t++)
-        for (size_t i = 0; i < 3 * size; i++)
-            all[3 * size * (size_t)t + i] = (real)(i % 7) * (real)0.125;
+        for (size_t i = 0; i < 3 * size; i++) all[3 * size * t + i] = (real)(i % 7) * (real)0.125;
     double start = now_seconds(), best = 0, before, now = start;
     do {
         before = now;
         PARALLEL_FOR
         for (int t = 0; t < threads; t++) {
-            real *a = all + 3 * size * (size_t)t;
+            real *a = all + 3 * size * t;
             gemm(0, 1, SIDE, SIDE, SIDE, a, SIDE, a + size, SIDE, 0, a + 2 * size, SIDE);
         }
         now = now_seconds();
@@ -143,7 +142,7 @@ size_t device_memory(void) {
     if (kib) return kib * 1024;
     // Not Linux: all physical memory is the best known bound.
     long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
-    return pages > 0 && page > 0 ? (size_t)pages * (size_t)page : 0;
+    return pages > 0 && page > 0 ? pages * page : 0;
 }
 
 // ---- memory ---------------------------------------------------------------------------------
@@ -156,7 +155,7 @@ void *device_take(size_t bytes) {
     void *memory = mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) return 0;
     const int64_t PAGE = 4096;
-    int64_t pages = (int64_t)(bytes / (size_t)PAGE);
+    int64_t pages = (int64_t)(bytes / PAGE);
     PARALLEL_FOR
     for (int64_t i = 0; i < pages; i++) *((volatile char *)memory + i * PAGE) = 0;
     return memory;
@@ -190,14 +189,14 @@ void device_zero(void *dst, size_t bytes) {
     PARALLEL_FOR_BYTES(bytes)
     for (int64_t i = 0; i < pieces; i++)
         memset((char *)dst + i * COPY_PIECE, 0,
-               (size_t)lesser(COPY_PIECE, (int64_t)bytes - i * COPY_PIECE));
+               lesser(COPY_PIECE, (int64_t)bytes - i * COPY_PIECE));
 }
 void device_copy(void *dst, const void *src, size_t bytes) {
     int64_t pieces = div_up((int64_t)bytes, COPY_PIECE);
     PARALLEL_FOR_BYTES(bytes)
     for (int64_t i = 0; i < pieces; i++)
         memcpy((char *)dst + i * COPY_PIECE, (const char *)src + i * COPY_PIECE,
-               (size_t)lesser(COPY_PIECE, (int64_t)bytes - i * COPY_PIECE));
+               lesser(COPY_PIECE, (int64_t)bytes - i * COPY_PIECE));
 }
 void device_poison(void *dst, size_t bytes) {
 #ifdef MOE_DEBUG

@@ -5,7 +5,7 @@
 void embed_forward(floatX *out, const int *ids, const floatX *W, int64_t R, int64_t C) {
     kernel_begin("embed_forward", 0);
     PARALLEL_FOR_BYTES(R * C * sizeof *out)
-    for (int64_t r = 0; r < R; r++) memcpy(out + r * C, W + ids[r] * C, (size_t)C * sizeof(floatX));
+    for (int64_t r = 0; r < R; r++) memcpy(out + r * C, W + ids[r] * C, C * sizeof(floatX));
 }
 // out_r = W[id_r]  =>  dW_v = sum over r with id_r = v of dx_r. Threads share the columns, not the
 // rows: every element sums its rows in ascending order (I8, deterministic), and no two threads
@@ -14,7 +14,7 @@ void embed_backward(gradX *dW, const floatX *dx, const int *ids, int accumulate,
                     int64_t V, int64_t C) {
     kernel_begin("embed_backward", 0);
     enum { STRIP = 64 }; // columns of an item: one or more cache lines of every row
-    if (!accumulate) device_zero(dW, (size_t)(V * C) * sizeof *dW);
+    if (!accumulate) device_zero(dW, V * C * sizeof *dW);
     PARALLEL_FOR_BYTES(R * C * sizeof *dx)
     for (int64_t c0 = 0; c0 < C; c0 += STRIP) {
         int64_t n = lesser(STRIP, C - c0);
@@ -32,7 +32,7 @@ void embed_backward(gradX *dW, const floatX *dx, const int *ids, int accumulate,
 // e^(x - m) goes to a row of scratch, so that bf16 logits are read once and rounded once.
 static double cross_entropy_row(floatX *x, int target, real seed, int backward, int64_t V) {
     if (target < 0) {
-        if (backward) memset(x, 0, (size_t)V * sizeof *x);
+        if (backward) memset(x, 0, V * sizeof *x);
         return 0;
     }
     real *e = SCRATCH(SCRATCH_LOCAL, real, V);

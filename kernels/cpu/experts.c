@@ -52,7 +52,7 @@ static Task *row_tasks(const RowIndex *index, int64_t *count) {
             task[n++] = (Task){ e, start[e] + first, last - first, 0, 1 };
         }
     }
-    qsort(task, (size_t)n, sizeof *task, longer_first);
+    qsort(task, n, sizeof *task, longer_first);
     return task;
 }
 // Cuts the hidden width into column blocks for every expert, empty ones too. They are 512 wide, or
@@ -67,7 +67,7 @@ static Task *column_tasks(const RowIndex *index, int64_t C, int64_t *count) {
         for (int64_t c = 0; c < C; c += width)
             task[n++] = (Task){ e, start[e], rows, c, lesser(width, C - c) };
     }
-    qsort(task, (size_t)n, sizeof *task, longer_first);
+    qsort(task, n, sizeof *task, longer_first);
     *count = n;
     return task;
 }
@@ -75,7 +75,7 @@ static Task *column_tasks(const RowIndex *index, int64_t C, int64_t *count) {
 // (rows,width), zeros for padding.
 static void gather(floatX *panel, const floatX *pool, const int *row_token, int64_t rows, int64_t C,
                    int64_t column, int64_t width) {
-    size_t bytes = (size_t)width * sizeof(floatX);
+    size_t bytes = width * sizeof(floatX);
     for (int64_t r = 0; r < rows; r++, panel += width) {
         if (row_token[r] < 0)
             memset(panel, 0, bytes);
@@ -185,9 +185,9 @@ void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *d
                 floatX *dh = dH + row * 2 * F + f, *sa = sA + row * F + f;
                 // A padding row gets zeros: what H holds there is not read.
                 if (token[r] < 0) {
-                    memset(dh, 0, (size_t)width * sizeof *dh);
-                    memset(dh + F, 0, (size_t)width * sizeof *dh);
-                    memset(sa, 0, (size_t)width * sizeof *sa);
+                    memset(dh, 0, width * sizeof *dh);
+                    memset(dh + F, 0, width * sizeof *dh);
+                    memset(sa, 0, width * sizeof *sa);
                     continue;
                 }
                 int64_t slot = token[r] * K + slot_of(index, token[r], row);

@@ -5,7 +5,7 @@
 #include <stdio.h>
 
 static void clear(real *C, int64_t ldc, int64_t m, int64_t n) {
-    for (int64_t i = 0; i < m; i++) memset(C + i * ldc, 0, (size_t)n * sizeof(real));
+    for (int64_t i = 0; i < m; i++) memset(C + i * ldc, 0, n * sizeof(real));
 }
 
 #if defined(MOE_BLAS)
@@ -88,7 +88,7 @@ static void pack(real *out, const real *A, int64_t lda, int transposed, int rows
                  int width) {
     for (int64_t i0 = 0; i0 < rows; i0 += width) {
         int64_t w = lesser(width, rows - i0);
-        if (w < width) memset(out, 0, (size_t)width * k * sizeof(real));
+        if (w < width) memset(out, 0, width * k * sizeof(real));
         if (transposed)
             for (int64_t p = 0; p < k; p++)
                 for (int64_t i = 0; i < w; i++) out[p * width + i] = A[p * lda + i0 + i];

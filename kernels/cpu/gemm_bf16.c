@@ -26,11 +26,9 @@ enum { TILE_M = 32, STRIP = 32, ROWS = 12 };
 
 // ---- packing --------------------------------------------------------------------------------
 int64_t gemm_bf16_padded(int64_t k) { return div_up(k, 32) * 32; }
-size_t gemm_bf16_a_size(int64_t m, int64_t k) {
-    return (size_t)((m + TILE_M) * gemm_bf16_padded(k));
-}
+size_t gemm_bf16_a_size(int64_t m, int64_t k) { return (m + TILE_M) * gemm_bf16_padded(k); }
 size_t gemm_bf16_b_size(int64_t n, int64_t k) {
-    return (size_t)(div_up(n, STRIP) * STRIP * gemm_bf16_padded(k));
+    return div_up(n, STRIP) * STRIP * gemm_bf16_padded(k);
 }
 void gemm_bf16_pack_a(uint16_t *out, const uint16_t *A, int64_t lda, int transposed, int64_t m,
                       int64_t k) {
@@ -40,8 +38,7 @@ void gemm_bf16_pack_a(uint16_t *out, const uint16_t *A, int64_t lda, int transpo
         for (int64_t p = 0; p < k; p++)
             for (int64_t i = 0; i < m; i++) out[i * padded + p] = A[p * lda + i];
     else
-        for (int64_t i = 0; i < m; i++)
-            memcpy(out + i * padded, A + i * lda, (size_t)k * sizeof *out);
+        for (int64_t i = 0; i < m; i++) memcpy(out + i * padded, A + i * lda, k * sizeof *out);
 }
 void gemm_bf16_pack_b(uint16_t *out, const uint16_t *B, int64_t ldb, int transposed, int64_t n,
                       int64_t k) {

@@ -59,7 +59,7 @@ static inline int thread_index(void) {
 // users apart.
 enum { SCRATCH_PACK, SCRATCH_PANEL, SCRATCH_LOCAL, SCRATCH_LOCAL2, SCRATCH_SHARED, SCRATCH_SLOTS };
 void *scratch(int slot, size_t bytes);
-#define SCRATCH(slot, type, count) ((type *)scratch((slot), (size_t)(count) * sizeof(type)))
+#define SCRATCH(slot, type, count) ((type *)scratch((slot), (count) * sizeof(type)))
 
 // ---- floatX <-> real ------------------------------------------------------------------------
 #if defined(MOE_BF16)

@@ -153,7 +153,7 @@ void qk_norm_rope_backward(floatX *dq, floatX *dk, gradX *dwq, gradX *dwk, const
              *sum_k = sum_q + D;
         const real *weight_q = view_row(wq, buffer + 3 * D, D),
                    *weight_k = view_row(wk, buffer + 4 * D, D);
-        memset(sum_q, 0, 2 * (size_t)D * sizeof(real));
+        memset(sum_q, 0, 2 * D * sizeof(real));
         for (int64_t row = R * slice / SLICES; row < R * (slice + 1) / SLICES; row++) {
             int64_t t = position ? position[row] : row % T;
             const real *c = cos_table + t * (D / 2), *s = sin_table + t * (D / 2);

@@ -131,10 +131,10 @@ static void encode_block(uint8_t *m8, uint8_t *v8, float *m_scale, float *v_scal
     float scale = largest(size), inverse = m8_inverse(scale);
     *v_scale = top;
     *m_scale = scale;
-    memcpy(v8, code, (size_t)n);
+    memcpy(v8, code, n);
     for (int i = 0; i < BLOCK; i++) bits[i] = noise_bits(noise, 1, (uint32_t)i) >> 16;
     for (int i = 0; i < BLOCK; i++) code[i] = m8_encode(u[i] * inverse, bits[i]);
-    memcpy(m8, code, (size_t)n);
+    memcpy(m8, code, n);
 }
 // p as floatX: exact where floatX is real; bf16 to nearest where a master keeps what is lost, else
 // stochastically.
@@ -156,11 +156,11 @@ static void store_param(floatX *param, const real *p, int nearest, Noise noise, 
 static real *whole(real *x, real *copy, int n) {
     if (n == BLOCK) return x;
     memset(copy, 0, BLOCK * sizeof(real));
-    memcpy(copy, x, (size_t)n * sizeof(real));
+    memcpy(copy, x, n * sizeof(real));
     return copy;
 }
 static void give_back(real *x, const real *block, int n) {
-    if (x != block) memcpy(x, block, (size_t)n * sizeof(real));
+    if (x != block) memcpy(x, block, n * sizeof(real));
 }
 static void update_block(const OptimizerState *s, const OptimizerStep *o, const Coefficients *c,
                          const Segment *segment, int64_t at, int n, float bound) {

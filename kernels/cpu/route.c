@@ -10,8 +10,8 @@ void route_table(int *table, const int *ids, RouteShape s) {
     kernel_begin("route_table", 0);
     const int local = (int)(s.E / s.ranks), tile = device_row_tile(), E = (int)s.E;
     int *count = SCRATCH(SCRATCH_SHARED, int, s.E), *rows = table + s.sources * s.ranks;
-    memset(table, 0, (size_t)route_table_size(s) * sizeof *table);
-    memset(count, 0, (size_t)s.E * sizeof *count);
+    memset(table, 0, route_table_size(s) * sizeof *table);
+    memset(count, 0, s.E * sizeof *count);
     for (int64_t i = 0; i < s.sources; i++, table += s.ranks)
         for (int64_t r = 0; r < s.R; r++, ids += s.K) {
             int end = 0; // the first expert of the ranks after the last destination
@@ -36,7 +36,7 @@ void route_lists(int *send_token, int *sum_row, int *choice, const int *ids, int
     const int64_t J = s.ranks < s.K ? s.ranks : s.K;
     const int *mine = ids + me * s.R * s.K;
     int *row = SCRATCH(SCRATCH_SHARED, int, s.ranks + 1); // the next row to each rank
-    memset(row, 0, (size_t)(s.ranks + 1) * sizeof *row);
+    memset(row, 0, (s.ranks + 1) * sizeof *row);
     for (int counted = 0; counted < 2; counted++) { // how many rows to each rank, then which
         for (int64_t r = 0; r < s.R; r++) {
             int end = 0, j = 0;
@@ -60,7 +60,7 @@ void route_lists(int *send_token, int *sum_row, int *choice, const int *ids, int
         int here = 0;
         for (int64_t k = 0; k < s.K; k++) here |= ids[k] >= first && ids[k] < first + local;
         if (!here) continue;
-        memcpy(choice, ids, (size_t)s.K * sizeof *ids);
+        memcpy(choice, ids, s.K * sizeof *ids);
         choice += s.K;
     }
 }

@@ -60,13 +60,13 @@ void row_index_build(RowIndex *index, const int *choice, int first_expert) {
 // ---- gather and its adjoint -----------------------------------------------------------------
 void rows_gather(void *out, const void *in, const int *index, int64_t n, size_t row_bytes) {
     kernel_begin("rows_gather", 0);
-    PARALLEL_FOR_BYTES((size_t)n * row_bytes)
+    PARALLEL_FOR_BYTES(n * row_bytes)
     for (int64_t i = 0; i < n; i++) {
-        char *to = (char *)out + (size_t)i * row_bytes;
+        char *to = (char *)out + i * row_bytes;
         if (index[i] < 0)
             memset(to, 0, row_bytes);
         else
-            memcpy(to, (const char *)in + (size_t)index[i] * row_bytes, row_bytes);
+            memcpy(to, (const char *)in + index[i] * row_bytes, row_bytes);
     }
 }
 // out_r = sum over j of weight_rj in[index_rj], in the order of j, in stripes that stay in

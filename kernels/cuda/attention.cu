@@ -53,7 +53,7 @@ void attention_select(const char *name) {
 }
 const char *attention_kernel(void) { return use_cudnn ? "cudnn" : "flash"; }
 size_t attention_workspace(int64_t B, int64_t T, int64_t H, int64_t KV, int64_t D) {
-    size_t bytes = (size_t)(B * T * H) * sizeof(float); // delta (B,H,T)
+    size_t bytes = B * T * H * sizeof(float); // delta (B,H,T)
     (void)KV;
     (void)D;
 #ifdef CUDNN_OR_FLASH

@@ -426,14 +426,14 @@ static void execute(AttentionPlan *p, void *memory[NAMES], void *workspace, cuda
 }
 // Where backward's delta ends and the engine's own memory begins.
 static size_t delta_bytes(int B, int T, int H) {
-    return ((size_t)B * (size_t)T * (size_t)H * sizeof(float) + 255) / 256 * 256;
+    return (B * (size_t)T * H * sizeof(float) + 255) / 256 * 256;
 }
 
 size_t cudnn_attention_workspace(int B, int T, int H, int KV, int D) {
     Shape forward = forward_call(B, T, H, KV, D), backward = backward_call(B, T, H, KV, D);
     if (B == 0 || T == 0 || workspace_bound(&backward) > GROUP_BYTES)
-        return (size_t)workspace_bound(&forward);
-    return delta_bytes(B, T, H) + (size_t)workspace_bound(&backward);
+        return workspace_bound(&forward);
+    return delta_bytes(B, T, H) + workspace_bound(&backward);
 }
 int cudnn_attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, const floatX *v,
                             void *workspace, int B, int T, int H, int KV, int D,
@@ -458,10 +458,9 @@ int cudnn_attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d
         AttentionPlan *p = plan_for(&s);
         if (!p->plan) return 0;
         for (int n = 0; n < KV; n += s.kv) {
-            size_t h = (size_t)n * (size_t)(H / KV),
-                   at_q = ((size_t)b * (size_t)T * (size_t)H + h) * (size_t)D,
-                   at_k = ((size_t)b * (size_t)T * (size_t)KV + (size_t)n) * (size_t)D;
-            size_t at_row = ((size_t)b * (size_t)H + h) * (size_t)T;
+            size_t h = n * (size_t)(H / KV), at_q = (b * (size_t)T * H + h) * D,
+                   at_k = (b * (size_t)T * KV + n) * D;
+            size_t at_row = (b * (size_t)H + h) * T;
             void *memory[NAMES] = { [Q] = (void *)(q + at_q),
                                     [K] = (void *)(k + at_k),
                                     [V] = (void *)(v + at_k),

@@ -70,12 +70,12 @@ static floatX host_x(double value) {
     return x;
 }
 static floatX *random_x(Check *c, int64_t n, double scale) {
-    std::vector<floatX> host((size_t)n);
+    std::vector<floatX> host(n);
     for (auto &x : host) x = host_x(scale * uniform(c));
     return upload(c, host);
 }
 static float *random_real(Check *c, int64_t n) {
-    std::vector<float> host((size_t)n);
+    std::vector<float> host(n);
     for (auto &x : host) x = (float)uniform(c);
     return upload(c, host);
 }
@@ -104,14 +104,14 @@ static void wait_or_die(Check *c) {
 template <class T>
 static void compare(Check *c, const char *what, const T *fast, const T *twin, int64_t n,
                     int64_t columns) {
-    std::vector<T> a((size_t)n), b((size_t)n);
+    std::vector<T> a(n), b(n);
     device_download(a.data(), fast, a.size() * sizeof(T));
     device_download(b.data(), twin, b.size() * sizeof(T));
     double square = 0;
     for (auto x : b) square += number(x) * number(x);
     double root = sqrt(square / (double)(n ? n : 1));
     for (int64_t i = 0; i < n; i++) {
-        double x = number(a[(size_t)i]), y = number(b[(size_t)i]);
+        double x = number(a[i]), y = number(b[i]);
         double units = fabs(x - y) / (c->tolerance * (fabs(y) + root) + 1e-30);
         if (units <= c->worst) continue; // not for NaN
         c->worst = units == units ? units : INFINITY;
@@ -193,15 +193,15 @@ static ExpertResults run_experts(Check *c, const RowIndex *index, const floatX *
                                  const float *score, int64_t C, int64_t F) {
     int64_t M = index->M, n1 = index->E * 2 * F * C, n2 = index->E * F * C;
     size_t x = sizeof(floatX);
-    ExpertResults r = { (floatX *)take(c, (size_t)(M * 2 * F) * x),
-                        (floatX *)take(c, (size_t)(M * F) * x),
-                        (floatX *)take(c, (size_t)(M * C) * x),
-                        (floatX *)take(c, (size_t)(M * 2 * F) * x),
-                        (floatX *)take(c, (size_t)(M * F) * x),
-                        (floatX *)take(c, (size_t)(M * C) * x),
-                        (float *)take(c, (size_t)(index->P * index->K) * sizeof(float)),
-                        (gradX *)take(c, (size_t)n1 * sizeof(gradX)),
-                        (gradX *)take(c, (size_t)n2 * sizeof(gradX)) };
+    ExpertResults r = { (floatX *)take(c, M * 2 * F * x),
+                        (floatX *)take(c, M * F * x),
+                        (floatX *)take(c, M * C * x),
+                        (floatX *)take(c, M * 2 * F * x),
+                        (floatX *)take(c, M * F * x),
+                        (floatX *)take(c, M * C * x),
+                        (float *)take(c, index->P * index->K * sizeof(float)),
+                        (gradX *)take(c, n1 * sizeof(gradX)),
+                        (gradX *)take(c, n2 * sizeof(gradX)) };
     experts_up(r.H, r.A, pool, W1, index, C, F);
     wait_or_die(c);
     experts_down(r.Y, r.A, W2, index, C, F);
@@ -227,9 +227,9 @@ static void check_experts(Check *c) {
     }
     int64_t M = row_index_bound(P, K, E);
     RowIndex index;
-    index.row_token = (int *)take(c, (size_t)M * sizeof(int));
-    index.token_row = (int *)take(c, (size_t)(P * K) * sizeof(int));
-    index.expert_row = (int *)take(c, (size_t)(E + 1) * sizeof(int));
+    index.row_token = (int *)take(c, M * sizeof(int));
+    index.token_row = (int *)take(c, P * K * sizeof(int));
+    index.expert_row = (int *)take(c, (E + 1) * sizeof(int));
     index.M = M;
     index.P = P;
     index.E = E;
@@ -268,10 +268,10 @@ static AttentionResults run_attention(Check *c, const floatX *q, const floatX *k
                                       const floatX *d_o) {
     const int64_t B = ATTENTION_B, T = ATTENTION_T, H = ATTENTION_H, KV = ATTENTION_KV,
                   D = ATTENTION_D;
-    size_t x = sizeof(floatX), nq = (size_t)(B * T * H * D), nk = (size_t)(B * T * KV * D);
+    size_t x = sizeof(floatX), nq = B * T * H * D, nk = B * T * KV * D;
     AttentionResults r = { (floatX *)take(c, nq * x), (floatX *)take(c, nq * x),
                            (floatX *)take(c, nk * x), (floatX *)take(c, nk * x),
-                           (float *)take(c, (size_t)(B * H * T) * sizeof(float)) };
+                           (float *)take(c, B * H * T * sizeof(float)) };
     void *workspace = take(c, attention_workspace(B, T, H, KV, D));
     attention_forward(r.o, r.lse, q, k, v, 0, workspace, B, T, H, KV, D);
     wait_or_die(c);

@@ -74,11 +74,10 @@ void embed_backward(gradX *dW, const floatX *dx, const int *ids, int accumulate,
                     int64_t V, int64_t C) {
     kernel_begin("embed_backward", 0);
     require_packs("hidden_size", C);
-    if (!accumulate) device_zero(dW, (size_t)V * (size_t)C * sizeof *dW);
+    if (!accumulate) device_zero(dW, (size_t)V * C * sizeof *dW);
     if (R == 0) return;
     size_t counts = sort_counts_size(256, R);
-    int *scratch =
-            (int *)device_scratch(SCRATCH_SORT, (counts + 257 + 2 * (size_t)R) * sizeof(int)),
+    int *scratch = (int *)device_scratch(SCRATCH_SORT, (counts + 257 + 2 * R) * sizeof(int)),
         *start = scratch + counts;
     int *order[2] = { start + 257, start + 257 + R }, pass = 0;
     for (int shift = 0; shift == 0 || (V - 1) >> shift > 0; shift += 8, pass++) {
@@ -176,7 +175,7 @@ void cross_entropy(floatX *logits, double *loss_sum, const int *targets, real se
                    int64_t N, int64_t V) {
     kernel_begin("cross_entropy", 0);
     if (N == 0) return;
-    double *loss = (double *)device_scratch(SCRATCH_PARTIAL, (size_t)N * sizeof(double));
+    double *loss = (double *)device_scratch(SCRATCH_PARTIAL, N * sizeof(double));
     if (V % PACK == 0 && (size_t)logits % 16 == 0)
         cross_entropy_kernel<PACK><<<(unsigned)N, CE_THREADS, 0, compute_stream()>>>(
             logits, loss, targets, seed, backward, V);

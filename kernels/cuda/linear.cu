@@ -127,8 +127,7 @@ void gemm(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int6
           const floatX *B, int beta, void *C, int c_real) {
     if (m == 0 || n == 0) return;
     if (k == 0) {
-        if (!beta)
-            device_zero(C, (size_t)m * (size_t)n * (c_real ? sizeof(float) : sizeof(floatX)));
+        if (!beta) device_zero(C, (size_t)m * n * (c_real ? sizeof(float) : sizeof(floatX)));
         return;
     }
     Shape s;

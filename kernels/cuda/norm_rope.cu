@@ -120,13 +120,12 @@ void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const float
     const int BLOCKS = 1024, WIDEST = 8192;
     require_packs("the width of a norm", C);
     if (R == 0) {
-        if (!accumulate) device_zero(dw, (size_t)C * sizeof *dw);
+        if (!accumulate) device_zero(dw, C * sizeof *dw);
         return;
     }
     int rows = (int)div_up(R, BLOCKS), blocks = (int)div_up(R, rows), packs = C / PACK,
         threads = packs < 256 ? (int)div_up(packs, 32) * 32 : 256;
-    float *partial =
-        (float *)device_scratch(SCRATCH_PARTIAL, (size_t)blocks * (size_t)C * sizeof(float));
+    float *partial = (float *)device_scratch(SCRATCH_PARTIAL, (size_t)blocks * C * sizeof(float));
     if (C > WIDEST) die("a norm of width %d|at most %d on this backend", (int)C, WIDEST);
     auto kernel = rmsnorm_backward_kernel<WIDEST / 256 / PACK>;
     if (packs <= 2 * threads) kernel = rmsnorm_backward_kernel<2>;
@@ -302,12 +301,12 @@ static void qk_backward(floatX *dx, gradX *dw, const floatX *dy, const floatX *x
                         int accumulate, int64_t R, int64_t T, int64_t H, int64_t D) {
     int width = head_lanes((int)D), group = HEAD_THREADS / width;
     if (R * H == 0) {
-        if (!accumulate) device_zero(dw, (size_t)D * sizeof *dw);
+        if (!accumulate) device_zero(dw, D * sizeof *dw);
         return;
     }
     int64_t blocks = grid_for(R * H, group, 1024);
-    size_t shared = (size_t)(group * D) * sizeof(float);
-    float *partial = (float *)device_scratch(SCRATCH_PARTIAL, (size_t)(blocks * D) * sizeof(float));
+    size_t shared = group * D * sizeof(float);
+    float *partial = (float *)device_scratch(SCRATCH_PARTIAL, blocks * D * sizeof(float));
     qk_backward_kernel<<<(unsigned)blocks, HEAD_THREADS, shared, compute_stream()>>>(
         dx, partial, dy, x, w, cos_table, sin_table, position, eps, R * H, (int)H, (int)T, (int)D,
         width);

@@ -51,9 +51,9 @@ void route_table(int *table, const int *ids, RouteShape s) {
     kernel_begin("route_table", 0);
     enum { THREADS = 256, BLOCKS = 32 }; // of each source
     size_t shared = (size_t)(s.ranks + s.E) * sizeof(int);
-    int *counts = (int *)device_scratch(SCRATCH_SORT, (size_t)s.E * sizeof(int));
-    device_zero(table, (size_t)route_table_size(s) * sizeof(int));
-    device_zero(counts, (size_t)s.E * sizeof(int));
+    int *counts = (int *)device_scratch(SCRATCH_SORT, s.E * sizeof(int));
+    device_zero(table, route_table_size(s) * sizeof(int));
+    device_zero(counts, s.E * sizeof(int));
     dim3 grid(grid_for(s.R > 0 ? s.R : 1, THREADS, BLOCKS), (unsigned)s.sources);
     route_count<<<grid, THREADS, shared, compute_stream()>>>(table, counts, ids, s);
     LAUNCHED();
@@ -109,7 +109,7 @@ void route_lists(int *send_token, int *sum_row, int *choice, const int *ids, int
     if (s.R == 0) return;
     size_t sends = sort_counts_size((int)s.ranks, s.R), pools = sort_counts_size(1, all);
     size_t most = sends > pools ? sends : pools;
-    int *counts = (int *)device_scratch(SCRATCH_SORT, (most + (size_t)s.ranks + 1) * sizeof(int));
+    int *counts = (int *)device_scratch(SCRATCH_SORT, (most + s.ranks + 1) * sizeof(int));
     int *start = counts + most; // of the buckets; nobody reads it
     SendSource send = { send_token, sum_row, ids + me * s.R * s.K, s, (int)J, (int)local };
     stable_sort(counts, start, send, (int)s.ranks, (int)s.R, 1);

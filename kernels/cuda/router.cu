@@ -153,7 +153,7 @@ static __global__ void __launch_bounds__(STATISTICS_WARPS * 32)
 // Bytes of shared memory for `floats` floats a warp. Above 48 KiB, a kernel's static memory
 // included, the kernel must opt in: from 384 experts on.
 template <class Kernel> static size_t warp_memory(Kernel kernel, int floats) {
-    size_t bytes = (size_t)WARPS * (size_t)floats * sizeof(float);
+    size_t bytes = (size_t)WARPS * floats * sizeof(float);
     if (bytes > 47 * 1024)
         CUDA_CHECK(
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
@@ -174,8 +174,8 @@ void router_forward(real *logits, int *topk, real *score, RouterStats stats, con
     // Tokens of a block: a wave of some 500 blocks covers all of them, and the second kernel adds
     // at most so many partial sums.
     int tokens = (int)div_up(div_up(R, 512), WARPS) * WARPS, blocks = (int)div_up(R, tokens);
-    double *partial = (double *)device_scratch(
-        SCRATCH_PARTIAL, (size_t)blocks * (size_t)(2 * E + 2) * sizeof(double));
+    double *partial =
+        (double *)device_scratch(SCRATCH_PARTIAL, (size_t)blocks * (2 * E + 2) * sizeof(double));
     auto kernel = given ? route_kernel<true> : route_kernel<false>;
     kernel<<<blocks, WARPS * 32, warp_memory(kernel, 4 * E), compute_stream()>>>(
         topk, score, partial, logits, bias, normalize, R, E, K, tokens);
@@ -228,7 +228,7 @@ void router_backward_add(floatX *du, gradX *dW, real *dz, const real *dscore, co
     check_experts(E, K);
     if (R == 0) return gemm(1, 0, E, C, 0, u, E, u, accumulate, dW, 1);
     int is_bf16 = sizeof(floatX) == 2;
-    size_t n = (size_t)R * (size_t)E, weights = (size_t)E * (size_t)C;
+    size_t n = (size_t)R * E, weights = (size_t)E * C;
     floatX *split =
         is_bf16 ? (floatX *)device_scratch(SCRATCH_ROUTER, (2 * n + 2 * weights) * sizeof(floatX))
                 : 0;

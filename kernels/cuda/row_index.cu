@@ -39,7 +39,7 @@ struct ChoiceSource {
 void row_index_build(RowIndex *plan, const int *choice, int first_expert) {
     kernel_begin("row_index_build", 0);
     if (plan->M)
-        CUDA_CHECK(cudaMemsetAsync(plan->row_token, 0xff, (size_t)plan->M * sizeof(int),
+        CUDA_CHECK(cudaMemsetAsync(plan->row_token, 0xff, plan->M * sizeof(int),
                                    compute_stream())); // -1
     if (plan->P == 0 || plan->K == 0)
         return device_zero(plan->expert_row, (size_t)(plan->E + 1) * sizeof(int));

@@ -106,7 +106,7 @@ static void stable_sort(int *counts, int *start, const Source &source, int bucke
         die("%d experts on one GPU|at most %d: spread them over more ranks with --ep", buckets,
             SORT_BUCKETS_MAX);
     unsigned blocks = grid_for(n, SORT_SPAN);
-    size_t shared = (size_t)buckets * SORT_WORDS * sizeof(unsigned);
+    size_t shared = buckets * SORT_WORDS * sizeof(unsigned);
     sort_count<Source><<<blocks, SORT_SPAN, shared, compute_stream()>>>(counts, source, buckets);
     LAUNCHED();
     sort_starts<<<1, 1024, 0, compute_stream()>>>(counts, start, buckets, (int)blocks, tile);
