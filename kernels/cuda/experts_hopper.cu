@@ -197,6 +197,7 @@ static __device__ __forceinline__ void produce_wgrad(Wide *s, const CUtensorMap 
 }
 
 // ---- kernels --------------------------------------------------------------------------------
+#ifdef HOPPER_CODE
 static __device__ __forceinline__ int stages(int k) { return (k + K_STEP - 1) / K_STEP; }
 // Rows of H or dH, (M, 2, F): the blocks of 64 gate columns 0 and 1, then those of up.
 static __device__ __forceinline__ void store_halves(const CUtensorMap *map, const char *out, int f0,
@@ -210,6 +211,7 @@ static __device__ __forceinline__ void store_rows(const CUtensorMap *map, const 
     for (int i = 0; i < blocks; i++)
         ptx_tma_store_2d(map, out + i * BLOCK_BYTES, column + 64 * i, m);
 }
+#endif
 template <class... Maps> static __device__ __forceinline__ void prefetch_maps(const Maps *...maps) {
     if (threadIdx.x == 0) (ptx_tma_prefetch_map(maps), ...);
 }
