@@ -12,13 +12,10 @@
 #endif
 #include "kernels/fail.h"
 #include "model/checkpoint.h"
-#include "model/generate.h"
+#include "model/inspect.h"
 #include "model/options.h"
 #include "model/plan.h"
-#include "model/profile.h"
 #include "model/report.h"
-#include "model/resume.h"
-#include "model/trace.h"
 #include <cjson/cJSON.h>
 #include <signal.h>
 #include <stdlib.h>

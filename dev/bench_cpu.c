@@ -24,7 +24,7 @@
 #include "../kernels/cpu/gemm.h"
 #include "../kernels/fail.h"
 #include "../model/checkpoint.h"
-#include "../model/profile.h"
+#include "../model/inspect.h"
 #include "../model/step.h"
 #include <stdio.h>
 #include <stdlib.h>

@@ -11,7 +11,7 @@
 // exact arithmetic (dq of a single position) may be 1e-6. Integers, random numbers and conversions
 // must agree in every bit.
 #ifdef MOE_CUDNN
-#include "cuda/attention_cudnn.h"
+#include "cuda/attention.h"
 #endif
 #include "cuda/experts.cuh"
 #include <math.h>

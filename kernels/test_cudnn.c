@@ -3,7 +3,7 @@
 // but loading the kernel). That the results are right is tested on a GPU, by test_cuda.
 //   make test-cudnn-graphs        (needs libcudnn; the driver's library is the toolkit's stub)
 #define _GNU_SOURCE
-#include "cuda/attention_cudnn.h"
+#include "cuda/attention.h"
 #include "test.h"
 #include <cudnn.h>
 

@@ -7,7 +7,7 @@
 // Tolerance: outputs are rounded once to bf16, 2^-9 of the number; 2^-8 and 1e-5 of the size of the
 // inputs leave room for lse in fp32.
 #define _GNU_SOURCE
-#include "cuda/attention_cudnn.h"
+#include "cuda/attention.h"
 #include "test.h"
 #include <cudnn.h>
 

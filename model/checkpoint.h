@@ -22,7 +22,7 @@
 #ifndef MOE_CHECKPOINT_H
 #define MOE_CHECKPOINT_H
 #include "model.h"
-#include "run_folder.h"
+#include "file.h"
 #include "../parallel/comm.h"
 #include <stdio.h>
 struct cJSON;

@@ -3,7 +3,7 @@
 #ifndef MOE_CHECKPOINT_PARTS_H
 #define MOE_CHECKPOINT_PARTS_H
 #include "checkpoint.h"
-#include "checksum.h"
+#include "file.h"
 #include "../kernels/fail.h"
 #include "safetensors.h"
 #include <stdio.h>

@@ -1,6 +1,6 @@
-// CRC32C and sums of byte ranges: see checksum.h. Bit 31 - k of a number is the coefficient of x^k,
+// CRC32C and sums of byte ranges: see file.h. Bit 31 - k of a number is the coefficient of x^k,
 // so that a byte's lowest bit comes first, as the instructions have it.
-#include "checksum.h"
+#include "file.h"
 #include "../kernels/fail.h"
 #include <stdlib.h>
 #include <string.h>

@@ -1,7 +1,7 @@
 // Text from the model in training: one forward pass a token (trainer_logits), one draw from its
 // logits. Offers generate.
 #define _POSIX_C_SOURCE 200809L
-#include "generate.h"
+#include "inspect.h"
 #include "../kernels/fail.h"
 #include "../kernels/random.h"
 #include <math.h>

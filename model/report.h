@@ -1,10 +1,12 @@
-// What a person and a plot see: the page at the start, a line an update, log.jsonl, run.json, the
-// heat map of expert load. Rank 0 prints and writes; on other ranks these functions do nothing.
+// What a run says of itself. To a person and a plot: the page at the start, a line an update,
+// log.jsonl, run.json, the heat map of expert load; rank 0 prints and writes these, on other ranks
+// the functions report_... do nothing. And to the run that goes on with it: trainer.json.
 #ifndef MOE_REPORT_H
 #define MOE_REPORT_H
 #include "step.h"
 #include "options.h"
-#include "run_folder.h"
+#include "file.h"
+struct cJSON;
 MOE_BEGIN_C
 typedef struct {
     char *text;
@@ -53,5 +55,22 @@ void report_sample(Report *r, int64_t step, const char *text);
 // Prints a line per MoE layer: the load of every expert (or of groups of experts) as shades in
 // steps of a quarter of the mean, then max/mean, dead experts, entropy of the router in bits.
 void report_heat_map(const Trainer *t, FILE *out);
+
+// ---- resume.c: what a run remembers of itself in trainer.json, and what has to be the same when
+// it goes on: the data order, the optimizer, and everything that defines the mathematics. A run
+// that went on with anything else would be another run under the same name ---- Returns the values
+// of trainer.json that are the caller's of checkpoint_save(); the caller deletes it. data: the
+// training data, 0 = none.
+struct cJSON *resume_json(const Trainer *t, const Options *o, const Loader *data);
+// Compares a checkpoint in `dir`, of which trainer.json is `trainer`, with this run. Ends the run
+// on another seed, batch, sequence length, order or optimizer; and on another precision
+// (`precision`), config.json (the name of the field) or training data (`data`) unless
+// --allow-changed names it. A look at a run (--steps 0) only has to have the same config. Says on
+// `screen` (0: silent) which rates and schedules are new. Step 0 is a conversion: it had no data
+// and no optimizer.
+void resume_check(const struct cJSON *trainer, const Options *o, const Config *c,
+                  const Loader *data, const char *dir, int64_t step, FILE *screen);
+// Gives the trainer its counters and biases. Ends the run where one is out of range.
+void resume_restore(Trainer *t, const struct cJSON *trainer, int64_t step);
 MOE_END_C
 #endif

@@ -1,7 +1,7 @@
 // Comparing a checkpoint with the run that goes on from it, and the values that a run saves for
-// that: see resume.h. --allow-changed takes names from here.
+// that: see report.h. --allow-changed takes names from here.
 #define _POSIX_C_SOURCE 200809L
-#include "resume.h"
+#include "report.h"
 #include "checkpoint.h"
 #include "../kernels/fail.h"
 #include <cjson/cJSON.h>

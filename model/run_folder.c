@@ -1,6 +1,5 @@
-// The folder of a run: lock and identity; see run_folder.h.
+// The folder of a run: lock and identity; see file.h.
 #define _GNU_SOURCE // F_OFD_SETLK
-#include "run_folder.h"
 #include "file.h"
 #include "../kernels/fail.h"
 #include <errno.h>

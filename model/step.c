@@ -11,7 +11,7 @@
 //   report      the one moment at which the host waits and reads (I11, the host does not wait)
 #include "step.h"
 #include "checkpoint.h"
-#include "trace.h"
+#include "inspect.h"
 #include "../kernels/fail.h"
 #include <math.h>
 #include <stdio.h>

@@ -39,7 +39,7 @@ typedef struct { // what one update tells, equal on all ranks
 } StepResult;
 
 typedef struct Dump Dump;   // checkpoint.h
-typedef struct Trace Trace; // trace.h
+typedef struct Trace Trace; // inspect.h
 typedef struct RoutingFiles RoutingFiles;
 
 typedef struct {                  // tokens of this rank

@@ -1,6 +1,6 @@
 // Follows one token through one update: where it went, layer by layer, and the gradient that came
-// back. Reads the trainer's saved activations after each layer; offers what trace.h says.
-#include "trace.h"
+// back. Reads the trainer's saved activations after each layer; offers what inspect.h says.
+#include "inspect.h"
 #include "../kernels/fail.h"
 #include <math.h>
 #include <stdio.h>

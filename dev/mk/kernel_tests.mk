@@ -43,7 +43,7 @@ test-cuda-gpu:
 ifdef HAVE_CUDNN
 CUDNN_TEST = $(CUEMU_BUILD)/cudnn
 CUDNN_BUILD = $(CC) -std=c11 -O2 -Wall -Wextra $(WERROR) -DMOE_BF16 -isystem $(CUDA_INCLUDE) $(CUDNN_CFLAGS) $(filter %.c,$^) -o $@
-$(CUDNN_TEST)/test_cudnn $(CUDNN_TEST)/test_cudnn_graph: $(CUDNN_TEST)/%: kernels/%.c kernels/cuda/attention_cudnn.c kernels/fail.c $(wildcard kernels/*.h kernels/cpu/math.h) kernels/cuda/attention_cudnn.h
+$(CUDNN_TEST)/test_cudnn $(CUDNN_TEST)/test_cudnn_graph: $(CUDNN_TEST)/%: kernels/%.c kernels/cuda/attention_cudnn.c kernels/fail.c $(wildcard kernels/*.h kernels/cpu/math.h) kernels/cuda/attention.h
 	@mkdir -p $(@D)
 	@[ ! -e $(CUDA_LIB)/stubs/libcuda.so ] || ln -sf $(CUDA_LIB)/stubs/libcuda.so $(@D)/libcuda.so.1
 	@$(CUDNN_BUILD) $(if $(filter %graph,$@),,-L$(CUDA_LIB) -Wl$(comma)-rpath$(comma)$(CUDA_LIB) $(CUDNN_LIBS) -lcudart) -lm

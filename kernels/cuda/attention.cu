@@ -1,9 +1,9 @@
 // Chooses which attention kernel computes: cuDNN's where this build and this GPU have it, else
-// flash (attention.cuh). The functions attention_... of kernels.h are here.
-#include "attention.cuh"
+// flash (attention.h). The functions attention_... of kernels.h are here.
+#include "common.cuh"
+#include "attention.h"
 #include "experts.cuh"
 #if defined(MOE_CUDNN) && defined(MOE_BF16)
-#include "attention_cudnn.h"
 #include <stdio.h>
 #define CUDNN_OR_FLASH 1
 #endif

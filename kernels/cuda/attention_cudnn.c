@@ -1,5 +1,5 @@
 // Causal attention by cuDNN's graph API, in plain C: cuDNN recognises the operations below as one
-// flash attention and runs its own kernel for the GPU. The functions of attention_cudnn.h are here.
+// flash attention and runs its own kernel for the GPU. The functions of attention.h are here.
 //
 // cuDNN knows no operation "causal attention with log-sum-exp"; it knows graphs. Forward, 14
 // operations on S (B,H,T,T), which is never stored:
@@ -21,7 +21,7 @@
 // calls of some sequences, or of some KV heads of one sequence with their query heads, that keep to
 // cudnn_attention_chunk: 16 heads of 4,096 tokens, 512 tiles of 128 keys for the GPU's 132
 // multiprocessors.
-#include "attention_cudnn.h"
+#include "attention.h"
 #include "../fail.h"
 #include <cudnn.h>
 #include <float.h>

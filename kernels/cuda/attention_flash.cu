@@ -1,6 +1,6 @@
 // Causal attention with grouped KV heads by tiles of scores that never leave the registers (flash
 // attention), on mma.sync: sm_80 and newer, both precisions. The functions flash_attention_... of
-// attention.cuh are here.
+// attention.h are here.
 //
 //   S = scale q k^T,  P_tj = e^(S_tj - lse_t) for j <= t, else 0,  o = P v.     With d = dL/d:
 //   dP = do v^T,  dS = P (dP - delta),  delta_t = sum_j P_tj dP_tj = do_t . o_t,
@@ -17,7 +17,8 @@
 // FLOPs of a causal head: forward 2 T^2 D, backward 7 T^2 D. Bytes: q, k, v and o once; K and V of
 // a head again for each of T / 64 query tiles, from the L2 cache. The tile that moves is copied by
 // cp.async while the tile before it is multiplied. Long rows of the triangle start first.
-#include "attention.cuh"
+#include "common.cuh"
+#include "attention.h"
 #include "mma.cuh"
 
 // Rows of the tile that a block owns (16 for each of 4 warps) and of the tile that walks by.

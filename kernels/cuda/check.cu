@@ -12,9 +12,9 @@
 // much of the root mean square for what cancels. Attention also rounds probabilities at different
 // places: four times that. A wrong descriptor, scale or tile is wrong by about the root mean square
 // itself.
-#include "attention.cuh"
+#include "common.cuh"
+#include "attention.h"
 #include "experts.cuh"
-#include "gemm.cuh"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -141,7 +141,7 @@ static bool checked(Check *c, const char *name, const char *shape, const char *i
 }
 
 // ---- products -------------------------------------------------------------------------------
-// C = op(A) op(B) + beta C by one thread an element: what gemm.cuh promises, read literally.
+// C = op(A) op(B) + beta C by one thread an element: what common.cuh promises, read literally.
 static __global__ void plain_product(int ta, int tb, int m, int n, int k, const floatX *A, int lda,
                                      const floatX *B, int beta, void *C, int c_real) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;

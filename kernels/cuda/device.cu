@@ -1,7 +1,7 @@
 // One NVIDIA GPU as a device: memory by cudaMalloc, three streams, copies through pinned staging
 // memory. The functions device_... of device.h are here, and the scratch memory of common.cuh.
 #include "experts.cuh"
-#include "gemm.cuh"
+#include "common.cuh"
 #include <stdio.h>
 #include <stdlib.h>
 #if !defined(CUEMU) && defined(__has_include)

@@ -1,4 +1,4 @@
-// Linear maps y = x W^T and their backward (linear_... of kernels.h, gemm of gemm.cuh), through
+// Linear maps y = x W^T and their backward (linear_... of kernels.h, gemm of common.cuh), through
 // cuBLASLt with a cache of plans.
 //   y_ro = sum_n x_rn W_on   =>   dx_rn = sum_o dy_ro W_on,   dW_on = sum_r dy_ro x_rn.
 // FLOPs: 2 R O N each. Bytes: each operand once if the L2 cache holds a wave's panels; 1,000 FLOPs
@@ -11,7 +11,7 @@
 // The heuristic costs about 100 us a shape, so a plan (descriptors and algorithm) is kept for each
 // (transpositions, sizes, alignment, beta, type). The same shape always takes the same algorithm,
 // and partial sums of split-K are only ever added in fp32, in a fixed order (I8, deterministic).
-#include "gemm.cuh"
+#include "common.cuh"
 #include <cublasLt.h>
 #include <stdio.h>
 

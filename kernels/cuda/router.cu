@@ -20,7 +20,7 @@
 // have bf16 operands. fp32 builds take dz as it is.
 // FLOPs: 6 R E C forward and backward (times 2 for the split): 0.1 % of the layer. The kernels here
 // are one warp a token and bound by memory: 0.5 KB of logits in, 64 bytes out.
-#include "gemm.cuh"
+#include "common.cuh"
 
 enum { WARPS = 8, E_MAX = 1024 }; // a warp handles a token at a time
 
