@@ -7,13 +7,17 @@
 // harness, so that a million refused inputs need no more memory than one. Everything else (a
 // signal, a sanitizer report, more than a second, more than the memory limit) is a finding.
 #define _GNU_SOURCE
-#include "../../data/loader.h"       // loader_open, loader_read
-#include "../../data/tokens.h"       // tokens_open, tokens_encode
-#include "../../kernels/fail.h"      // die
-#include "../../model/checkpoint.h"  // checkpoint_find, checkpoint_trainer
-#include "../../model/model.h"       // config_read, config_export
-#include "../../model/safetensors.h" // safetensors_open, safetensors_open_folder
+#include "../../data/loader.h"            // loader_open, loader_read
+#include "../../data/tokens.h"            // tokens_open, tokens_encode
+#include "../../kernels/fail.h"           // die
+#include "../../model/checkpoint.h"       // checkpoint_find, checkpoint_trainer
+#include "../../model/checkpoint_parts.h" // sums_sign, checkpoint_not_finite
+#include "../../model/model.h"            // config_read, config_export
+#include "../../model/report.h"           // report_open, report_sample
+#include "../../model/resume.h"           // resume_check, resume_restore
+#include "../../model/safetensors.h"      // safetensors_open, safetensors_open_folder
 #include <cjson/cJSON.h>
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <setjmp.h>
@@ -22,6 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/time.h>
 #include <unistd.h>
@@ -66,9 +71,7 @@ UNWATCHED static void on_free(const volatile void *p) {
     }
 }
 
-FILE *__real_fopen(const char *path, const char *mode);
-FILE *__wrap_fopen(const char *path, const char *mode) {
-    FILE *f = __real_fopen(path, mode);
+static FILE *watch(FILE *f) {
     for (int i = 0; f && recording && i < STREAMS; i++) {
         if (stream[i]) continue;
         stream[i] = f;
@@ -77,15 +80,15 @@ FILE *__wrap_fopen(const char *path, const char *mode) {
     return f;
 }
 
+FILE *__real_fopen(const char *path, const char *mode);
+FILE *__wrap_fopen(const char *path, const char *mode) { return watch(__real_fopen(path, mode)); }
+
 FILE *__real_fdopen(int fd, const char *mode);
-FILE *__wrap_fdopen(int fd, const char *mode) {
-    FILE *f = __real_fdopen(fd, mode);
-    for (int i = 0; f && recording && i < STREAMS; i++) {
-        if (stream[i]) continue;
-        stream[i] = f;
-        break;
-    }
-    return f;
+FILE *__wrap_fdopen(int fd, const char *mode) { return watch(__real_fdopen(fd, mode)); }
+
+FILE *__real_open_memstream(char **text, size_t *bytes);
+FILE *__wrap_open_memstream(char **text, size_t *bytes) {
+    return watch(__real_open_memstream(text, bytes));
 }
 
 int __real_fclose(FILE *f);
@@ -126,6 +129,16 @@ void __wrap_die(const char *format, ...) {
     longjmp(refused, 1);
 }
 
+// A million inputs would fill the disk with warnings.
+void __real_warn(const char *format, ...);
+void __wrap_warn(const char *format, ...) {
+    char text[256];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+}
+
 // ---- files --------------------------------------------------------------------------------------
 static char folder[64];
 
@@ -135,7 +148,7 @@ static char *path_of(const char *name) {
     return path;
 }
 
-static void put_file(const char *name, const uint8_t *data, size_t size) {
+static void put_file(const char *name, const void *data, size_t size) {
     int fd = open(path_of(name), O_WRONLY | O_CREAT | O_TRUNC, 0600);
     if (fd < 0 || (size && write(fd, data, size) != (ssize_t)size)) abort();
     close(fd);
@@ -262,6 +275,158 @@ static void parse(const uint8_t *data, size_t size) {
     trainer_text(root, "precision");
     cJSON_Delete(root);
 }
+#elif defined(FUZZ_PARSER_log)
+// A resumed run cuts the lines of later updates away, and a last line that is torn; everything
+// before stays as it is, and what is logged next is a line of its own.
+enum { KEPT_STEP = 5 };
+static void parse(const uint8_t *data, size_t size) {
+    put_file("log.jsonl", data, size);
+    RunFolder run = run_folder_look(folder);
+    Grid grid = { .world = 1 };
+    Model model = { .n_params = 0 };
+    Trainer t = { .m = &model, .g = &grid };
+    Report r = report_open(&t, &run, KEPT_STEP, 9, 0, 0);
+    int64_t kept = r.log_size;
+    report_close(&r);
+    r = report_open(&t, &run, KEPT_STEP, 9, 0, 0);
+    if (r.log_size != kept || kept > (int64_t)size || (kept && data[kept - 1] != '\n')) abort();
+    report_sample(&r, KEPT_STEP, "s");
+    report_close(&r);
+    char *text = 0;
+    int64_t bytes = 0;
+    if (file_load(run.fd, "log.jsonl", 0, 1 << 21, &text, &bytes)) abort();
+    if (bytes <= kept || memcmp(text, data, kept) || strncmp(text + kept, "{\"step\":5", 9))
+        abort();
+    for (const char *line = text, *next; line < text + kept; line = next) {
+        int64_t step = strncmp(line, "{\"step\":", 8) ? 0 : strtoll(line + 8, 0, 10);
+        next = (const char *)memchr(line, '\n', text + kept - line) + 1;
+        if (isdigit(line[8]) && step > KEPT_STEP) abort();
+    }
+    free(text);
+    run_folder_close(&run);
+}
+
+#elif defined(FUZZ_PARSER_checkpoint)
+// The input has five parts, with a line of four equal signs between them: config.json, the index
+// (empty: none), the headers of the model's and the optimizer's file, and trainer.json. Behind each
+// header lie zeros. What --resume does with such a folder follows, up to the first update.
+enum { SIDES = 5, ZEROS = 1 << 16, SHARDS = 1 << 20, MOST_PARAMETERS = 20000 };
+static Arena arena; // for the parsers of all inputs: device memory is no allocation of malloc
+static FILE *screen;
+
+static void prepare(void) {
+    arena = arena_counting("shards");
+    arena_take(&arena, CHECKPOINT_STAGING + SHARDS, "all of it");
+    arena_commit(&arena);
+    screen = fopen("/dev/null", "w");
+    if (!screen) abort();
+}
+
+static void put_header(const char *name, const char *json, size_t size) {
+    char *file = (char *)calloc(8 + size + ZEROS, 1);
+    uint64_t n = size;
+    memcpy(file, &n, 8);
+    memcpy(file + 8, json, size);
+    put_file(name, file, 8 + size + ZEROS);
+    free(file);
+}
+
+static void put_checkpoint(const uint8_t *data, size_t size, const char *dir) {
+    static const char *const file[SIDES] = { "config.json", "model.safetensors.index.json",
+                                             "model.safetensors", "optimizer.safetensors",
+                                             "trainer.json" };
+    char name[96];
+    int sharded = 0;
+    unlink(path_of("checkpoints/latest"));
+    for (int i = 0; i < SIDES; i++) {
+        const uint8_t *end = size ? (const uint8_t *)memmem(data, size, "\n====\n", 6) : 0;
+        size_t n = end ? (size_t)(end - data) : size;
+        snprintf(name, sizeof name, "%s/%s", dir, file[i]);
+        unlink(path_of(name));
+        if (i == 1) sharded = n > 0;
+        if (i == 2 && sharded) snprintf(name, sizeof name, "%s/1.safetensors", dir);
+        char *text = (char *)calloc(n + 1, 1);
+        memcpy(text, data, n);
+        if (i == 2 || i == 3)
+            put_header(name, text, n);
+        else if (n)
+            put_file(name, i == 4 ? sums_sign(text) : text, n);
+        free(text);
+        data += n + (end ? 6 : 0);
+        size -= n + (end ? 6 : 0);
+    }
+}
+
+// Takes the shards of a model on one process, with both kinds of state: a checkpoint has one.
+static OptimizerState *take_shards(const Model *m, int eight_bit) {
+    OptimizerState *s = (OptimizerState *)calloc(m->n_blocks, sizeof *s);
+    for (int b = 0; b < m->n_blocks; b++) {
+        size_t n = m->block[b].shard, q = m->block[b].n_qblocks + 1;
+        s[b].param = ARENA_TAKE(&arena, floatX, n, "param");
+        s[b].master = ARENA_TAKE(&arena, real, n, "master");
+        if (!eight_bit) {
+            s[b].m = ARENA_TAKE(&arena, real, n, "m");
+            s[b].v = ARENA_TAKE(&arena, real, n, "v");
+            continue;
+        }
+        s[b].m8 = ARENA_TAKE(&arena, uint8_t, n, "m8");
+        s[b].v8 = ARENA_TAKE(&arena, uint8_t, n, "v8");
+        s[b].m_scale = ARENA_TAKE(&arena, float, q, "scales");
+        s[b].v_scale = ARENA_TAKE(&arena, float, q, "scales");
+    }
+    return s;
+}
+
+static void resume(Config c, Options *o, const Loader *data) {
+    RunFolder run = run_folder_own(folder);
+    int64_t found = checkpoint_find(0, &run);
+    char *dir = checkpoint_folder(folder, found);
+    if (found != 3) abort(); // there is no other, and a damaged one ends the run
+    cJSON *trainer = checkpoint_trainer(dir);
+    int eight_bit = !strcmp(trainer_text(trainer, "optimizer"), "adamw8bit");
+    if (eight_bit) o->optimizer = 2;
+    resume_check(trainer, o, &c, data, dir, found, screen);
+    if (c.tied && checkpoint_has_own_head(dir)) c.tied = 0;
+    ShardSpec alone = { 1, 0, 1, 0, 1, 0, 0 };
+    Model m = model_build(c, alone);
+    Trainer t = { .m = &m };
+    arena.used = 0;
+    Checkpoint *checkpoint = checkpoint_create(&m, 0, 1, &arena);
+    router_totals_create(&t.router, &m, 1, &arena);
+    router_totals_create_host(&t.router, &m);
+    OptimizerState *shard = take_shards(&m, eight_bit);
+    checkpoint_resume(checkpoint, dir, shard);
+    resume_restore(&t, trainer, found);
+    for (int b = 0; b < m.n_blocks; b++)
+        if (checkpoint_not_finite(shard[b].param, DTYPE_FLOATX, m.block[b].shard) >= 0) abort();
+    checkpoint_free(checkpoint);
+    router_totals_free(&t.router);
+    model_free(&m);
+    cJSON_Delete(trainer);
+    free(shard);
+    free(dir);
+    run_folder_close(&run);
+}
+
+static void parse(const uint8_t *data, size_t size) {
+    static char *word[] = { "fuzz", "--init", "c",    "--seq-len", "4",    "--batch",
+                            "1",    "--lr",   "1e-3", "--balance", "bias", "--resume" };
+    int32_t header[256] = { 20240520, 1, 40 };
+    uint8_t shard[sizeof header + 80] = { 0 };
+    memcpy(shard, header, sizeof header);
+    put_file("x.bin", shard, sizeof shard);
+    mkdir(path_of("checkpoints"), 0700);
+    mkdir(path_of("checkpoints/step_3"), 0700);
+    put_checkpoint(data, size, "checkpoints/step_3");
+    Config c = config_read(path_of("checkpoints/step_3/config.json"));
+    Options o = options_parse(sizeof word / sizeof *word, word);
+    LoaderOptions options = { 4, 1337, 1, 8, LOSS_MASK_AUTO, 0 };
+    const char *name = path_of("x.bin");
+    Loader *loader = loader_open(&name, 1, options);
+    if (config_total_parameters(&c) <= MOST_PARAMETERS) resume(c, &o, loader);
+    loader_close(loader);
+    options_free(&o);
+}
 #else
 #error "choose a parser: -DFUZZ_PARSER_safetensors, _index, ... as dev/mk/fuzz.mk does"
 #endif
@@ -280,6 +445,16 @@ static void set_limit(int seconds) {
     setitimer(ITIMER_VIRTUAL, &limit, 0);
 }
 
+// libFuzzer would look at the memory from a thread of its own, in whose end the sanitizer sometimes
+// sees a mistake. What the process needs at most is asked after each input instead.
+static void check_memory(void) {
+    enum { MOST_KILOBYTES = 256 << 10 };
+    struct rusage usage;
+    if (getrusage(RUSAGE_SELF, &usage) || usage.ru_maxrss <= MOST_KILOBYTES) return;
+    fprintf(stderr, "more than 256 MB of memory: %ld kB\n", usage.ru_maxrss);
+    abort();
+}
+
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
     (void)argc;
     (void)argv;
@@ -288,6 +463,9 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     atexit(remove_folder);
     __sanitizer_install_malloc_and_free_hooks(on_malloc, on_free);
     signal(SIGVTALRM, too_long);
+#ifdef FUZZ_PARSER_checkpoint
+    prepare();
+#endif
     return 0;
 }
 
@@ -302,5 +480,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     set_limit(0);
     inside = 0;
     release_all(first_fd);
+    check_memory();
     return 0;
 }
