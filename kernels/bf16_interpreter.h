@@ -31,6 +31,23 @@ static Halves broadcast(int pair) {
     for (int i = 0; i < 16; i++) memcpy(x.half + 2 * i, &pair, 4);
     return x;
 }
+// Pair or half i of the result is number index[i] of a, or of b where it is larger.
+static Halves permute_pairs(Halves a, Halves index, Halves b) {
+    Halves x;
+    for (int i = 0; i < 16; i++) {
+        int32_t from;
+        memcpy(&from, index.half + 2 * i, 4);
+        memcpy(x.half + 2 * i, (from < 16 ? a.half : b.half) + 2 * (from % 16), 4);
+    }
+    return x;
+}
+static Halves permute_halves(Halves a, Halves index, Halves b) {
+    Halves x;
+    for (int i = 0; i < 32; i++)
+        x.half[i] = (index.half[i] < 32 ? a.half : b.half)[index.half[i] % 32];
+    return x;
+}
+static void store_halves(void *p, Halves x) { memcpy(p, x.half, sizeof x.half); }
 static void add_pair(float *sum, const uint16_t *a, const uint16_t *b) {
     *sum += half_float(a[1]) * half_float(b[1]);
     *sum += half_float(a[0]) * half_float(b[0]);
@@ -79,7 +96,10 @@ static void multiply_tiles(int c, int a, int b) {
 #define __m512i Halves
 #define _mm512_setzero_ps zero_lanes
 #define _mm512_loadu_si512 load_halves
+#define _mm512_storeu_si512 store_halves
 #define _mm512_set1_epi32 broadcast
+#define _mm512_permutex2var_epi32 permute_pairs
+#define _mm512_permutex2var_epi16 permute_halves
 #define _mm512_dpbf16_ps dot_pairs
 #define _mm512_storeu_ps store_lanes
 #define _tile_loadconfig load_config

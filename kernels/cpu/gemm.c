@@ -170,25 +170,27 @@ static void gemm_blocks(int ta, int tb, int64_t m, int64_t n, int64_t k, const f
             int64_t ldo = X ? nj : ldc;
             if (X && beta != 0)
                 for (int64_t r = 0; r < mi; r++) load_row(c + r * nj, X + (i + r) * ldc + j, nj);
-            if (beta == 0 && (k == 0 || kind != GEMM_WIDENED)) clear(out, ldo, mi, nj);
+            if (beta == 0 && k == 0) clear(out, ldo, mi, nj);
             for (int64_t p = 0; p < k; p += BLOCK_K) {
                 int64_t kp = lesser(BLOCK_K, k - p);
-                if (kind != GEMM_WIDENED) {
-                    gemm_bf16_pack_a(packed_a, &A[ta ? p * lda + i : i * lda + p].bits, lda, ta, mi,
-                                     kp);
-                    if (i == 0 || k > BLOCK_K)
-                        gemm_bf16_pack_b(packed_b, &B[tb ? j * ldb + p : p * ldb + j].bits, ldb, tb,
-                                         nj, kp);
-                    gemm_bf16_add(kind, out, ldo, packed_a, packed_b, mi, nj, kp);
+                real add = p == 0 ? beta : 1;
+                int fresh = i == 0 || k > BLOCK_K; // one k block: b stays for all i
+                if (kind == GEMM_WIDENED) {
+                    widen(a, A, lda, ta, i, p, mi, kp);
+                    if (fresh) widen(b, B, ldb, tb, p, j, kp, nj);
+                    gemm(ta, tb, mi, nj, kp, a, ta ? mi : kp, b, tb ? kp : nj, add, out, ldo);
                     continue;
                 }
-                widen(a, A, lda, ta, i, p, mi, kp);
-                if (i == 0 || k > BLOCK_K)
-                    widen(b, B, ldb, tb, p, j, kp, nj); // one k block: b stays for all i
-                gemm(ta, tb, mi, nj, kp, a, ta ? mi : kp, b, tb ? kp : nj, p == 0 ? beta : 1, out,
-                     ldo);
+                gemm_bf16_pack(packed_a, &A[ta ? p * lda + i : i * lda + p].bits, lda, !ta, mi, kp,
+                               1);
+                if (fresh)
+                    gemm_bf16_pack(packed_b, &B[tb ? j * ldb + p : p * ldb + j].bits, ldb, tb, nj,
+                                   kp, 0);
+                int last = X && p + kp == k;
+                gemm_bf16(kind, out, ldo, last ? &X[i * ldc + j].bits : 0, ldc, packed_a, packed_b,
+                          mi, nj, kp, add != 0);
             }
-            if (X)
+            if (X && (kind == GEMM_WIDENED || k == 0))
                 for (int64_t r = 0; r < mi; r++) store_row(X + (i + r) * ldc + j, c + r * nj, nj);
         }
 }

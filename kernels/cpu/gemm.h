@@ -15,7 +15,7 @@ MOE_BEGIN_C
 void gemm(int ta, int tb, int64_t m, int64_t n, int64_t k, const real *A, int64_t lda,
           const real *B, int64_t ldb, real beta, real *C, int64_t ldc);
 // Multiplies floatX operands into reals on the calling thread. fp32 and fp64 builds: gemm itself.
-// bf16 builds: panels are widened to fp32 scratch, in blocks of 256 x 512 x 512.
+// bf16 builds: panels are packed (or widened to fp32) in blocks of 256 x 512 x 512.
 void gemm_x(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int64_t lda,
             const floatX *B, int64_t ldb, real beta, real *C, int64_t ldc);
 // Does the same and rounds the result once to floatX (beta = 1: C is added before the rounding).
@@ -38,14 +38,14 @@ size_t gemm_bf16_a_size(int64_t m, int64_t k);
 size_t gemm_bf16_b_size(int64_t n, int64_t k);
 // Return k rounded up to what a panel holds.
 int64_t gemm_bf16_padded(int64_t k);
-// Pack op(A): `transposed` where A is (k,m); op(B): `transposed` where B is (n,k).
-void gemm_bf16_pack_a(uint16_t *out, const uint16_t *A, int64_t lda, int transposed, int64_t m,
-                      int64_t k);
-void gemm_bf16_pack_b(uint16_t *out, const uint16_t *B, int64_t ldb, int transposed, int64_t n,
-                      int64_t k);
-// Adds the product of two packed panels to C (m,n). kind is not GEMM_WIDENED.
-void gemm_bf16_add(GemmBf16 kind, float *C, int64_t ldc, const uint16_t *a, const uint16_t *b,
-                   int64_t m, int64_t n, int64_t k);
+// Packs `lines` rows of op(A) (is_a = 1) or columns of op(B). lines_first = 1: X holds k
+// consecutive numbers of each line (A is (m,k), B is (n,k)); 0: a row of X has one k of all lines.
+void gemm_bf16_pack(uint16_t *out, const uint16_t *X, int64_t ld, int lines_first, int64_t lines,
+                    int64_t k, int is_a);
+// Multiplies two packed panels: C (m,n) = a b + beta C with beta 0 or 1; where X is given, that is
+// rounded to bf16 in X, and C is not written. kind is not GEMM_WIDENED.
+void gemm_bf16(GemmBf16 kind, float *C, int64_t ldc, uint16_t *X, int64_t ldx, const uint16_t *a,
+               const uint16_t *b, int64_t m, int64_t n, int64_t k, int beta);
 // Sets BLAS to one thread, whatever the environment says.
 void gemm_init(void);
 // Returns the library's name and core type ("OpenBLAS 0.3.21, core SkylakeX") for the report.

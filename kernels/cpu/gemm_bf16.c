@@ -6,7 +6,7 @@
 // Both instructions multiply pairs of neighbours along k, so a pair is the unit of both packings,
 // which serve both instructions. k is padded with zeros to KP, a multiple of 32.
 //
-//   A, row-major, m rows and TILE_M rows of zeros:   B, strips of 32 columns, pairs side by side:
+//   A, row-major, m rows and room for 32 more:       B, strips of 32 columns, pairs side by side:
 //
 //     row 0    k0 k1 | k2 k3 | ...     KP              pair 0   c0: k0 k1 | c1: k0 k1 | ... c31
 //     row 1    k0 k1 | k2 k3 | ...     KP              pair 1   c0: k2 k3 | c1: k2 k3 | ... c31
@@ -22,37 +22,7 @@
 #define _GNU_SOURCE // syscall
 #include "gemm.h"
 
-enum { TILE_M = 32, STRIP = 32, ROWS = 12 };
-
-// ---- packing --------------------------------------------------------------------------------
-int64_t gemm_bf16_padded(int64_t k) { return div_up(k, 32) * 32; }
-size_t gemm_bf16_a_size(int64_t m, int64_t k) { return (m + TILE_M) * gemm_bf16_padded(k); }
-size_t gemm_bf16_b_size(int64_t n, int64_t k) {
-    return div_up(n, STRIP) * STRIP * gemm_bf16_padded(k);
-}
-void gemm_bf16_pack_a(uint16_t *out, const uint16_t *A, int64_t lda, int transposed, int64_t m,
-                      int64_t k) {
-    int64_t padded = gemm_bf16_padded(k);
-    memset(out, 0, gemm_bf16_a_size(m, k) * sizeof *out);
-    if (transposed)
-        for (int64_t p = 0; p < k; p++)
-            for (int64_t i = 0; i < m; i++) out[i * padded + p] = A[p * lda + i];
-    else
-        for (int64_t i = 0; i < m; i++) memcpy(out + i * padded, A + i * lda, k * sizeof *out);
-}
-void gemm_bf16_pack_b(uint16_t *out, const uint16_t *B, int64_t ldb, int transposed, int64_t n,
-                      int64_t k) {
-    int64_t padded = gemm_bf16_padded(k);
-    memset(out, 0, gemm_bf16_b_size(n, k) * sizeof *out);
-    for (int64_t j0 = 0; j0 < n; j0 += STRIP, out += STRIP * padded) {
-        int64_t width = lesser(STRIP, n - j0);
-        for (int64_t p = 0; p < k; p++) {
-            uint16_t *to = out + p / 2 * 2 * STRIP + p % 2;
-            const uint16_t *from = transposed ? B + j0 * ldb + p : B + p * ldb + j0;
-            for (int64_t j = 0; j < width; j++) to[2 * j] = from[transposed ? j * ldb : j];
-        }
-    }
-}
+enum { BLOCK = 32, TILE_M = BLOCK, STRIP = BLOCK, ROWS = 12 };
 
 // ---- instructions ---------------------------------------------------------------------------
 // The test replaces their names by an interpreter in plain C (GEMM_BF16_INTERPRETED).
@@ -64,7 +34,7 @@ void gemm_bf16_pack_b(uint16_t *out, const uint16_t *B, int64_t ldb, int transpo
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#define TARGET_AVX512 __attribute__((target("avx512f,avx512bf16")))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512bf16")))
 #define TARGET_AMX __attribute__((target("amx-tile,amx-bf16")))
 #define AS_PAIRS(x) ((__m512bh)(x))
 
@@ -72,7 +42,7 @@ void gemm_bf16_pack_b(uint16_t *out, const uint16_t *B, int64_t ldb, int transpo
 static int detect(void) {
     enum { TILE_DATA = 18, REQUEST_PERMISSION = 0x1023 };
     unsigned a, b, c, d, tiles, sub;
-    if (!__builtin_cpu_supports("avx512f") || !__get_cpuid_count(7, 0, &a, &b, &c, &tiles))
+    if (!__builtin_cpu_supports("avx512bw") || !__get_cpuid_count(7, 0, &a, &b, &c, &tiles))
         return GEMM_WIDENED;
     int amx = tiles >> 22 & tiles >> 24 & 1; // AMX-BF16 and AMX-TILE
     if (amx && !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA)) return GEMM_AMX;
@@ -89,7 +59,75 @@ GemmBf16 gemm_bf16_kind(void) {
     return (GemmBf16)kind;
 }
 
+// ---- packing --------------------------------------------------------------------------------
+int64_t gemm_bf16_padded(int64_t k) { return div_up(k, BLOCK) * BLOCK; }
+size_t gemm_bf16_a_size(int64_t m, int64_t k) { return (m + BLOCK) * gemm_bf16_padded(k); }
+size_t gemm_bf16_b_size(int64_t n, int64_t k) {
+    return div_up(n, BLOCK) * BLOCK * gemm_bf16_padded(k);
+}
 #ifdef HAVE_INSTRUCTIONS
+// 16 x 16 pairs change places with those across the diagonal: squares of 8 x 8 first, then of 4, 2
+// and 1. Index j of a permutation names pair j of the first operand, 16 + j of the second.
+TARGET_AVX512 static inline void transpose(__m512i x[16]) {
+#pragma GCC unroll 4
+    for (int s = 8; s > 0; s /= 2) {
+        int upper[16], lower[16];
+        for (int j = 0; j < 16; j++) {
+            upper[j] = j & s ? 16 + j - s : j;
+            lower[j] = j & s ? 16 + j : j + s;
+        }
+        __m512i u = _mm512_loadu_si512(upper), l = _mm512_loadu_si512(lower);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            if (i & s) continue;
+            __m512i above = x[i];
+            x[i] = _mm512_permutex2var_epi32(above, u, x[i + s]);
+            x[i + s] = _mm512_permutex2var_epi32(above, l, x[i + s]);
+        }
+    }
+}
+// A line is a row of A or a column of B. They are packed in blocks of 32 lines x 32 k, each through
+// registers that hold 16 pairs: of one line, or of 16 lines at the same k. A block at an edge is
+// copied into zeros first.
+TARGET_AVX512 void gemm_bf16_pack(uint16_t *out, const uint16_t *X, int64_t ld, int lines_first,
+                                  int64_t lines, int64_t k, int is_a) {
+    int64_t padded = gemm_bf16_padded(k), step = is_a ? padded : 2 * BLOCK;
+    uint16_t edge[BLOCK * BLOCK], pairs[2][BLOCK];
+    for (int j = 0; j < BLOCK; j++) {
+        pairs[0][j] = (uint16_t)(j / 2 + j % 2 * BLOCK);
+        pairs[1][j] = (uint16_t)(pairs[0][j] + BLOCK / 2);
+    }
+    for (int64_t line = 0; line < lines; line += BLOCK)
+        for (int64_t p = 0; p < k; p += BLOCK) {
+            const uint16_t *from = X + (lines_first ? line * ld + p : p * ld + line);
+            int64_t rows = lesser(BLOCK, lines_first ? lines - line : k - p), from_ld = ld,
+                    width = lesser(BLOCK, lines_first ? k - p : lines - line);
+            if (rows < BLOCK || width < BLOCK) {
+                memset(edge, 0, sizeof edge);
+                for (int64_t r = 0; r < rows; r++)
+                    memcpy(edge + r * BLOCK, from + r * ld, width * sizeof *edge);
+                from = edge;
+                from_ld = BLOCK;
+            }
+            uint16_t *to = out + line * padded + (is_a ? p : p * BLOCK);
+            for (int half = 0; half < 2; half++) {
+                __m512i x[16], order = _mm512_loadu_si512(pairs[half]);
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; i++)
+                    x[i] = lines_first ? _mm512_loadu_si512(from + (half * 16 + i) * from_ld)
+                                       : _mm512_permutex2var_epi16(
+                                             _mm512_loadu_si512(from + 2 * i * from_ld), order,
+                                             _mm512_loadu_si512(from + (2 * i + 1) * from_ld));
+                if (lines_first != is_a) transpose(x);
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; i++)
+                    _mm512_storeu_si512(to + (is_a ? half * 16 * step : half * BLOCK) + i * step,
+                                        x[i]);
+            }
+        }
+}
+
+// ---- products -------------------------------------------------------------------------------
 // c (ROWS,STRIP) = ROWS rows of A times a strip of B.
 TARGET_AVX512 static void product_avx512(float *c, const uint16_t *a, const uint16_t *b,
                                          int64_t padded) {
@@ -148,8 +186,19 @@ TARGET_AMX static void product_amx(float *c, const uint16_t *a, const uint16_t *
     _tile_stored(2, c + 16 * STRIP, 4 * STRIP);
     _tile_stored(3, c + 16 * STRIP + 16, 4 * STRIP);
 }
-void gemm_bf16_add(GemmBf16 kind, float *C, int64_t ldc, const uint16_t *a, const uint16_t *b,
-                   int64_t m, int64_t n, int64_t k) {
+// c + beta C (rows,columns), to X where it is given, else to C.
+TARGET_AVX512 static void put(float *C, int64_t ldc, uint16_t *X, int64_t ldx, const float *c,
+                              int64_t rows, int64_t columns, int beta) {
+    for (int64_t r = 0; r < rows; r++) {
+        float sum[STRIP];
+        for (int64_t s = 0; s < columns; s++) sum[s] = c[r * STRIP + s];
+        for (int64_t s = 0; beta && s < columns; s++) sum[s] += C[r * ldc + s];
+        for (int64_t s = 0; X && s < columns; s++) X[r * ldx + s] = float_to_bf16(sum[s]);
+        if (!X) memcpy(C + r * ldc, sum, columns * sizeof *C);
+    }
+}
+void gemm_bf16(GemmBf16 kind, float *C, int64_t ldc, uint16_t *X, int64_t ldx, const uint16_t *a,
+               const uint16_t *b, int64_t m, int64_t n, int64_t k, int beta) {
     int64_t padded = gemm_bf16_padded(k), step = kind == GEMM_AMX ? TILE_M : ROWS;
     float c[TILE_M * STRIP];
     if (kind == GEMM_AMX) tiles_begin();
@@ -159,22 +208,19 @@ void gemm_bf16_add(GemmBf16 kind, float *C, int64_t ldc, const uint16_t *a, cons
                 product_amx(c, a + i * padded, b + j * padded, padded);
             else
                 product_avx512(c, a + i * padded, b + j * padded, padded);
-            int64_t rows = lesser(step, m - i), columns = lesser(STRIP, n - j);
-            for (int64_t r = 0; r < rows; r++)
-                for (int64_t s = 0; s < columns; s++) C[(i + r) * ldc + j + s] += c[r * STRIP + s];
+            put(C + i * ldc + j, ldc, X ? X + i * ldx + j : 0, ldx, c, lesser(step, m - i),
+                lesser(STRIP, n - j), beta);
         }
     if (kind == GEMM_AMX) tiles_end();
 }
 #else
-void gemm_bf16_add(GemmBf16 kind, float *C, int64_t ldc, const uint16_t *a, const uint16_t *b,
-                   int64_t m, int64_t n, int64_t k) {
-    (void)kind;
-    (void)C;
-    (void)ldc;
-    (void)a;
-    (void)b;
-    (void)m;
-    (void)n;
-    (void)k;
+void gemm_bf16_pack(uint16_t *out, const uint16_t *X, int64_t ld, int lines_first, int64_t lines,
+                    int64_t k, int is_a) {
+    (void)out, (void)X, (void)ld, (void)lines_first, (void)lines, (void)k, (void)is_a;
+}
+void gemm_bf16(GemmBf16 kind, float *C, int64_t ldc, uint16_t *X, int64_t ldx, const uint16_t *a,
+               const uint16_t *b, int64_t m, int64_t n, int64_t k, int beta) {
+    (void)kind, (void)C, (void)ldc, (void)X, (void)ldx, (void)a, (void)b, (void)m, (void)n;
+    (void)k, (void)beta;
 }
 #endif
