@@ -115,30 +115,31 @@ int sums_json_has(const struct cJSON *trainer, const char *name, uint32_t *sum) 
     return 1;
 }
 
-// Its own digits count as zeros.
-static uint32_t own_sum(const char *text, const char *digits) {
+// Its own digits count as zeros. Returns them in hex.
+static const char *own_sum(const char *text, const char *digits, char hex[DIGITS + 1]) {
     size_t before = digits - text;
     uint32_t sum = checksum(0, text, before);
     sum = checksum(sum, "00000000", DIGITS);
-    return checksum(sum, digits + DIGITS, strlen(digits + DIGITS));
+    sum = checksum(sum, digits + DIGITS, strlen(digits + DIGITS));
+    snprintf(hex, DIGITS + 1, "%08" PRIx32, sum);
+    return hex;
 }
 
 char *sums_sign(char *text) {
     char *digits = strstr(text, OWN), hex[DIGITS + 1];
-    if (!digits) return text;
-    digits += sizeof OWN - 1;
-    snprintf(hex, sizeof hex, "%08" PRIx32, own_sum(text, digits));
-    memcpy(digits, hex, DIGITS);
+    if (digits)
+        memcpy(digits + sizeof OWN - 1, own_sum(text, digits + sizeof OWN - 1, hex), DIGITS);
     return text;
 }
 
 int sums_signed(const char *text, int64_t bytes) {
     const char *digits = strstr(text, OWN);
+    char hex[DIGITS + 1];
     if ((int64_t)strlen(text) != bytes) return 0;
     if (!digits) return !strstr(text, "\"checksums\""); // of a version that had none
     digits += sizeof OWN - 1;
     if (strlen(digits) < DIGITS) return 0;
-    return own_sum(text, digits) == (uint32_t)strtoul(digits, 0, 16);
+    return !memcmp(own_sum(text, digits, hex), digits, DIGITS);
 }
 
 // ---- verifying ------------------------------------------------------------------------------

@@ -344,7 +344,7 @@ static void flipped_bytes(const char *config) {
     save_grid(config, 2, 2, 0, STATE_M | STATE_V, DTYPE_FLOATX, out, 3, options(SAVE_F32, 0, 0), 0);
     save_grid(config, 2, 2, 0, STATE_M | STATE_V, DTYPE_FLOATX, out, 4, options(SAVE_F32, 0, 0), 0);
     Bad b = { config, dir, STATE_M | STATE_V };
-    int status, tried = 0, missed = 0, unnamed = 0;
+    int status, tried = 0, missed = 0, unnamed = 0, unseen = 0;
     run_child(do_verify, &b, &status, said, sizeof said);
     check(status == 0 && !load_grid(dir, 1, 3, 0, b.state, DTYPE_FLOATX, 1),
           "a checkpoint that is as it was written: verified, and resumed on another grid");
@@ -359,6 +359,7 @@ static void flipped_bytes(const char *config) {
             size_t at = (size_t)(mix64(i + 100 * (uint64_t)f) % n);
             if (i == 0) at = n - 1;
             if (i == 1) at = 8;
+            if (i == 2) at = 0;
             char was = text[at];
             text[at] = (char)(was ^ (1 << i % 8));
             spill(path, text, n);
@@ -371,9 +372,16 @@ static void flipped_bytes(const char *config) {
             text[at] = was;
         }
         spill(path, text, n);
+        for (size_t i = 0; f == 4 && i < 8 * n; i++) {
+            text[i / 8] = (char)(text[i / 8] ^ (1 << i % 8));
+            unseen += sums_signed(text, (int64_t)n);
+            text[i / 8] = (char)(text[i / 8] ^ (1 << i % 8));
+        }
         free(text);
         free(path);
     }
+    check(!unseen, "every bit of trainer.json, its own checksum too: %d flips are not seen",
+          unseen);
     check(!missed && unnamed == 0,
           "%d x one flipped bit, verified and resumed: %d not refused, %d refused without the name",
           tried, missed, unnamed);
