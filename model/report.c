@@ -324,12 +324,24 @@ void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s,
     log_line_end(r);
 }
 
+// " name 1.2345"; null, as in the log, where no target counts (a mean of none).
+static void print_loss(const char *name, double loss) {
+    if (isfinite(loss))
+        printf(" %s %.4f", name, loss);
+    else
+        printf(" %s null", name);
+}
+
 void report_evaluation(Report *r, int64_t step, double loss, const Loader *val,
                        const double *part) {
     if (!r->active) return;
     int n = loader_sources(val) > 1 ? loader_sources(val) : 0;
-    printf("val  %lld/%lld | val_loss %.4f", (long long)step, (long long)r->steps, loss);
-    for (int i = 0; i < n; i++) printf(" | %s %.4f", loader_source(val, i)->name, part[i]);
+    printf("val  %lld/%lld |", (long long)step, (long long)r->steps);
+    print_loss("val_loss", loss);
+    for (int i = 0; i < n; i++) {
+        printf(" |");
+        print_loss(loader_source(val, i)->name, part[i]);
+    }
     printf("\n");
     fflush(stdout);
     if (!r->log) return;

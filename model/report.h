@@ -66,8 +66,8 @@ struct cJSON *resume_json(const Trainer *t, const Options *o, const Loader *data
 // on another seed, batch, sequence length, order or optimizer; and on another precision
 // (`precision`), config.json (the name of the field) or training data (`data`) unless
 // --allow-changed names it. A look at a run (--steps 0) only has to have the same config. Says on
-// `screen` (0: silent) which rates and schedules are new. Step 0 is a conversion: it had no data
-// and no optimizer.
+// `screen` (0: silent) which rates and schedules are new, and whether loss masks let other targets
+// count. Step 0 is a conversion: it had no data and no optimizer.
 void resume_check(const struct cJSON *trainer, const Options *o, const Config *c,
                   const Loader *data, const char *dir, int64_t step, FILE *screen);
 // Gives the trainer its counters and biases. Ends the run where one is out of range.

@@ -49,12 +49,20 @@ static void add_text(cJSON *list, char *text) {
     free(text);
 }
 
+// Of an epoch of every source, those that count.
+static int64_t epoch_targets(const Loader *data) {
+    int64_t n = 0;
+    for (int i = 0; i < loader_sources(data); i++) n += loader_source(data, i)->targets;
+    return n;
+}
+
 // Files by their own names (a data set may lie elsewhere now) and sizes, the tokens of all, and the
 // sources of a mixture: with other weights another source would give each window.
 static cJSON *data_json(const Loader *data) {
     cJSON *json = cJSON_CreateObject(), *files = cJSON_AddArrayToObject(json, "files");
     cJSON *sources = cJSON_AddArrayToObject(json, "sources");
     cJSON_AddNumberToObject(json, "tokens", (double)loader_tokens(data));
+    cJSON_AddNumberToObject(json, "targets", (double)epoch_targets(data));
     for (int i = 0; i < loader_files(data); i++) {
         const char *path = loader_file(data, i), *slash = strrchr(path, '/');
         add_text(files, xasprintf("%s, %lld bytes", slash ? slash + 1 : path,
@@ -104,6 +112,19 @@ static void check_data(const cJSON *trainer, const Options *o, const Loader *dat
             "give the same files, or accept others with --allow-changed data",
             dir, trainer_number(now, "tokens"), trainer_number(was, "tokens"));
     cJSON_Delete(now);
+}
+
+// Loss masks are no other data, for --loss-mask may change, but a run should not lose them
+// unnoticed.
+static void say_masks(const cJSON *trainer, const Loader *data, FILE *screen) {
+    const cJSON *was = cJSON_GetObjectItemCaseSensitive(
+        cJSON_GetObjectItemCaseSensitive(trainer, "data"), "targets");
+    if (!screen || !data || !cJSON_IsNumber(was) || was->valuedouble == (double)epoch_targets(data))
+        return;
+    fprintf(screen,
+            "changed    %lld targets of an epoch count, "
+            "the checkpoint was trained with %.0f\n",
+            (long long)epoch_targets(data), was->valuedouble);
 }
 
 // ---- config.json ----------------------------------------------------------------------------
@@ -229,6 +250,7 @@ void resume_check(const struct cJSON *trainer, const Options *o, const Config *c
             dir, precision, PRECISION_NAME, precision);
     check_data(trainer, o, data, dir);
     say_changed(trainer, o, screen);
+    say_masks(trainer, data, screen);
 }
 
 void resume_restore(Trainer *t, const struct cJSON *trainer, int64_t step) {

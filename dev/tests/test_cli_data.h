@@ -63,6 +63,8 @@ static void test_data_files(void) {
     check(l.n == 4 && isnan(logged(&l, 2, "loss")) && isnan(logged(&l, 2, "val_loss")) &&
               logged(&l, 2, "targets") == 0 && isfinite(logged(&l, 2, "grad_norm")),
           "updates and evaluations without targets: losses null, the run goes on");
+    check(said("stdout", "step 2/2 (100%) | no targets") && said("stdout", "val_loss null"),
+          "  and the screen says so");
     log_free(&l);
 
     good("cp $T/masked.bin $T/bare.bin; eval exec $B $D --train $T/bare.bin --steps 3 --out $T/o1");
@@ -70,6 +72,13 @@ static void test_data_files(void) {
     good("eval exec $B $D --train $T/masked.bin --steps 3 --out $T/o3");
     check(loss_difference("o1", "o2", 3) == 0 && loss_difference("o1", "o3", 3) > 0,
           "--loss-mask off: as a shard without a mask; with it other losses");
+
+    good("mv $T/bare.bin $T/o3/masked.bin; eval exec $B $D --train $T/o3/masked.bin --steps 4 "
+         "--resume --out $T/o3");
+    check(said("stdout", "3968 targets of an epoch count, the checkpoint was "
+                         "trained with 1190"),
+          "a run resumed without its loss masks says so");
+    good("exec mv $T/o3/masked.bin $T/bare.bin");
 
     good("eval exec $B $D $MIX --steps 8 --out $T/mix");
     good("eval exec $B $D $MIX --steps 3 --out $T/mix2");
