@@ -26,18 +26,7 @@ for layer in model.model.layers:
     fully_shard(layer, mesh=mesh)
 fully_shard(model, mesh=mesh)
 inputs, targets, position = fixture.part(rank, ranks)
-if position is None:
-    logits, router = forward(model, inputs, position)
-else:                                          # the root must be entered by its own forward: it takes the mask, and its router logits
-    first = torch.arange(inputs.shape[1]) - position
-    visible = (first[:, :, None] == first[:, None, :]).tril()
-    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
-    kept = []
-    for layer in model.model.layers:
-        if hasattr(layer.mlp, "gate"):
-            layer.mlp.gate.register_forward_hook(lambda _, __, out: kept.append(out[0] if isinstance(out, tuple) else out))
-    logits = model(input_ids=inputs, attention_mask=mask[:, None], position_ids=position, use_cache=False).logits
-    router = tuple(r.flatten(0, -2) for r in kept)
+logits, router = forward(model, inputs, position)
 divisor = int((fixture.targets != -100).sum()) / ranks if loss_kind == "global" else None
 whole, loss, aux, _ = total(fixture, logits, router, targets, divisor)
 whole.backward()
@@ -52,6 +41,6 @@ got["logits"] = torch.cat(pieces)
 for name, p in model.named_parameters():
     got |= {f"grad.{n}": g for n, g in per_expert(name, gather(p, p.grad, 0))}
 if rank == 0:
-    report(judge(fixture, f"transformers {transformers.__version__} FSDP2 (torch {torch.__version__.split('+')[0]}), {loss_kind} loss", ranks, got))
+    report(judge(fixture, f"transformers {transformers.__version__} FSDP2 (torch {torch.__version__.split('+')[0]}), {loss_kind} loss", ranks, got), got)
 dist.barrier()
 dist.destroy_process_group()

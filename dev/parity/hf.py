@@ -16,4 +16,4 @@ whole.backward()
 got = {"logits": logits, "loss": loss, "aux": aux}
 for name, p in model.named_parameters():
     got |= {f"grad.{n}": g for n, g in per_expert(name, torch.zeros_like(p) if p.grad is None else p.grad)}
-report(judge(fixture, f"transformers {transformers.__version__}", 1, got))
+report(judge(fixture, f"transformers {transformers.__version__}", 1, got), got)

@@ -42,6 +42,6 @@ for name, p in model.named_parameters():
     whole_grad = gather(p, p.grad, experts if ".mlp.experts." in name else 0)
     got |= {f"grad.{n}": g for n, g in per_expert(name, whole_grad)}
 if rank == 0:
-    report(judge(fixture, f"transformers {transformers.__version__} expert parallel, {kind}, {loss_kind} loss", ranks, got))
+    report(judge(fixture, f"transformers {transformers.__version__} expert parallel, {kind}, {loss_kind} loss", ranks, got), got)
 dist.barrier()
 dist.destroy_process_group()

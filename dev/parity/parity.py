@@ -31,21 +31,28 @@ class Fixture:
             self.position = at - torch.where(begins, at, 0).cummax(1).values
 
     def part(self, rank, ranks):
-        """Rank's consecutive rows of (inputs, targets, position)."""
+        """Rank's consecutive rows of (inputs, targets, position); every rank has as many."""
+        if len(self.inputs) % ranks:
+            raise ValueError(f"{len(self.inputs)} windows are not shared equally by {ranks} ranks")
         rows = slice(len(self.inputs) * rank // ranks, len(self.inputs) * (rank + 1) // ranks)
         return self.inputs[rows], self.targets[rows], None if self.position is None else self.position[rows]
 
 
 def forward(model, inputs, position):
-    """logits and router logits of a transformers model; with `position`, attention within documents by an explicit mask."""
+    """logits and router logits of a transformers model; with `position`, attention within documents by an explicit mask. The model is entered by
+    its own forward, as FSDP asks; the router logits come from hooks there, because transformers takes a mask of four dimensions for padding."""
     if position is None:
         out = model(input_ids=inputs, output_router_logits=True, use_cache=False)
         return out.logits, tuple(r for r in out.router_logits if r is not None)
     first = torch.arange(inputs.shape[1]) - position
     visible = (first[:, :, None] == first[:, None, :]).tril()
     mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
-    out = model.model(input_ids=inputs, attention_mask=mask[:, None], position_ids=position, output_router_logits=True, use_cache=False)
-    return model.lm_head(out.last_hidden_state), tuple(r for r in out.router_logits if r is not None)
+    kept, gates = [], [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    hooks = [g.register_forward_hook(lambda _, __, out: kept.append(out[0] if isinstance(out, tuple) else out)) for g in gates]
+    logits = model(input_ids=inputs, attention_mask=mask[:, None].to(model.dtype), position_ids=position, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    return logits, tuple(r.flatten(0, -2) for r in kept)
 
 
 def total(fixture, logits, router, targets, divisor=None):
@@ -93,8 +100,11 @@ def judge(fixture, adapter, ranks, got, tol=2e-5):
             "missing": sum(n.startswith("grad.") and n not in got for n in expected)}
 
 
-def report(line):
-    """The adapter's last line, which peers.py reads."""
+def report(line, got):
+    """The adapter's last line, which peers.py reads; with PARITY_GOT=FILE what was computed goes there, which confirm.py reads."""
+    if os.environ.get("PARITY_GOT"):
+        from safetensors.torch import save_file
+        save_file({n: t.detach().contiguous().clone() for n, t in got.items()}, os.environ["PARITY_GOT"])
     print("PARITY " + json.dumps(line), flush=True)
 
 

@@ -5,7 +5,7 @@
 
 With --keep a result is written to the file when it is there, and what the file has is not run again.
 """
-import argparse, datetime, json, os, subprocess, sys
+import argparse, datetime, json, math, os, re, runpy, signal, socket, sys, tempfile, time, traceback
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FIXTURES = ["gqa", "tied", "dense", "wide", "parallel", "skewed", "documents", "masks", "chat"]
@@ -14,20 +14,82 @@ ADAPTERS = [("hf.py", [], False), ("hf_ep.py", ["data", "mean"], True), ("hf_ep.
             ("fsdp2.py", ["mean"], True), ("fsdp2.py", ["global"], True), ("torchtitan_ep.py", [], True)]
 
 
-def run(adapter, fixture, arguments, several, ranks, timeout):
-    """The adapter's result, or {"error": its last line}."""
-    launch = [sys.executable] if not several else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+def launch(script, words, ranks, environment, timeout):
+    """(stdout, stderr) of a script of this folder, or None after `timeout` seconds. A process a rank, forked from this one, so that torch and
+    transformers are imported once; the ranks find each other as under torchrun."""
+    import torch, transformers      # noqa: F401
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        children = []
+        for rank in range(ranks):
+            child = os.fork()
+            if child:
+                children.append(child)
+                continue
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                           **environment}
+            sys.argv = [script, *words]
+            status = 1
+            try:
+                runpy.run_path(os.path.join(HERE, script), run_name="__main__")
+                status = 0
+            except SystemExit as e:
+                status = e.code or 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        end, late = time.monotonic() + timeout, False
+        while children:
+            pid, status = os.waitpid(children[0], os.WNOHANG)
+            if pid:
+                children.pop(0)
+            elif time.monotonic() > end:
+                late = True
+                for child in children:
+                    os.kill(child, signal.SIGKILL)
+                end = math.inf
+            else:
+                time.sleep(0.05)
+        out.seek(0)
+        err.seek(0)
+        return None if late else (out.read(), err.read())
+
+
+def run(adapter, fixture, arguments, ranks, timeout):
+    """The adapter's result, with what confirm.py says where gradients deviate; or {"error": what went wrong on the first rank that failed by itself}."""
     name = f"{adapter[:-3]} {' '.join(arguments)}".strip()
-    try:
-        out = subprocess.run([*launch, os.path.join(HERE, adapter), fixture, *arguments], capture_output=True, text=True, timeout=timeout, env=env)
-    except subprocess.TimeoutExpired:
-        return {"adapter": name, "fixture": fixture, "ranks": ranks, "error": f"no result within {timeout} s"}
-    for line in out.stdout.splitlines():
-        if line.startswith("PARITY "):
-            return json.loads(line[7:])
-    errors = [line.split("]: ")[-1] for line in out.stderr.splitlines() if "Error: " in line]
+    with tempfile.TemporaryDirectory() as folder:
+        got = os.path.join(folder, "got.safetensors")
+        said = launch(adapter, [fixture, *arguments], ranks, {"PARITY_GOT": got}, timeout)
+        if not said:
+            return {"adapter": name, "fixture": fixture, "ranks": ranks, "error": f"no result within {timeout} s"}
+        for line in said[0].splitlines():
+            if line.startswith("PARITY "):
+                row = json.loads(line[7:])
+                if row["beyond"]:
+                    kind = ["--rank-losses", arguments[-1]] if arguments and arguments[0] != "batch" else []
+                    answer = launch("confirm.py", [fixture, str(ranks), got, *kind], 1, {}, timeout)
+                    row["confirm"] = json.loads(answer[0]) if answer and answer[0] else None
+                return row
+    errors = [line for line in said[1].splitlines() if re.match(r"[\w.]*Error: ", line)]
+    errors.sort(key=lambda line: "gloo" in line)            # a rank that lost another one says so, but not why
     return {"adapter": name, "fixture": fixture, "ranks": ranks, "error": (errors or ["no result"])[0][:110]}
+
+
+def verdict(row):
+    """The last three columns: where the slopes lie (the worst of the kinds), the naive model's difference, and whether all of it holds."""
+    c = row.get("confirm")
+    if not c:
+        return "| | not confirmed" if row["beyond"] else "| |"
+    far = lambda column, at: max((k[column] for k in c["kinds"].values()), key=lambda v: abs(v - at))
+    own = "" if c["values"] is None else f", {far(3, 1):.4f}"
+    return f"{abs(far(2, 0)):.4f}{own} | {'-' if c['naive'] is None else format(c['naive'], '.1e')} | {'yes' if c['holds'] else 'no'}"
 
 
 def main():
@@ -35,6 +97,7 @@ def main():
     p.add_argument("--out", default="parity-peers.md")
     p.add_argument("--fixtures", nargs="+", default=FIXTURES)
     p.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     p.add_argument("--timeout", type=int, default=180)
     p.add_argument("--keep", metavar="ROWS.jsonl")
     a = p.parse_args()
@@ -45,7 +108,7 @@ def main():
         for fixture in a.fixtures:
             for ranks in a.ranks if several else [1]:
                 key = " ".join([adapter, *arguments, fixture, str(ranks)])
-                row = kept.get(key) or run(adapter, fixture, arguments, several, ranks, a.timeout)
+                row = kept.get(key) or run(adapter, fixture, arguments, ranks, a.timeout)
                 if a.keep and key not in kept:
                     with open(a.keep, "a") as f:
                         f.write(json.dumps([key, row]) + "\n")
@@ -55,15 +118,18 @@ def main():
     with open(a.out, "w") as f:
         f.write(f"# make parity-peers, {datetime.date.today()}\n\n"
                 "Relative deviations (norm-wise) from the values that transformers computes in one process in fp32; gradients unclipped, of the total.\n"
-                "`beyond`: gradients off by more than 2e-5, and what they belong to; `scale`: the factor that fits the worst gradient best.\n\n"
-                "| trainer | fixture | ranks | logits | loss | aux | worst gradient | scale | beyond | which |\n|---|---|---|---|---|---|---|---|---|---|\n")
+                "`beyond`: gradients off by more than 2e-5, and what they belong to; `scale`: the factor that fits the worst gradient best. `slopes`: of the\n"
+                "worst of each of these, by central differences in float64 (confirm.py), along the deviation: 0 is the expected gradient and 1 the trainer's; first\n"
+                "of the fixture's total, then of the mean over ranks of each rank's own. `naive`: worst difference of the expected gradients from dev/naive.\n\n"
+                "| trainer | fixture | ranks | logits | loss | aux | worst gradient | scale | beyond | which | slopes | naive | confirmed |\n"
+                "|---|---|---|---|---|---|---|---|---|---|---|---|---|\n")
         for r in rows:
             if "error" in r:
-                f.write(f"| {r['adapter']} | {r['fixture']} | {r['ranks']} | {r['error']} | | | | | | |\n")
+                f.write(f"| {r['adapter']} | {r['fixture']} | {r['ranks']} | {r['error']} | | | | | | | | | |\n")
             else:
                 missing = f", {r['missing']} missing" if r["missing"] else ""
                 f.write(f"| {r['adapter']} | {r['fixture']} | {r['ranks']} | {number(r['logits'])} | {number(r['loss'])} | {number(r['aux'])} | "
-                        f"{number(r['gradient'])} {r['worst']} | {r['scale']:.4f} | {r['beyond']} of {r['of']}{missing} | {', '.join(r['kinds'])} |\n")
+                        f"{number(r['gradient'])} {r['worst']} | {r['scale']:.4f} | {r['beyond']} of {r['of']}{missing} | {', '.join(r['kinds'])} | {verdict(r)} |\n")
     print(f"written: {a.out}")
 
 
