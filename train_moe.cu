@@ -1,6 +1,6 @@
-// train_moe: trains Qwen3-MoE. This file is the program: what an option means for the model, the
-// commands (--plan, --selftest, or a run), the loop over updates, evaluation, samples, saving. The
-// update itself is model/step.c.
+// train_moe: trains Qwen3-MoE. This file is the program: the commands (--plan, --selftest, or a
+// run), the loop over updates, evaluation, samples, saving. The update itself is model/step.c; what
+// an option means for the model is in model/settings.c.
 //
 //   make train_moe
 //   ./train_moe --init model/configs/tiny.json --train text.txt --steps 200 --out runs/first
@@ -62,107 +62,6 @@ static int signal_asked(void) {
     return SIGNAL_SAVE;
 }
 
-// ---- from options to the model --------------------------------------------------------------
-static Schedule schedule_options(const Options *o) {
-    Schedule s = { (ScheduleKind)o->schedule, o->steps,
-                   options_count("warmup", o->warmup, o->steps),
-                   options_count("decay", o->decay, o->steps), o->final_lr };
-    if (s.warmup < 0) die("--warmup %s is negative|give a count or a ratio", o->warmup);
-    if (s.decay < 0) die("--decay %s is negative|give a count or a ratio", o->decay);
-    return s;
-}
-
-// Options that ask for something that this run never comes to.
-static void check_reached(const Options *o) {
-    int updates = *o->dump || *o->routing_record || *o->routing_replay || o->trace_token >= 0;
-    if (o->plan || o->selftest) return;
-    if (!o->steps && updates)
-        die("--dump, --routing-record, --routing-replay and --trace-token are about updates, and "
-            "--steps 0 makes none|give --steps 1; with --lr 0 it leaves the weights as they are");
-    if (comm_world_rank()) return;
-    if (o->profile > o->steps)
-        warn("--profile %lld: --steps %lld ends the run before it", (long long)o->profile,
-             (long long)o->steps);
-    if (o->document_end >= 0 && !o->documents)
-        warn("--document-end %lld means nothing without --documents mask",
-             (long long)o->document_end);
-}
-
-// What the table of options cannot say: which of them need or exclude each other.
-static void check_options(const Options *o) {
-    if (*o->model && *o->init)
-        die("both --model and --init were given|"
-            "--model continues a checkpoint, --init starts anew");
-    if (!*o->model && !*o->init && !o->selftest)
-        die("no model was given|"
-            "give --model DIR (a Hugging Face checkpoint) or --init CONFIG.json");
-    if (o->steps > 0 && !o->train.n && !o->plan && !o->selftest)
-        die("no training data was given|"
-            "add --train FILE..., or --steps 0 to convert, evaluate or generate only");
-    if (o->resume && !*o->out) die("--resume needs the folder of the run|add --out DIR");
-    if (o->balance && o->balance_rate <= 0)
-        die("--balance-rate %g|give a number above 0", o->balance_rate);
-    save_dtype_parse(o->save_dtype);
-    Schedule schedule = schedule_options(o);
-    if (o->steps && schedule.warmup > o->steps && comm_world_rank() == 0)
-        warn("--warmup %s is longer than the run of --steps %lld: its rate is never reached",
-             o->warmup, (long long)o->steps);
-    if (strcmp(o->aux_coef, "config")) options_real("aux-coef", o->aux_coef);
-    check_reached(o);
-}
-
-// --batch 0: 8 sequences, or the next number that ranks, rounds and micro-batches divide.
-static void default_batch(Options *o, const Grid *g) {
-    int64_t unit = g->data_ranks * o->rounds * (o->micro_batch ? o->micro_batch : 1);
-    if (!o->batch) o->batch = (8 + unit - 1) / unit * unit;
-}
-
-static StepOptions step_options(const Options *o, const Config *c) {
-    StepOptions s;
-    memset(&s, 0, sizeof s);
-    s.T = (int)o->seq_len;
-    s.batch = o->batch;
-    s.micro_batch = (int)o->micro_batch;
-    s.rounds = (int)o->rounds;
-    s.recompute = (Recompute)o->recompute;
-    s.update_layer = o->update;
-    s.clip = o->grad_clip;
-    s.aux_coef = c->aux_coef;
-    if (strcmp(o->aux_coef, "config")) s.aux_coef = options_real("aux-coef", o->aux_coef);
-    if (s.aux_coef < 0) die("--aux-coef %g cannot be negative|give 0 or more", s.aux_coef);
-    s.z_coef = o->z_coef;
-    s.aux_per_layer = o->aux_pool;
-    // -1 marks ignored targets themselves, so no id is asked for by -2.
-    s.ignore_target = o->ignore_target < 0 ? -2 : (int)o->ignore_target;
-    s.documents = o->documents;
-    s.document_end = o->document_end < 0 ? c->eos : (int)o->document_end;
-    if (s.documents && (s.document_end < 0 || s.document_end >= c->V))
-        die("--documents mask: the model has no end-of-text token %d|"
-            "give --document-end ID, from 0 to %d",
-            s.document_end, c->V - 1);
-    s.skip_nonfinite = o->skip_nonfinite;
-    s.expert_grad_scale = o->expert_grad_scale;
-    s.balance_rate = o->balance ? o->balance_rate : 0;
-    s.memory = (size_t)(o->gpu_mem * 1073741824.0);
-    s.seed = (uint64_t)o->seed;
-    return s;
-}
-
-// Without updates there is nothing to remember: a conversion needs memory and disk for weights, not
-// for moments.
-static OptimizerOptions optimizer_options(const Options *o) {
-    OptimizerOptions p = { OPT_SGD, 0, 0, 0, 0, 0, 0, o->master, (uint64_t)o->seed };
-    if (!o->steps) return p;
-    p.kind = (OptimizerKind)o->optimizer;
-    p.lr = o->lr;
-    p.momentum = o->momentum;
-    p.beta1 = o->beta1;
-    p.beta2 = o->beta2;
-    p.eps = o->eps;
-    p.weight_decay = o->weight_decay;
-    return p;
-}
-
 // ---- a run ----------------------------------------------------------------------------------
 typedef struct {
     const Options *o;
@@ -209,17 +108,12 @@ static int64_t open_out(Run *r) {
     return found;
 }
 
-static SaveOptions save_options(const Options *o) {
-    SaveOptions s = { save_dtype_parse(o->save_dtype), o->save_layout, (int)o->keep, 0 };
-    return s;
-}
-
 static void save(Run *r, int64_t step) {
     const Options *o = r->o;
     const Trainer *t = r->trainer;
     double begin = now_seconds();
     cJSON *trainer = resume_json(t, o, r->data);
-    SaveOptions s = save_options(o);
+    SaveOptions s = options_save(o);
     report_sync(&r->report);
     int64_t bytes =
         checkpoint_save(r->checkpoint, &r->folder, step, s, t->optimizer.state, trainer);
@@ -287,7 +181,7 @@ static StepResult update(Run *r, int64_t step, double lr) {
 static int64_t train(Run *r) {
     const Options *o = r->o;
     Trainer *t = r->trainer;
-    Schedule schedule = schedule_options(o);
+    Schedule schedule = options_schedule(o);
     if (r->val && r->first == 0) evaluate(r, 0, 0);
     r->report.begin = now_seconds();
     if (r->first < o->steps && *o->dump) t->dump = dump_open(o->dump, t);
@@ -441,7 +335,7 @@ static void keep_own_head(Config *c, const Options *o, Comm *all) {
 static Grid open_grid(Options *o, const Config *c) {
     Grid grid = grid_build(c, (int)o->dp, (int)o->fsdp, (int)o->ep, (Dispatch)o->dispatch,
                            o->attention == 1);
-    default_batch(o, &grid);
+    options_default_batch(o, &grid);
     return grid;
 }
 
@@ -456,11 +350,11 @@ static void command_plan(Options *o) {
         if (c.tied && *o->model && checkpoint_has_own_head(o->model)) c.tied = 0;
         Grid grid = grid_plan(&c, o->world ? (int)o->world : comm_world_size(), (int)o->dp,
                               (int)o->fsdp, (int)o->ep, (Dispatch)o->dispatch, o->attention == 1);
-        default_batch(o, &grid);
-        StepOptions step = step_options(o, &c);
+        options_default_batch(o, &grid);
+        StepOptions step = options_step(o, &c);
         // --recompute auto fills the planned machine, not this one.
         if (!step.memory) step.memory = machine.memory;
-        plan_print(stdout, &c, &grid, step, optimizer_options(o), &machine);
+        plan_print(stdout, &c, &grid, step, options_optimizer(o), &machine);
     }
     config_free(&c);
     free(path);
@@ -499,14 +393,14 @@ static void command_train(Options *o) {
     if (trainer) resume_check(trainer, o, &config, r.data, resumed, found, screen);
     if (o->generate || (o->sample_every && o->steps)) check_prompt(o, r.tokens, &config);
     double peak = device_peak_flops();
-    r.trainer = trainer_create(&r.model, &r.grid, step_options(o, &config), optimizer_options(o), 0,
+    r.trainer = trainer_create(&r.model, &r.grid, options_step(o, &config), options_optimizer(o), 0,
                                screen);
     r.staging = arena_counting("checkpoint");
     checkpoint_free(checkpoint_create(&r.model, r.grid.all, r.grid.dp_rank == 0, &r.staging));
     arena_commit(&r.staging);
     r.checkpoint = checkpoint_create(&r.model, r.grid.all, r.grid.dp_rank == 0, &r.staging);
     if (r.writes)
-        checkpoint_check_room(r.checkpoint, &r.folder, save_options(o), r.trainer->optimizer.state);
+        checkpoint_check_room(r.checkpoint, &r.folder, options_save(o), r.trainer->optimizer.state);
     int again = r.val && r.first == 0;
     r.report = report_open(r.trainer, r.writes ? &r.folder : 0, r.first, o->steps, again, peak);
     report_start(&r.report, r.trainer, o, path, r.data, r.val);
@@ -554,7 +448,7 @@ int main(int argc, char **argv) {
     } else if (*o.verify) {
         if (comm_world_rank() == 0) checkpoint_verify(o.verify, stdout);
     } else {
-        check_options(&o);
+        options_check(&o);
         start(&o);
         if (o.plan)
             command_plan(&o);

@@ -2,7 +2,8 @@
 // copy in run.json.
 #ifndef MOE_OPTIONS_H
 #define MOE_OPTIONS_H
-#include "../kernels/types.h"
+#include "checkpoint.h"
+#include "step.h"
 #include <math.h>
 #include <stdio.h>
 struct cJSON;
@@ -193,5 +194,18 @@ struct cJSON *options_json(const Options *o);
 int64_t options_count(const char *name, const char *value, int64_t total);
 // Returns the number in `value`. Ends the run, naming the option, where it is none or not finite.
 double options_real(const char *name, const char *value);
+
+// ---- settings.c: what the options mean for the model ----
+// Ends the run where options exclude each other, one lacks another that it needs, or one asks for
+// something that this run never comes to; warns (rank 0) of those that mean nothing.
+void options_check(const Options *o);
+// Sets --batch 0 to 8 sequences, or the next number that ranks, rounds and micro-batches divide.
+void options_default_batch(Options *o, const Grid *g);
+// Return what the options say of the learning rate, an update, the optimizer and a save. They end
+// the run on a value that cannot be.
+Schedule options_schedule(const Options *o);
+StepOptions options_step(const Options *o, const Config *c);
+OptimizerOptions options_optimizer(const Options *o);
+SaveOptions options_save(const Options *o);
 MOE_END_C
 #endif
