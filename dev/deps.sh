@@ -24,14 +24,29 @@ look() {
 names() {
     for part in $parts; do
         case $1:$part in
-        apt:compiler) echo gcc libc6-dev ;;       apt:cjson) echo libcjson-dev ;;            apt:blas) echo libopenblas-dev ;;
-        apt:openmp) case $CC in *clang*) echo libomp-dev ;; *) echo libgomp1 ;; esac ;;      apt:mpi) echo openmpi-bin libopenmpi-dev ;;
-        dnf:compiler) echo gcc glibc-devel ;;     dnf:cjson) echo cjson-devel ;;             dnf:blas) echo openblas-devel ;;
-        dnf:openmp) echo libgomp ;;               dnf:mpi) echo openmpi openmpi-devel ;;
-        brew:compiler) ;;                         brew:cjson) echo cjson ;;                  brew:blas) echo openblas ;;
-        brew:openmp) echo libomp ;;               brew:mpi) echo open-mpi ;;
-        conda:compiler) echo c-compiler ;;        conda:cjson) echo cjson ;;                 conda:blas) echo openblas ;;
-        conda:openmp) ;;                          conda:mpi) echo openmpi ;;
+        apt:compiler) echo gcc libc6-dev ;;
+        apt:cjson) echo libcjson-dev ;;
+        apt:blas) echo libopenblas-dev ;;
+        apt:openmp)
+            case $CC in
+            *clang*) echo libomp-dev ;;
+            *) echo libgomp1 ;;
+            esac
+            ;;
+        apt:mpi) echo openmpi-bin libopenmpi-dev ;;
+        dnf:compiler) echo gcc glibc-devel ;;
+        dnf:cjson) echo cjson-devel ;;
+        dnf:blas) echo openblas-devel ;;
+        dnf:openmp) echo libgomp ;;
+        dnf:mpi) echo openmpi openmpi-devel ;;
+        brew:cjson) echo cjson ;;
+        brew:blas) echo openblas ;;
+        brew:openmp) echo libomp ;;
+        brew:mpi) echo open-mpi ;;
+        conda:compiler) echo c-compiler ;;
+        conda:cjson) echo cjson ;;
+        conda:blas) echo openblas ;;
+        conda:mpi) echo openmpi ;;
         esac
     done | tr '\n' ' ' | sed 's/ $//'
 }
@@ -48,7 +63,10 @@ advise() {
 FOUND=$(mktemp) || exit 1
 trap 'rm -f "$FOUND"' EXIT
 look
-if [ -z "$parts" ]; then echo "deps: nothing is missing"; exit 0; fi
+if [ -z "$parts" ]; then
+    echo "deps: nothing is missing"
+    exit 0
+fi
 echo "deps: missing:$parts"
 
 sudo=
@@ -58,14 +76,28 @@ if command -v apt-get > /dev/null 2>&1 && { [ "$(id -u)" = 0 ] || [ -n "$sudo" ]
     echo "deps: $sudo apt-get install --no-install-recommends $packages"
     [ -n "$DRY" ] && exit 0
     log=$(mktemp)
-    install() { $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages > "$log" 2>&1; }
-    install || { $sudo apt-get update -qq >> "$log" 2>&1; install; } || { echo "deps: apt-get did not succeed:"; tail -5 "$log" | sed 's/^/    /'; }
+    install() {
+        $sudo env DEBIAN_FRONTEND=noninteractive \
+            apt-get install -y -qq --no-install-recommends $packages > "$log" 2>&1
+    }
+    install || {
+        $sudo apt-get update -qq >> "$log" 2>&1
+        install
+    } || {
+        echo "deps: apt-get did not succeed:"
+        tail -5 "$log" | sed 's/^/    /'
+    }
     rm -f "$log"
     look
     rm -f build/detected.mk
-    if [ -z "$parts" ]; then echo "deps: all there now"; else echo "deps: still missing:$parts"; advise; fi
+    if [ -z "$parts" ]; then
+        echo "deps: all there now"
+    else
+        echo "deps: still missing:$parts"
+        advise
+    fi
 else
     advise
 fi
-case $parts in *compiler*|*cjson*) exit 1 ;; esac
+case $parts in *compiler* | *cjson*) exit 1 ;; esac
 exit 0

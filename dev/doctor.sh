@@ -8,7 +8,10 @@ cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} NP=${1:-2}
 ok() { printf 'ok    %-10s %s\n' "$1" "$2"; }
 fine() { printf 'fine  %-10s %s\n' "$1" "$2"; }
-fix() { printf 'fix   %-10s %s\n      %-10s -> %s\n' "$1" "$2" "" "$3"; fixes=$((fixes + 1)); }
+fix() {
+    printf 'fix   %-10s %s\n      %-10s -> %s\n' "$1" "$2" "" "$3"
+    fixes=$((fixes + 1))
+}
 has() { command -v "$1" > /dev/null 2>&1; }
 first() { "$@" 2> /dev/null | head -1; }
 fixes=0
@@ -33,7 +36,7 @@ total=$(awk '/^MemTotal/ { printf "%.1f", $2 / 1048576 }' /proc/meminfo 2> /dev/
 free=$(awk '/^MemAvailable/ { printf "%.1f", $2 / 1048576 }' /proc/meminfo 2> /dev/null)
 [ -n "$total" ] && ok memory "$free of $total GiB free; ./train_moe --plan ... says what a run takes"
 limit=$(cat /sys/fs/cgroup/memory.max 2> /dev/null)
-case $limit in ''|max) ;; *) fix memory "this container may use $((limit / 1048576)) MiB, whatever the kernel shows" "compare with the total of --plan" ;; esac
+case $limit in '' | max) ;; *) fix memory "this container may use $((limit / 1048576)) MiB, whatever the kernel shows" "compare with the total of --plan" ;; esac
 disk=$(df -Pk . | awk 'NR == 2 { printf "%.1f", $4 / 1048576 }')
 if awk "BEGIN { exit !($disk < 2) }"; then fix disk "$disk GiB free in this folder" "give --out on a larger disk; a checkpoint with AdamW takes 16 bytes a parameter in fp32"; else ok disk "$disk GiB free in this folder"; fi
 
@@ -48,7 +51,8 @@ if [ -n "$BLAS_LIBS" ]; then
     $CC $BLAS_CFLAGS "$DIR/b.c" -o "$DIR/b" $BLAS_LIBS 2> /dev/null && config=$("$DIR/b")
     inherited=$(env | grep -E '^(OPENBLAS|GOTO)_' | tr '\n' ' ')
     core=${config##*core }
-    if [ -n "$inherited" ]; then fix BLAS "$config; inherited: $inherited" "unset these: an inherited core type can halve the speed"
+    if [ -n "$inherited" ]; then
+        fix BLAS "$config; inherited: $inherited" "unset these: an inherited core type can halve the speed"
     elif grep -qw avx512f /proc/cpuinfo 2> /dev/null && ! echo "$core" | grep -qiE 'skylakex|cooperlake|sapphire|zen[45]'; then
         fix BLAS "$config: the processor has AVX-512, this kernel does not use it" "OPENBLAS_CORETYPE=SkylakeX ./train_moe ... and compare the sgemm speed that it prints"
     else ok BLAS "$config"; fi
@@ -65,12 +69,14 @@ if [ -n "$MPI_LIBS" ] && [ -n "$MPIRUN" ]; then
         if [ -s "$DIR/log" ]; then fix MPI "$NP ranks met, with complaints: $(head -1 "$DIR/log")" "run it to see all: $line ./train_moe --selftest --init model/configs/tiny.json"; else ok MPI "$NP ranks met and added"; fi
     else fix MPI "$NP ranks could not be started: $(grep -v '^[- ]*$' "$DIR/log" | head -2 | tr '\n' ' ')" "see the line below"; fi
     [ "$NP" -le "$threads" ] || fine MPI "$NP ranks share $threads hardware threads: right, but not fast"
-elif [ -n "$MPI_LIBS" ]; then fix MPI "there is a library but no mpirun" "make deps"
+elif [ -n "$MPI_LIBS" ]; then
+    fix MPI "there is a library but no mpirun" "make deps"
 else fix MPI "not found: one process only" "make deps"; fi
 [ "$(id -u)" != 0 ] || fine root "you are root: Open MPI wants --allow-run-as-root"
 if [ -d /dev/shm ]; then
     shm=$(df -Pk /dev/shm | awk 'NR == 2 { print int($4 / 1024) }')
-    if [ "$shm" -lt $((32 * NP)) ]; then fix /dev/shm "$shm MiB free; $NP ranks may want $((32 * NP))" "docker run --shm-size=1g, or mpirun --mca btl_vader_backing_directory /tmp"
+    if [ "$shm" -lt $((32 * NP)) ]; then
+        fix /dev/shm "$shm MiB free; $NP ranks may want $((32 * NP))" "docker run --shm-size=1g, or mpirun --mca btl_vader_backing_directory /tmp"
     else ok /dev/shm "$shm MiB free"; fi
 else fine /dev/shm "none: MPI takes /tmp"; fi
 [ -z "$SLURM_JOB_ID" ] || ok Slurm "job $SLURM_JOB_ID on $SLURM_JOB_NUM_NODES nodes; dev/slurm has the scripts"
@@ -83,12 +89,15 @@ if [ -n "$gpus" ]; then
     echo "$gpus" > "$DIR/gpus"
     while read -r gpu; do ok GPU "$gpu (name, memory, free, compute capability, driver)"; done < "$DIR/gpus"
     driver=$(nvidia-smi 2> /dev/null | sed -n 's/.*CUDA Version: *\([0-9.]*\).*/\1/p' | head -1)
-    if [ -z "$toolkit" ]; then fix CUDA "a GPU, but no nvcc: the CPU is used" "install the CUDA toolkit (not above $driver) and put nvcc on PATH"
-    elif awk "BEGIN { exit !(${toolkit:-0} > ${driver:-0}) }"; then fix CUDA "nvcc $toolkit is newer than the driver's CUDA $driver: programs may not start" "update the driver, or take a toolkit up to $driver"
+    if [ -z "$toolkit" ]; then
+        fix CUDA "a GPU, but no nvcc: the CPU is used" "install the CUDA toolkit (not above $driver) and put nvcc on PATH"
+    elif awk "BEGIN { exit !(${toolkit:-0} > ${driver:-0}) }"; then
+        fix CUDA "nvcc $toolkit is newer than the driver's CUDA $driver: programs may not start" "update the driver, or take a toolkit up to $driver"
     else ok CUDA "nvcc $toolkit, driver CUDA $driver"; fi
     nvidia-smi topo -m 2> /dev/null | sed -n '/GPU0/,/^$/p' | sed 's/^/      /' | head -20
     [ -e /usr/include/nccl.h ] || echo '#include <nccl.h>' | $CC -E - > /dev/null 2>&1 || fine NCCL "nccl.h not found: one GPU per run"
-elif [ -n "$NVCC" ]; then fine CUDA "nvcc ${toolkit:-?}, but no GPU: BACKEND=cpu"
+elif [ -n "$NVCC" ]; then
+    fine CUDA "nvcc ${toolkit:-?}, but no GPU: BACKEND=cpu"
 else fine CUDA "no GPU, no nvcc: BACKEND=cpu"; fi
 
 # ---- what to type -------------------------------------------------------------------------------

@@ -23,7 +23,7 @@
 N=${1:-2}
 command -v mpirun > /dev/null 2>&1 || exit 0
 case $(mpirun --version 2> /dev/null | head -1) in
-*"Open MPI"*|*OpenRTE*)
+*"Open MPI"* | *OpenRTE*)
     line="mpirun"
     [ "$(id -u)" = 0 ] && line="$line --allow-run-as-root"
     slots=$(lscpu -p=core,socket 2> /dev/null | grep -v '^#' | sort -u | wc -l)
@@ -31,6 +31,7 @@ case $(mpirun --version 2> /dev/null | head -1) in
     [ "$allowed" -lt "$slots" ] && slots=$allowed
     [ "$slots" -ge "$N" ] || line="$line --oversubscribe"
     { [ -e /.dockerenv ] || [ -e /run/.containerenv ]; } && line="$line --mca btl_vader_single_copy_mechanism none"
-    echo "$line --bind-to none --mca mpi_yield_when_idle 1 --mca odls_base_sigkill_timeout ${GRACE:-5} -np $N" ;;
-*)  echo "mpirun -bind-to none -np $N" ;;    # Hydra (MPICH, Intel): counts no slots, takes root
+    echo "$line --bind-to none --mca mpi_yield_when_idle 1 --mca odls_base_sigkill_timeout ${GRACE:-5} -np $N"
+    ;;
+*) echo "mpirun -bind-to none -np $N" ;; # Hydra (MPICH, Intel): counts no slots, takes root
 esac

@@ -13,8 +13,14 @@ cd "$(dirname "$0")/.." || exit 1
 train=${1:-./train_moe} report=${2:-}
 case $train in /*) ;; *) train=$PWD/$train ;; esac
 N=4 net=10.77.0 timeout=10 tag=moe$$
-[ "$(id -u)" = 0 ] || { echo "dev/netns.sh: skipped, it needs root"; exit 0; }
-for tool in ip tc mpirun unshare; do command -v $tool > /dev/null 2>&1 || { echo "dev/netns.sh: skipped, there is no $tool here"; exit 0; }; done
+[ "$(id -u)" = 0 ] || {
+    echo "dev/netns.sh: skipped, it needs root"
+    exit 0
+}
+for tool in ip tc mpirun unshare; do command -v $tool > /dev/null 2>&1 || {
+    echo "dev/netns.sh: skipped, there is no $tool here"
+    exit 0
+}; done
 T=$(mktemp -d)
 remove() {
     for i in $(seq 0 $N); do
@@ -26,11 +32,26 @@ remove() {
 trap remove EXIT
 trap 'exit 1' INT TERM
 passed=0 failed=0
-say() { echo "$*"; echo "$*" >> "$T/report"; }
-check() { status=$?; if [ $status -eq 0 ]; then passed=$((passed + 1)); say "- ok: $*"; else failed=$((failed + 1)); say "- **FAIL**: $*"; fi; }
+say() {
+    echo "$*"
+    echo "$*" >> "$T/report"
+}
+check() {
+    status=$?
+    if [ $status -eq 0 ]; then
+        passed=$((passed + 1))
+        say "- ok: $*"
+    else
+        failed=$((failed + 1))
+        say "- **FAIL**: $*"
+    fi
+}
 
 # ---- the machines: namespace 0 is the switch, 1 .. N are m1 .. mN with addresses net.1 .. net.N -
-ip netns add $tag-0 && ip -n $tag-0 link add sw type bridge && ip -n $tag-0 link set sw up || { echo "dev/netns.sh: skipped, namespaces or bridges are not allowed here"; exit 0; }
+ip netns add $tag-0 && ip -n $tag-0 link add sw type bridge && ip -n $tag-0 link set sw up || {
+    echo "dev/netns.sh: skipped, namespaces or bridges are not allowed here"
+    exit 0
+}
 for i in $(seq 1 $N); do
     ip netns add $tag-"$i"
     ip -n $tag-0 link add p"$i" type veth peer name eth0 netns $tag-"$i"
@@ -50,7 +71,7 @@ i=\${1##*.}; shift
 exec ip netns exec $tag-\$i unshare -u sh -c "hostname m\$i; \$*"
 AGENT
 chmod +x "$T/agent"
-slow() {                                     # slow I on|off: everything that machine I sends and receives
+slow() { # slow I on|off: everything that machine I sends and receives
     for where in "$tag-$1 eth0" "$tag-0 p$1"; do
         # shellcheck disable=SC2086
         set -- "$1" "$2" $where
@@ -61,32 +82,40 @@ slow() {                                     # slow I on|off: everything that ma
     done
 }
 options="--model dev/fixtures/parallel --train dev/fixtures/parallel/tokens.bin --seq-len 16 --batch 8 --ignore-target 2 --lr 1e-3 --z-coef 0.001 --threads 1 --timeout $timeout"
-machines() {                                 # machines LIMIT ARGUMENTS...: one rank on each, started from m1
-    limit=$1; shift
+machines() { # machines LIMIT ARGUMENTS...: one rank on each, started from m1
+    limit=$1
+    shift
     timeout -k 5 "$limit" ip netns exec $tag-1 unshare -u sh -c 'hostname m1; exec "$@"' sh \
         mpirun --allow-run-as-root --bind-to none --hostfile "$T/hosts" --mca plm_rsh_agent "$T/agent" --mca orte_keep_fqdn_hostnames 1 --mca btl self,tcp --mca btl_tcp_if_include $net.0/24 \
         --mca oob tcp --mca oob_tcp_if_include $net.0/24 --mca oob_tcp_keepalive_time 15 --mca oob_tcp_keepalive_intvl 3 --mca oob_tcp_keepalive_probes 2 -x TMPDIR="$T" \
         -np $N "$train" $options --ep 2 --fsdp 2 "$@" > "$T/out" 2>&1
 }
 losses() { sed -n 's/.*"step":\([0-9]*\),"loss":\([^,]*\),.*/\1 \2/p' "$1/log.jsonl"; }
-apart() { losses "$1" > "$T/a"; losses "$2" > "$T/b"
-    awk 'NR == FNR { a[$1] = $2; n++; next } { m++; d = (a[$1] - $2) / $2; if (d < 0) d = -d; if (d > w) w = d } END { print !n || n != m ? 1 : w + 0 }' "$T/a" "$T/b"; }
+apart() {
+    losses "$1" > "$T/a"
+    losses "$2" > "$T/b"
+    awk 'NR == FNR { a[$1] = $2; n++; next } { m++; d = (a[$1] - $2) / $2; if (d < 0) d = -d; if (d > w) w = d } END { print !n || n != m ? 1 : w + 0 }' "$T/a" "$T/b"
+}
 ms() { sed -n 's/.*"ms":\([^,]*\),.*/\1/p' "$1/log.jsonl" | sort -g | awk '{ v[NR] = $1 } END { printf "%.0f", v[int((NR + 1) / 2)] }'; }
 
 say "# Four machines on one: ranks in network namespaces over TCP"
 say ""
 say "\`dev/netns.sh\`: dp 1, fsdp 2, ep 2, one rank a namespace, Open MPI's tcp transport, no shared memory; the fixture \`parallel\`."
 say ""
-"$train" $options --steps 8 --out "$T/one" > "$T/out" 2>&1; check "one process, 8 updates"
-machines 120 --steps 8 --save-every 8 --out "$T/healthy"; status=$?
+"$train" $options --steps 8 --out "$T/one" > "$T/out" 2>&1
+check "one process, 8 updates"
+machines 120 --steps 8 --save-every 8 --out "$T/healthy"
+status=$?
 grep -q '^error' "$T/out" && grep '^error' "$T/out" | head -2
 [ $status -eq 0 ] || tail -8 "$T/out"
 d=$(apart "$T/healthy" "$T/one")
-[ $status -eq 0 ] && awk -v d="$d" 'BEGIN { exit !(d <= 1e-5) }'; check "healthy: losses of 8 updates as of one process to $d"
+[ $status -eq 0 ] && awk -v d="$d" 'BEGIN { exit !(d <= 1e-5) }'
+check "healthy: losses of 8 updates as of one process to $d"
 
 how=
 slow 3 on
-machines 240 --steps 8 --save-every 8 --out "$T/slow"; status=$?
+machines 240 --steps 8 --save-every 8 --out "$T/slow"
+status=$?
 slow 3 off
 [ $status -eq 0 ] && cmp -s "$T/healthy/checkpoints/step_8/model.safetensors" "$T/slow/checkpoints/step_8/model.safetensors"
 check "the link of machine 3 (rank 2) slowed to $how: the same bits after 8 updates, each taking $(awk -v a="$(ms "$T/slow")" -v b="$(ms "$T/healthy")" 'BEGIN { printf "%.1f", a / (b > 0 ? b : 1) }') times as long"
@@ -94,18 +123,25 @@ check "the link of machine 3 (rank 2) slowed to $how: the same bits after 8 upda
 machines 120 --steps 1000000 --save-every 5 --keep 2 --out "$T/cut" &
 launcher=$!
 k=0
-while [ $k -lt 600 ] && [ "$(cat "$T"/cut/log.jsonl 2> /dev/null | wc -l)" -lt 12 ]; do sleep 0.1; k=$((k + 1)); done
+while [ $k -lt 600 ] && [ "$(cat "$T"/cut/log.jsonl 2> /dev/null | wc -l)" -lt 12 ]; do
+    sleep 0.1
+    k=$((k + 1))
+done
 ip -n $tag-0 link set p3 down
 start=$(date +%s)
-wait $launcher; status=$?
+wait $launcher
+status=$?
 took=$(($(date +%s) - start))
 named=$(grep -a '^error: rank' "$T/out" | grep -a 'no answer from rank' | head -1)
-[ $status -ne 0 ] && [ $status -ne 124 ] && [ $took -le $((timeout + 30)) ]; check "the link of machine 3 (rank 2) cut in mid-run: the run ended after $took s (--timeout $timeout) with status $status"
-echo "$named" | grep -qE 'rank[s]* .*\b2\b|rank 2 waited'; check "the report names the rank and the call"
+[ $status -ne 0 ] && [ $status -ne 124 ] && [ $took -le $((timeout + 30)) ]
+check "the link of machine 3 (rank 2) cut in mid-run: the run ended after $took s (--timeout $timeout) with status $status"
+echo "$named" | grep -qE 'rank[s]* .*\b2\b|rank 2 waited'
+check "the report names the rank and the call"
 say ""
 grep -a '^error: rank' "$T/out" | head -4 | while read -r line; do say "      $line"; done
 say ""
-"$train" --model "$T/cut/checkpoints/latest" --steps 0 > "$T/out" 2>&1; check "its last checkpoint loads ($(readlink "$T/cut/checkpoints/latest"))"
+"$train" --model "$T/cut/checkpoints/latest" --steps 0 > "$T/out" 2>&1
+check "its last checkpoint loads ($(readlink "$T/cut/checkpoints/latest"))"
 echo "dev/netns.sh: $passed passed, $failed failed"
 [ -n "$report" ] && cp "$T/report" "$report"
 [ $failed -eq 0 ]

@@ -23,7 +23,8 @@ $file: $tag is not defined in README.md"
     if [ -n "$bad" ]; then
         echo "$bad" | sed '/^$/d; s/^/FAIL /'
         failed=$((failed + 1))
-    else passed=$((passed + 1))
+    else
+        passed=$((passed + 1))
     fi
 done
 echo "$passed passed, $failed failed"

@@ -25,15 +25,23 @@ sh dev/text.sh "$WORK" "$TEXT"
 
 # ---- training -----------------------------------------------------------------------------------
 RUN=$(grep -q '^MPI_LIBS := .' build/detected.mk && sh dev/mpirun.sh 2 || true)
-if [ -n "$RUN" ]; then say "training: two processes, each with half of the experts"; EP=2; else say "training: one process (no MPI was found)"; EP=1; fi
+if [ -n "$RUN" ]; then
+    say "training: two processes, each with half of the experts"
+    EP=2
+else
+    say "training: one process (no MPI was found)"
+    EP=1
+fi
 rm -rf "$OUT"
 set -- ./train_moe --init model/configs/tiny.json --train "$WORK/train.txt" --val "$WORK/val.txt" --ep $EP --seq-len 128 --batch 8 --steps "$STEPS" \
     --lr 4e-3 --beta2 0.98 --warmup 0.1 --schedule cosine --eval-every 50 --eval-batches 8 --router-every 50 --prompt "static void " --generate 240 --temperature 0.9 --out "$OUT"
 echo "$ $RUN $(printf '%s ' "$@" | sed 's/static void /"static void "/')"
 # all of it goes to screen.txt, here every tenth update is shown
 { $RUN "$@" 2>&1 || echo $? > "$WORK/failed"; } | tee "$WORK/screen.txt" | grep --line-buffered -Ev '^step ([2-9]|[0-9]+[1-9])/'
-if [ -e "$WORK/failed" ]; then echo "error: the training ended with status $(cat "$WORK/failed"), hint: all it said is in $WORK/screen.txt"; exit 1; fi
-
+if [ -e "$WORK/failed" ]; then
+    echo "error: the training ended with status $(cat "$WORK/failed"), hint: all it said is in $WORK/screen.txt"
+    exit 1
+fi
 
 # ---- what was learnt ----------------------------------------------------------------------------
 say "the loss"

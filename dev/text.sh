@@ -7,7 +7,10 @@ cd "$(dirname "$0")/.." || exit 1
 DIR=${1:?a folder} TEXT=$2
 mkdir -p "$DIR" && rm -f "$DIR/train.txt" "$DIR/val.txt" || exit 1
 if [ -n "$TEXT" ]; then
-    [ -r "$TEXT" ] || { echo "error: TEXT=$TEXT cannot be read, hint: name a text file" >&2; exit 1; }
+    [ -r "$TEXT" ] || {
+        echo "error: TEXT=$TEXT cannot be read, hint: name a text file" >&2
+        exit 1
+    }
     echo "$TEXT"
 else
     find . \( -name build -o -name runs -o -name results -o -name fixtures -o -name '.?*' \) -prune -o \

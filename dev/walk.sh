@@ -34,7 +34,8 @@ sum
 if [ "$total" -gt $limit ]; then
     [ -z "$check" ] || echo "FAIL the first day has $total lines, more than $limit"
     failed=$((failed + 1))
-else passed=$((passed + 1))
+else
+    passed=$((passed + 1))
 fi
 day "Second day: the same update on many processes"
 file parallel/grid.c "rank = (dp * FSDP + fsdp) * EP + ep, and the five groups that follow from it"

@@ -12,22 +12,32 @@ output=$(mktemp)
 trap 'rm -f "$output"' EXIT
 
 ok() { passed=$((passed + 1)); }
-bad() { failed=$((failed + 1)); echo "FAIL $1"; sed 's/^/     /' "$output" | head -20; }
+bad() {
+    failed=$((failed + 1))
+    echo "FAIL $1"
+    sed 's/^/     /' "$output" | head -20
+}
 
 # expect_pass RANKS ARGUMENTS...: all checks pass
 expect_pass() {
-    ranks=$1; shift
+    ranks=$1
+    shift
     if [ "$ranks" = 0 ]; then timeout 300 "$program" "$@" > "$output" 2>&1; else timeout 300 $MPIRUN -np "$ranks" "$program" "$@" > "$output" 2>&1; fi
-    if [ $? = 0 ]; then ok; grep '^test_comm:' "$output"; else bad "$ranks ranks: $*"; fi
+    if [ $? = 0 ]; then
+        ok
+        grep '^test_comm:' "$output"
+    else bad "$ranks ranks: $*"; fi
 }
 # expect_fault SECONDS RANKS 'PATTERN' ARGUMENTS...: ends within SECONDS, status not 0, exactly one
 # line of ours, which matches
 expect_fault() {
-    seconds=$1 ranks=$2 pattern=$3; shift 3
+    seconds=$1 ranks=$2 pattern=$3
+    shift 3
     timeout "$seconds" $MPIRUN -np "$ranks" "$program" "$@" > "$output" 2>&1
     status=$?
     lines=$(grep -c '^error: ' "$output")
-    if [ $status != 0 ] && [ $status != 124 ] && [ "$lines" = 1 ] && grep -q "$pattern" "$output"; then ok
+    if [ $status != 0 ] && [ $status != 124 ] && [ "$lines" = 1 ] && grep -q "$pattern" "$output"; then
+        ok
     else bad "$ranks ranks: $* (status $status, $lines lines; wanted: $pattern)"; fi
 }
 

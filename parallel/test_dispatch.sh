@@ -8,12 +8,12 @@ shift
 [ $# -gt 0 ] || set -- 1 2 3 4
 launcher=${MPIRUN:-mpirun}
 options=
-if $launcher --version 2>/dev/null | grep -q 'Open MPI'; then
+if $launcher --version 2> /dev/null | grep -q 'Open MPI'; then
     options="--oversubscribe --mca btl_vader_single_copy_mechanism none"
     [ "$(id -u)" = 0 ] && options="--allow-run-as-root $options"
 fi
 passed=0 failed=0
-add() {                                     # add TEXT: the last line that test_dispatch printed
+add() { # add TEXT: the last line that test_dispatch printed
     printf '%s\n' "$1" | grep -v '^test_dispatch,'
     line=$(printf '%s\n' "$1" | grep '^test_dispatch,')
     echo "${line:-test_dispatch: no result}"

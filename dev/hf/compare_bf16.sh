@@ -29,10 +29,16 @@ failed=0
 } > "$OUT.md"
 for kind in sgd adamw; do
     if [ $kind = sgd ]; then options=(--optimizer sgd --lr 0.1); else options=(--optimizer adamw --lr 1e-3 --warmup 10 --weight-decay 0.1); fi
-    reference() { "$PYTHON" dev/hf/reference.py "${common[@]}" "${options[@]}" --out "$WORK/$kind/$1" --dump "$WORK/$kind-$1.safetensors" "${@:2}" > "$WORK/$kind-$1.txt" 2>&1 || { tail -3 "$WORK/$kind-$1.txt"; exit 1; }; }
+    reference() { "$PYTHON" dev/hf/reference.py "${common[@]}" "${options[@]}" --out "$WORK/$kind/$1" --dump "$WORK/$kind-$1.safetensors" "${@:2}" > "$WORK/$kind-$1.txt" 2>&1 || {
+        tail -3 "$WORK/$kind-$1.txt"
+        exit 1
+    }; }
     reference hf-fp32 --routing-record "$WORK/$kind/routing"
     reference hf-bf16 --dtype bf16 --routing-replay "$WORK/$kind/routing"
-    "$moe" "${common[@]}" "${options[@]}" --shuffle off --routing-replay "$WORK/$kind/routing" --out "$WORK/$kind/moe.c" --dump "$WORK/$kind-moe.safetensors" > "$WORK/$kind.txt" 2>&1 || { tail -3 "$WORK/$kind.txt"; exit 1; }
+    "$moe" "${common[@]}" "${options[@]}" --shuffle off --routing-replay "$WORK/$kind/routing" --out "$WORK/$kind/moe.c" --dump "$WORK/$kind-moe.safetensors" > "$WORK/$kind.txt" 2>&1 || {
+        tail -3 "$WORK/$kind.txt"
+        exit 1
+    }
     {
         printf '\n## %s\n\n![%s](%s)\n\n```\n' $kind $kind "$(basename "$OUT")-$kind.png"
         "$PYTHON" dev/hf/compare.py bf16 "$WORK/$kind-moe.safetensors" "$WORK/$kind-hf-bf16.safetensors" "$WORK/$kind-hf-fp32.safetensors" || touch "$WORK/failed"

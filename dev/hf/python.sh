@@ -6,12 +6,28 @@
 cd "$(dirname "$0")/../.." || exit 1
 works() { "$1" -c 'import torch, transformers, safetensors, numpy, matplotlib' 2> /dev/null; }
 if [ -n "$PYTHON" ]; then
-    works "$PYTHON" || { echo "error: PYTHON=$PYTHON lacks torch, transformers, safetensors, numpy or matplotlib, hint: $PYTHON -m pip install -r dev/hf/requirements.txt" >&2; exit 1; }
-    echo "$PYTHON"; exit
+    works "$PYTHON" || {
+        echo "error: PYTHON=$PYTHON lacks torch, transformers, safetensors, numpy or matplotlib, hint: $PYTHON -m pip install -r dev/hf/requirements.txt" >&2
+        exit 1
+    }
+    echo "$PYTHON"
+    exit
 fi
-for python in .venv/bin/python python3; do works $python && { echo $python; exit; }; done
-command -v python3 > /dev/null || { echo "error: no python3, hint: apt-get install python3-venv" >&2; exit 1; }
+for python in .venv/bin/python python3; do works $python && {
+    echo $python
+    exit
+}; done
+command -v python3 > /dev/null || {
+    echo "error: no python3, hint: apt-get install python3-venv" >&2
+    exit 1
+}
 echo "python: making .venv and installing dev/hf/requirements.txt into it, this takes minutes" >&2
-python3 -m venv .venv >&2 || { echo "error: python3 -m venv did not succeed, hint: apt-get install python3-venv" >&2; exit 1; }
-.venv/bin/python -m pip install --quiet -r dev/hf/requirements.txt >&2 || { echo "error: pip did not succeed, hint: see above; it needs a network" >&2; exit 1; }
+python3 -m venv .venv >&2 || {
+    echo "error: python3 -m venv did not succeed, hint: apt-get install python3-venv" >&2
+    exit 1
+}
+.venv/bin/python -m pip install --quiet -r dev/hf/requirements.txt >&2 || {
+    echo "error: pip did not succeed, hint: see above; it needs a network" >&2
+    exit 1
+}
 echo .venv/bin/python

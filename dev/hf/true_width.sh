@@ -13,7 +13,10 @@ unset ${!OPENBLAS_*} ${!GOTO_*}
 PYTHON=$(bash dev/hf/python.sh)
 make -s -j "$(nproc)" train_moe
 free=$(awk '/^MemAvailable/ { printf "%d", $2 / 1048576 }' /proc/meminfo) disk=$(df -Pk . | awk 'NR == 2 { printf "%d", $4 / 1048576 }')
-if [ "$free" -lt 20 ] || [ "$disk" -lt 32 ]; then echo "error: $free GiB of memory and $disk GiB of disk are free, hint: 20 and 32 are needed"; exit 1; fi
+if [ "$free" -lt 20 ] || [ "$disk" -lt 32 ]; then
+    echo "error: $free GiB of memory and $disk GiB of disk are free, hint: 20 and 32 are needed"
+    exit 1
+fi
 rm -rf "$WORK" && mkdir -p "$WORK" "$(dirname "$OUT")"
 [ -n "$KEEP" ] || trap 'rm -rf "$WORK"' EXIT
 sed 's/"num_hidden_layers": *[0-9]*/"num_hidden_layers": 2/' "$CONFIG" > "$WORK/config.json"
@@ -50,7 +53,10 @@ timed "$WORK/time.hf" "$PYTHON" dev/hf/reference.py "${common[@]}" --threads "$(
     echo "moe.c         $(grep '^step 1/' "$WORK/moe.txt")"
     sed -n 's/^step *1/transformers  step 1/p' "$WORK/hf.txt"
     echo "loss of updates   moe.c $(losses "$WORK/moe/log.jsonl")  transformers $(losses "$WORK/hf/log.jsonl")"
-    [ ! -s "$WORK/time.moe" ] || { peak moe.c "$WORK/time.moe"; peak transformers "$WORK/time.hf"; }
+    [ ! -s "$WORK/time.moe" ] || {
+        peak moe.c "$WORK/time.moe"
+        peak transformers "$WORK/time.hf"
+    }
     echo
     "$PYTHON" dev/hf/compare.py dumps "$WORK/moe.safetensors" "$WORK/hf.safetensors" || true
     echo '```'

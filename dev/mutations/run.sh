@@ -22,7 +22,7 @@ set -u
 top=$(cd "$(dirname "$0")/../.." && pwd)
 copy=$top/build/mutants/tree
 list=dev/mutations/$1 only=${2:-}
-dry=${LIST:-}      # read here: plant gives its perl a LIST of its own
+dry=${LIST:-} # read here: plant gives its perl a LIST of its own
 # Prints name, file and test of every mutation of the list.
 names() { perl -0777 -ne 'for (split /^----\n/m) { next unless /\S/; my ($n) = /^name: (.*)$/m; my ($f) = /^file: (.*)$/m; my ($t) = /^test: (.*)$/m; print "$n\t$f\t$t\n"; }' "$list"; }
 # Plants the mutation NAME of LIST in FILE, or only looks for its text where DRY is set. The status
@@ -41,24 +41,31 @@ plant() {
 }
 if [ -n "$dry" ]; then
     cd "$top" || exit 1
-    names | grep -- "$only" | { found=0 lost=0
+    names | grep -- "$only" | {
+        found=0 lost=0
         while IFS="$(printf '\t')" read -r name file test; do
-            if plant "$name" "$file"; then found=$((found + 1)); else lost=$((lost + 1)); echo "not found exactly once in $file: $name"; fi
+            if plant "$name" "$file"; then found=$((found + 1)); else
+                lost=$((lost + 1))
+                echo "not found exactly once in $file: $name"
+            fi
         done
-        echo "$found passed, $lost failed"; [ $lost -eq 0 ]; }
+        echo "$found passed, $lost failed"
+        [ $lost -eq 0 ]
+    }
     exit
 fi
 mkdir -p "$copy"
 (cd "$top" && git ls-files -z --cached --others --exclude-standard -- . ':!dev/results' | xargs -0 tar cf - 2> /dev/null) | tar xf - -C "$copy"
 cd "$copy" || exit 1
 mkdir -p build
-[ -f build/mutated ] && sort -u -o build/mutated build/mutated && xargs touch -c < build/mutated      # objects that earlier runs left of these may be mutants, newer than the tree's files
+[ -f build/mutated ] && sort -u -o build/mutated build/mutated && xargs touch -c < build/mutated # objects that earlier runs left of these may be mutants, newer than the tree's files
 cp -p "$top/build/detected.mk" build/ 2> /dev/null
-if [ -d "$top/build/cuemu" ] && [ ! -d build/cuemu ]; then      # objects of the same sources: their times are kept
-    mkdir build/cuemu; (cd "$top/build/cuemu" && tar cf - source twins plain plain-bf16 plain-fp32 tsan tsan-bf16 2> /dev/null) | tar xf - -C build/cuemu
+if [ -d "$top/build/cuemu" ] && [ ! -d build/cuemu ]; then # objects of the same sources: their times are kept
+    mkdir build/cuemu
+    (cd "$top/build/cuemu" && tar cf - source twins plain plain-bf16 plain-fp32 tsan tsan-bf16 2> /dev/null) | tar xf - -C build/cuemu
 fi
 quiet() { "$@" > build/log 2>&1; }
-case $1 in kernels.txt) export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMPI_MCA_btl=self,vader OMPI_MCA_btl_vader_single_copy_mechanism=none ;; esac      # as dev/tests/test_cuemu_program.sh
+case $1 in kernels.txt) export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMPI_MCA_btl=self,vader OMPI_MCA_btl_vader_single_copy_mechanism=none ;; esac # as dev/tests/test_cuemu_program.sh
 export ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=halt_on_error=1 TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0 detect_deadlocks=0"
 folder=$(make -s --eval='show-folder: ; @echo $(BUILD)' show-folder)
 
@@ -68,10 +75,13 @@ resolve() {
     line='' targets=''
     for word; do
         case $word in
-        test_moe|./train_moe) word=./${word#./} targets="$targets ${word#./}" ;;
+        test_moe | ./train_moe) word=./${word#./} targets="$targets ${word#./}" ;;
         *.sh) word="sh $word" ;;
         *=*) word="env $word" ;;
-        cuemu/*) word=build/$word; targets="$targets $word" ;;
+        cuemu/*)
+            word=build/$word
+            targets="$targets $word"
+            ;;
         *) [ -f "$word.c" ] && word=$folder/$word && targets="$targets $word" ;;
         esac
         line="$line $word"
@@ -79,19 +89,32 @@ resolve() {
 }
 # RANKS WORDS...; once more, for ranks of the last mutant that are still ending can hold a program
 # that is to be replaced
-build() { shift; resolve "$@"; quiet make -s $targets || { sleep 2; quiet make -s $targets; }; }
+build() {
+    shift
+    resolve "$@"
+    quiet make -s $targets || {
+        sleep 2
+        quiet make -s $targets
+    }
+}
 # Runs RANKS WORDS... into build/out, until it ends, or says FAIL or error:, or 10 minutes have
 # passed.
 said='FAIL(ED)? |^error: |WARNING: ThreadSanitizer|ERROR: AddressSanitizer|runtime error: |^cuemu: '
 run_test() {
-    ranks=$1; shift; resolve "$@"
+    ranks=$1
+    shift
+    resolve "$@"
     launcher=
     [ "$ranks" = 1 ] || launcher=$(GRACE=1 sh dev/mpirun.sh "$ranks")
-    : > build/out                            # the last mutant's words must not be heard again
+    : > build/out # the last mutant's words must not be heard again
     timeout 600 $launcher $line > build/out 2>&1 &
     pid=$!
     while kill -0 $pid 2> /dev/null; do
-        if grep -qE "$said" build/out; then sleep 0.2; kill $pid 2> /dev/null; break; fi
+        if grep -qE "$said" build/out; then
+            sleep 0.2
+            kill $pid 2> /dev/null
+            break
+        fi
         sleep 0.3
     done
     wait $pid 2> /dev/null
@@ -100,15 +123,24 @@ run_test() {
     return $((status ? 2 : 0))
 }
 
-passed=0; failed=0
+passed=0
+failed=0
 names > build/names
 grep -- "$only" build/names > build/chosen
 cut -f3 build/chosen | sort -u > build/tests
-[ "${UNCHANGED:-}" != passed ] || : > build/tests      # the caller has seen the unchanged tree pass
+[ "${UNCHANGED:-}" != passed ] || : > build/tests # the caller has seen the unchanged tree pass
 while read -r test <&3; do
     set -- $test
-    build "$@" || { cat build/log; echo "the unchanged tree does not build"; exit 1; }
-    run_test "$@" || { grep -E -m3 "$said" build/out || tail -3 build/out; echo "the unchanged tree fails '$test'"; exit 1; }
+    build "$@" || {
+        cat build/log
+        echo "the unchanged tree does not build"
+        exit 1
+    }
+    run_test "$@" || {
+        grep -E -m3 "$said" build/out || tail -3 build/out
+        echo "the unchanged tree fails '$test'"
+        exit 1
+    }
 done 3< build/tests
 while IFS="$(printf '\t')" read -r name file test <&3; do
     set -- $test
@@ -116,8 +148,10 @@ while IFS="$(printf '\t')" read -r name file test <&3; do
     echo "$file" >> build/mutated
     plant "$name" "$file"
     status=$?
-    if [ $status -ne 0 ]; then verdict="FAILED  $name: its text is not found exactly once in $file"
-    elif ! build "$@"; then verdict="FAILED  $name: does not compile: $(grep -m1 error build/log)"
+    if [ $status -ne 0 ]; then
+        verdict="FAILED  $name: its text is not found exactly once in $file"
+    elif ! build "$@"; then
+        verdict="FAILED  $name: does not compile: $(grep -m1 error build/log)"
     else
         run_test "$@"
         case $? in

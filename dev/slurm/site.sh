@@ -10,8 +10,8 @@
 export SBATCH_TIMELIMIT=${SBATCH_TIMELIMIT:-04:00:00}
 
 # ---- read by the scripts ------------------------------------------------------------------------
-RANKS_PER_NODE=${RANKS_PER_NODE:-2}                # one per GPU; on CPUs one per socket or memory domain
-CPUS_PER_RANK=${CPUS_PER_RANK:-1}                  # hardware threads of a rank; with a GPU 8: launches, the watchdog and NCCL's own threads each want one
+RANKS_PER_NODE=${RANKS_PER_NODE:-2} # one per GPU; on CPUs one per socket or memory domain
+CPUS_PER_RANK=${CPUS_PER_RANK:-1}   # hardware threads of a rank; with a GPU 8: launches, the watchdog and NCCL's own threads each want one
 # How ranks are started. An MPI build wants the interface that your MPI was built for (`srun
 # --mpi=list`: pmix, pmi2); a CUDA build with NCCL needs none, its ranks meet over TCP through
 # Slurm's own variables. No srun integration at all: LAUNCH=mpirun uses mpirun inside the

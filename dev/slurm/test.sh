@@ -8,10 +8,21 @@
 cd "$(dirname "$0")/../.." || exit 1
 for tool in slurmctld slurmd sbatch munged; do
     command -v $tool > /dev/null || PATH=$PATH:/usr/sbin:/sbin
-    command -v $tool > /dev/null || { echo "skipped: $tool is not installed"; echo "0 passed, 0 failed"; exit 0; }
+    command -v $tool > /dev/null || {
+        echo "skipped: $tool is not installed"
+        echo "0 passed, 0 failed"
+        exit 0
+    }
 done
-[ "$(id -u)" = 0 ] || { echo "skipped: slurmd wants root"; echo "0 passed, 0 failed"; exit 0; }
-[ -x ./train_moe ] || { echo "error: no train_moe, hint: make train_moe"; exit 1; }
+[ "$(id -u)" = 0 ] || {
+    echo "skipped: slurmd wants root"
+    echo "0 passed, 0 failed"
+    exit 0
+}
+[ -x ./train_moe ] || {
+    echo "error: no train_moe, hint: make train_moe"
+    exit 1
+}
 
 top=$PWD work=$(mktemp -d) passed=0 failed=0 daemons=
 chmod 755 "$work"
@@ -22,7 +33,13 @@ cleanup() {
     rm -rf "$work"
 }
 trap cleanup EXIT
-check() { if [ "$1" = 0 ]; then passed=$((passed + 1)); echo "ok $((passed + failed)) $2"; else failed=$((failed + 1)); echo "FAILED $((passed + failed)) $2"; fi; }
+check() { if [ "$1" = 0 ]; then
+    passed=$((passed + 1))
+    echo "ok $((passed + failed)) $2"
+else
+    failed=$((failed + 1))
+    echo "FAILED $((passed + failed)) $2"
+fi; }
 
 # ---- a cluster of one node ----------------------------------------------------------------------
 host=$(hostname -s)
@@ -66,16 +83,29 @@ slurmctld -D -i > "$work/slurmctld.out" 2>&1 &
 daemons="$daemons $!"
 slurmd -D -N "$host" > "$work/slurmd.out" 2>&1 &
 daemons="$daemons $!"
-for _ in $(seq 30); do [ "$(sinfo -h -o %T 2> /dev/null)" = idle ] && break; sleep 1; done
+for _ in $(seq 30); do
+    [ "$(sinfo -h -o %T 2> /dev/null)" = idle ] && break
+    sleep 1
+done
 [ "$(sinfo -h -o %T 2> /dev/null)" = idle ]
 check $? "a cluster of one node, $(sbatch --version), $(scontrol show config | sed -n 's/^SelectType *= //p')"
-[ $failed = 0 ] || { tail -5 "$work"/*.log "$work"/*.out; echo "$passed passed, $failed failed"; exit 1; }
+[ $failed = 0 ] || {
+    tail -5 "$work"/*.log "$work"/*.out
+    echo "$passed passed, $failed failed"
+    exit 1
+}
 
 # ---- as dev/slurm/site.sh of a small site -------------------------------------------------------
 export RANKS_PER_NODE=${RANKS_PER_NODE:-2} CPUS_PER_RANK=1 LAUNCH=${LAUNCH:-mpirun} OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-submit() { bash -c '. dev/slurm/site.sh && sbatch --parsable --chdir "$0" --output "$1" "${@:2}"' "$top" "$@"; }   # FILE arguments of sbatch ...
+submit() { bash -c '. dev/slurm/site.sh && sbatch --parsable --chdir "$0" --output "$1" "${@:2}"' "$top" "$@"; } # FILE arguments of sbatch ...
 state() { scontrol show job "$1" 2> /dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p'; }
-wait_for() { for _ in $(seq "$3"); do case $(state "$1") in $2) return 0 ;; esac; sleep 1; done; return 1; }
+wait_for() {
+    for _ in $(seq "$3"); do
+        case $(state "$1") in $2) return 0 ;; esac
+        sleep 1
+    done
+    return 1
+}
 
 job=$(submit "$work/doctor.txt" --nodes 1 dev/slurm/doctor.sbatch)
 wait_for "$job" 'COMPLETED|FAILED' 60
@@ -97,10 +127,16 @@ wait_for "$job" RUNNING 30
 tasks=$(scontrol show job "$job" | sed -n 's/.*NumCPUs=\([0-9]*\) NumTasks=\([0-9]*\).*/\1 CPUs, \2 tasks/p')
 [ "$tasks" = "$RANKS_PER_NODE CPUs, $RANKS_PER_NODE tasks" ]
 check $? "train.sbatch asks for what site.sh says: $tasks"
-for _ in $(seq 150); do [ "$(grep -c '^== job' "$work/train.txt")" -ge 2 ] && break; sleep 1; done
+for _ in $(seq 150); do
+    [ "$(grep -c '^== job' "$work/train.txt")" -ge 2 ] && break
+    sleep 1
+done
 grep -q "saving, then back into the queue" "$work/train.txt" && grep -q "^== job $job, start 1," "$work/train.txt"
 check $? "at its time limit the job saves and goes back into the queue: start 1"
-for _ in $(seq 60); do grep -q "^resumed from" "$work/train.txt" && break; sleep 1; done
+for _ in $(seq 60); do
+    grep -q "^resumed from" "$work/train.txt" && break
+    sleep 1
+done
 saved=$(sed -n 's/^stopped by a signal after update \([0-9]*\).*/\1/p' "$work/train.txt" | head -1)
 grep -q "^resumed from .*/step_$saved\$" "$work/train.txt"
 check $? "it resumes from update $saved"
