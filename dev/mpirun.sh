@@ -30,8 +30,11 @@ case $(mpirun --version 2> /dev/null | head -1) in
     allowed=$(nproc 2> /dev/null || echo 1)
     [ "$allowed" -lt "$slots" ] && slots=$allowed
     [ "$slots" -ge "$N" ] || line="$line --oversubscribe"
-    { [ -e /.dockerenv ] || [ -e /run/.containerenv ]; } && line="$line --mca btl_vader_single_copy_mechanism none"
-    echo "$line --bind-to none --mca mpi_yield_when_idle 1 --mca odls_base_sigkill_timeout ${GRACE:-5} -np $N"
+    if [ -e /.dockerenv ] || [ -e /run/.containerenv ]; then
+        line="$line --mca btl_vader_single_copy_mechanism none"
+    fi
+    echo "$line --bind-to none --mca mpi_yield_when_idle 1" \
+        "--mca odls_base_sigkill_timeout ${GRACE:-5} -np $N"
     ;;
 *) echo "mpirun -bind-to none -np $N" ;; # Hydra (MPICH, Intel): counts no slots, takes root
 esac

@@ -17,14 +17,18 @@ N=4 net=10.77.0 timeout=10 tag=moe$$
     echo "dev/netns.sh: skipped, it needs root"
     exit 0
 }
-for tool in ip tc mpirun unshare; do command -v $tool > /dev/null 2>&1 || {
-    echo "dev/netns.sh: skipped, there is no $tool here"
-    exit 0
-}; done
+for tool in ip tc mpirun unshare; do
+    command -v $tool > /dev/null 2>&1 || {
+        echo "dev/netns.sh: skipped, there is no $tool here"
+        exit 0
+    }
+done
 T=$(mktemp -d)
 remove() {
     for i in $(seq 0 $N); do
-        for p in $(ip netns pids $tag-"$i" 2> /dev/null); do kill -9 "$p" 2> /dev/null; done
+        for p in $(ip netns pids $tag-"$i" 2> /dev/null); do
+            kill -9 "$p" 2> /dev/null
+        done
         ip netns del $tag-"$i" 2> /dev/null
     done
     rm -rf "$T"
@@ -77,30 +81,52 @@ slow() { # slow I on|off: everything that machine I sends and receives
         set -- "$1" "$2" $where
         ip netns exec "$3" tc qdisc del dev "$4" root 2> /dev/null
         [ "$2" = off ] && continue
-        ip netns exec "$3" tc qdisc add dev "$4" root netem delay 20ms rate 20mbit 2> /dev/null && how="20 ms and 20 Mbit/s (netem)" && continue
-        ip netns exec "$3" tc qdisc add dev "$4" root tbf rate 5mbit burst 16kbit latency 500ms && how="5 Mbit/s (tbf)"
+        ip netns exec "$3" tc qdisc add dev "$4" root netem delay 20ms rate 20mbit 2> /dev/null &&
+            how="20 ms and 20 Mbit/s (netem)" && continue
+        ip netns exec "$3" tc qdisc add dev "$4" root tbf rate 5mbit burst 16kbit latency 500ms &&
+            how="5 Mbit/s (tbf)"
     done
 }
-options="--model dev/fixtures/parallel --train dev/fixtures/parallel/tokens.bin --seq-len 16 --batch 8 --ignore-target 2 --lr 1e-3 --z-coef 0.001 --threads 1 --timeout $timeout"
+options="--model dev/fixtures/parallel --train dev/fixtures/parallel/tokens.bin --seq-len 16"
+options="$options --batch 8 --ignore-target 2 --lr 1e-3 --z-coef 0.001 --threads 1"
+options="$options --timeout $timeout"
 machines() { # machines LIMIT ARGUMENTS...: one rank on each, started from m1
     limit=$1
     shift
     timeout -k 5 "$limit" ip netns exec $tag-1 unshare -u sh -c 'hostname m1; exec "$@"' sh \
-        mpirun --allow-run-as-root --bind-to none --hostfile "$T/hosts" --mca plm_rsh_agent "$T/agent" --mca orte_keep_fqdn_hostnames 1 --mca btl self,tcp --mca btl_tcp_if_include $net.0/24 \
-        --mca oob tcp --mca oob_tcp_if_include $net.0/24 --mca oob_tcp_keepalive_time 15 --mca oob_tcp_keepalive_intvl 3 --mca oob_tcp_keepalive_probes 2 -x TMPDIR="$T" \
+        mpirun --allow-run-as-root --bind-to none --hostfile "$T/hosts" \
+        --mca plm_rsh_agent "$T/agent" --mca orte_keep_fqdn_hostnames 1 \
+        --mca btl self,tcp --mca btl_tcp_if_include $net.0/24 \
+        --mca oob tcp --mca oob_tcp_if_include $net.0/24 --mca oob_tcp_keepalive_time 15 \
+        --mca oob_tcp_keepalive_intvl 3 --mca oob_tcp_keepalive_probes 2 -x TMPDIR="$T" \
         -np $N "$train" $options --ep 2 --fsdp 2 "$@" > "$T/out" 2>&1
 }
 losses() { sed -n 's/.*"step":\([0-9]*\),"loss":\([^,]*\),.*/\1 \2/p' "$1/log.jsonl"; }
 apart() {
     losses "$1" > "$T/a"
     losses "$2" > "$T/b"
-    awk 'NR == FNR { a[$1] = $2; n++; next } { m++; d = (a[$1] - $2) / $2; if (d < 0) d = -d; if (d > w) w = d } END { print !n || n != m ? 1 : w + 0 }' "$T/a" "$T/b"
+    awk 'NR == FNR {
+             a[$1] = $2
+             n++
+             next
+         }
+         {
+             m++
+             d = (a[$1] - $2) / $2
+             if (d < 0) d = -d
+             if (d > w) w = d
+         }
+         END { print !n || n != m ? 1 : w + 0 }' "$T/a" "$T/b"
 }
-ms() { sed -n 's/.*"ms":\([^,]*\),.*/\1/p' "$1/log.jsonl" | sort -g | awk '{ v[NR] = $1 } END { printf "%.0f", v[int((NR + 1) / 2)] }'; }
+ms() {
+    sed -n 's/.*"ms":\([^,]*\),.*/\1/p' "$1/log.jsonl" | sort -g |
+        awk '{ v[NR] = $1 } END { printf "%.0f", v[int((NR + 1) / 2)] }'
+}
 
 say "# Four machines on one: ranks in network namespaces over TCP"
 say ""
-say "\`dev/netns.sh\`: dp 1, fsdp 2, ep 2, one rank a namespace, Open MPI's tcp transport, no shared memory; the fixture \`parallel\`."
+say "\`dev/netns.sh\`: dp 1, fsdp 2, ep 2, one rank a namespace, Open MPI's tcp transport," \
+    "no shared memory; the fixture \`parallel\`."
 say ""
 "$train" $options --steps 8 --out "$T/one" > "$T/out" 2>&1
 check "one process, 8 updates"
@@ -117,8 +143,12 @@ slow 3 on
 machines 240 --steps 8 --save-every 8 --out "$T/slow"
 status=$?
 slow 3 off
-[ $status -eq 0 ] && cmp -s "$T/healthy/checkpoints/step_8/model.safetensors" "$T/slow/checkpoints/step_8/model.safetensors"
-check "the link of machine 3 (rank 2) slowed to $how: the same bits after 8 updates, each taking $(awk -v a="$(ms "$T/slow")" -v b="$(ms "$T/healthy")" 'BEGIN { printf "%.1f", a / (b > 0 ? b : 1) }') times as long"
+times=$(awk -v a="$(ms "$T/slow")" -v b="$(ms "$T/healthy")" \
+    'BEGIN { printf "%.1f", a / (b > 0 ? b : 1) }')
+saved=checkpoints/step_8/model.safetensors
+[ $status -eq 0 ] && cmp -s "$T/healthy/$saved" "$T/slow/$saved"
+check "the link of machine 3 (rank 2) slowed to $how: the same bits after 8 updates," \
+    "each taking $times times as long"
 
 machines 120 --steps 1000000 --save-every 5 --keep 2 --out "$T/cut" &
 launcher=$!
@@ -134,14 +164,18 @@ status=$?
 took=$(($(date +%s) - start))
 named=$(grep -a '^error: rank' "$T/out" | grep -a 'no answer from rank' | head -1)
 [ $status -ne 0 ] && [ $status -ne 124 ] && [ $took -le $((timeout + 30)) ]
-check "the link of machine 3 (rank 2) cut in mid-run: the run ended after $took s (--timeout $timeout) with status $status"
+check "the link of machine 3 (rank 2) cut in mid-run: the run ended after $took s" \
+    "(--timeout $timeout) with status $status"
 echo "$named" | grep -qE 'rank[s]* .*\b2\b|rank 2 waited'
 check "the report names the rank and the call"
 say ""
-grep -a '^error: rank' "$T/out" | head -4 | while read -r line; do say "      $line"; done
+grep -a '^error: rank' "$T/out" | head -4 | while read -r line; do
+    say "      $line"
+done
 say ""
+latest=$(readlink "$T/cut/checkpoints/latest")
 "$train" --model "$T/cut/checkpoints/latest" --steps 0 > "$T/out" 2>&1
-check "its last checkpoint loads ($(readlink "$T/cut/checkpoints/latest"))"
+check "its last checkpoint loads ($latest)"
 echo "dev/netns.sh: $passed passed, $failed failed"
 [ -n "$report" ] && cp "$T/report" "$report"
 [ $failed -eq 0 ]

@@ -7,9 +7,17 @@ passed=0 failed=0
 for file; do
     bad=$(awk '
         function say(text) { print FILENAME ":" FNR ": " text }
-        /^```/ { code = !code; next }
+        /^```/ {
+            code = !code
+            next
+        }
         code || /^    / || /^!\[/ { next }
-        /^\|/ { n = split($0, cell, "|"); for (i in cell) if (length(cell[i]) > 160) say("a table cell of " length(cell[i]) " characters"); next }
+        /^\|/ {
+            n = split($0, cell, "|")
+            for (i in cell)
+                if (length(cell[i]) > 160) say("a table cell of " length(cell[i]) " characters")
+            next
+        }
         length > 100 { say(length " columns") }' "$file")
     folder=$(dirname "$file")
     for link in $(sed -n 's/.*](\([^)#:]*\)[)#].*/\1/p' "$file"); do

@@ -13,12 +13,14 @@ if [ -n "$TEXT" ]; then
     }
     echo "$TEXT"
 else
-    find . \( -name build -o -name runs -o -name results -o -name fixtures -o -name '.?*' \) -prune -o \
-        -type f \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.md' -o -name '*.py' -o -name '*.sh' -o -name Makefile \) -print | LC_ALL=C sort
+    find . \( -name build -o -name runs -o -name results -o -name fixtures -o -name '.?*' \) \
+        -prune -o -type f \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.md' \
+        -o -name '*.py' -o -name '*.sh' -o -name Makefile \) -print | LC_ALL=C sort
 fi > "$DIR/files"
 while read -r file; do
     bytes=$(wc -c < "$file")
     head -c $((bytes - bytes / 16)) "$file" >> "$DIR/train.txt"
     tail -c $((bytes / 16)) "$file" >> "$DIR/val.txt"
 done < "$DIR/files"
-echo "$(wc -l < "$DIR/files") files; $(wc -c < "$DIR/train.txt") bytes to learn from, $(wc -c < "$DIR/val.txt") held out; a byte is a token"
+echo "$(wc -l < "$DIR/files") files; $(wc -c < "$DIR/train.txt") bytes to learn from," \
+    "$(wc -c < "$DIR/val.txt") held out; a byte is a token"

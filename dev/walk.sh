@@ -22,14 +22,16 @@ file() {
 }
 sum() { [ -n "$check" ] || printf '  %5d  lines\n' "$total"; }
 
-[ -n "$check" ] || echo "Before it: dev/naive/README.md, one MoE layer with six tokens, every number on the page."
+[ -n "$check" ] ||
+    echo "Before it: dev/naive/README.md, one MoE layer with six tokens, every number on the page."
 day "First day: one update on one process, from main to the last CPU kernel"
 file train_moe.cu "main parses the options and calls the command; look for the loop over updates"
 file model/model.h "dimensions, the parameter table, what forward saves for backward"
 file model/layer.c "one layer, forward and backward; the second half mirrors the first"
 file model/step.c "one update: layers outside, micro-batches inside; who gathers and reduces when"
 file kernels/kernels.h "every operation with its shapes: the table of contents of the mathematics"
-file kernels/cpu/experts.c "the experts as products over sorted rows: gather, multiply, weighted sum"
+file kernels/cpu/experts.c \
+    "the experts as products over sorted rows: gather, multiply, weighted sum"
 sum
 if [ "$total" -gt $limit ]; then
     [ -z "$check" ] || echo "FAIL the first day has $total lines, more than $limit"

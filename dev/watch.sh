@@ -8,9 +8,11 @@ RUN=${1:?the --out folder of a run} PORT=${2:-8000} PYTHON=${PYTHON:-python3}
     exit 1
 }
 command -v "$PYTHON" > /dev/null || {
-    echo "error: no $PYTHON to serve the page with, hint: sh dev/curve.sh $RUN draws the loss as text" >&2
+    echo "error: no $PYTHON to serve the page with," \
+        "hint: sh dev/curve.sh $RUN draws the loss as text" >&2
     exit 1
 }
 cp "$(dirname "$0")/watch.html" "$RUN/watch.html" || exit 1
-echo "http://localhost:$PORT/watch.html     (on another machine: ssh -L $PORT:localhost:$PORT ...; Ctrl-C ends it)"
+echo "http://localhost:$PORT/watch.html     (on another machine:" \
+    "ssh -L $PORT:localhost:$PORT ...; Ctrl-C ends it)"
 exec "$PYTHON" -m http.server "$PORT" --bind 127.0.0.1 --directory "$RUN" > /dev/null 2>&1

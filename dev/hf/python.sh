@@ -7,16 +7,18 @@ cd "$(dirname "$0")/../.." || exit 1
 works() { "$1" -c 'import torch, transformers, safetensors, numpy, matplotlib' 2> /dev/null; }
 if [ -n "$PYTHON" ]; then
     works "$PYTHON" || {
-        echo "error: PYTHON=$PYTHON lacks torch, transformers, safetensors, numpy or matplotlib, hint: $PYTHON -m pip install -r dev/hf/requirements.txt" >&2
+        echo "error: PYTHON=$PYTHON lacks torch, transformers, safetensors, numpy or matplotlib," \
+            "hint: $PYTHON -m pip install -r dev/hf/requirements.txt" >&2
         exit 1
     }
     echo "$PYTHON"
     exit
 fi
-for python in .venv/bin/python python3; do works $python && {
+for python in .venv/bin/python python3; do
+    works $python || continue
     echo $python
     exit
-}; done
+done
 command -v python3 > /dev/null || {
     echo "error: no python3, hint: apt-get install python3-venv" >&2
     exit 1
