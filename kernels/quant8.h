@@ -44,37 +44,106 @@ enum { QUANT8_BLOCK = 256 };
 // Code c stands for the float with the bits (c + BASE) << 20, so that 255 is 1.0f.
 enum { QUANT8_BASE = (0x3f800000 >> 20) - 255 };
 
-// v = scale * the minifloat.
-static inline MOE_HD float v8_decode(uint8_t code, float scale) {
-    uint32_t bits = ((uint32_t)code + QUANT8_BASE) << 20;
+// Divisions and roots, exact to the last bit, would take most of an update on a GPU. So there are
+// a few for each block, and elements are multiplied with their results; the root of a code is read
+// from a table, and what is left is approximated. Everything is made of operations that IEEE 754
+// rounds correctly and of integers, and a product that is added to something is an explicit fma, so
+// that both backends have the same bits.
+static inline MOE_HD float quant8_float(uint32_t bits) {
     float x;
     memcpy(&x, &bits, 4);
-    return code ? x * scale : 0.0f;
+    return x;
+}
+static inline MOE_HD uint32_t quant8_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+// The smaller; y where x is NaN.
+static inline MOE_HD float quant8_min(float x, float y) {
+#if defined(__CUDA_ARCH__)
+    return fminf(x, y); // one instruction, where the other line is two
+#else
+    return x < y ? x : y;
+#endif
+}
+// sqrt(x / 2) of a positive float to 4.8e-6, never above it by more than rounding; 0 for 0. Half of
+// a float's bits are a guess at half its logarithm. Newton's step w (3/2 - x w^2) turns an error e
+// of w = 1/sqrt(2 x) into -3/2 e^2: 3.4e-2, 1.8e-3, 4.6e-6. Below x = 2^-126 it is too small.
+static inline MOE_HD float quant8_half_root(float x) {
+    float w = quant8_float(0x5ef75a86u - (quant8_bits(x) >> 1));
+    for (int i = 0; i < 2; i++) w *= fmaf(-(x * w), w, 1.5f);
+    return x * w;
+}
+// 1 / x for x in [2^-125, 2^125] to 2.3e-6, never above it by more than rounding. The guess y has
+// 0.950 <= x y <= 1.052; y (2 - x y) would be 0.9973 to 1 times the truth, 2.00143 centres that to
+// 1 +- 1.44e-3, and Newton's step squares the error.
+static inline MOE_HD float quant8_reciprocal(float x) {
+    float y = quant8_float(0x7ef33800u - quant8_bits(x));
+    y *= fmaf(-x, y, 2.00143f);
+    return fmaf(y, fmaf(-x, y, 1.0f), y);
+}
+// Roots of the codes and their inverses, as sqrtf(v8_decode(code, 1)) rounds them. The bits c +
+// BASE of a code are an exponent and 3 bits of mantissa; a root is that of the lowest 4 of them,
+// its entry in a table, times a power of two.
+typedef struct {
+    uint32_t root[16], inverse[16]; // bits of floats, less what v8_root and v8_inverse_root add
+} Quant8Roots;
+
+static inline Quant8Roots quant8_roots(void) {
+    Quant8Roots r;
+    for (uint32_t i = 0; i < 16; i++) {
+        float root = sqrtf(quant8_float((0x3f0u + i) << 20));
+        r.root[i] = quant8_bits(root) - (0x3f0u << 19);
+        r.inverse[i] = quant8_bits(1 / root) + (0x3f0u << 19);
+    }
+    return r;
+}
+static inline MOE_HD int v8_entry(uint8_t code) { return code + QUANT8_BASE; } // modulo 16
+static inline MOE_HD float v8_root(uint32_t entry, uint8_t code) {
+    return quant8_float(entry + ((((uint32_t)code + QUANT8_BASE) & ~15u) << 19));
+}
+static inline MOE_HD float v8_inverse_root(uint32_t entry, uint8_t code) {
+    return quant8_float(entry - ((((uint32_t)code + QUANT8_BASE) & ~15u) << 19));
+}
+
+// v = scale * the minifloat.
+static inline MOE_HD float v8_decode(uint8_t code, float scale) {
+    return code ? quant8_float(((uint32_t)code + QUANT8_BASE) << 20) * scale : 0.0f;
 }
 // ratio = v / scale in [0,1]; 20 random bits: added below the kept bits of the float they carry
 // with the probability of the dropped part, as in bf16_stochastic. positive: v > 0 (the ratio may
 // have underflowed).
 static inline MOE_HD uint8_t v8_encode(float ratio, int positive, uint32_t random20) {
-    uint32_t bits;
-    memcpy(&bits, &ratio, 4);
-    int32_t code = (int32_t)((bits + (random20 & 0xfffffu)) >> 20) - QUANT8_BASE;
+    int32_t code = (int32_t)((quant8_bits(ratio) + (random20 & 0xfffffu)) >> 20) - QUANT8_BASE;
     if (code < 1) code = 1;
     if (code > 255) code = 255;
     return (uint8_t)(positive ? code : 0);
 }
-// What u is multiplied with before m8_encode; a block of nothing gets codes 0.
-static inline MOE_HD float m8_inverse(float scale) {
-    return scale > 1e-30f ? 127.0f / scale : 0.0f;
+// m = code * unit * root, where unit = m_scale / 127 * sqrt(v_scale) and root is v8_root.
+static inline MOE_HD float m8_unit(float m_scale, float v_scale) {
+    return m_scale * (1.0f / 127) * sqrtf(v_scale);
 }
-static inline MOE_HD float m8_decode(uint8_t code, float scale) {
-    return (float)(int8_t)code * (scale * (1.0f / 127));
+// What m / root is multiplied with before m8_encode, from its largest magnitude in the block; a
+// block of nothing gets codes 0. Slightly less than 127 / largest, so that no rounding of the
+// product leaves the codes; m shrinks by 8e-7.
+static inline MOE_HD float m8_inverse(float largest) {
+    return largest > 1e-30f ? 126.9999f / largest : 0.0f;
 }
-// x = 127 u / scale in [-127,127]; in 16.16 fixed point the lowest 16 bits are the probability of
-// rounding up.
-static inline MOE_HD uint8_t m8_encode(float x, uint32_t random16) {
-    float clipped = x > -127.0f ? x : -127.0f; // NaN too becomes a number
-    if (clipped > 127.0f) clipped = 127.0f;
-    return (uint8_t)(((int32_t)(clipped * 65536.0f) + (int32_t)(random16 & 0xffffu)) >> 16);
+// u * inverse lies in [-127,127]. Added to 384 it becomes fixed point, with 15 bits below the point
+// in the mantissa of a float in [256,512): they are the probability of rounding up.
+static inline MOE_HD uint8_t m8_encode(float u, float inverse, uint32_t random15) {
+    uint32_t fixed = quant8_bits(fmaf(u, inverse, 384.0f)) + (128u << 15);
+    return (uint8_t)((fixed + (random15 & 0x7fffu)) >> 15);
+}
+// One step of AdamW for a gradient that is scaled already. m and v: beta1 and beta2 times the old
+// moments, which become the new ones; root_scale: sqrt(2) / sqrt(bc2). Returns
+// m / (sqrt(v) / sqrt(bc2) + eps), within 1e-5.
+static inline MOE_HD float quant8_step(float *m, float *v, float g, float lerp, float square,
+                                       float root_scale, float eps) {
+    *m = fmaf(lerp, g, *m);
+    *v = quant8_min(fmaf(square * g, g, *v), QUANT8_V_MAX);
+    return *m * quant8_reciprocal(fmaf(quant8_half_root(*v), root_scale, eps));
 }
 // U above; a huge number where exact AdamW has no bound either.
 static inline double adam_bound(double beta1, double beta2) {
@@ -82,9 +151,16 @@ static inline double adam_bound(double beta1, double beta2) {
     return room > 0 ? (1 - beta1) / sqrt(room) : 1e30;
 }
 // The order in one block, for both backends, with new m and v (fp32) and the Noise of the block:
-//   v = min(v, QUANT8_V_MAX);  v_scale = max v;
-//   v8 = v8_encode(v / v_scale, v > 0, noise_bits(noise, 0, i) >> 12);
-//   s = sqrt(v8_decode(v8, v_scale));  u = s > 0 ? clip(m / s, -U, U) : 0;  m_scale = max |u|;
-//   m8 = m8_encode(u * m8_inverse(m_scale), noise_bits(noise, 1, i) >> 16).
+//   v_scale = max v;  bits = noise_bits(noise, 0, i);
+//   v8 = v8_encode(v * (1 / v_scale), v > 0, bits >> 12);
+//   u = v8 ? clip(m * inverse root of v8, -U sqrt(v_scale), U sqrt(v_scale)) : 0;
+//   m8 = m8_encode(u, m8_inverse(max |u|), bits);  m_scale = max |u| / sqrt(v_scale).
 // Parameters without a master copy round with noise_bits(noise, 2, i) >> 16.
+//
+// What the approximations change. v_scale's reciprocal moves v / v_scale by 2 units in the last
+// place, 2e-6 of a step between codes: the probability of rounding up. Roots of codes and their
+// inverses are exact to a unit in the last place, so m decoded is m encoded, and the bound holds to
+// 3e-7 in each step (it does not add up: every step clips). The step itself is off by 7e-6 at most,
+// m8's shrinking included by 8e-6, where the noise of the codes is 1e-2. Below v = 1e-38 the root
+// is too small, which matters only where eps is below 1e-19; eps must be at least 1e-30.
 #endif

@@ -315,19 +315,73 @@ static void test_adamw8(void) {
     for (int c = 1; c < 256; c++) {
         monotone &= v8_decode((uint8_t)c, 1) > v8_decode((uint8_t)(c - 1), 1) &&
                     v8_encode(v8_decode((uint8_t)c, 1), 1, 0xfffff) == c;
-        if (c != 128) monotone &= m8_encode((float)(int8_t)c, 0xffff) == c;
+        if (c != 128) monotone &= m8_encode((float)(int8_t)c, 1, ~0u) == c;
     }
-    check(zero && monotone && m8_encode(NAN, 0) == 129 && m8_encode(1e30f, 0) == 127,
-          "codes: exact values stay, 0 is only 0, the ends hold");
+    int ends = 1;
+    for (float x = 1e-29f; x < 1e38f; x *= 1.37f)
+        ends &= m8_encode(x, m8_inverse(x), ~0u) == 127 &&
+                (int8_t)m8_encode(-x, m8_inverse(x), 0) == -127;
+    check(zero && monotone && ends, "codes: exact values stay, 0 is only 0, the ends hold");
     double sum = 0, sum_m = 0, x = 0.0123;
     for (uint32_t i = 0; i < 1 << 16; i++) {
         Noise noise = noise_block(3, 4, i >> 8, 5);
         sum += (double)v8_decode(v8_encode((float)x, 1, noise_bits(noise, 0, i & 255) >> 12), 1) /
                65536;
-        sum_m += (double)(int8_t)m8_encode(-7.3f, noise_bits(noise, 1, i & 255) >> 16) / 65536;
+        sum_m += (double)(int8_t)m8_encode(-7.3f, 1, noise_bits(noise, 0, i & 255)) / 65536;
     }
     check(fabs(sum / x - 1) < 1e-3 && fabs(sum_m + 7.3) < 0.01, "codes are unbiased: %.5f, %.4f",
           sum / x, sum_m); // 5 sigma: 6 % / 256 * 5 / 2 and 5 * 0.5 / 256
+}
+// Five updates of a shard with known numbers: fp32 builds have the bits of every machine, compiler
+// and backend.
+static void test_adamw8_bits(void) {
+    enum { N = 1000 };
+    Shard shard = take_shard(N, OPT_ADAMW8, 1);
+    Segment all = { 9, 0, N, 0, 0, 1 };
+    Noise noise = noise_block(1, 2, 3, 4);
+    real scale = (real)0.3;
+    uint64_t hash = 0;
+    for (int i = 0; i < N; i++) shard.s.master[i] = (real)((i % 7 - 3) * 0x1p-5);
+    for (int t = 1; t <= 5; t++) {
+        OptimizerStep o = take_step(OPT_ADAMW8, t);
+        for (int i = 0; i < N; i++) {
+            double x = (int32_t)noise_bits(noise, t % 4, (uint32_t)i) * 0x1p-40;
+            shard.grad[i].v = (real)(float)(x * x * x);
+        }
+        optimizer_update(&shard.s, &all, 1, &o, &scale);
+    }
+    for (int i = 0; i < N; i++) {
+        uint32_t bits = quant8_bits((float)shard.s.master[i]);
+        hash = mix64(hash ^ bits ^ (uint64_t)shard.s.m8[i] << 32 ^ (uint64_t)shard.s.v8[i] << 40);
+    }
+    for (int i = 0; i < 4; i++)
+        hash = mix64(hash ^ quant8_bits(shard.s.m_scale[i]) ^
+                     (uint64_t)quant8_bits(shard.s.v_scale[i]) << 32);
+    check(sizeof(real) == 8 || hash == 0x3aef655feee54b4e, "8-bit AdamW: known bits (hash %016llx)",
+          (unsigned long long)hash);
+    test_release("bits");
+}
+// The error bounds that quant8.h derives, over every exponent.
+static void test_quant8_roots(void) {
+    Quant8Roots roots = quant8_roots();
+    double root = 0, high = 0, quotient = 0;
+    for (float x = 1.2e-38f; x < 3e38f; x *= 1.00011f) {
+        double error = sqrt(2) * (double)quant8_half_root(x) / sqrt((double)x) - 1;
+        root = fmax(root, fabs(error)), high = fmax(high, error);
+        if (x < 2.4e-38f || x > 4e37f) continue;
+        error = (double)quant8_reciprocal(x) * (double)x - 1;
+        quotient = fmax(quotient, fabs(error)), high = fmax(high, error);
+    }
+    int table = 1;
+    for (int c = 1; c < 256; c++) {
+        uint8_t code = (uint8_t)c;
+        float exact = sqrtf(v8_decode(code, 1));
+        table &= v8_root(roots.root[v8_entry(code) % 16], code) == exact &&
+                 v8_inverse_root(roots.inverse[v8_entry(code) % 16], code) == 1 / exact;
+    }
+    check(root < 4.8e-6 && quotient < 2.3e-6 && high < 3e-7 && table && quant8_half_root(0) == 0,
+          "8-bit AdamW: roots within %.1e, inverses %.1e (%.0e above), roots of codes exact", root,
+          quotient, high);
 }
 static void test_norms(void) {
     enum { N = 200000 };
@@ -449,6 +503,8 @@ int main(void) {
     test_update(OPT_ADAMW8, 1, "AdamW 8-bit, master"),
         test_update(OPT_ADAMW8, 0, "AdamW 8-bit, no master");
     test_adamw8();
+    test_adamw8_bits();
+    test_quant8_roots();
     test_norms();
     test_convert();
     test_group("nothing was written behind a buffer");

@@ -45,6 +45,7 @@ static Piece *cut_pieces(const Segment *segments, int n_segments, int64_t *count
 // ---- the update of one block ----------------------------------------------------------------
 typedef struct {
     real scale, lr, momentum, keep, lerp, beta2, square, root, eps, step;
+    float beta1, root_scale, bound; // 8-bit AdamW's
     int first;
 } Coefficients;
 
@@ -58,6 +59,9 @@ static Coefficients coefficients(const OptimizerStep *o, real scale, double deca
                        .beta2 = (real)o->beta2,
                        .square = (real)(1 - o->beta2),
                        .root = (real)sqrt(correction2),
+                       .beta1 = (float)o->beta1,
+                       .root_scale = (float)sqrt(2 / correction2),
+                       .bound = (float)adam_bound(o->beta1, o->beta2),
                        .eps = (real)o->eps,
                        .step = (real)(o->lr / correction1),
                        .first = o->t == 1 };
@@ -67,6 +71,11 @@ static Coefficients coefficients(const OptimizerStep *o, real scale, double deca
     case OPT_ADAMW8: c.keep = (real)(1 - o->lr * o->weight_decay * decay); break;
     }
     return c;
+}
+// a b + c, rounded once.
+static real fused(real a, real b, real c) {
+    if (sizeof(real) == 8) return (real)fma((double)a, (double)b, (double)c);
+    return (real)fmaf((float)a, (float)b, (float)c);
 }
 static void adamw_block(real *restrict p, const real *restrict g, real *restrict m,
                         real *restrict v, const Coefficients *c) {
@@ -90,13 +99,6 @@ static void sgd_block(real *restrict p, const real *restrict g, real *restrict b
         p[i] -= k.lr * buf[i];
     }
 }
-static void decode_block(real *m, real *v, const uint8_t *m8, const uint8_t *v8, float m_scale,
-                         float v_scale, int n) {
-    for (int i = 0; i < n; i++) {
-        v[i] = v8_decode(v8[i], v_scale);
-        m[i] = m8_decode(m8[i], m_scale) * square_root(v[i]);
-    }
-}
 // The largest of BLOCK floats >= 0: their bits are ordered as integers are, and an integer maximum
 // is one vector instruction.
 static float largest(const float *x) {
@@ -111,30 +113,45 @@ static float largest(const float *x) {
 }
 // The order of steps is quant8.h's. Codes are computed as ints, one simple loop each: that is what
 // compilers turn into vectors.
-static void encode_block(uint8_t *m8, uint8_t *v8, float *m_scale, float *v_scale, const real *m,
-                         const real *v, float bound, Noise noise, int n) {
-    float w[BLOCK], u[BLOCK], size[BLOCK];
+static void encode_block(uint8_t *m8, uint8_t *v8, float *m_scale, float *v_scale, const float *m,
+                         const float *v, float bound, Noise noise, int n) {
+    float u[BLOCK], size[BLOCK], top = largest(v);
+    float inverse_top = 1 / top, root = sqrtf(top), limit = bound * root;
     uint32_t bits[BLOCK];
     uint8_t code[BLOCK];
-    for (int i = 0; i < BLOCK; i++) w[i] = (float)(v[i] < QUANT8_V_MAX ? v[i] : QUANT8_V_MAX);
-    float top = largest(w);
-    for (int i = 0; i < BLOCK; i++) bits[i] = noise_bits(noise, 0, (uint32_t)i) >> 12;
-    for (int i = 0; i < BLOCK; i++) code[i] = v8_encode(w[i] / top, w[i] > 0, bits[i]);
-    for (int i = 0; i < BLOCK; i++) w[i] = v8_decode(code[i], top);
+    for (int i = 0; i < BLOCK; i++) bits[i] = noise_bits(noise, 0, (uint32_t)i);
+    for (int i = 0; i < BLOCK; i++)
+        code[i] = v8_encode(v[i] * inverse_top, v[i] > 0, bits[i] >> 12);
     for (int i = 0; i < BLOCK; i++) {
-        float s = (float)square_root(w[i]);
-        float x = (float)m[i] / (w[i] > 0 ? s : INFINITY); // v8 = 0: u = 0
-        x = x < bound ? x : bound;
-        u[i] = x > -bound ? x : -bound;
+        float x = quant8_min(m[i] * (1 / sqrtf(v8_decode(code[i], 1))), limit);
+        x = x > -limit ? x : -limit;
+        u[i] = code[i] ? x : 0; // v8 = 0: u = 0
         size[i] = fabsf(u[i]);
     }
-    float scale = largest(size), inverse = m8_inverse(scale);
-    *v_scale = top;
-    *m_scale = scale;
     memcpy(v8, code, n);
-    for (int i = 0; i < BLOCK; i++) bits[i] = noise_bits(noise, 1, (uint32_t)i) >> 16;
-    for (int i = 0; i < BLOCK; i++) code[i] = m8_encode(u[i] * inverse, bits[i]);
+    float most = largest(size), inverse = m8_inverse(most);
+    *v_scale = top;
+    *m_scale = most > 0 ? most / root : 0;
+    for (int i = 0; i < BLOCK; i++) code[i] = m8_encode(u[i], inverse, bits[i]);
     memcpy(m8, code, n);
+}
+static void adamw8_block(real *restrict p, const real *restrict g, uint8_t *m8, uint8_t *v8,
+                         float *m_scale, float *v_scale, const Coefficients *c, Noise noise,
+                         int n) {
+    Coefficients k = *c;
+    float m[BLOCK] = { 0 }, v[BLOCK] = { 0 };
+    float unit = k.beta1 * m8_unit(*m_scale, *v_scale), kept = (float)k.beta2 * *v_scale;
+    for (int i = 0; i < n; i++) {
+        v[i] = v8_decode(v8[i], kept);
+        m[i] = (float)(int8_t)m8[i] * (unit * sqrtf(v8_decode(v8[i], 1)));
+    }
+    for (int i = 0; i < BLOCK; i++) {
+        float change =
+            (float)k.step * quant8_step(&m[i], &v[i], (float)(g[i] * k.scale), (float)k.lerp,
+                                        (float)k.square, k.root_scale, (float)k.eps);
+        p[i] = fused(k.keep, p[i], -change);
+    }
+    encode_block(m8, v8, m_scale, v_scale, m, v, k.bound, noise, n);
 }
 // p as floatX: exact where floatX is real; bf16 to nearest where a master keeps what is lost, else
 // stochastically.
@@ -163,7 +180,7 @@ static void give_back(real *x, const real *block, int n) {
     if (x != block) memcpy(x, block, n * sizeof(real));
 }
 static void update_block(const OptimizerState *s, const OptimizerStep *o, const Coefficients *c,
-                         const Segment *segment, int64_t at, int n, float bound) {
+                         const Segment *segment, int64_t at, int n) {
     int64_t i = segment->offset + at, q = segment->qblock + at / BLOCK;
     int64_t element = segment->first + at;
     real p_copy[BLOCK], g_copy[BLOCK], m_copy[BLOCK] = { 0 }, v_copy[BLOCK] = { 0 };
@@ -200,9 +217,7 @@ static void update_block(const OptimizerState *s, const OptimizerStep *o, const 
         give_back(s->v + i, v, n);
         break;
     case OPT_ADAMW8:
-        decode_block(m, v, s->m8 + i, s->v8 + i, s->m_scale[q], s->v_scale[q], n);
-        adamw_block(p, g, m, v, c);
-        encode_block(s->m8 + i, s->v8 + i, s->m_scale + q, s->v_scale + q, m, v, bound, noise, n);
+        adamw8_block(p, g, s->m8 + i, s->v8 + i, s->m_scale + q, s->v_scale + q, c, noise, n);
         break;
     }
     if (s->master) give_back(s->master + i, p, n);
@@ -214,7 +229,6 @@ void optimizer_update(const OptimizerState *s, const Segment *segments, int n_se
     real factor = (real)(scale[0] * o->grad_scale);
     if (!isfinite(factor)) return;
     Coefficients with_decay = coefficients(o, factor, 1), without = coefficients(o, factor, 0);
-    float bound = (float)adam_bound(o->beta1, o->beta2);
     for (int i = 0; o->kind == OPT_ADAMW8 && i < n_segments; i++)
         if (segments[i].first % BLOCK)
             die("a shard starts at element %lld of a tensor, inside a block of 8-bit "
@@ -229,7 +243,7 @@ void optimizer_update(const OptimizerState *s, const Segment *segments, int n_se
         const Coefficients *c = segment->decay != 0 ? &with_decay : &without;
         for (int64_t at = piece[j].first, end = at + piece[j].count, n; at < end; at += n) {
             n = until(segment, at, end, BLOCK);
-            update_block(s, o, c, segment, at, (int)n, bound);
+            update_block(s, o, c, segment, at, (int)n);
         }
     }
 }

@@ -118,10 +118,12 @@ static __device__ __forceinline__ void write_block(T *x, const T (&v)[PER_LANE],
 // keep: what is left of a parameter (AdamW), or joins its gradient (SGD), where weight decay
 // applies and where it does not.
 struct Coefficients {
-    float lr, momentum, keep_decayed, keep, lerp, beta2, square, root, eps, step, bound;
+    float lr, momentum, keep_decayed, keep, lerp, beta1, beta2, square, root, root_scale, eps, step;
+    float bound;
     double grad_scale;
     int first;
     uint64_t seed, counter;
+    Quant8Roots roots;
 };
 
 static Coefficients coefficients(const OptimizerStep *o) {
@@ -136,47 +138,72 @@ static Coefficients coefficients(const OptimizerStep *o) {
     c.keep_decayed = (float)(o->kind == OPT_SGD ? o->weight_decay : 1 - o->lr * o->weight_decay);
     c.keep = o->kind == OPT_SGD ? 0 : 1;
     c.lerp = (float)(1 - o->beta1);
+    c.beta1 = (float)o->beta1;
     c.beta2 = (float)o->beta2;
     c.square = (float)(1 - o->beta2);
     c.eps = (float)o->eps;
     c.root = (float)sqrt(correction2);
+    c.root_scale = (float)sqrt(2 / correction2);
     c.step = (float)(o->lr / correction1);
     c.bound = (float)adam_bound(o->beta1, o->beta2);
     c.seed = o->seed;
     c.counter = (uint64_t)o->step;
+    c.roots = quant8_roots();
     return c;
 }
+// Entry i % 16 of a table of which every lane holds one entry.
+static __device__ __forceinline__ uint32_t entry_of(uint32_t held, int i) {
+    return __shfl_sync(0xffffffffu, held, i, 16);
+}
+// Outside the block, where a shard was cut, v is 0.
 static __device__ __forceinline__ void encode(uint8_t *m8, uint8_t *v8, float *m_scale,
                                               float *v_scale, const float (&m)[PER_LANE],
-                                              float (&v)[PER_LANE], float bound, Noise noise,
-                                              const Block &k) {
+                                              const float (&v)[PER_LANE], uint32_t inverse_held,
+                                              float bound, Noise noise, const Block &k) {
     float u[PER_LANE], top = 0, size = 0;
     uint8_t code[PER_LANE];
-    for (int i = 0; i < PER_LANE; i++) {
-        v[i] = v[i] < QUANT8_V_MAX ? v[i] : QUANT8_V_MAX;
-        if (!inside(k, i)) v[i] = 0;
-        top = v[i] > top ? v[i] : top;
-    }
+    uint32_t bits[PER_LANE];
+    for (int i = 0; i < PER_LANE; i++) top = fmaxf(v[i], top);
     top = warp_max(top);
+    float inverse_top = 1 / top, root = sqrtf(top), limit = bound * root;
     for (int i = 0; i < PER_LANE; i++) {
-        code[i] = v8_encode(v[i] / top, v[i] > 0, noise_bits(noise, 0, (uint32_t)place(i)) >> 12);
-        float s = sqrtf(v8_decode(code[i], top)), x = m[i] / (s > 0 ? s : 1);
-        if (!(x > -bound)) x = -bound;
-        if (!(x < bound)) x = bound;
-        u[i] = s > 0 && inside(k, i) ? x : 0;
-        size = fabsf(u[i]) > size ? fabsf(u[i]) : size;
+        bits[i] = noise_bits(noise, 0, (uint32_t)place(i));
+        code[i] = v8_encode(v[i] * inverse_top, v[i] > 0, bits[i] >> 12);
+        float x = m[i] * v8_inverse_root(entry_of(inverse_held, v8_entry(code[i])), code[i]);
+        u[i] = code[i] ? fmaxf(quant8_min(x, limit), -limit) : 0;
+        size = fmaxf(fabsf(u[i]), size);
     }
     write_block(v8, code, k);
     size = warp_max(size);
     float inverse = m8_inverse(size);
-    for (int i = 0; i < PER_LANE; i++)
-        code[i] = m8_encode(u[i] * inverse, noise_bits(noise, 1, (uint32_t)place(i)) >> 16);
+    for (int i = 0; i < PER_LANE; i++) code[i] = m8_encode(u[i], inverse, bits[i]);
     write_block(m8, code, k);
     __syncwarp(); // every lane has read the old scales
     if (threadIdx.x % 32 == 0) {
         *v_scale = top;
-        *m_scale = size;
+        *m_scale = size > 0 ? size / root : 0;
     }
+}
+// p as floatX, in bf16 builds without a master copy rounded stochastically. Below the last of the
+// finite numbers a carry needs no case of its own, which one test for all eight decides.
+static __device__ __forceinline__ void round_params(floatX (&x)[PER_LANE],
+                                                    const float (&p)[PER_LANE], bool stochastic,
+                                                    Noise noise) {
+#if defined(MOE_BF16)
+    if (stochastic) {
+        bool small = true;
+        uint32_t bits[PER_LANE];
+        for (int i = 0; i < PER_LANE; i++) {
+            small = small && fabsf(p[i]) < 3.38e38f;
+            bits[i] = noise_bits(noise, 2, (uint32_t)place(i)) >> 16;
+        }
+        for (int i = 0; i < PER_LANE; i++)
+            x[i].bits = (uint16_t)((__float_as_uint(p[i]) + bits[i]) >> 16);
+        for (int i = 0; i < PER_LANE && !small; i++) x[i].bits = bf16_stochastic(p[i], bits[i]);
+        return;
+    }
+#endif
+    for (int i = 0; i < PER_LANE; i++) x[i] = to_x(p[i]);
 }
 template <int KIND>
 static __global__ void __launch_bounds__(WARPS * 32)
@@ -209,10 +236,14 @@ static __global__ void __launch_bounds__(WARPS * 32)
         uint8_t code_m[PER_LANE], code_v[PER_LANE];
         read_block(code_m, s.m8, k);
         read_block(code_v, s.v8, k);
-        float m_scale = s.m_scale[qblock], v_scale = s.v_scale[qblock];
+        float v_scale = s.v_scale[qblock], unit = m8_unit(s.m_scale[qblock], v_scale);
+        v_scale *= c.beta2;
+        unit *= c.beta1;
+        uint32_t root_held = c.roots.root[threadIdx.x % 16];
         for (int i = 0; i < PER_LANE; i++) {
+            uint32_t entry = entry_of(root_held, v8_entry(code_v[i]));
             v[i] = v8_decode(code_v[i], v_scale);
-            m[i] = m8_decode(code_m[i], m_scale) * sqrtf(v[i]);
+            m[i] = code_v[i] ? (float)(int8_t)code_m[i] * (unit * v8_root(entry, code_v[i])) : 0;
         }
     }
     for (int i = 0; i < PER_LANE; i++) {
@@ -221,6 +252,10 @@ static __global__ void __launch_bounds__(WARPS * 32)
             d += keep * p[i];
             m[i] = c.first ? d : c.momentum * m[i] + d;
             p[i] -= c.lr * m[i];
+        } else if (KIND == OPT_ADAMW8) {
+            float change =
+                c.step * quant8_step(&m[i], &v[i], d, c.lerp, c.square, c.root_scale, c.eps);
+            p[i] = fmaf(keep, p[i], -change);
         } else {
             m[i] += c.lerp * (d - m[i]);
             v[i] = c.beta2 * v[i] + c.square * d * d;
@@ -230,17 +265,11 @@ static __global__ void __launch_bounds__(WARPS * 32)
     if (moment) write_block(s.m, m, k);
     if (KIND == OPT_ADAMW) write_block(s.v, v, k);
     if (s.master) write_block(s.master, p, k);
-    for (int i = 0; i < PER_LANE; i++) {
-#if defined(MOE_BF16)
-        if (!s.master)
-            stored[i].bits = bf16_stochastic(p[i], noise_bits(noise, 2, (uint32_t)place(i)) >> 16);
-        else
-#endif
-            stored[i] = to_x(p[i]);
-    }
+    round_params(stored, p, !s.master, noise);
     write_block(s.param, stored, k);
     if (KIND == OPT_ADAMW8)
-        encode(s.m8, s.v8, s.m_scale + qblock, s.v_scale + qblock, m, v, c.bound, noise, k);
+        encode(s.m8, s.v8, s.m_scale + qblock, s.v_scale + qblock, m, v,
+               c.roots.inverse[threadIdx.x % 16], c.bound, noise, k);
 }
 void optimizer_update(const OptimizerState *s, const Segment *segments, int n_segments,
                       const OptimizerStep *o, const real *scale) {
