@@ -145,7 +145,8 @@ static void test_naive(const Fixture *f, const char *replay) {
 // A replayed routing, which the router would not choose: the naive model with the same choice. And
 // what a run records gives the same bits when it is replayed.
 static void test_replay(const Fixture *f) {
-    char *path = xasprintf("%s/config.json", f->dir), *step = 0;
+    char *path = xasprintf("%s/config.json", f->dir);
+    char *step = 0;
     Config c = config_read(path);
     free(path);
     path = xasprintf("%s/routing", temporary);
@@ -156,7 +157,8 @@ static void test_replay(const Fixture *f) {
         s.replay = path;
         Run *r = run_open(f, 0, &s);
         run_step(r, 1, 0, 0);
-        int64_t n, differ = 0;
+        int64_t n;
+        int64_t differ = 0;
         int *chosen = read_routing(r);
         SafeTensors file = safetensors_open(path);
         double *given = read_tensor(&file, "topk", &n);

@@ -271,7 +271,8 @@ int64_t shard_check_mask(Shard *f, int64_t n_targets) {
             "one byte for each token: write it again, or use --loss-mask off",
             name, (long long)stated, (long long)(f->mask.size - HEADER_BYTES), f->id.name,
             (long long)f->tokens);
-    int64_t counted = 0, others = 0;
+    int64_t counted = 0;
+    int64_t others = 0;
     read_mask(fd, f, 0, 1, 0, &others, 0);
     read_mask(fd, f, 1, n_targets, 0, &counted, 0);
     read_mask(fd, f, 1 + n_targets, f->tokens - 1 - n_targets, 0, &others, 0);

@@ -210,7 +210,10 @@ static void test_order(void) {
               loader_permute(((int64_t)1 << 62) - 1, (int64_t)1 << 62, 1, 0) == 3210474823150483238,
           "the order is the specified one (known values)");
 
-    int same_epoch = 0, same_seed = 0, fixed = 0, neighbours = 0;
+    int same_epoch = 0;
+    int same_seed = 0;
+    int fixed = 0;
+    int neighbours = 0;
     for (int i = 0; i < 10000; i++) {
         int64_t w = loader_permute(i, 10000, 1, 0);
         same_epoch += w == loader_permute(i, 10000, 1, 1);
@@ -629,8 +632,10 @@ static void test_changes(void) {
 // 2.5e9 uint16 tokens, all 0 except ten beyond 4 GiB: the token index exceeds int32, the byte
 // offset uint32.
 static void test_large(void) {
-    const int64_t tokens = 2500000000, at = 2400000000;
-    unsigned char head[1024] = { 0 }, ids[20];
+    const int64_t tokens = 2500000000;
+    const int64_t at = 2400000000;
+    unsigned char head[1024] = { 0 };
+    unsigned char ids[20];
     put32(head, 20240520);
     put32(head + 4, 1);
     put32(head + 8, (uint32_t)tokens);

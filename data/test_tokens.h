@@ -45,7 +45,8 @@ static Table table_make(int version) {
 
 // The text of ids (n) into out (size bytes); -1 where an id has none or it does not fit.
 static int64_t decode(const Tokens *t, char *out, size_t size, const int *ids, int64_t n) {
-    size_t used = 0, bytes;
+    size_t used = 0;
+    size_t bytes;
     for (int64_t i = 0; i < n; i++) {
         const char *piece = tokens_piece(t, ids[i], &bytes);
         if (!piece || used + bytes > size) return -1;
@@ -76,8 +77,10 @@ static int shows(const Tokens *t, int id, const char *expected) {
 
 // What a text of n bytes prints as, in pieces of `step` bytes as tokens bring them.
 static int prints(const char *text, size_t n, size_t step, const char *expected) {
-    char held[64], shown[64] = "";
-    size_t used = 0, bytes;
+    char held[64];
+    char shown[64] = "";
+    size_t used = 0;
+    size_t bytes;
     FILE *f = tmpfile();
     if (!f) return 0;
     for (size_t i = 0; i < n; i += step) {
@@ -97,7 +100,8 @@ static int prints(const char *text, size_t n, size_t step, const char *expected)
 static void test_tokens(void) {
     char all[256], out[64];
     for (int b = 0; b < 256; b++) all[b] = (char)b;
-    int good, ids[4] = { 'h', 'i', 256, 300 };
+    int good;
+    int ids[4] = { 'h', 'i', 256, 300 };
     Tokens *t = tokens_open(0);
     good = tokens_vocab(t) == 257 && tokens_eot(t) == 256 && round_trip(t, all, 256);
     check(good && decode(t, out, 64, ids, 3) == 15 && !memcmp(out, "hi<|endoftext|>", 15) &&
@@ -217,7 +221,8 @@ static int run(const char *script, const char *options) {
 static int same(const char *pattern, const int *expected, int n) {
     const char *p = path_of(pattern);
     Loader *l = open_one(p, 1, 0, 0, 257);
-    int good = loader_tokens(l) == n, at = 0;
+    int good = loader_tokens(l) == n;
+    int at = 0;
     for (int64_t w = 0; good && w < loader_windows(l); w++) {
         int input, target;
         int64_t first;
@@ -240,7 +245,9 @@ static void test_script(const char *script) {
     // The last line is held out.
     static const char lines[] = "{\"text\": \"a\\u00e4\"}\n\n{\"text\": \"\"}\n{\"text\": \"b\"}\n";
     write_bytes("two.jsonl", lines, sizeof lines - 1);
-    int train[600], val[200], n = 0, m = 0;
+    int train[600], val[200];
+    int n = 0;
+    int m = 0;
     for (int i = 0; i < 512; i++) train[n++] = (unsigned char)text[i];
     static const int second[] = { 256, 'a', 0xc3, 0xa4, 256 };
     static const int last[] = { 256, 'b', 256 };

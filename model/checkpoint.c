@@ -45,7 +45,8 @@ static void add_weight(void *context, const char *name, int is_vector, int64_t r
 }
 
 static int by_id(const void *a, const void *b) {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    uint64_t x = *(const uint64_t *)a;
+    uint64_t y = *(const uint64_t *)b;
     return (x > y) - (x < y);
 }
 
@@ -108,8 +109,10 @@ int checkpoint_fused(const Config *c, const char *name, char fused[FUSED_NAME], 
     if (!experts) return 0;
     int prefix = (int)(experts - name) + 12; // up to and with ".mlp.experts"
     char *end;
-    int64_t e = strtoll(name + prefix + 1, &end, 10), size = (int64_t)c->F * c->C;
-    int down = !strcmp(end, ".down_proj.weight"), up = !strcmp(end, ".up_proj.weight");
+    int64_t e = strtoll(name + prefix + 1, &end, 10);
+    int64_t size = (int64_t)c->F * c->C;
+    int down = !strcmp(end, ".down_proj.weight");
+    int up = !strcmp(end, ".up_proj.weight");
     snprintf(fused, FUSED_NAME, "%.*s.%s", prefix, name, down ? "down_proj" : "gate_up_proj");
     *base = down ? e * size : (2 * e + up) * size;
     shape[0] = c->E;
@@ -238,8 +241,8 @@ int checkpoint_has_own_head(const char *dir) {
     free(index);
     if (!found) return 0;
     SafeTensors s = safetensors_open_folder(dir);
-    const SafeTensor *head = safetensors_find(&s, "lm_head.weight"),
-                     *embed = safetensors_find(&s, "model.embed_tokens.weight");
+    const SafeTensor *head = safetensors_find(&s, "lm_head.weight");
+    const SafeTensor *embed = safetensors_find(&s, "model.embed_tokens.weight");
     int own = head && embed && !safetensors_equal(&s, head, embed);
     safetensors_close(&s);
     return own;
@@ -278,9 +281,12 @@ static void place_model(Checkpoint *checkpoint, const SafeTensors *s, const char
 // Index of the first element that is not finite, -1 where all are: exponent bits all ones.
 int64_t checkpoint_not_finite(const void *data, Dtype type, int64_t n) {
     uint64_t bad = 0;
-    const uint16_t *h = (const uint16_t *)data, mask16 = type == DTYPE_BF16 ? 0x7f80 : 0x7c00;
-    const uint32_t *f = (const uint32_t *)data, mask32 = 0x7f800000;
-    const uint64_t *d = (const uint64_t *)data, mask64 = 0x7ff0000000000000;
+    const uint16_t *h = (const uint16_t *)data;
+    const uint16_t mask16 = type == DTYPE_BF16 ? 0x7f80 : 0x7c00;
+    const uint32_t *f = (const uint32_t *)data;
+    const uint32_t mask32 = 0x7f800000;
+    const uint64_t *d = (const uint64_t *)data;
+    const uint64_t mask64 = 0x7ff0000000000000;
     if (dtype_size(type) == 2)
         for (int64_t i = 0; i < n; i++) bad |= (h[i] & mask16) == mask16;
     if (type == DTYPE_F32)
@@ -303,10 +309,12 @@ int64_t checkpoint_not_finite(const void *data, Dtype type, int64_t n) {
 static void read_piece(Checkpoint *checkpoint, const Source *source, Place place, Part part,
                        const OptimizerState *s, const Segment *g, const char *name) {
     Piece p = checkpoint_piece(part, s, g);
-    int64_t size = (int64_t)dtype_size(place.type), step = CHECKPOINT_STAGING / 8;
+    int64_t size = (int64_t)dtype_size(place.type);
+    int64_t step = CHECKPOINT_STAGING / 8;
     const Source *from = &source[place.file];
     for (int64_t i = 0; i < p.count; i += step) {
-        int64_t n = p.count - i < step ? p.count - i : step, bad;
+        int64_t n = p.count - i < step ? p.count - i : step;
+        int64_t bad;
         file_read_at(from->fd, from->path, place.at + (p.first + i) * size, checkpoint->host,
                      n * size);
         bad = checkpoint_not_finite(checkpoint->host, place.type, n);
@@ -452,11 +460,13 @@ static void load(Checkpoint *checkpoint, const char *dir, const OptimizerState *
                  int with_state) {
     cJSON *trainer = trainer_beside(dir);
     if (trainer && with_state) checkpoint_check_small(dir, trainer);
-    SafeTensors model = safetensors_open_folder(dir), state;
+    SafeTensors model = safetensors_open_folder(dir);
+    SafeTensors state;
     memset(&state, 0, sizeof state);
     char *path = xasprintf("%s/optimizer.safetensors", dir);
     if (with_state && (!access(path, F_OK) || errno != ENOENT)) state = safetensors_open(path);
-    int n_files = model.n_files + state.n_files, sums = cJSON_HasObjectItem(trainer, "checksums");
+    int n_files = model.n_files + state.n_files;
+    int sums = cJSON_HasObjectItem(trainer, "checksums");
     Source *source = (Source *)xcalloc(n_files + 1, sizeof *source, "file list");
     for (int i = 0; i < n_files; i++) {
         const SafeTensors *from = i < model.n_files ? &model : &state;
@@ -514,7 +524,8 @@ char *checkpoint_folder(const char *out, int64_t step) {
 }
 
 struct cJSON *checkpoint_trainer(const char *dir) {
-    char *path = xasprintf("%s/trainer.json", dir), *text = 0;
+    char *path = xasprintf("%s/trainer.json", dir);
+    char *text = 0;
     int64_t bytes;
     int error = file_load(AT_FDCWD, path, 0, MAX_TRAINER, &text, &bytes);
     if (error)

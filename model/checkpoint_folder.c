@@ -53,7 +53,8 @@ enum { WHY = 200, NAME = 64 };
 static int is_complete(int at, const char *name, int flags, int64_t *step, char why[WHY]) {
     char *text = 0;
     int64_t bytes = 0;
-    int fd = folder_open(at, name, flags), complete = 0;
+    int fd = folder_open(at, name, flags);
+    int complete = 0;
     int error = fd < 0 ? errno : file_load(fd, "trainer.json", flags, MAX_TRAINER, &text, &bytes);
     snprintf(why, WHY, "trainer.json is missing");
     if (error == ENOENT || error == ESPIPE || error == EFBIG) {
@@ -63,8 +64,9 @@ static int is_complete(int at, const char *name, int flags, int64_t *step, char 
     if (text && !sums_signed(text, bytes)) error = EBADMSG;
     char parsed[JSON_WHY];
     cJSON *root = text && !error ? json_parse(text, bytes, parsed) : 0;
-    const cJSON *files = cJSON_GetObjectItemCaseSensitive(root, "files"),
-                *number = cJSON_GetObjectItemCaseSensitive(root, "step"), *file = 0;
+    const cJSON *files = cJSON_GetObjectItemCaseSensitive(root, "files");
+    const cJSON *number = cJSON_GetObjectItemCaseSensitive(root, "step");
+    const cJSON *file = 0;
     if (cJSON_IsObject(files) && cJSON_IsNumber(number)) {
         *step = (int64_t)number->valuedouble;
         complete = 1;
@@ -118,7 +120,8 @@ static void add_step(void *context, const char *name) {
 }
 
 static int descending(const void *a, const void *b) {
-    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    int64_t x = *(const int64_t *)a;
+    int64_t y = *(const int64_t *)b;
     return (x < y) - (x > y);
 }
 
@@ -138,7 +141,8 @@ static int list_steps(int at, const char *prefix, Steps *s) {
 // where that checkpoint is there, and becomes it where it is not. Returns 1 where the name is free.
 static int make_room_for_latest(int at) {
     char why[WHY], name[NAME];
-    int64_t step = -1, same = -1;
+    int64_t step = -1;
+    int64_t same = -1;
     struct stat st;
     if (fstatat(at, "latest", &st, AT_SYMLINK_NOFOLLOW) || !S_ISDIR(st.st_mode)) return 1;
     if (is_complete(at, "latest", O_NOFOLLOW, &step, why) == 1) {
@@ -153,7 +157,8 @@ static int make_room_for_latest(int at) {
 // `latest` becomes a link to step_N in one rename: a reader sees the old target or the new one.
 // Where links are not allowed it is a text file with the name.
 static void point_latest(const RunFolder *f, int at, int64_t step) {
-    char target[NAME], now[NAME] = "";
+    char target[NAME];
+    char now[NAME] = "";
     snprintf(target, sizeof target, "step_%" PRId64, step);
     ssize_t n = readlinkat(at, "latest", now, sizeof now - 1);
     if (n >= 0 && !strcmp(now, target)) return;
@@ -183,7 +188,8 @@ static void try_remove(const RunFolder *f, int at, const char *name) {
 static void keep_newest(const RunFolder *f, int at, int64_t step, int keep) {
     Steps old;
     char why[WHY];
-    int error = list_steps(at, "step_", &old), kept = 1; // the one just written counts and stays
+    int error = list_steps(at, "step_", &old);
+    int kept = 1; // the one just written counts and stays
     for (int i = 0; i < old.n && !error; i++) {
         char name[NAME], removing[NAME];
         int64_t has = -1;
@@ -261,7 +267,8 @@ int64_t checkpoints_newest(const RunFolder *f, int64_t below) {
     int error = list_steps(at, "step_", &s);
     if (error) die_folder(f, "", error);
     int64_t newest = -1;
-    char *ignored = xasprintf("%s", ""), why[WHY];
+    char *ignored = xasprintf("%s", "");
+    char why[WHY];
     for (int i = 0; i < s.n && newest < 0; i++) {
         char name[NAME];
         if (s.step[i] >= below) continue;

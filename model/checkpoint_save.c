@@ -75,7 +75,8 @@ static int model_tensors(const Checkpoint *checkpoint, SaveOptions o, SafeTensor
     for (int i = 0; i < checkpoint->n; i++) {
         const Weight *w = &checkpoint->weight[i];
         char fused[FUSED_NAME];
-        int64_t shape[3], base = 0;
+        int64_t shape[3];
+        int64_t base = 0;
         if (o.fused && checkpoint_fused(&checkpoint->m->c, w->name, fused, &base, shape)) {
             if (!base)
                 t[n++] = new_tensor(xasprintf("%s", fused), save_type(checkpoint, o.dtype, i), 3,
@@ -242,14 +243,16 @@ static void fail(const SavePlan *p, const char *file, int error) {
 
 // The descriptor of the folder that is being written.
 static int open_folder(const SavePlan *p) {
-    int at = checkpoints_open(p->run, 1), fd = folder_open(at, p->name, O_NOFOLLOW);
+    int at = checkpoints_open(p->run, 1);
+    int fd = folder_open(at, p->name, O_NOFOLLOW);
     if (fd < 0) fail(p, "", errno);
     close(at);
     return fd;
 }
 
 int checkpoint_create_file(int at, const char *name, const OutFile *f) {
-    int fd = file_create(at, name), error = fd < 0 ? errno : 0;
+    int fd = file_create(at, name);
+    int error = fd < 0 ? errno : 0;
     // Takes the blocks now where the file system can: a full disk or quota shows before the first
     // byte is written.
     if (!error && fallocate(fd, 0, 0, (off_t)f->bytes) &&
@@ -264,7 +267,8 @@ int checkpoint_create_file(int at, const char *name, const OutFile *f) {
 
 static void check_room(const Checkpoint *checkpoint, int at) {
     const SavePlan *p = &checkpoint->plan;
-    int64_t room = folder_free_bytes(at), need = p->bytes + SMALL_FILES;
+    int64_t room = folder_free_bytes(at);
+    int64_t need = p->bytes + SMALL_FILES;
     for (int i = 0; i < checkpoint->n_attachments; i++)
         need += (int64_t)checkpoint->attachment[i].bytes;
     if (room >= 0 && room < need)
@@ -288,7 +292,8 @@ void checkpoint_save_begin(Checkpoint *checkpoint) {
             p->run->path);
     int at = checkpoints_open(p->run, 1);
     check_room(checkpoint, at);
-    int error = folder_remove(at, p->name), fd = error ? -1 : folder_enter(at, p->name);
+    int error = folder_remove(at, p->name);
+    int fd = error ? -1 : folder_enter(at, p->name);
     if (fd < 0) fail(p, "", error ? error : errno);
     close(at);
     for (int i = 0; i < p->n_files; i++) {
@@ -300,7 +305,8 @@ void checkpoint_save_begin(Checkpoint *checkpoint) {
 
 // ---- shards ---------------------------------------------------------------------------------
 int checkpoint_write_piece(Checkpoint *checkpoint, int fd, Place place, Piece p) {
-    int64_t size = (int64_t)dtype_size(place.type), step = CHECKPOINT_STAGING / 8;
+    int64_t size = (int64_t)dtype_size(place.type);
+    int64_t step = CHECKPOINT_STAGING / 8;
     int error = 0;
     for (int64_t i = 0; i < p.count && !error; i += step) {
         int64_t n = p.count - i < step ? p.count - i : step;
@@ -408,8 +414,9 @@ static char *json_text(cJSON *root) {
 }
 
 static char *index_text(const SavePlan *p) {
-    cJSON *index = cJSON_CreateObject(), *metadata = cJSON_AddObjectToObject(index, "metadata"),
-          *map = cJSON_AddObjectToObject(index, "weight_map");
+    cJSON *index = cJSON_CreateObject();
+    cJSON *metadata = cJSON_AddObjectToObject(index, "metadata");
+    cJSON *map = cJSON_AddObjectToObject(index, "weight_map");
     double bytes = 0;
     for (int i = 0; i < p->n_tensors; i++) {
         bytes += (double)p->tensor[i].bytes;
@@ -434,7 +441,8 @@ void checkpoint_save_finish(Checkpoint *checkpoint, const struct cJSON *trainer)
         cJSON_AddNumberToObject(files, p->file[i].name, (double)p->file[i].bytes);
         sums_json_add(sums, p->file[i].name, p->sum[i]);
     }
-    char *index = index_text(p), *config = config_export(&checkpoint->m->c, p->dtype);
+    char *index = index_text(p);
+    char *config = config_export(&checkpoint->m->c, p->dtype);
     write_small(p, folder, sums, "model.safetensors.index.json", index, strlen(index));
     write_small(p, folder, sums, "config.json", config, strlen(config));
     for (int i = 0; i < checkpoint->n_attachments; i++) {

@@ -66,7 +66,8 @@ static void read_gap(Gaps *g, int file, int64_t begin, int64_t end) {
 }
 
 void checkpoint_whole_sums(Checkpoint *checkpoint, const Source *file, int n, uint32_t *sum) {
-    SumList *s = &checkpoint->sums, found = { 0, 0, 0 };
+    SumList *s = &checkpoint->sums;
+    SumList found = { 0, 0, 0 };
     Gaps g = { checkpoint, file, &found, (char *)xmalloc(READ, "checksums"), 0 };
     gather(checkpoint->all, s);
     int next = 0;
@@ -108,8 +109,8 @@ void sums_json_add(struct cJSON *sums, const char *name, uint32_t sum) {
 }
 
 int sums_json_has(const struct cJSON *trainer, const char *name, uint32_t *sum) {
-    const cJSON *sums = cJSON_GetObjectItemCaseSensitive(trainer, "checksums"),
-                *v = cJSON_GetObjectItemCaseSensitive(sums, name);
+    const cJSON *sums = cJSON_GetObjectItemCaseSensitive(trainer, "checksums");
+    const cJSON *v = cJSON_GetObjectItemCaseSensitive(sums, name);
     if (!cJSON_IsString(v) || strncmp(v->valuestring, "crc32c:", 7)) return 0;
     *sum = (uint32_t)strtoul(v->valuestring + 7, 0, 16);
     return 1;
@@ -126,7 +127,8 @@ static const char *own_sum(const char *text, const char *digits, char hex[DIGITS
 }
 
 char *sums_sign(char *text) {
-    char *digits = strstr(text, OWN), hex[DIGITS + 1];
+    char *digits = strstr(text, OWN);
+    char hex[DIGITS + 1];
     if (digits)
         memcpy(digits + sizeof OWN - 1, own_sum(text, digits + sizeof OWN - 1, hex), DIGITS);
     return text;
@@ -145,7 +147,8 @@ int sums_signed(const char *text, int64_t bytes) {
 // ---- verifying ------------------------------------------------------------------------------
 // What to do about a damaged checkpoint: which one would work, if it lies in a run's folder.
 void checkpoint_damaged(const char *dir, const char *file) {
-    char *real = realpath(dir, 0), *out = xasprintf("%s", real ? real : dir);
+    char *real = realpath(dir, 0);
+    char *out = xasprintf("%s", real ? real : dir);
     char *name = strstr(out, "/checkpoints/step_");
     int64_t other = -1;
     if (name) {
@@ -171,7 +174,8 @@ void checkpoint_check_sum(const char *dir, const struct cJSON *trainer, const ch
 
 // Sums a whole file; *bytes: its size.
 static uint32_t sum_file(const char *dir, const char *name, int64_t *bytes) {
-    char *path = xasprintf("%s/%s", dir, name), *buffer = (char *)xmalloc(READ, "a file");
+    char *path = xasprintf("%s/%s", dir, name);
+    char *buffer = (char *)xmalloc(READ, "a file");
     int fd = file_open(AT_FDCWD, path, 0, bytes);
     if (fd < 0) die("%s: cannot open: %s|copy the checkpoint again", path, file_why(errno));
     uint32_t sum = 0;
@@ -187,8 +191,9 @@ static uint32_t sum_file(const char *dir, const char *name, int64_t *bytes) {
 }
 
 void checkpoint_check_small(const char *dir, const struct cJSON *trainer) {
-    const cJSON *sums = cJSON_GetObjectItemCaseSensitive(trainer, "checksums"), *v = 0,
-                *files = cJSON_GetObjectItemCaseSensitive(trainer, "files");
+    const cJSON *sums = cJSON_GetObjectItemCaseSensitive(trainer, "checksums");
+    const cJSON *v = 0;
+    const cJSON *files = cJSON_GetObjectItemCaseSensitive(trainer, "files");
     cJSON_ArrayForEach(v, sums) {
         int64_t bytes;
         int small = strcmp(v->string, "trainer.json") && !strchr(v->string, '/') &&
@@ -199,8 +204,9 @@ void checkpoint_check_small(const char *dir, const struct cJSON *trainer) {
 
 void checkpoint_verify(const char *dir, FILE *out) {
     cJSON *trainer = checkpoint_trainer(dir);
-    const cJSON *sums = cJSON_GetObjectItemCaseSensitive(trainer, "checksums"), *v = 0,
-                *files = cJSON_GetObjectItemCaseSensitive(trainer, "files");
+    const cJSON *sums = cJSON_GetObjectItemCaseSensitive(trainer, "checksums");
+    const cJSON *v = 0;
+    const cJSON *files = cJSON_GetObjectItemCaseSensitive(trainer, "files");
     if (!cJSON_IsObject(sums))
         die("%s/trainer.json has no checksums|it was written by an older version: load and save it",
             dir);

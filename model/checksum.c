@@ -24,7 +24,8 @@ static uint32_t multiply(uint32_t a, uint32_t b) {
 
 // x^(8 n): what n further bytes multiply a remainder by.
 static uint32_t shift_by(int64_t n) {
-    uint32_t power = 1u << 31, square = 1u << 23;
+    uint32_t power = 1u << 31;
+    uint32_t square = 1u << 23;
     for (; n; n >>= 1) {
         if (n & 1) power = multiply(power, square);
         square = multiply(square, square);
@@ -73,7 +74,9 @@ CRC_TARGET static uint32_t by_instruction(uint32_t c, const unsigned char *p, si
     enum { THIRD = 1 << 14 };
     uint32_t shift = n >= 3 * THIRD ? shift_by(THIRD) : 0;
     for (; n >= 3 * THIRD; n -= 3 * THIRD, p += 3 * THIRD) {
-        uint64_t first = c, second = 0, third = 0;
+        uint64_t first = c;
+        uint64_t second = 0;
+        uint64_t third = 0;
         for (size_t i = 0; i < THIRD; i += 8) {
             first = CRC_8(first, p + i);
             second = CRC_8(second, p + THIRD + i);
@@ -120,7 +123,8 @@ void sums_add(SumList *s, int file, int64_t begin, const void *data, int64_t byt
 }
 
 static int by_place(const void *a, const void *b) {
-    const SumRange *x = (const SumRange *)a, *y = (const SumRange *)b;
+    const SumRange *x = (const SumRange *)a;
+    const SumRange *y = (const SumRange *)b;
     if (x->file != y->file) return x->file < y->file ? -1 : 1;
     if (x->begin != y->begin) return x->begin < y->begin ? -1 : 1;
     return (x->end < y->end) - (x->end > y->end);

@@ -102,7 +102,8 @@ static void check_rope(const Keys *k, const char *name) {
 }
 
 static double rope_theta(const Keys *k) {
-    const cJSON *rope = get(k, "rope_parameters"), *scaling = get(k, "rope_scaling");
+    const cJSON *rope = get(k, "rope_parameters");
+    const cJSON *scaling = get(k, "rope_scaling");
     Keys inner = { rope ? rope : scaling, k->at };
     double theta = number(k, "rope_theta", 10000);
     return inner.root ? number(&inner, "rope_theta", theta) : theta;
@@ -160,7 +161,8 @@ Config config_read(const char *path) {
     Config c;
     memset(&c, 0, sizeof c);
     cJSON *root = read_json(path, &c.json);
-    Keys keys = { root, path }, *k = &keys;
+    Keys keys = { root, path };
+    Keys *k = &keys;
     check_mathematics(k);
 
     c.V = integer(k, "vocab_size", 151936, 1);
@@ -217,7 +219,8 @@ Config config_read(const char *path) {
 
     check_sizes(&c, path);
     int sparse_step = integer(k, "decoder_sparse_step", 1, 1);
-    const cJSON *dense = get(k, "mlp_only_layers"), *item = 0;
+    const cJSON *dense = get(k, "mlp_only_layers");
+    const cJSON *item = 0;
     if (dense && !cJSON_IsArray(dense))
         die("%s: mlp_only_layers must be a list of layer numbers|correct this key", path);
     c.is_moe = (unsigned char *)xmalloc(c.L, "layer kinds");
@@ -322,7 +325,8 @@ char *config_export(const Config *c, const char *dtype) {
 // embedding and head; and of norms.
 static double layer_matrices(const Config *c, double experts) {
     double attention = 2.0 * c->H * c->D * c->C + 2.0 * c->KV * c->D * c->C;
-    double moe = (double)c->E * c->C + experts * 3 * c->F * c->C, mlp = 3.0 * c->I * c->C;
+    double moe = (double)c->E * c->C + experts * 3 * c->F * c->C;
+    double mlp = 3.0 * c->I * c->C;
     return c->L * attention + c->n_moe * moe + (c->L - c->n_moe) * mlp;
 }
 static double norm_weights(const Config *c) { return c->L * (2.0 * c->C + 2.0 * c->D) + c->C; }

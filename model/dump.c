@@ -33,7 +33,8 @@ static void die_dump(const Dump *d, int error) {
 // Creates the file on rank 0 and remembers where each tensor begins.
 static void lay_out(Dump *d, const Trainer *t) {
     const Checkpoint *list = d->checkpoint;
-    int topk = GRADIENTS + list->n, n = t->m->c.n_moe ? topk + 1 : topk;
+    int topk = GRADIENTS + list->n;
+    int n = t->m->c.n_moe ? topk + 1 : topk;
     SafeTensor *tensor = (SafeTensor *)xcalloc(n, sizeof *tensor, "dump");
     SafeTensor logits = { "logits", DTYPE_F32, 3, { t->o.batch, t->o.T, t->m->c.V }, 0, 0, 0 };
     tensor[LOGITS] = logits;
@@ -89,7 +90,8 @@ static void write_numbers(Dump *d, int i, int64_t first, const void *data, Dtype
 void dump_logits(Dump *d, const Trainer *t, int64_t row, int rows) {
     // Where tokens are replicated, one rank of the group writes them.
     if (t->g->data_ranks < t->g->world && t->g->ep_rank) return;
-    int64_t V = t->m->c.V, first = t->g->data_rank * t->tokens.sequences * t->o.T + row;
+    int64_t V = t->m->c.V;
+    int64_t first = t->g->data_rank * t->tokens.sequences * t->o.T + row;
     write_numbers(d, LOGITS, first * V, t->head.logits, DTYPE_FLOATX, rows * V);
 }
 

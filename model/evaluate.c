@@ -10,7 +10,8 @@
 static int64_t read_windows(const Trainer *t, Loader *data, int source, int64_t first,
                             int64_t sequences, int64_t n_windows, int *ids, int *targets,
                             Fault *fault) {
-    int64_t T = t->o.T, valid = 0;
+    int64_t T = t->o.T;
+    int64_t valid = 0;
     for (int64_t s = 0; s < sequences; s++) {
         int counts = first + s < n_windows && !(fault && fault->what);
         int *window = ids + s * T;
@@ -26,9 +27,12 @@ static int64_t read_windows(const Trainer *t, Loader *data, int source, int64_t 
 // Every rank makes the same number of passes (I2, collectives do not depend on data).
 double trainer_evaluate(Trainer *t, Loader *data, int source, int64_t n_windows, double *n_targets,
                         Fault *fault) {
-    int64_t tokens = t->n_micro * t->R, sequences = tokens / t->o.T, valid = 0;
+    int64_t tokens = t->n_micro * t->R;
+    int64_t sequences = tokens / t->o.T;
+    int64_t valid = 0;
     size_t bytes = 2 * tokens * sizeof(int);
-    int *ids = (int *)xmalloc(bytes, "validation tokens"), *targets = ids + tokens;
+    int *ids = (int *)xmalloc(bytes, "validation tokens");
+    int *targets = ids + tokens;
     device_zero(t->head.loss_sum, sizeof(double));
     for (int64_t pass = 0; pass < n_windows; pass += sequences * t->g->data_ranks) {
         int64_t first = pass + t->g->data_rank * sequences;
@@ -39,7 +43,8 @@ double trainer_evaluate(Trainer *t, Loader *data, int source, int64_t n_windows,
     }
     free(ids);
     comm_wait(all_reduce_start(t->g->all, t->head.loss_sum, 1, DTYPE_F64, STREAM_EXCHANGE));
-    double sum, n = comm_sum(t->g->all, (double)valid);
+    double sum;
+    double n = comm_sum(t->g->all, (double)valid);
     device_download(&sum, t->head.loss_sum, sizeof sum);
     if (n_targets) *n_targets = n;
     return sum / n;

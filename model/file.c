@@ -73,8 +73,10 @@ void file_check_link(const char *path) {
 }
 
 int file_load(int at, const char *name, int flags, int64_t limit, char **text, int64_t *bytes) {
-    int64_t size = 0, used = 0;
-    int fd = file_open(at, name, flags, &size), error = fd < 0 ? errno : 0;
+    int64_t size = 0;
+    int64_t used = 0;
+    int fd = file_open(at, name, flags, &size);
+    int error = fd < 0 ? errno : 0;
     if (error) return error;
     if (size > limit) {
         close(fd);
@@ -142,7 +144,8 @@ int file_create(int at, const char *name) {
 }
 
 int file_write(int at, const char *name, const void *data, size_t bytes) {
-    int fd = file_create(at, name), error = fd < 0 ? errno : 0;
+    int fd = file_create(at, name);
+    int error = fd < 0 ? errno : 0;
     if (error) return error;
     error = file_write_at(fd, 0, data, (int64_t)bytes);
     if (!error) error = file_sync(fd);
@@ -248,7 +251,8 @@ int folder_sync(int fd) {
 static void sync_above(const char *path) {
     const char *slash = strrchr(path, '/');
     char *above = xasprintf("%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
-    int fd = folder_open(AT_FDCWD, *above ? above : "/", 0), error = fd < 0 ? errno : 0;
+    int fd = folder_open(AT_FDCWD, *above ? above : "/", 0);
+    int error = fd < 0 ? errno : 0;
     // A folder that may be passed but not read cannot be opened, and is not this user's to sync.
     if (!error) error = folder_sync(fd);
     if (error && error != EACCES)
@@ -276,7 +280,8 @@ void folder_make(const char *path) {
 }
 
 int folder_visit(int fd, void (*visit)(void *context, const char *name), void *context) {
-    int copy = folder_open(fd, ".", 0), error = copy < 0 ? errno : 0;
+    int copy = folder_open(fd, ".", 0);
+    int error = copy < 0 ? errno : 0;
     DIR *d = error ? 0 : fdopendir(copy);
     if (!error && !d) {
         error = errno;

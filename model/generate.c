@@ -19,7 +19,8 @@ static int sample(const float *logits, int usable, double temperature, double un
     for (int v = 1; v < usable; v++)
         if (logits[v] > logits[best]) best = v;
     if (temperature <= 0) return best;
-    double sum = 0, at = 0;
+    double sum = 0;
+    double at = 0;
     for (int v = 0; v < usable; v++) sum += exp((logits[v] - logits[best]) / temperature);
     for (int v = 0; v < usable; v++) {
         at += exp((logits[v] - logits[best]) / temperature);
@@ -79,7 +80,8 @@ static void print_token(Output *out, const Tokens *tokens, int id) {
 
 char *generate(Trainer *t, const Tokens *tokens, const char *prompt, int n, double temperature,
                int64_t step) {
-    int V = t->m->c.V, T = t->o.T, speaks = t->g->rank == 0;
+    int V = t->m->c.V, T = t->o.T;
+    int speaks = t->g->rank == 0;
     // Rows of the vocabulary without a token are never drawn.
     int usable = tokens_vocab(tokens) < V ? tokens_vocab(tokens) : V;
     int64_t length;

@@ -83,7 +83,8 @@ void layer_backward_experts(Workspace *w, InFlight *f, Saved *s, int layer, cons
     int moe = c->is_moe[layer];
     int64_t F = moe ? c->F : c->I;
     const RowIndex *index = moe ? &f->route.index : &w->dense;
-    const floatX *pool = moe ? s->pool : f->u, *dpool = dx;
+    const floatX *pool = moe ? s->pool : f->u;
+    const floatX *dpool = dx;
     const real *score = moe ? s->pool_score : 0;
     floatX *target = f->y;
     real *dscore = 0;
@@ -118,7 +119,8 @@ void layer_backward_finish(Workspace *w, InFlight *f, Saved *s, int layer, const
     rmsnorm_backward(dx, d->mlp_norm, dx, du, s->mid, p->mlp_norm, f->rstd, accumulate, R, C);
 
     rmsnorm_forward(w->h, w->rstd, s->x, p->attn_norm, (real)c->rms_eps, R, C);
-    const floatX *h = heads_gather(w->split, w->h), *d_mid = heads_reduce_adjoint(w->split, dx);
+    const floatX *h = heads_gather(w->split, w->h);
+    const floatX *d_mid = heads_reduce_adjoint(w->split, dx);
     linear_backward_input(w->d_o, d_mid, p->o, A, C, Q);
     linear_backward_weight(d->o, d_mid, s->o, accumulate_qkvo, A, C, Q);
     qk_norm_rope_forward(w->qn, w->kn, s->q, s->k, p->q_norm, p->k_norm, w->cos, w->sin,

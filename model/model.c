@@ -111,8 +111,9 @@ typedef struct {
 static void add_segment(SegmentList *list, const Param *p, int param, int slice, uint64_t tensor,
                         int64_t at, int64_t count, int64_t first) {
     Block *b = list->b;
-    int64_t lo = at > b->shard0 ? at : b->shard0, end = b->shard0 + b->shard,
-            hi = at + count < end ? at + count : end;
+    int64_t lo = at > b->shard0 ? at : b->shard0;
+    int64_t end = b->shard0 + b->shard;
+    int64_t hi = at + count < end ? at + count : end;
     if (lo >= hi) return;
     if (b->n_segments == list->capacity) {
         list->capacity = list->capacity ? 2 * list->capacity : 64;

@@ -24,7 +24,9 @@ static double fall(const Schedule *k, double s, double left) {
 }
 
 double schedule_factor(const Schedule *k, int64_t update) {
-    double s = (double)(update - 1), warmup = (double)k->warmup, steps = (double)k->steps;
+    double s = (double)(update - 1);
+    double warmup = (double)k->warmup;
+    double steps = (double)k->steps;
     if (s < warmup) return s / (warmup > 1 ? warmup : 1);
     if (k->kind == SCHEDULE_CONSTANT) return 1;
     double span = steps - warmup > 1 ? steps - warmup : 1;
@@ -51,7 +53,8 @@ Optimizer optimizer_create(const Model *m, OptimizerOptions o, Arena *arena) {
     for (int b = 0; b < m->n_blocks; b++) {
         const Block *block = &m->block[b];
         OptimizerState *s = &opt.state[b];
-        size_t n = block->shard, q = block->n_qblocks;
+        size_t n = block->shard;
+        size_t q = block->n_qblocks;
         if (master) s->master = (real *)take_zero(arena, n * sizeof(real), "fp32 master weights");
         switch (o.kind) {
         case OPT_SGD:

@@ -25,14 +25,16 @@ enum { ROWS = (int)(sizeof table / sizeof table[0]) };
 
 // Edit distance, for "did you mean".
 static int distance(const char *a, const char *b) {
-    int n = (int)strlen(b), row[64];
+    int n = (int)strlen(b);
+    int row[64];
     if (n > 62) return 99;
     for (int j = 0; j <= n; j++) row[j] = j;
     for (int i = 1; a[i - 1]; i++) {
         int diagonal = row[0];
         row[0] = i;
         for (int j = 1; j <= n; j++) {
-            int up = row[j], best = diagonal + (a[i - 1] != b[j - 1]);
+            int up = row[j];
+            int best = diagonal + (a[i - 1] != b[j - 1]);
             if (up + 1 < best) best = up + 1;
             if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
             diagonal = up;
@@ -157,11 +159,13 @@ Options options_parse(int argc, char **argv) {
         }
         if (strncmp(word, "--", 2))
             die("%s is not an option|options begin with --; --help lists all", word);
-        const char *equals = strchr(word, '='), *joined = equals ? equals + 1 : 0;
+        const char *equals = strchr(word, '=');
+        const char *joined = equals ? equals + 1 : 0;
         char name[64];
         snprintf(name, sizeof name, "%.*s", equals ? (int)(equals - word - 2) : 60, word + 2);
         const Option *o = find(name);
-        const char *next = i < argc ? argv[i] : 0, *value = joined ? joined : next;
+        const char *next = i < argc ? argv[i] : 0;
+        const char *value = joined ? joined : next;
         if (o->kind == FLAG) {
             int given = value && (!strcmp(value, "on") || !strcmp(value, "off"));
             if (joined && !given)

@@ -12,7 +12,8 @@
 // sum to each of them. Pieces have ceil(count / n) elements, the last ones fewer.
 static double all_reduce_bytes(int64_t count, double width, int n, int rank) {
     if (n < 2) return 0;
-    int64_t piece = (count + n - 1) / n, mine = count - rank * piece;
+    int64_t piece = (count + n - 1) / n;
+    int64_t mine = count - rank * piece;
     if (mine < 0) mine = 0;
     if (mine > piece) mine = piece;
     return (double)(count - mine + (n - 1) * mine) * width;
@@ -48,7 +49,8 @@ static void block_traffic(Traffic *s, const Model *m, const Grid *g, const StepO
     const double X = sizeof(floatX), G = sizeof(gradX);
     for (int b = 0; b < m->n_blocks; b++) {
         const Block *k = &m->block[b];
-        double shard = (double)k->shard, gathers = 2;
+        double shard = (double)k->shard;
+        double gathers = 2;
         if (k->layer < 0) gathers = m->c.tied ? 2 : 1;
         if (k->layer == m->c.L) gathers = 1;
         int n = k->local ? g->fsdp : g->fsdp * g->ep;
@@ -62,7 +64,9 @@ static void block_traffic(Traffic *s, const Model *m, const Grid *g, const StepO
 // passes: (MoE layer, micro-batch) pairs; token: elements of a micro-batch.
 static void token_traffic(Traffic *s, const Config *c, const Grid *g, int64_t R, double passes,
                           Routing routing) {
-    const double X = sizeof(floatX), copy = c->C * X, score = c->K * sizeof(real);
+    const double X = sizeof(floatX);
+    const double copy = c->C * X;
+    const double score = c->K * sizeof(real);
     if (g->dispatch == DISPATCH_ALLREDUCE) { // y forward, dy backward; every rank knows topk
         s->bytes[SEND_TOKENS] = 2 * passes * all_reduce_bytes(R * c->C, X, g->ep, g->ep_rank);
         return;
@@ -83,7 +87,8 @@ static void token_traffic(Traffic *s, const Config *c, const Grid *g, int64_t R,
 // and the output again with it. pairs: (layer, micro-batch).
 static void head_traffic(Traffic *s, const Config *c, const Grid *g, int64_t R, double pairs,
                          Routing routing) {
-    const double X = sizeof(floatX), again = routing.reattended;
+    const double X = sizeof(floatX);
+    const double again = routing.reattended;
     int64_t token = R * c->C;
     if (!g->split_heads) return;
     if (g->dispatch == DISPATCH_ALLREDUCE)
@@ -101,7 +106,8 @@ static void statistics_traffic(Traffic *s, const Model *m, const Grid *g, const 
                               all_reduce_bytes(2 * c->n_moe, 8, g->world, g->rank));
     *bytes += all_reduce_bytes(1, 8, g->world, g->rank); // the loss
     // Squares of the gradients, of all blocks at once or layer by layer.
-    int dense = g->fsdp * g->ep, dense_rank = g->fsdp_rank * g->ep + g->ep_rank;
+    int dense = g->fsdp * g->ep;
+    int dense_rank = g->fsdp_rank * g->ep + g->ep_rank;
     if (!o->update_layer) *bytes += all_reduce_bytes(m->n_blocks, 8, dense, dense_rank);
     for (int l = -1; l <= c->L && o->update_layer; l++) {
         int blocks = l >= 0 && l < c->L && m->local_block[l] >= 0 ? 2 : 1;
@@ -155,7 +161,8 @@ static double group_bandwidth(const Machine *k, int span) {
 // Bytes that a step of the optimizer reads and writes for one parameter: gradient (twice, with the
 // norm), weight (or master read and written, weight written), moments read and written.
 static double optimizer_bytes(OptimizerOptions o) {
-    double weight = 2 * sizeof(floatX), moments = 0;
+    double weight = 2 * sizeof(floatX);
+    double moments = 0;
     if (o.master) weight = 2 * sizeof(real) + sizeof(floatX);
     switch (o.kind) {
     case OPT_SGD: moments = o.momentum != 0 ? 2 * sizeof(real) : 0; break;
@@ -179,8 +186,10 @@ static double recompute_share(Recompute r) {
 static Estimate estimate(const Model *m, const Grid *g, const StepOptions *o, OptimizerOptions opt,
                          const Traffic *s, size_t memory, const Machine *k) {
     const double *bytes = s->bytes;
-    double tokens = (double)o->batch * o->T / g->data_ranks, shard = 0;
-    double sharded = group_bandwidth(k, g->ep * g->fsdp), ep = group_bandwidth(k, g->ep);
+    double tokens = (double)o->batch * o->T / g->data_ranks;
+    double shard = 0;
+    double sharded = group_bandwidth(k, g->ep * g->fsdp);
+    double ep = group_bandwidth(k, g->ep);
     for (int b = 0; b < m->n_blocks; b++) shard += (double)m->block[b].shard;
     Estimate e;
     e.memory = (double)memory;
@@ -251,11 +260,12 @@ static Estimate try_layout(const Config *c, const Grid *g, StepOptions *o, Optim
     Model m = layout_model(c, g);
     Trainer *t = trainer_create(&m, (Grid *)g, *o, opt, 1, table);
     *o = t->o; // with the micro-batch filled in
-    double respread = o->recompute == RECOMPUTE_NONE || o->recompute == RECOMPUTE_AUTO ? 0 : 1,
-           reattended = o->recompute == RECOMPUTE_LAYER;
-    double rows = plan_uniform_rows(c, g, t->R), rows_most = plan_most_rows(c, g, t->R);
-    Routing expected = { rows, rows, respread, respread, reattended },
-            worst = { rows_most, (double)(g->ep - 1) * t->R, respread, respread, reattended };
+    double respread = o->recompute == RECOMPUTE_NONE || o->recompute == RECOMPUTE_AUTO ? 0 : 1;
+    double reattended = o->recompute == RECOMPUTE_LAYER;
+    double rows = plan_uniform_rows(c, g, t->R);
+    double rows_most = plan_most_rows(c, g, t->R);
+    Routing expected = { rows, rows, respread, respread, reattended };
+    Routing worst = { rows_most, (double)(g->ep - 1) * t->R, respread, respread, reattended };
     *uniform = plan_traffic(&m, g, o, expected);
     *most = plan_traffic(&m, g, o, worst);
     Estimate e = estimate(&m, g, o, opt, uniform, t->arena.used, k);
@@ -280,7 +290,8 @@ static void keep_fastest(Candidate *best, int *n, Candidate candidate) {
 
 // Tells whether a layout divides the batch and, with the 8-bit optimizer, keeps its blocks whole.
 static int divides(const Config *c, const Grid *g, const StepOptions *o, OptimizerOptions opt) {
-    int64_t sequences = o->batch / g->data_ranks, per_round = sequences / o->rounds;
+    int64_t sequences = o->batch / g->data_ranks;
+    int64_t per_round = sequences / o->rounds;
     if (o->batch % g->data_ranks || sequences % o->rounds) return 0;
     if (o->micro_batch && per_round % o->micro_batch) return 0;
     return opt.kind != OPT_ADAMW8 || keeps_blocks(c, g);
@@ -346,7 +357,8 @@ static void print_traffic(FILE *out, const Traffic *uniform, const Traffic *most
     };
     fprintf(out, "bytes that a rank sends in an update "
                  "(uniform routing; in brackets the most that any routing asks for)\n");
-    double total = 0, worst = 0;
+    double total = 0;
+    double worst = 0;
     for (int i = 0; i < SEND_KINDS; i++) {
         total += uniform->bytes[i];
         worst += most->bytes[i];

@@ -54,7 +54,8 @@ typedef struct { // reports of one name and about one size: the same kernel on o
 } Row;
 
 static int by_time(const void *a, const void *b) {
-    double x = ((const Row *)a)->seconds, y = ((const Row *)b)->seconds;
+    double x = ((const Row *)a)->seconds;
+    double y = ((const Row *)b)->seconds;
     return (x < y) - (x > y);
 }
 
@@ -117,7 +118,8 @@ static char *rank_events(const Profile *p, size_t *bytes) {
     enum { LINE = 320 };
     int rank = comm_rank(p->all);
     size_t lines = p->events + STREAM_COUNT + 1;
-    char *text = (char *)xmalloc(lines * LINE, "profile"), *at = text;
+    char *text = (char *)xmalloc(lines * LINE, "profile");
+    char *at = text;
     at += sprintf(at,
                   "{\"name\":\"process_name\",\"ph\":\"M\",\"pid\":%d,\"args\":"
                   "{\"name\":\"rank %d\"}},\n",

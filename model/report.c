@@ -161,7 +161,8 @@ static void add_data(cJSON *run, const char *key, const Loader *data) {
 
 static void write_run(const RunFolder *folder, const Options *o, const Trainer *t,
                       const Loader *train, const Loader *val) {
-    cJSON *run = cJSON_CreateObject(), *config = cJSON_Parse(t->m->c.json);
+    cJSON *run = cJSON_CreateObject();
+    cJSON *config = cJSON_Parse(t->m->c.json);
     cJSON_AddStringToObject(run, "commit", MOE_COMMIT);
     cJSON_AddStringToObject(run, "backend", device_backend());
     cJSON_AddStringToObject(run, "device", device_describe());
@@ -173,7 +174,8 @@ static void write_run(const RunFolder *folder, const Options *o, const Trainer *
     if (config) cJSON_AddItemToObject(run, "config", config);
     add_data(run, "train_data", train);
     add_data(run, "val_data", val);
-    char *text = cJSON_Print(run), *line = xasprintf("%s\n", text ? text : "");
+    char *text = cJSON_Print(run);
+    char *line = xasprintf("%s\n", text ? text : "");
     int error = file_replace(folder->fd, "run.json", line, strlen(line));
     if (error)
         die("cannot write %s/run.json: %s|free space or make the folder writable", folder->path,
@@ -184,7 +186,8 @@ static void write_run(const RunFolder *folder, const Options *o, const Trainer *
 }
 
 void report_limits(const Config *c, int fused) {
-    int scaled = !c->norm_topk && c->n_moe, dense = c->n_moe < c->L;
+    int scaled = !c->norm_topk && c->n_moe;
+    int dense = c->n_moe < c->L;
     if (!scaled && !dense && !fused) return;
     printf("exports    not for every program:%s%s%s\n",
            scaled ? " llama.cpp renormalises the experts' weights, this model does not;" : "",
@@ -197,7 +200,8 @@ void report_start(const Report *r, const Trainer *t, const Options *o, const cha
     if (!r->active) return;
     const Config *c = &t->m->c;
     const Grid *g = t->g;
-    double total = config_total_parameters(c), multiplied = config_matrix_parameters(c);
+    double total = config_total_parameters(c);
+    double multiplied = config_matrix_parameters(c);
     printf("moe.c      commit %s, %s\n", MOE_COMMIT, PRECISION_NAME);
     printf("device     %s\n", device_describe());
     printf("ranks      %d over %s, %d on this machine\n", g->world, comm_describe(),
@@ -288,8 +292,8 @@ void report_step(Report *r, const Trainer *t, int64_t step, const StepResult *s,
                  int with_experts) {
     if (!r->active) return;
     const Config *c = &t->m->c;
-    double rate = (double)s->tokens / seconds,
-           mfu = r->peak > 0 ? rate * config_flops_per_token(c, s->visible) / r->peak : NAN;
+    double rate = (double)s->tokens / seconds;
+    double mfu = r->peak > 0 ? rate * config_flops_per_token(c, s->visible) / r->peak : NAN;
     printf("step %lld/%lld (%.0f%%) | ", (long long)step, (long long)r->steps,
            100.0 * (double)step / (double)r->steps);
     if (s->valid)
@@ -394,7 +398,8 @@ void report_heat_map(const Trainer *t, FILE *out) {
     for (int l = 0, i = 0; l < c->L; l++) {
         if (!c->is_moe[l]) continue;
         const int64_t *count = t->router.host_count + (size_t)i * c->E;
-        int64_t total = 0, most = 0;
+        int64_t total = 0;
+        int64_t most = 0;
         int dead = 0;
         for (int e = 0; e < c->E; e++) {
             total += count[e];
@@ -403,8 +408,8 @@ void report_heat_map(const Trainer *t, FILE *out) {
         }
         fprintf(out, "  %3d [", l);
         for (int k = 0; k < columns; k++) {
-            int begin = (int)((int64_t)k * c->E / columns),
-                end = (int)((int64_t)(k + 1) * c->E / columns);
+            int begin = (int)((int64_t)k * c->E / columns);
+            int end = (int)((int64_t)(k + 1) * c->E / columns);
             int64_t n = 0;
             for (int e = begin; e < end; e++) n += count[e];
             double load = total ? (double)n * c->E / ((double)total * (end - begin)) : 0;

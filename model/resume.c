@@ -19,7 +19,8 @@ static const char *const SAID[] = { "lr",           "schedule",  "warmup",    "d
 enum { N_SAID = sizeof SAID / sizeof *SAID };
 
 static cJSON *said_json(const Options *o) {
-    cJSON *all = options_json(o), *said = cJSON_CreateObject();
+    cJSON *all = options_json(o);
+    cJSON *said = cJSON_CreateObject();
     for (int i = 0; i < N_SAID; i++) {
         cJSON *v = cJSON_DetachItemFromObjectCaseSensitive(all, SAID[i]);
         if (v) cJSON_AddItemToObject(said, SAID[i], v);
@@ -29,12 +30,15 @@ static cJSON *said_json(const Options *o) {
 }
 
 static void say_changed(const cJSON *trainer, const Options *o, FILE *screen) {
-    const cJSON *was = cJSON_GetObjectItemCaseSensitive(trainer, "options"), *v = 0;
+    const cJSON *was = cJSON_GetObjectItemCaseSensitive(trainer, "options");
+    const cJSON *v = 0;
     cJSON *now = said_json(o);
     cJSON_ArrayForEach(v, now) {
         const cJSON *old = cJSON_GetObjectItemCaseSensitive(was, v->string);
         if (!old || cJSON_Compare(old, v, 1) || !screen) continue;
-        char *a = cJSON_PrintUnformatted(old), *b = cJSON_PrintUnformatted(v), shown[200];
+        char *a = cJSON_PrintUnformatted(old);
+        char *b = cJSON_PrintUnformatted(v);
+        char shown[200];
         fprintf(screen, "changed    --%s is %s, ", v->string, b);
         fprintf(screen, "the checkpoint was trained with %s\n", printable(shown, sizeof shown, a));
         cJSON_free(a);
@@ -59,12 +63,14 @@ static int64_t epoch_targets(const Loader *data) {
 // Files by their own names (a data set may lie elsewhere now) and sizes, the tokens of all, and the
 // sources of a mixture: with other weights another source would give each window.
 static cJSON *data_json(const Loader *data) {
-    cJSON *json = cJSON_CreateObject(), *files = cJSON_AddArrayToObject(json, "files");
+    cJSON *json = cJSON_CreateObject();
+    cJSON *files = cJSON_AddArrayToObject(json, "files");
     cJSON *sources = cJSON_AddArrayToObject(json, "sources");
     cJSON_AddNumberToObject(json, "tokens", (double)loader_tokens(data));
     cJSON_AddNumberToObject(json, "targets", (double)epoch_targets(data));
     for (int i = 0; i < loader_files(data); i++) {
-        const char *path = loader_file(data, i), *slash = strrchr(path, '/');
+        const char *path = loader_file(data, i);
+        const char *slash = strrchr(path, '/');
         add_text(files, xasprintf("%s, %lld bytes", slash ? slash + 1 : path,
                                   (long long)loader_file_bytes(data, i)));
     }
@@ -92,7 +98,8 @@ static void check_list(const cJSON *was, const cJSON *now, const char *list, con
                        const char *dir) {
     const cJSON *old = cJSON_GetObjectItemCaseSensitive(was, list);
     const cJSON *new_list = cJSON_GetObjectItemCaseSensitive(now, list);
-    int n = cJSON_GetArraySize(new_list), m = cJSON_GetArraySize(old);
+    int n = cJSON_GetArraySize(new_list);
+    int m = cJSON_GetArraySize(old);
     for (int i = 0; old && (i < n || i < m); i++)
         if (strcmp(text_of(new_list, i), text_of(old, i)))
             die("%s was trained on other data: %s %d of --train is %s, it was %s|"
@@ -239,8 +246,8 @@ void resume_check(const struct cJSON *trainer, const Options *o, const Config *c
     if (shuffled != o->shuffle)
         die("%s was trained with --shuffle %s|%s", dir, shuffled ? "on" : "off", advice);
     char word[OPTION_WORD];
-    const char *was = trainer_text(trainer, "optimizer"),
-               *now = options_choice(o, "optimizer", word);
+    const char *was = trainer_text(trainer, "optimizer");
+    const char *now = options_choice(o, "optimizer", word);
     if (strcmp(was, now))
         die("%s was trained with --optimizer %s, now it is %s|%s", dir, was, now, advice);
     const char *precision = trainer_text(trainer, "precision");
@@ -260,8 +267,10 @@ void resume_restore(Trainer *t, const struct cJSON *trainer, int64_t step) {
         die("trainer.json: updates %lld or previous_norm %g is out of range|"
             "the checkpoint is damaged: resume from the one before it",
             (long long)t->updates, t->norms.previous);
-    const cJSON *bias = cJSON_GetObjectItemCaseSensitive(trainer, "router_bias"), *b = 0;
-    size_t n = t->m->c.n_moe * (size_t)t->m->c.E, i = 0;
+    const cJSON *bias = cJSON_GetObjectItemCaseSensitive(trainer, "router_bias");
+    const cJSON *b = 0;
+    size_t n = t->m->c.n_moe * (size_t)t->m->c.E;
+    size_t i = 0;
     if (!t->router.bias || !bias) return;
     if ((size_t)cJSON_GetArraySize(bias) != n)
         die("trainer.json has %d router biases, the model needs %zu|"

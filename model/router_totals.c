@@ -22,7 +22,8 @@ void router_totals_create(RouterTotals *r, const Model *m, int with_bias, Arena 
 }
 
 void router_totals_create_host(RouterTotals *r, const Model *m) {
-    size_t layers = m->c.n_moe, n = layers * m->c.E;
+    size_t layers = m->c.n_moe;
+    size_t n = layers * m->c.E;
     const char *what = "router statistics";
     r->host_count = (int64_t *)xcalloc(2 * n, sizeof(int64_t), what);
     r->host_prob = (double *)xcalloc(2 * n, sizeof(double), what);
@@ -42,7 +43,8 @@ void router_totals_free(RouterTotals *r) {
 
 void router_totals_clear(Trainer *t, int update) {
     RouterTotals *r = &t->router;
-    size_t n = pairs(t), layers = t->m->c.n_moe;
+    size_t n = pairs(t);
+    size_t layers = t->m->c.n_moe;
     device_zero(r->count, n * sizeof(int64_t));
     device_zero(r->prob, n * sizeof(double));
     device_zero(r->z, 2 * layers * sizeof(double));
@@ -54,7 +56,8 @@ void router_totals_clear(Trainer *t, int update) {
 
 // ---- one layer's part -----------------------------------------------------------------------
 RouterStats router_totals_of(const Trainer *t, int layer) {
-    int64_t i = t->m->moe_index[layer], E = t->m->c.E;
+    int64_t i = t->m->moe_index[layer];
+    int64_t E = t->m->c.E;
     const RouterTotals *r = &t->router;
     RouterStats stats = { 0, 0, 0 };
     if (i < 0) return stats;
@@ -74,7 +77,8 @@ void router_totals_sum(Trainer *t) {
     const Config *c = &t->m->c;
     const RouterTotals *r = &t->router;
     if (!c->n_moe) return;
-    size_t n = pairs(t), n_z = 2 * (size_t)c->n_moe;
+    size_t n = pairs(t);
+    size_t n_z = 2 * (size_t)c->n_moe;
     comm_where(-1, -1, "router statistics");
     comm_wait(all_reduce_start(t->g->all, r->count, n, DTYPE_I64, STREAM_EXCHANGE));
     comm_wait(all_reduce_start(t->g->all, r->prob, n, DTYPE_F64, STREAM_EXCHANGE));
@@ -104,9 +108,11 @@ RouterLoss router_loss_of(const Trainer *t, int layer) {
 // of all layers pooled or the mean of the layers' values.
 static double round_aux(const Trainer *t) {
     const Config *c = &t->m->c;
-    double positions = round_positions(t), aux = 0;
+    double positions = round_positions(t);
+    double aux = 0;
     for (int e = 0; e < c->E; e++) {
-        double f = 0, p = 0;
+        double f = 0;
+        double p = 0;
         for (int64_t l = 0; l < c->n_moe; l++) {
             double f_layer = (double)t->router.round_count[l * c->E + e] / positions;
             double p_layer = t->router.round_prob[l * c->E + e] / positions;
@@ -121,7 +127,8 @@ static double round_aux(const Trainer *t) {
 
 double router_totals_collect(Trainer *t) {
     RouterTotals *r = &t->router;
-    int64_t n = pairs(t), n_z = 2 * t->m->c.n_moe;
+    int64_t n = pairs(t);
+    int64_t n_z = 2 * t->m->c.n_moe;
     if (!n) return 0;
     device_download(r->round_count, r->count, n * sizeof(int64_t));
     device_download(r->round_prob, r->prob, n * sizeof(double));
@@ -138,7 +145,8 @@ void router_totals_report(const Trainer *t, StepResult *result) {
     const Config *c = &t->m->c;
     double positions = round_positions(t) * t->o.rounds;
     for (int64_t l = 0; l < c->n_moe; l++) {
-        int64_t most = 0, total = 0;
+        int64_t most = 0;
+        int64_t total = 0;
         for (int e = 0; e < c->E; e++) {
             int64_t n = t->router.host_count[l * c->E + e];
             result->expert_dead += n == 0;

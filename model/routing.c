@@ -154,7 +154,8 @@ static void start_replay(Trainer *t, int64_t update) {
 }
 
 static int ascending(const void *a, const void *b) {
-    int x = *(const int *)a, y = *(const int *)b;
+    int x = *(const int *)a;
+    int y = *(const int *)b;
     return (x > y) - (x < y);
 }
 
@@ -174,7 +175,9 @@ static void check_choice(const Trainer *t, int *id, int layer, int64_t token) {
 static void replay_round(Trainer *t) {
     RoutingFiles *f = t->routing;
     const SafeTensor *topk = safetensors_find(&f->file, "topk");
-    int64_t K = t->m->c.K, tokens = t->n_micro * t->R, n = t->R * K;
+    int64_t K = t->m->c.K;
+    int64_t tokens = t->n_micro * t->R;
+    int64_t n = t->R * K;
     for (int l = 0; l < t->m->c.L; l++) {
         if (!t->m->c.is_moe[l]) continue;
         safetensors_read(&f->file, topk, layer_begin(t, l) * (int64_t)sizeof(int), f->choice,

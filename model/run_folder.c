@@ -62,7 +62,8 @@ RunFolder run_folder_own(const char *path) {
     if (error)
         warn("--out %s: this file system has no locks (%s): nothing keeps a second run out", path,
              strerror(error));
-    char host[200] = "unknown", text[256];
+    char host[200] = "unknown";
+    char text[256];
     gethostname(host, sizeof host - 1);
     int n = snprintf(text, sizeof text, "host %s, process %ld\n", host, (long)getpid());
     if (ftruncate(f.lock, 0)) error = errno;
@@ -82,7 +83,8 @@ static void not_empty(void *context, const char *name) {
 }
 
 int run_folder_is_empty(const char *path) {
-    int fd = folder_open(AT_FDCWD, path, 0), empty = 1;
+    int fd = folder_open(AT_FDCWD, path, 0);
+    int empty = 1;
     if (fd < 0 && errno == ENOENT) return 1;
     int error = fd < 0 ? errno : folder_visit(fd, not_empty, &empty);
     if (error)

@@ -61,8 +61,9 @@ static SafeTensor parse_tensor(const cJSON *entry, const char *path, int file, i
     SafeTensor t;
     memset(&t, 0, sizeof t);
     const char *name = entry->string;
-    const cJSON *type = cJSON_GetObjectItemCaseSensitive(entry, "dtype"),
-                *shape = cJSON_GetObjectItemCaseSensitive(entry, "shape"), *dim = 0;
+    const cJSON *type = cJSON_GetObjectItemCaseSensitive(entry, "dtype");
+    const cJSON *shape = cJSON_GetObjectItemCaseSensitive(entry, "shape");
+    const cJSON *dim = 0;
     const cJSON *offsets = cJSON_GetObjectItemCaseSensitive(entry, "data_offsets");
     if (!cJSON_IsString(type) || !cJSON_IsArray(shape) || cJSON_GetArraySize(offsets) != 2)
         die("%s: tensor %s: dtype, shape or data_offsets is missing|"
@@ -82,8 +83,8 @@ static SafeTensor parse_tensor(const cJSON *entry, const char *path, int file, i
                 "the file is damaged, copy or download it again",
                 path, name, elements);
     }
-    int64_t begin = whole(cJSON_GetArrayItem(offsets, 0), path, name, "data_offsets"),
-            end = whole(cJSON_GetArrayItem(offsets, 1), path, name, "data_offsets");
+    int64_t begin = whole(cJSON_GetArrayItem(offsets, 0), path, name, "data_offsets");
+    int64_t end = whole(cJSON_GetArrayItem(offsets, 1), path, name, "data_offsets");
     if (begin > end || end > file_bytes - data_start)
         die("%s: tensor %s: offsets [%lld, %lld) out of range, the file has %lld bytes of data|"
             "it was cut short: copy or download it again",
@@ -98,7 +99,8 @@ static SafeTensor parse_tensor(const cJSON *entry, const char *path, int file, i
             "the file is damaged, copy or download it again",
             path, name, (long long)t.bytes, safetensors_shape(&t, text), dtype_name(t.type));
     // The dtype's own name lies after the tensor's: see safetensors_dtype().
-    size_t n = strlen(name) + 1, n_type = strlen(type->valuestring) + 1;
+    size_t n = strlen(name) + 1;
+    size_t n_type = strlen(type->valuestring) + 1;
     t.name = (char *)xmalloc(n + n_type, "tensor name");
     memcpy(t.name, name, n);
     memcpy(t.name + n, type->valuestring, n_type);
@@ -108,7 +110,8 @@ static SafeTensor parse_tensor(const cJSON *entry, const char *path, int file, i
 const char *safetensors_dtype(const SafeTensor *t) { return t->name + strlen(t->name) + 1; }
 
 static int by_place(const void *a, const void *b) {
-    const SafeTensor *x = (const SafeTensor *)a, *y = (const SafeTensor *)b;
+    const SafeTensor *x = (const SafeTensor *)a;
+    const SafeTensor *y = (const SafeTensor *)b;
     if (x->at != y->at) return x->at < y->at ? -1 : 1;
     return (x->bytes > y->bytes) - (x->bytes < y->bytes);
 }
@@ -121,7 +124,8 @@ int safetensors_equal(const SafeTensors *s, const SafeTensor *a, const SafeTenso
     enum { PIECE = 1 << 20 };
     int same = !strcmp(safetensors_dtype(a), safetensors_dtype(b)) && a->bytes == b->bytes &&
                a->n_dims == b->n_dims && !memcmp(a->shape, b->shape, sizeof a->shape);
-    char *x = (char *)xmalloc(2 * PIECE, "tensors"), *y = x + PIECE;
+    char *x = (char *)xmalloc(2 * PIECE, "tensors");
+    char *y = x + PIECE;
     for (int64_t at = 0; same && at < a->bytes; at += PIECE) {
         int64_t n = a->bytes - at < PIECE ? a->bytes - at : PIECE;
         safetensors_read(s, a, at, x, n);
@@ -137,7 +141,8 @@ static void sort_names(SafeTensors *s) {
     int n = 0;
     qsort(s->tensor, s->n, sizeof *s->tensor, by_name);
     for (int i = 0; i < s->n; i++) {
-        SafeTensor *t = &s->tensor[i], *last = &s->tensor[n - 1];
+        SafeTensor *t = &s->tensor[i];
+        SafeTensor *last = &s->tensor[n - 1];
         if (!n || strcmp(last->name, t->name)) {
             s->tensor[n++] = *t;
             continue;
@@ -177,7 +182,8 @@ static char *read_header(int fd, const char *path, int64_t file_bytes, int64_t *
 
 static void add_file(SafeTensors *s, const char *path) {
     int64_t size = 0;
-    int fd = file_open(AT_FDCWD, path, 0, &size), file = s->n_files++;
+    int fd = file_open(AT_FDCWD, path, 0, &size);
+    int file = s->n_files++;
     int error = fd < 0 ? errno : 0;
     if (error) file_check_link(path);
     if (error) die("%s: cannot open: %s|is the checkpoint complete?", path, file_why(error));
@@ -252,7 +258,8 @@ static void look_for(void *context, const char *name) {
 static void die_without_weights(const char *dir) MOE_NORETURN;
 static void die_without_weights(const char *dir) {
     Found f = { 0, 0 };
-    int fd = folder_open(AT_FDCWD, dir, 0), error = fd < 0 ? errno : folder_visit(fd, look_for, &f);
+    int fd = folder_open(AT_FDCWD, dir, 0);
+    int error = fd < 0 ? errno : folder_visit(fd, look_for, &f);
     const char *is = "neither model.safetensors nor model.safetensors.index.json is there";
     if (error) die("%s: cannot read the folder: %s|check the disk", dir, strerror(error));
     if (f.shards)
@@ -276,8 +283,8 @@ SafeTensors safetensors_open_folder(const char *dir) {
     struct stat st;
     if (stat(dir, &st) || !S_ISDIR(st.st_mode))
         die("%s: no such model folder|give a folder with config.json and model*.safetensors", dir);
-    char *single = xasprintf("%s/model.safetensors", dir),
-         *index = xasprintf("%s/model.safetensors.index.json", dir);
+    char *single = xasprintf("%s/model.safetensors", dir);
+    char *index = xasprintf("%s/model.safetensors.index.json", dir);
     cJSON *map = 0;
     // As in transformers, the single file wins. A link that leads nowhere is a file that is
     // missing.
@@ -329,7 +336,8 @@ void safetensors_close(SafeTensors *s) {
 
 const SafeTensor *safetensors_find(const SafeTensors *s, const char *name) {
     for (int lo = 0, hi = s->n; lo < hi;) {
-        int mid = lo + (hi - lo) / 2, order = strcmp(name, s->tensor[mid].name);
+        int mid = lo + (hi - lo) / 2;
+        int order = strcmp(name, s->tensor[mid].name);
         if (!order) return &s->tensor[mid];
         if (order < 0)
             hi = mid;
@@ -349,7 +357,8 @@ void safetensors_read(const SafeTensors *s, const SafeTensor *t, int64_t first, 
 
 // ---- writing --------------------------------------------------------------------------------
 char *safetensors_layout(SafeTensor *tensor, int n, size_t *header_bytes, int64_t *file_bytes) {
-    size_t capacity = 64, used = 8;
+    size_t capacity = 64;
+    size_t used = 8;
     for (int i = 0; i < n; i++) capacity += strlen(tensor[i].name) + 80 + 20 * SAFETENSORS_DIMS;
     char *h = (char *)xmalloc(capacity + 16, "safetensors header");
     used += sprintf(h + used, "{\"__metadata__\":{\"format\":\"pt\"}");

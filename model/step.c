@@ -35,7 +35,8 @@ int64_t step_targets(const Trainer *t, const int *ids, int *targets) {
 
 // Half the square of the length of each document in a window, as causal attention is counted.
 static double window_pairs(const Trainer *t, const int *ids) {
-    double pairs = 0, length = 0;
+    double pairs = 0;
+    double length = 0;
     for (int i = 0; i < t->o.T; i++) {
         length++;
         if (i + 1 < t->o.T && !ends_document(t, ids[i])) continue;
@@ -47,12 +48,14 @@ static double window_pairs(const Trainer *t, const int *ids) {
 
 // A rank's part of an update's windows is contiguous.
 int trainer_read(Trainer *t, const Loader *data, int64_t update, Fault *fault) {
-    int64_t T = t->o.T, valid = 0;
+    int64_t T = t->o.T;
+    int64_t valid = 0;
     double pairs = 0;
     t->tokens.update = 0;
     int64_t first = (update - 1) * t->o.batch + t->g->data_rank * t->tokens.sequences;
     for (int64_t s = 0; s < t->tokens.sequences; s++) {
-        int *ids = t->tokens.host_ids + s * T, *targets = t->tokens.host_targets + s * T;
+        int *ids = t->tokens.host_ids + s * T;
+        int *targets = t->tokens.host_targets + s * T;
         if (!loader_read(data, first + s, ids, targets, fault)) return 0;
         valid += step_targets(t, ids, targets);
         pairs += window_pairs(t, ids);
@@ -83,8 +86,13 @@ static void document_positions(const Trainer *t, int *position, const int *ids, 
 // Where heads are split, attention sees the tokens of the whole ep group, in the order of its
 // ranks.
 static void upload_positions(Trainer *t, const int *ids, int n) {
-    int64_t R = t->R, rows = t->work.attention_rows, ranks = rows / R, mine = n * R;
-    int *all = t->tokens.host_position, *own = all + ranks * mine, *ordered = own + mine;
+    int64_t R = t->R;
+    int64_t rows = t->work.attention_rows;
+    int64_t ranks = rows / R;
+    int64_t mine = n * R;
+    int *all = t->tokens.host_position;
+    int *own = all + ranks * mine;
+    int *ordered = own + mine;
     document_positions(t, own, ids, mine);
     if (ranks == 1) {
         device_upload(t->tokens.position, own, mine * sizeof(int));
@@ -188,7 +196,8 @@ static void place_attention(Trainer *t, Saved *s, const InFlight *f, int trainin
 // to recompute is to dispatch again (I2, collectives do not depend on data).
 static void place_experts(Trainer *t, Saved *s, const InFlight *f, int layer, int training) {
     const DispatchLoad *load = t->m->c.is_moe[layer] ? dispatch_load(f->dispatcher) : 0;
-    int64_t rows = t->work.dense.M, pool = 0;
+    int64_t rows = t->work.dense.M;
+    int64_t pool = 0;
     if (load) {
         rows = load->rows_max;
         pool = load->pool_max;
@@ -280,7 +289,8 @@ void step_forward(Trainer *t, int n, int training, int given) {
 // ---- head -----------------------------------------------------------------------------------
 HeadPointers head_get(Trainer *t, int training) {
     const Model *m = t->m;
-    int tied = m->c.tied, matrix_block = tied ? m->embed_block : m->head_block;
+    int tied = m->c.tied;
+    int matrix_block = tied ? m->embed_block : m->head_block;
     const Param *matrix = tied ? model_param(m, P_EMBED, -1) : model_param(m, P_HEAD, m->c.L);
     const Param *norm = model_param(m, P_FINAL_NORM, m->c.L);
     HeadPointers p = { 0, 0, 0, 0, matrix_block };
@@ -374,7 +384,8 @@ static void step_block(Trainer *t, int block, const gradX *grad, int64_t update,
 
 // The factor by which --update layer clips: the norm of this update is not known yet.
 static double clip_by_previous(const Trainer *t) {
-    double clip = t->o.clip, norm = t->norms.previous + 1e-6;
+    double clip = t->o.clip;
+    double norm = t->norms.previous + 1e-6;
     return clip > 0 && t->norms.previous >= 0 && norm > clip ? clip / norm : 1;
 }
 
@@ -448,7 +459,8 @@ static void embedding_backward(Trainer *t) {
 // layer is stepped after that. In one process there is nothing to wait for: it is stepped at once,
 // and one layer's gradient is alive.
 static void step_backward(Trainer *t, int64_t update, double lr) {
-    int L = t->m->c.L, later = fsdp_reduces(t->fsdp);
+    int L = t->m->c.L;
+    int later = fsdp_reduces(t->fsdp);
     reduce_layer(t, L);
     if (t->o.update_layer && !later) update_layer(t, L, update, lr);
     for (int l = L - 1; l >= 0; l--) {

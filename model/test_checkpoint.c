@@ -73,7 +73,8 @@ static void copy_folder(const char *from, const char *to) {
     folder_make(to);
     DIR *d = opendir(from);
     for (struct dirent *e; d && (e = readdir(d));) {
-        char *a = xasprintf("%s/%s", from, e->d_name), *b = xasprintf("%s/%s", to, e->d_name);
+        char *a = xasprintf("%s/%s", from, e->d_name);
+        char *b = xasprintf("%s/%s", to, e->d_name);
         size_t n;
         char *text = e->d_name[0] == '.' ? 0 : slurp(a, &n);
         if (text) spill(b, text, n);
@@ -117,7 +118,8 @@ static void take(Rank *r) {
     a->used = 0;
     for (int b = 0; b < r->m.n_blocks; b++) {
         OptimizerState *s = &r->shard[b];
-        size_t n = r->m.block[b].shard, q = r->m.block[b].n_qblocks;
+        size_t n = r->m.block[b].shard;
+        size_t q = r->m.block[b].n_qblocks;
         s->param = ARENA_TAKE(a, floatX, n, "param");
         if (r->state & STATE_MASTER) s->master = ARENA_TAKE(a, real, n, "master");
         if (r->state & STATE_M) s->m = ARENA_TAKE(a, real, n, "m");
@@ -190,7 +192,8 @@ static int buffers(const OptimizerState *s, const Segment *g, Buffer *out) {
 // file) and then to the buffer's type. malloc'd.
 static void *expected(uint64_t tensor, Buffer b, Dtype through) {
     size_t n = b.n;
-    char *file = (char *)xmalloc(n * 8, "expected"), *out = (char *)xmalloc(n * 8, "expected");
+    char *file = (char *)xmalloc(n * 8, "expected");
+    char *out = (char *)xmalloc(n * 8, "expected");
     if (b.type == DTYPE_U8) {
         for (size_t i = 0; i < n; i++)
             out[i] = (char)value_bits(tensor, b.first + (int64_t)i, b.what);
@@ -220,14 +223,14 @@ static int64_t sweep(Rank *r, int fill, Dtype through) {
                                       VALUE_WEIGHT };
             for (int j = 0; j < n; j++) {
                 size_t bytes = list[j].n * dtype_size(list[j].type);
-                char *want = (char *)expected(g->tensor, list[j], through),
-                     *have = (char *)xmalloc(bytes, "have");
+                char *want = (char *)expected(g->tensor, list[j], through);
+                char *have = (char *)xmalloc(bytes, "have");
                 if (fill) device_upload(list[j].here, want, bytes);
                 device_download(have, list[j].here, bytes);
                 for (size_t x = 0; x < bytes; x++) wrong += want[x] != have[x];
                 if (!fill && j == 0 && s->master) { // the parameter is the master, rounded once
-                    char *p = (char *)xmalloc(bytes, "parameter"),
-                         *q = (char *)xmalloc(bytes, "parameter");
+                    char *p = (char *)xmalloc(bytes, "parameter");
+                    char *q = (char *)xmalloc(bytes, "parameter");
                     convert(p, DTYPE_FLOATX, have, DTYPE_REAL, list[j].n);
                     device_download(q, s->param + g->offset, list[j].n * sizeof(floatX));
                     wrong += memcmp(p, q, list[j].n * sizeof(floatX)) != 0;
@@ -399,7 +402,8 @@ static void test_configs(void) {
     Checkpoint *k = checkpoint_create(&m, 0, 1, &count);
     RunFolder run = run_folder_look(work);
     checkpoint_save_plan(k, &run, 0, options(SAVE_F32, 0, 0), STATE_M | STATE_V);
-    double bytes = (double)k->plan.bytes, payload = 30532122624.0 * (4 + 2 * (double)sizeof(real));
+    double bytes = (double)k->plan.bytes;
+    double payload = 30532122624.0 * (4 + 2 * (double)sizeof(real));
     double masters = sizeof(floatX) == 8 ? 30532122624.0 * 8 : 0;
     check(bytes > payload + masters && bytes < payload + masters + 2e7,
           "its F32 checkpoint with both moments: %.3f GB (offsets beyond 2^32)", bytes / 1e9);
@@ -416,15 +420,16 @@ static void test_round_trips(const char *config) {
     for (int fused = 0; fused < 2; fused++)
         for (int t = 0; t < 3; t++)
             for (int64_t limit = 0; limit <= 20000; limit += 20000) {
-                char *out = xasprintf("%s/rt%d%d%d", work, fused, t, limit > 0),
-                     *dir = checkpoint_folder(out, 3);
+                char *out = xasprintf("%s/rt%d%d%d", work, fused, t, limit > 0);
+                char *dir = checkpoint_folder(out, 3);
                 save_grid(config, 1, 1, 0, 0, DTYPE_FLOATX, out, 3, options(types[t], fused, limit),
                           0);
                 int64_t wrong = load_grid(dir, 1, 1, 0, 0, through[t], 0);
                 SafeTensors s = safetensors_open_folder(dir);
                 // 3 outside the layers, 8 per layer, dense MLP 3, MoE 1 + (3 x 8 or 2)
-                int want = 3 + 3 * 8 + 3 + 2 * (fused ? 3 : 25), files = s.n_files,
-                    several = limit > 0 && files > 5 && !exists(dir, "model.safetensors");
+                int want = 3 + 3 * 8 + 3 + 2 * (fused ? 3 : 25);
+                int files = s.n_files;
+                int several = limit > 0 && files > 5 && !exists(dir, "model.safetensors");
                 check(!wrong && s.n == want && (several || (!limit && files == 1)),
                       "round trip: %s layout, %s, %d file%s, %d tensors",
                       fused ? "fused" : "experts", type_name[t], files, files > 1 ? "s" : "", s.n);
@@ -449,8 +454,9 @@ static int64_t foreign(const SafeTensors *s, const char *tensor, int64_t base, c
 
 // The bytes themselves, without our own reader's idea of where they are.
 static void test_contents(const char *config) {
-    char *out = in("contents"), *dir = checkpoint_folder(out, 1),
-         *path = xasprintf("%s/optimizer.safetensors", dir);
+    char *out = in("contents");
+    char *dir = checkpoint_folder(out, 1);
+    char *path = xasprintf("%s/optimizer.safetensors", dir);
     unsigned master =
         sizeof(floatX) == 2 ? STATE_MASTER : 0; // bf16 parameters alone would not have these bits
     save_grid(config, 2, 2, 0, STATE_M | STATE_V | master, DTYPE_F32, out, 1,
@@ -482,8 +488,9 @@ static void test_contents(const char *config) {
 // A model folder with types mixed as no sane tool writes them: tensor i gets F32, BF16, F16 in
 // turn.
 static void mixed_model(const char *config, const char *dir) {
-    char *out = in("mixed_source"), *from = checkpoint_folder(out, 0),
-         *path = xasprintf("%s/model.safetensors", dir);
+    char *out = in("mixed_source");
+    char *from = checkpoint_folder(out, 0);
+    char *path = xasprintf("%s/model.safetensors", dir);
     save_grid(config, 1, 1, 0, 0, DTYPE_FLOATX, out, 0, options(SAVE_F32, 0, 0), 0);
     copy_folder(from, dir);
     char *trainer = xasprintf("%s/trainer.json", dir);
@@ -498,8 +505,8 @@ static void mixed_model(const char *config, const char *dir) {
     }
     size_t header;
     int64_t bytes;
-    char *h = safetensors_layout(t, s.n, &header, &bytes),
-         *file = (char *)xcalloc(bytes, 1, "file");
+    char *h = safetensors_layout(t, s.n, &header, &bytes);
+    char *file = (char *)xcalloc(bytes, 1, "file");
     memcpy(file, h, header);
     for (int i = 0; i < s.n; i++) {
         char *data = (char *)xmalloc(s.tensor[i].bytes, "tensor");
@@ -520,16 +527,19 @@ static void mixed_model(const char *config, const char *dir) {
 // Tensors of a that b does not hold byte for byte under the same name, type and shape; -1 where b
 // has others.
 static int differing(const char *a, const char *b) {
-    SafeTensors x = safetensors_open_folder(a), y = safetensors_open_folder(b);
+    SafeTensors x = safetensors_open_folder(a);
+    SafeTensors y = safetensors_open_folder(b);
     int n = 0;
     for (int i = 0; i < x.n; i++) {
-        const SafeTensor *t = &x.tensor[i], *u = safetensors_find(&y, t->name);
+        const SafeTensor *t = &x.tensor[i];
+        const SafeTensor *u = safetensors_find(&y, t->name);
         if (!u || u->type != t->type || u->n_dims != t->n_dims ||
             memcmp(u->shape, t->shape, sizeof t->shape)) {
             n++;
             continue;
         }
-        char *p = (char *)xmalloc(t->bytes, "tensor"), *q = (char *)xmalloc(t->bytes, "tensor");
+        char *p = (char *)xmalloc(t->bytes, "tensor");
+        char *q = (char *)xmalloc(t->bytes, "tensor");
         safetensors_read(&x, t, 0, p, t->bytes);
         safetensors_read(&y, u, 0, q, u->bytes);
         n += memcmp(p, q, t->bytes) != 0;
@@ -543,7 +553,9 @@ static int differing(const char *a, const char *b) {
 }
 
 static void test_source(const char *config, const char *fixtures) {
-    char *mixed = in("mixed"), *out = in("from_mixed"), *dir = checkpoint_folder(out, 0);
+    char *mixed = in("mixed");
+    char *out = in("from_mixed");
+    char *dir = checkpoint_folder(out, 0);
     mixed_model(config, mixed);
     char *tokenizer = xasprintf("%s/tokenizer.json", mixed);
     spill(tokenizer, "{\"a\": 1}", 8);
@@ -564,10 +576,13 @@ static void test_source(const char *config, const char *fixtures) {
     free(tokenizer);
     DIR *d = fixtures ? opendir(fixtures) : 0;
     for (struct dirent *e; d && (e = readdir(d));) {
-        char *from = xasprintf("%s/%s", fixtures, e->d_name),
-             *c = xasprintf("%s/config.json", from), *o = xasprintf("%s/fx_%s", work, e->d_name);
+        char *from = xasprintf("%s/%s", fixtures, e->d_name);
+        char *c = xasprintf("%s/config.json", from);
+        char *o = xasprintf("%s/fx_%s", work, e->d_name);
         if (e->d_name[0] != '.' && !access(c, F_OK)) {
-            char *a = checkpoint_folder(o, 0), *b = checkpoint_folder(o, 1), *round;
+            char *a = checkpoint_folder(o, 0);
+            char *b = checkpoint_folder(o, 1);
+            char *round;
             save_grid(c, 1, 1, 0, state, DTYPE_F32, o, 0, options(SAVE_SOURCE, 0, 0), from);
             save_grid(c, 1, 1, 0, state, DTYPE_F32, o, 1, options(SAVE_SOURCE, 1, 0), a);
             round = checkpoint_folder(o, 2);
@@ -606,8 +621,8 @@ static void test_resume(const char *config) {
             if ((states[s].state & STATE_8BIT) && grids[save].split)
                 continue; // columns of o_proj cut blocks of 256: refused, see the bad inputs
             Dtype full = states[s].state & STATE_MASTER ? DTYPE_REAL : DTYPE_FLOATX;
-            char *out = xasprintf("%s/resume%d%d", work, s, save),
-                 *dir = checkpoint_folder(out, 12);
+            char *out = xasprintf("%s/resume%d%d", work, s, save);
+            char *dir = checkpoint_folder(out, 12);
             // file types alternate: in half of the cases the model file has too few bits and the
             // optimizer's file must bring them
             save_grid(
@@ -648,7 +663,8 @@ int main(int argc, char **argv) {
     signal(SIGXFSZ,
            SIG_IGN); // as train_moe does: a limit on the size of files is an error of the write
     // In memory where there is room: hundreds of saves are synced.
-    const char *base = getenv("TMPDIR"), *memory = "/dev/shm";
+    const char *base = getenv("TMPDIR");
+    const char *memory = "/dev/shm";
     if (!base || !*base) base = room_in(memory) > 256 << 20 ? memory : "/tmp";
     char *pattern = xasprintf("%s/moe_checkpoint_XXXXXX", base);
     work = mkdtemp(pattern);

@@ -14,10 +14,12 @@ static void raw_file(const char *path, const char *header, size_t data) {
 // First `from` in a file becomes `to`; in a safetensors file lengths must be equal.
 static void edit(const char *path, const char *from, const char *to) {
     size_t n = 0;
-    char *text = slurp(path, &n), *at = text ? (char *)memmem(text, n, from, strlen(from)) : 0;
+    char *text = slurp(path, &n);
+    char *at = text ? (char *)memmem(text, n, from, strlen(from)) : 0;
     if (!at) die("%s: the test does not find %s in it|adapt the test", path, from);
     char *out = (char *)xmalloc(n + strlen(to), "test file");
-    size_t head = (size_t)(at - text), tail = n - head - strlen(from);
+    size_t head = (size_t)(at - text);
+    size_t tail = n - head - strlen(from);
     memcpy(out, text, head);
     memcpy(out + head, to, strlen(to));
     memcpy(out + head + strlen(to), at + strlen(from), tail);
@@ -35,13 +37,15 @@ static void test_large_offsets(void) {
         2 * n, 2 * n, 2 * n + 4);
     raw_file(path, header, 0);
     int64_t start = 8 + (int64_t)strlen(header);
-    int fd = open(path, O_RDWR), ok = fd >= 0 && !ftruncate(fd, start + 2 * n + 4) &&
-                                      !file_write_at(fd, start + 2 * n - 2, "\x34\x12\x78\x56", 4);
+    int fd = open(path, O_RDWR);
+    int ok = fd >= 0 && !ftruncate(fd, start + 2 * n + 4) &&
+             !file_write_at(fd, start + 2 * n - 2, "\x34\x12\x78\x56", 4);
     if (!ok)
         printf("    (no sparse files here: large offsets not exercised)\n");
     else {
         SafeTensors s = safetensors_open(path);
-        uint16_t last = 0, scalar = 0;
+        uint16_t last = 0;
+        uint16_t scalar = 0;
         safetensors_read(&s, safetensors_find(&s, "a"), 2 * n - 2, &last, 2);
         safetensors_read(&s, safetensors_find(&s, "b"), 0, &scalar, 2);
         check(last == 0x1234 && scalar == 0x5678 &&
@@ -93,8 +97,9 @@ static void expect(const char *name, void (*f)(const Bad *), const Bad *b, const
     char said[4096];
     int status;
     run_child(f, b, &status, said, sizeof said);
-    const char *error = strstr(said, "error: "), *hint = error ? strstr(error, "  hint: ") : 0,
-               *newline = error ? strchr(error, '\n') : 0;
+    const char *error = strstr(said, "error: ");
+    const char *hint = error ? strstr(error, "  hint: ") : 0;
+    const char *newline = error ? strchr(error, '\n') : 0;
     int ok = status == 1 && error && hint && hint < newline && newline[1] == 0 &&
              strstr(error, fragment) && strstr(error, fragment) < hint;
     check(ok, "%s: %s", name, fragment);
@@ -262,8 +267,10 @@ static void poke(const char *dir, const char *tensor, const void *bytes, size_t 
 }
 
 static void bad_folders(const char *config) {
-    char *out = in("good"), *one = checkpoint_folder(out, 1), *many = checkpoint_folder(out, 2),
-         *quant = checkpoint_folder(out, 3);
+    char *out = in("good");
+    char *one = checkpoint_folder(out, 1);
+    char *many = checkpoint_folder(out, 2);
+    char *quant = checkpoint_folder(out, 3);
     save_grid(config, 1, 1, 0, STATE_M, DTYPE_FLOATX, out, 1, options(SAVE_BF16, 0, 0), 0);
     save_grid(config, 1, 1, 0, 0, DTYPE_FLOATX, out, 2, options(SAVE_F32, 1, 20000), 0);
     save_grid(config, 1, 1, 0, STATE_8BIT, DTYPE_FLOATX, out, 3, options(SAVE_F32, 0, 0), 0);
@@ -340,11 +347,17 @@ static void bad_folders(const char *config) {
 
 // One byte of every file changes, at several places: verifying and resuming name the file.
 static void flipped_bytes(const char *config) {
-    char *out = in("flipped"), *dir = checkpoint_folder(out, 4), said[4096];
+    char *out = in("flipped");
+    char *dir = checkpoint_folder(out, 4);
+    char said[4096];
     save_grid(config, 2, 2, 0, STATE_M | STATE_V, DTYPE_FLOATX, out, 3, options(SAVE_F32, 0, 0), 0);
     save_grid(config, 2, 2, 0, STATE_M | STATE_V, DTYPE_FLOATX, out, 4, options(SAVE_F32, 0, 0), 0);
     Bad b = { config, dir, STATE_M | STATE_V };
-    int status, tried = 0, missed = 0, unnamed = 0, unseen = 0;
+    int status;
+    int tried = 0;
+    int missed = 0;
+    int unnamed = 0;
+    int unseen = 0;
     run_child(do_verify, &b, &status, said, sizeof said);
     check(status == 0 && !load_grid(dir, 1, 3, 0, b.state, DTYPE_FLOATX, 1),
           "a checkpoint that is as it was written: verified, and resumed on another grid");
@@ -411,7 +424,8 @@ static void do_save_nan(const Bad *b) {
 }
 
 static void never_not_finite(const char *config) {
-    char *out = in("finite"), *dir = xasprintf("%s/checkpoints", out);
+    char *out = in("finite");
+    char *dir = xasprintf("%s/checkpoints", out);
     save_grid(config, 1, 1, 0, STATE_M, DTYPE_FLOATX, out, 8, options(SAVE_PRECISION, 0, 0), 0);
     Bad b = { config, out, STATE_M };
     expect("a moment that is not finite is not saved", do_save_nan, &b,
@@ -431,7 +445,8 @@ static void bad_disks(const char *config) {
     b.dir = own(in("limited"));
     save_grid(config, 1, 1, 0, STATE_M, DTYPE_FLOATX, b.dir, 6, options(SAVE_PRECISION, 0, 0), 0);
     expect("a file-size limit while saving", do_save_limited, &b, "cannot write: File too large");
-    char *six = checkpoint_folder(b.dir, 6), *dir = xasprintf("%s/checkpoints", b.dir);
+    char *six = checkpoint_folder(b.dir, 6);
+    char *dir = xasprintf("%s/checkpoints", b.dir);
     check(!exists(dir, "incomplete_step_7") && find_newest(b.dir) == 6 &&
               !load_grid(six, 1, 1, 0, STATE_M, DTYPE_FLOATX, 1),
           "after it: the incomplete folder is gone, step 6 intact");

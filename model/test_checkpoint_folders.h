@@ -2,7 +2,9 @@
 
 // ---- 4. folders: latest, keep, interruptions ------------------------------------------------
 static void test_folders(const char *config) {
-    char *out = in("folders"), *dir = xasprintf("%s/checkpoints", out), target[64] = "";
+    char *out = in("folders");
+    char *dir = xasprintf("%s/checkpoints", out);
+    char target[64] = "";
     check(find_newest(out) == -1, "nothing to find in a folder that is not there");
     SaveOptions o = options(SAVE_PRECISION, 0, 0);
     for (int64_t step = 5; step <= 20; step += 5)
@@ -16,9 +18,9 @@ static void test_folders(const char *config) {
     check(exists(dir, "step_25") && exists(dir, "step_20") && !exists(dir, "step_15") &&
               !exists(dir, "step_5"),
           "--keep 2 leaves the two newest");
-    char *left = xasprintf("%s/incomplete_step_30", dir),
-         *file = xasprintf("%s/model.safetensors", left),
-         *gone = xasprintf("%s/removing_step_3", dir);
+    char *left = xasprintf("%s/incomplete_step_30", dir);
+    char *file = xasprintf("%s/model.safetensors", left);
+    char *gone = xasprintf("%s/removing_step_3", dir);
     folder_make(left);
     spill(file, "half", 4);
     folder_make(gone);
@@ -30,11 +32,13 @@ static void test_folders(const char *config) {
     memset(target, 0, sizeof target);
     check(readlink(latest, target, sizeof target - 1) > 0 && !strcmp(target, "step_25"),
           "a damaged latest is repaired");
-    char *newest = checkpoint_folder(out, 25), *older = checkpoint_folder(out, 20),
-         *model = xasprintf("%s/model.safetensors", newest),
-         *replaced = xasprintf("%s/replaced_step_25", dir);
+    char *newest = checkpoint_folder(out, 25);
+    char *older = checkpoint_folder(out, 20);
+    char *model = xasprintf("%s/model.safetensors", newest);
+    char *replaced = xasprintf("%s/replaced_step_25", dir);
     fflush(stdout);
-    int saved = dup(2), null = open("/dev/null", O_WRONLY);
+    int saved = dup(2);
+    int null = open("/dev/null", O_WRONLY);
     dup2(null, 2);
     rename(newest, replaced);
     check(find_newest(out) == 25 && !exists(dir, "replaced_step_25"),
@@ -80,7 +84,8 @@ static void test_folders(const char *config) {
 static void test_kills(const char *config) {
     char *out = in("kills");
     enum { KILLS = 80 };
-    int64_t wrong = 0, last = 0;
+    int64_t wrong = 0;
+    int64_t last = 0;
     int lost = 0;
     double began = now_seconds();
     save_grid(config, 2, 1, 0, STATE_M | STATE_V, DTYPE_FLOATX, out, 0,

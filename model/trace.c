@@ -20,7 +20,8 @@ struct Trace {
 };
 
 Trace *trace_open(const Trainer *t, int64_t token) {
-    int64_t total = t->o.batch * t->o.T, per_rank = t->tokens.sequences * t->o.T;
+    int64_t total = t->o.batch * t->o.T;
+    int64_t per_rank = t->tokens.sequences * t->o.T;
     int64_t at = token - t->g->data_rank * per_rank;
     size_t K = t->m->c.K;
     if (token < 0 || token >= total)
@@ -63,7 +64,8 @@ static int follows(const Trainer *t, int micro) {
 void trace_forward(Trainer *t, int layer, int micro) {
     const Config *c = &t->m->c;
     if (!follows(t, micro)) return;
-    int64_t row = t->trace->row, chosen = row * c->K;
+    int64_t row = t->trace->row;
+    int64_t chosen = row * c->K;
     LayerTrace *k = &t->trace->layer[layer];
     const Saved *s = saved_of(t, layer, micro);
     k->norm_out = row_norm(saved_of(t, layer + 1, micro)->x + row * c->C, c->C);
@@ -83,10 +85,13 @@ void trace_backward(Trainer *t, int layer, int micro) {
 
 static void print_trace(const Trainer *t, const Trace *trace, const Tokens *tokens) {
     const Config *c = &t->m->c;
-    int moves = t->work.tokens_move, experts = c->E / t->g->ep;
+    int moves = t->work.tokens_move;
+    int experts = c->E / t->g->ep;
     int64_t at = (trace->round * t->n_micro + trace->micro) * t->R + trace->row;
-    int id = t->tokens.host_ids[at], target = t->tokens.host_targets[at];
-    char text[64], next[64] = "(ignored)";
+    int id = t->tokens.host_ids[at];
+    int target = t->tokens.host_targets[at];
+    char text[64];
+    char next[64] = "(ignored)";
     tokens_show(tokens, text, sizeof text, id);
     if (target >= 0) tokens_show(tokens, next, sizeof next, target);
     printf("token %lld of the update: id %d %s, target %d %s, on rank %d, micro-batch %d, "

@@ -65,7 +65,8 @@ static void take_parameters(Trainer *t, OptimizerOptions opt, Arena *a) {
 
 static void take_activations(Trainer *t, Arena *a) {
     const Config *c = &t->m->c;
-    int64_t R = t->R, n = t->n_micro;
+    int64_t R = t->R;
+    int64_t n = t->n_micro;
     int64_t table = c->n_moe ? dispatch_table_size(t->g, c, R) : 0;
     t->act.saved = (Saved *)xcalloc((c->L + 1) * n, sizeof(Saved), "kept activations");
     t->act.tables = (int *)xcalloc(c->n_moe * n * table + 1, sizeof(int), "routing");
@@ -241,7 +242,8 @@ void trainer_free(Trainer *t) {
 // The part of the embedding's pad row that this segment holds starts as zeros.
 static void zero_pad_row(Trainer *t, int block, const Segment *s) {
     const Config *c = &t->m->c;
-    int64_t begin = (int64_t)c->pad * c->C, end = begin + c->C;
+    int64_t begin = (int64_t)c->pad * c->C;
+    int64_t end = begin + c->C;
     if (begin < s->first) begin = s->first;
     if (end > s->first + s->count) end = s->first + s->count;
     if (begin >= end) return;

@@ -30,7 +30,8 @@ static size_t attention_layout(Saved *s, const Workspace *w, char *base) {
 static void route_layout(Route *route, const Workspace *w, int layer, int64_t rows, int64_t pool,
                          char *base, size_t *used) {
     const Config *c = w->c;
-    RowIndex none = { 0, 0, 0, 0, 0, 0, 0 }, *index = &route->index;
+    RowIndex none = { 0, 0, 0, 0, 0, 0, 0 };
+    RowIndex *index = &route->index;
     int64_t sent = w->R * w->destinations;
     *index = none;
     route->send_token = route->sum_row = 0;
@@ -134,7 +135,8 @@ void workspace_create(Workspace *w, const Model *m, const Grid *g, int64_t B, in
     if (g->ep > 1 && g->dispatch == DISPATCH_ALLTOALL)
         w->destinations = g->ep < c->K ? g->ep : c->K;
     w->split = heads_create(g, c, w->R, arena);
-    int64_t rows = 0, hidden = 0; // most expert rows, and rows * width, of any kind of layer
+    int64_t rows = 0;   // most expert rows of any kind of layer
+    int64_t hidden = 0; // most rows * width
     if (c->n_moe) {
         rows = row_index_bound(dispatch_pool_bound(g, w->R), c->K, c->E / g->ep);
         hidden = rows * c->F;
@@ -147,7 +149,8 @@ void workspace_create(Workspace *w, const Model *m, const Grid *g, int64_t B, in
     w->cos = ARENA_TAKE(arena, real, T * c->D / 2, "rope table");
     w->sin = ARENA_TAKE(arena, real, T * c->D / 2, "rope table");
     if (w->cos) rope_table(w->cos, w->sin, c->rope_theta, T, c->D);
-    const char *attention = "working set: attention", *experts = "working set: experts";
+    const char *attention = "working set: attention";
+    const char *experts = "working set: experts";
     w->h = ARENA_TAKE(arena, floatX, w->R * c->C, attention);
     w->qn = ARENA_TAKE(arena, floatX, q_size(w), attention);
     w->kn = ARENA_TAKE(arena, floatX, kv_size(w), attention);

@@ -14,7 +14,8 @@
 #include <unistd.h>
 
 CommOptions comm_options;
-size_t comm_message_bytes = (size_t)1 << 30, comm_stage_bytes = (size_t)32 << 20;
+size_t comm_message_bytes = (size_t)1 << 30;
+size_t comm_stage_bytes = (size_t)32 << 20;
 static Comm **groups; // (n_groups) in the order of their building
 static int n_groups;
 static Call calls[COMM_CALLS];
@@ -82,7 +83,8 @@ void check_alone(const char *hint) {
 
 // ---- groups ---------------------------------------------------------------------------------
 Comm *comm_group(const char *name, const int *world_ranks, int n) {
-    int me = comm_world_rank(), rank = 0;
+    int me = comm_world_rank();
+    int rank = 0;
     while (rank < n && world_ranks[rank] != me) rank++;
     if (n && rank == n)
         die("group %s: rank %d is not among its %d members|a bug of the caller", name, me, n);
@@ -97,7 +99,8 @@ Comm *comm_group(const char *name, const int *world_ranks, int n) {
         memcpy(g->world, world_ranks, n * sizeof *g->world);
         g->numbers = xmalloc(n * sizeof(int64_t), "group");
         for (int kind = 0; kind < COMM_KINDS; kind++) {
-            char *start = g->report[0][kind], *wait = g->report[1][kind];
+            char *start = g->report[0][kind];
+            char *wait = g->report[1][kind];
             snprintf(start, sizeof g->report[0][0], "%s (%s)", comm_kind_name(kind), name);
             snprintf(wait, sizeof g->report[0][0], "%s (%s), wait", comm_kind_name(kind), name);
         }
@@ -252,8 +255,10 @@ static void append(char *text, size_t size, const char *format, ...) {
 
 void presence_text(const Presence *all, int ranks, int stuck, char *text, size_t size) {
     const Presence *s = &all[stuck];
-    char there[256], others[900] = "";
-    int missing = 0, entered = 0;
+    char there[256];
+    char others[900] = "";
+    int missing = 0;
+    int entered = 0;
     call_text(&s->at, s->group, text, size);
     append(text, size, ": entered by rank");
     for (int i = 0; i < s->n && s->stride; i++) {
@@ -331,7 +336,8 @@ void comm_step_end(void) {
 // ---- check: who touches a buffer while a call owns it ----------------------------------------
 static uint64_t buffer_sum(const void *device, size_t bytes) {
     char *host = (char *)xmalloc(bytes + 1, "a checked buffer");
-    uint64_t sum = bytes, word;
+    uint64_t sum = bytes;
+    uint64_t word;
     if (bytes) device_download(host, device, bytes);
     size_t i = 0;
     for (; i + 8 <= bytes; i += 8) {
@@ -460,7 +466,8 @@ static int overlaps(const void *a, const void *b, size_t b_bytes) {
 
 Request all_gather_start(Comm *g, void *recv, const void *send, size_t count, Dtype type,
                          Stream stream) {
-    size_t bytes = count * dtype_size(type), all = g->n * bytes;
+    size_t bytes = count * dtype_size(type);
+    size_t all = g->n * bytes;
     if (g->local) return call_local(g, COMM_ALL_GATHER, recv, send, bytes, stream);
     Call *c = call_new(g, COMM_ALL_GATHER, type, count, stream);
     c->keep = overlaps(send, recv, all);
@@ -473,7 +480,8 @@ Request all_gather_start(Comm *g, void *recv, const void *send, size_t count, Dt
 
 Request reduce_scatter_start(Comm *g, void *recv, const void *send, size_t count, Dtype type,
                              int accumulate, Stream stream) {
-    size_t bytes = count * dtype_size(type), all = g->n * bytes;
+    size_t bytes = count * dtype_size(type);
+    size_t all = g->n * bytes;
     if (g->local && accumulate && bytes) {
         add_local(recv, send, count, type);
         send = recv;
@@ -494,7 +502,8 @@ Request reduce_scatter_start(Comm *g, void *recv, const void *send, size_t count
 Request all_reduce_start(Comm *g, void *buffer, size_t count, Dtype type, Stream stream) {
     if (g->local) return call_local(g, COMM_ALL_REDUCE, buffer, buffer, 0, stream);
     Call *c = call_new(g, COMM_ALL_REDUCE, type, count, stream);
-    size_t n = g->n, mine;
+    size_t n = g->n;
+    size_t mine;
     c->keep = 1;
     c->dst = (char *)buffer;
     c->dst_bytes = count * c->width;
@@ -506,7 +515,8 @@ Request all_reduce_start(Comm *g, void *buffer, size_t count, Dtype type, Stream
 
 Request all_to_all_start(Comm *g, void *recv, const int64_t *recv_rows, const void *send,
                          const int64_t *send_rows, size_t row_bytes, Stream stream) {
-    int64_t from = 0, to = 0;
+    int64_t from = 0;
+    int64_t to = 0;
     for (int j = 0; j < g->n; j++) {
         if (send_rows[j] < 0 || recv_rows[j] < 0)
             die("all_to_all in group %s: negative number of rows|a bug of the caller", g->name);
@@ -627,7 +637,8 @@ void sum_parts(void *out, const void *const *part, int n, size_t count, Dtype ty
 #pragma omp parallel for schedule(static) if (blocks > 64)
 #endif
     for (int64_t b = 0; b < blocks; b++) {
-        int64_t at = b * SUM_BLOCK, left = (int64_t)count - at;
+        int64_t at = b * SUM_BLOCK;
+        int64_t left = (int64_t)count - at;
         int64_t length = left < SUM_BLOCK ? left : SUM_BLOCK;
         if (type == DTYPE_F32 || type == DTYPE_BF16)
             sum_floats(out, part, n, at, length, type, add);
@@ -671,7 +682,8 @@ static void end_run(const char *text) {
 }
 
 static void end_waiting(double waited) {
-    char who[2048] = "", text[2400];
+    char who[2048] = "";
+    char text[2400];
     watch.report(watch.context, who, sizeof who);
     snprintf(text, sizeof text,
              " waited %.1f s (--timeout %g): %s  hint: see whether the ranks named still run; a "
@@ -703,7 +715,8 @@ static void *watch_loop(void *unused) {
     // Ranks that wait for the same one run out of time together: each gives the lower ones a
     // moment, so that usually one report appears.
     int rank = comm_world_rank();
-    double limit = comm_options.timeout, patience = 0.15 * (rank < 10 ? rank : 10);
+    double limit = comm_options.timeout;
+    double patience = 0.15 * (rank < 10 ? rank : 10);
     pthread_mutex_lock(&watch.lock);
     while (!watch.stop) {
         double left = limit; // a wait that begins now cannot be over before `limit`

@@ -104,8 +104,10 @@ static int mpi_launched(void) {
 }
 
 static void read_environment(void) {
-    const char *size = setting("WORLD_SIZE", 0), *rank = setting("RANK", 0),
-               *at = setting("MASTER_PORT", 0), *step = setting("SLURM_STEP_NUM_TASKS", 0);
+    const char *size = setting("WORLD_SIZE", 0);
+    const char *rank = setting("RANK", 0);
+    const char *at = setting("MASTER_PORT", 0);
+    const char *step = setting("SLURM_STEP_NUM_TASKS", 0);
     if (size && rank) {
         here.size = number("WORLD_SIZE", size);
         here.rank = number("RANK", rank);
@@ -117,8 +119,8 @@ static void read_environment(void) {
                setting(
                    "SLURM_PROCID",
                    0)) { // a step of srun; a batch script's own shell has SLURM_PROCID but no step
-        const char *nodes = setting("SLURM_STEP_NODELIST", "SLURM_NODELIST"),
-                   *job = setting("SLURM_JOB_ID", 0);
+        const char *nodes = setting("SLURM_STEP_NODELIST", "SLURM_NODELIST");
+        const char *job = setting("SLURM_JOB_ID", 0);
         here.size = number("SLURM_STEP_NUM_TASKS", step);
         here.rank = number("SLURM_PROCID", getenv("SLURM_PROCID"));
         if (here.size > 1 && !nodes && !setting("MASTER_ADDR", 0))
@@ -250,7 +252,9 @@ static void limit_receive(int fd, double seconds) { // 0: none
 
 // A socket that listens at `address`, or -1.
 static int listen_at(int family, const struct sockaddr *address, socklen_t size) {
-    int fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), on = 1, off = 0;
+    int fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    int on = 1;
+    int off = 0;
     if (fd < 0) return -1;
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     if (family == AF_INET6) setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
@@ -358,7 +362,9 @@ static void say_who_is_missing(int missing) {
 static void welcome_all(double until) {
     static Guest guest[GUESTS];
     struct pollfd p[GUESTS + 1];
-    int fd = listener(), missing = here.size - 1, guests = 0;
+    int fd = listener();
+    int missing = here.size - 1;
+    int guests = 0;
     n_peers = here.size;
     peer = (int *)xmalloc(n_peers * sizeof *peer, "connections");
     for (int r = 0; r < n_peers; r++) peer[r] = -1;
@@ -401,7 +407,8 @@ static void welcome_all(double until) {
 }
 
 static int connect_once(const char **why) {
-    int fd = -1, error;
+    int fd = -1;
+    int error;
     struct addrinfo *list = addresses(master, AF_UNSPEC, &error);
     if (!list) *why = gai_strerror(error);
     for (struct addrinfo *a = list; a && fd < 0; a = a->ai_next) {
@@ -416,9 +423,11 @@ static int connect_once(const char **why) {
 }
 
 static void meet_rank_0(double until) {
-    Hello h = { HELLO, here.rank, here.size, 0, machines[here.rank], token }, w;
+    Hello h = { HELLO, here.rank, here.size, 0, machines[here.rank], token };
+    Hello w;
     const char *why = "";
-    int fd, on = 1;
+    int fd;
+    int on = 1;
     while ((fd = connect_once(&why)) < 0) {
         if (now_seconds() > until)
             die("rank %d cannot reach rank 0 at %s:%d: %s|MASTER_ADDR and MASTER_PORT must name "

@@ -303,7 +303,9 @@ static char *stage_of(const Transfer *t, int peer) {
 
 // The elements of piece j in the current round.
 static size_t round_begin(const Transfer *t, int j, size_t *length) {
-    size_t most = round_elements(t), skip = t->round * most, begin = piece_begin(t, j, length);
+    size_t most = round_elements(t);
+    size_t skip = t->round * most;
+    size_t begin = piece_begin(t, j, length);
     if (skip > *length) skip = *length;
     *length -= skip;
     if (*length > most) *length = most;
@@ -334,7 +336,8 @@ static void post_exchange(Transfer *t) {
 
 static void post_reduce(Transfer *t) {
     const Comm *g = t->c->g;
-    size_t length, width = t->c->width;
+    size_t length;
+    size_t width = t->c->width;
     round_begin(t, g->rank, &length);
     for (int turn = first_turn(g); turn < g->n; turn++) {
         int peer = receive_peer(g, turn);
@@ -351,7 +354,9 @@ static void post_reduce(Transfer *t) {
 
 static void post_gather(Transfer *t) {
     const Comm *g = t->c->g;
-    size_t length, mine, begin = piece_begin(t, g->rank, &mine), width = t->c->width;
+    size_t length, mine;
+    size_t begin = piece_begin(t, g->rank, &mine);
+    size_t width = t->c->width;
     if (g->n == 1 && t->own == t->dst) return; // in place: it would send a buffer into itself
     for (int turn = first_turn(g); turn < g->n; turn++) {
         size_t at = piece_begin(t, receive_peer(g, turn), &length);
@@ -381,8 +386,10 @@ static void post_phase(Transfer *t) {
 // All parts of this round are here: their sum, in rank order, is this rank's piece.
 static void sum_round(Transfer *t) {
     const Comm *g = t->c->g;
-    size_t length, all, width = t->c->width;
-    size_t at = round_begin(t, g->rank, &length), begin = piece_begin(t, g->rank, &all);
+    size_t length, all;
+    size_t width = t->c->width;
+    size_t at = round_begin(t, g->rank, &length);
+    size_t begin = piece_begin(t, g->rank, &all);
     const void **part = group_of(g)->part;
     for (int j = 0; j < g->n; j++) part[j] = stage_of(t, j);
     if (g->n > 1) part[g->rank] = t->own + (at - begin) * width;
@@ -431,7 +438,8 @@ static void wrong_length(const Transfer *t, const Message *m, const char *sends)
 }
 
 static void message_done(const Transfer *t, Message *m, int error, MPI_Status *status) {
-    int class = MPI_SUCCESS, bytes;
+    int class = MPI_SUCCESS;
+    int bytes;
     char sends[16];
     if (error == MPI_ERR_IN_STATUS) MPI_Error_class(status->MPI_ERROR, &class);
     if (class == MPI_ERR_TRUNCATE) wrong_length(t, m, "more");
@@ -496,10 +504,14 @@ static int waits_for_nobody(int world_rank) {
 static void report_transfer(const void *context, char *text, size_t size) {
     const Transfer *t = (const Transfer *)context;
     const Comm *g = t->c->g;
-    char what[256], who[512] = "", idle[512] = "";
-    size_t n = 0, n_idle = 0;
+    char what[256];
+    char who[512] = "";
+    char idle[512] = "";
+    size_t n = 0;
+    size_t n_idle = 0;
     call_text(&t->c->record, g->name, what, sizeof what);
-    int receives = 0, last = -1; // what has not come matters more than what was not taken
+    int receives = 0;
+    int last = -1; // what has not come matters more than what was not taken
     for (int i = 0; i < t->n_messages; i++)
         receives |= t->message[i].receive && !t->message[i].done;
     for (int i = 0; i < t->n_messages && n + 16 < sizeof who; i++) {
@@ -568,7 +580,10 @@ static void launch(Transfer *t, Phase first) {
 // What this rank sends to itself is copied, unless the group is alone (--force-comm).
 static void copy_own(Transfer *t) {
     const Comm *g = t->c->g;
-    size_t me = g->rank, bytes = t->piece * t->c->width, from = me * bytes, to = 0;
+    size_t me = g->rank;
+    size_t bytes = t->piece * t->c->width;
+    size_t from = me * bytes;
+    size_t to = 0;
     if (t->kind == COMM_ALL_TO_ALL) {
         from = 0;
         for (size_t j = 0; j < me; j++) {

@@ -75,9 +75,11 @@ int64_t dispatch_table_size(const Grid *g, const Config *c, int64_t R) {
 }
 
 Dispatcher *dispatcher_create(const Grid *g, const Config *c, int64_t R, Arena *arena) {
-    static const char *const index = "row index of the experts", *const exchange = "token exchange";
+    static const char *const index = "row index of the experts";
+    static const char *const exchange = "token exchange";
     Dispatcher *d = (Dispatcher *)xcalloc(1, sizeof(Dispatcher), "a dispatcher");
-    const int64_t n = g->ep, K = c->K, C = c->C, P = dispatch_pool_bound(g, R);
+    const int64_t n = g->ep;
+    const int64_t K = c->K, C = c->C, P = dispatch_pool_bound(g, R);
     const int64_t J = n < K ? n : K, M = row_index_bound(P, K, c->E / n);
     d->group = g->ep_group;
     d->local = is_local(g);
@@ -157,7 +159,8 @@ static const int *gather_ids(Dispatcher *d, const int *topk) {
 
 // Sizes of messages and the loads of all ranks, from the table.
 static void read_table(Dispatcher *d, const int *table) {
-    const int n = d->n, *rows = table + d->shape.sources * n;
+    const int n = d->n;
+    const int *rows = table + d->shape.sources * n;
     DispatchLoad *l = &d->load;
     if (rows[n])
         die("%d chosen expert ids are not among the %lld experts|the router's logits are not "
@@ -266,8 +269,10 @@ static Request exchange(Dispatcher *d, void *recv, const int64_t *recv_rows, con
 }
 
 void dispatch_start(Dispatcher *d, Pass pass, const floatX *x, const real *score) {
-    const size_t row = d->C * sizeof(floatX), ids = d->K * sizeof(real);
-    const size_t elements = d->R * d->C, scores = d->R * d->K;
+    const size_t row = d->C * sizeof(floatX);
+    const size_t ids = d->K * sizeof(real);
+    const size_t elements = d->R * d->C;
+    const size_t scores = d->R * d->K;
     d->at[pass].x = x;
     d->at[pass].score = score;
     d->at[pass].rows = d->at[pass].scores = NOTHING;
@@ -318,8 +323,10 @@ floatX *combine_target(Dispatcher *d, Pass pass, floatX *y, real *dscore, real *
 }
 
 void combine_start(Dispatcher *d, Pass pass, floatX *y, real *dscore) {
-    const size_t row = d->C * sizeof(floatX), ids = d->K * sizeof(real);
-    const size_t elements = d->R * d->C, scores = d->R * d->K;
+    const size_t row = d->C * sizeof(floatX);
+    const size_t ids = d->K * sizeof(real);
+    const size_t elements = d->R * d->C;
+    const size_t scores = d->R * d->K;
     d->at[pass].y = y;
     d->at[pass].dscore = dscore;
     d->at[pass].rows = d->at[pass].scores = NOTHING;

@@ -128,9 +128,11 @@ Fsdp *fsdp_create(const Model *m, const Grid *g, int keep_grads, Arena *arena) {
     f->dp_group = g->dp_group;
     f->dp_moves = group_moves(g->dp_group, g->dp);
     f->block = (BlockState *)xcalloc(m->n_blocks, sizeof *f->block, "blocks");
-    int dense_moves = group_moves(g->dense_group, g->fsdp * g->ep),
-        local_moves = group_moves(g->fsdp_group, g->fsdp), blocks[SLOT_KINDS] = { 0 };
-    int64_t largest[2] = { 0, 0 }, largest_shard = 0; // [local]
+    int dense_moves = group_moves(g->dense_group, g->fsdp * g->ep);
+    int local_moves = group_moves(g->fsdp_group, g->fsdp);
+    int blocks[SLOT_KINDS] = { 0 };
+    int64_t largest[2] = { 0, 0 }; // [local]
+    int64_t largest_shard = 0;
     for (int b = 0; b < m->n_blocks; b++) {
         BlockState *s = &f->block[b];
         const Block *block = &m->block[b];
@@ -156,7 +158,8 @@ Fsdp *fsdp_create(const Model *m, const Grid *g, int keep_grads, Arena *arena) {
         SlotKind *k = &f->kind[i];
         int moves = i == KIND_LOCAL ? local_moves : dense_moves;
         int two = i == KIND_DENSE || i == KIND_LOCAL;
-        int slots = two ? 2 : 1, shards = takes_time ? 2 : 1;
+        int slots = two ? 2 : 1;
+        int shards = takes_time ? 2 : 1;
         k->n_slots = blocks[i] < slots ? blocks[i] : slots;
         if (!moves) k->n_slots = 0;
         // The embedding of a tied model keeps its gradient: then no block is left in KIND_ENDS that

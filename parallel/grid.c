@@ -162,8 +162,10 @@ char *grid_table(const Grid *g) {
            "expert shards (fsdp)", "dense shards (dense)", "copies (dp)");
     int rows = g->world < TABLE_ROWS ? g->world : TABLE_ROWS;
     for (int r = 0; r < rows; r++) {
-        int e = r % g->ep, f = r / g->ep % g->fsdp, d = r / (g->ep * g->fsdp),
-            inner = g->fsdp * g->ep;
+        int e = r % g->ep;
+        int f = r / g->ep % g->fsdp;
+        int d = r / (g->ep * g->fsdp);
+        int inner = g->fsdp * g->ep;
         append(&t, "  %4d %3d %4d %3d %5d", r, d, f, e,
                g->dispatch == DISPATCH_ALLREDUCE ? r / g->ep : r);
         append_members(&t, 22, r - e, 1, g->ep);

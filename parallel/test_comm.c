@@ -53,8 +53,10 @@ static uint16_t to_bf16(float f) { // round to nearest even, by arithmetic rathe
                                    // candidates are the two neighbours
     uint32_t u;
     memcpy(&u, &f, 4);
-    uint16_t lo = (uint16_t)(u >> 16), hi = (uint16_t)(lo + 1);
-    double a = (double)f - from_bf16(lo), b = (double)from_bf16(hi) - f;
+    uint16_t lo = (uint16_t)(u >> 16);
+    uint16_t hi = (uint16_t)(lo + 1);
+    double a = (double)f - from_bf16(lo);
+    double b = (double)from_bf16(hi) - f;
     if (f < 0) {
         a = -a;
         b = -b;
@@ -115,7 +117,8 @@ static void expect_sum(void *out, const void *start, int n, size_t first, size_t
                        uint64_t salt) {
     char element[8];
     for (size_t i = 0; i < count; i++) {
-        Sum s = { 0, 0, 0 }, base = { 0, 0, 0 };
+        Sum s = { 0, 0, 0 };
+        Sum base = { 0, 0, 0 };
         for (int j = 0; j < n; j++) {
             store(element, 0, t, number(salt + (uint64_t)j, first + i));
             sum_add(&s, element, 0, t);
@@ -139,7 +142,8 @@ static Group group[4];
 static int n_groups;
 
 static void build_groups(void) {
-    int *ranks = (int *)xmalloc(world * sizeof *ranks, "ranks"), n = 0;
+    int *ranks = (int *)xmalloc(world * sizeof *ranks, "ranks");
+    int n = 0;
     for (int r = 0; r < world; r++) ranks[n++] = r;
     group[n_groups].name = "all";
     group[n_groups++].g = comm_group("all", ranks, n);
@@ -168,10 +172,12 @@ static const size_t lengths[] = {
 }; // the longer ones take rounds and pieces: see main
 
 static void test_all_gather(Group q, size_t count, Dtype t) {
-    int n = comm_size(q.g), me = comm_rank(q.g);
+    int n = comm_size(q.g);
+    int me = comm_rank(q.g);
     size_t w = dtype_size(t);
-    char *recv = malloc(n * count * w + 1), *send = malloc(count * w + 1),
-         *want = malloc(n * count * w + 1);
+    char *recv = malloc(n * count * w + 1);
+    char *send = malloc(count * w + 1);
+    char *want = malloc(n * count * w + 1);
     for (int j = 0; j < n; j++) fill(want + j * count * w, count, t, 100 + (uint64_t)j, 0);
     fill(send, count, t, 100 + (uint64_t)me, 0);
     memset(recv, 7, n * count * w);
@@ -187,10 +193,13 @@ static void test_all_gather(Group q, size_t count, Dtype t) {
 }
 
 static void test_reduce_scatter(Group q, size_t count, Dtype t) {
-    int n = comm_size(q.g), me = comm_rank(q.g);
+    int n = comm_size(q.g);
+    int me = comm_rank(q.g);
     size_t w = dtype_size(t);
-    char *send = malloc(n * count * w + 1), *before = malloc(n * count * w + 1),
-         *recv = malloc(count * w + 1), *want = malloc(count * w + 1);
+    char *send = malloc(n * count * w + 1);
+    char *before = malloc(n * count * w + 1);
+    char *recv = malloc(count * w + 1);
+    char *want = malloc(count * w + 1);
     fill(send, n * count, t, 200 + (uint64_t)me, 0);
     memcpy(before, send, n * count * w);
     expect_sum(want, 0, n, me * count, count, t, 200);
@@ -216,9 +225,11 @@ static void test_reduce_scatter(Group q, size_t count, Dtype t) {
 }
 
 static void test_all_reduce(Group q, size_t count, Dtype t) {
-    int n = comm_size(q.g), me = comm_rank(q.g);
+    int n = comm_size(q.g);
+    int me = comm_rank(q.g);
     size_t w = dtype_size(t);
-    char *buffer = malloc(count * w + 1), *want = malloc(count * w + 1);
+    char *buffer = malloc(count * w + 1);
+    char *want = malloc(count * w + 1);
     fill(buffer, count, t, 300 + (uint64_t)me, 0);
     expect_sum(want, 0, n, 0, count, t, 300);
     comm_wait(all_reduce_start(q.g, buffer, count, t, STREAM_GATHER));
@@ -236,16 +247,22 @@ static int64_t rows_between(uint64_t salt, int from,
 // Fills what rank `from` sends: its rows to 0, 1, ...: row r to rank `to` is number((from, to), r *
 // row + i).
 static void test_all_to_all(Group q, uint64_t salt, size_t row, int empty_rank) {
-    int n = comm_size(q.g), me = comm_rank(q.g);
-    int64_t *to = malloc(n * sizeof *to), *from = malloc(n * sizeof *from), sends = 0, recvs = 0;
+    int n = comm_size(q.g);
+    int me = comm_rank(q.g);
+    int64_t *to = malloc(n * sizeof *to);
+    int64_t *from = malloc(n * sizeof *from);
+    int64_t sends = 0;
+    int64_t recvs = 0;
     for (int j = 0; j < n; j++) {
         to[j] = j == empty_rank ? 0 : rows_between(salt, me, j); // empty_rank receives nothing
         from[j] = me == empty_rank ? 0 : rows_between(salt, j, me);
         sends += to[j];
         recvs += from[j];
     }
-    float *send = malloc((sends * row + 1) * 4), *recv = malloc((recvs * row + 1) * 4),
-          *want = malloc((recvs * row + 1) * 4), *p = send;
+    float *send = malloc((sends * row + 1) * 4);
+    float *recv = malloc((recvs * row + 1) * 4);
+    float *want = malloc((recvs * row + 1) * 4);
+    float *p = send;
     for (int j = 0; j < n; j++) {
         fill(p, to[j] * row, DTYPE_F32, salt + (uint64_t)(me * 64 + j), 0);
         p += to[j] * row;
@@ -274,9 +291,11 @@ static void test_all_to_all(Group q, uint64_t salt, size_t row, int empty_rank) 
 }
 
 static void test_traffic(Group q) {
-    int n = comm_size(q.g), me = comm_rank(q.g);
+    int n = comm_size(q.g);
+    int me = comm_rank(q.g);
     enum { COUNT = 37 };
-    float *a = calloc((size_t)n * COUNT, 4), *b = calloc((size_t)n * COUNT, 4);
+    float *a = calloc((size_t)n * COUNT, 4);
+    float *b = calloc((size_t)n * COUNT, 4);
     for (int k = 0; k < COMM_KINDS; k++) comm_traffic(q.g, k, 1);
     comm_wait(all_gather_start(q.g, a, b, COUNT, DTYPE_F32, STREAM_GATHER));
     comm_wait(reduce_scatter_start(q.g, b, a, COUNT, DTYPE_F32, 0, STREAM_GATHER));
@@ -287,8 +306,9 @@ static void test_traffic(Group q) {
           "traffic of reduce_scatter", q.name, n);
     // Over the group an all-reduce moves 2 (n - 1) buffers: each piece to its owner, each sum to
     // the others.
-    int64_t bytes = comm_traffic(q.g, COMM_ALL_REDUCE, 0).bytes, *every = malloc(n * sizeof *every),
-            total = 0;
+    int64_t bytes = comm_traffic(q.g, COMM_ALL_REDUCE, 0).bytes;
+    int64_t *every = malloc(n * sizeof *every);
+    int64_t total = 0;
     comm_all_gather_host(q.g, every, &bytes, sizeof bytes);
     for (int j = 0; j < n; j++) total += every[j];
     check(total == 2ll * (n - 1) * COUNT * 4 && every[me] == bytes, "traffic of all_reduce", q.name,
@@ -314,13 +334,17 @@ static double *small_vector(uint64_t who, size_t n) {
 
 static void test_adjoints(Group q) {
     enum { COUNT = 501 };
-    int n = comm_size(q.g), me = comm_rank(q.g);
+    int n = comm_size(q.g);
+    int me = comm_rank(q.g);
     size_t all = (size_t)n * COUNT;
-    double *x = small_vector(400 + (uint64_t)me, COUNT), *y = small_vector(500 + (uint64_t)me, all),
-           *Px = malloc(all * 8), *Pty = malloc(all * 8);
+    double *x = small_vector(400 + (uint64_t)me, COUNT);
+    double *y = small_vector(500 + (uint64_t)me, all);
+    double *Px = malloc(all * 8);
+    double *Pty = malloc(all * 8);
     comm_wait(all_gather_start(q.g, Px, x, COUNT, DTYPE_F64, STREAM_GATHER));
     comm_wait(reduce_scatter_start(q.g, Pty, y, COUNT, DTYPE_F64, 0, STREAM_GATHER));
-    double left = comm_sum(q.g, dot(Px, y, all)), right = comm_sum(q.g, dot(x, Pty, COUNT));
+    double left = comm_sum(q.g, dot(Px, y, all));
+    double right = comm_sum(q.g, dot(x, Pty, COUNT));
     check(left == right && (left != 0), "<Px,y> = <x,P'y>: all_gather, reduce_scatter", q.name, n);
     memcpy(Px, y, all * 8);
     double *z = small_vector(600 + (uint64_t)me, all);
@@ -336,8 +360,10 @@ static void test_adjoints(Group q) {
     free(z);
     free(Px);
     free(Pty);
-    int64_t *to = malloc(n * sizeof *to), *from = malloc(n * sizeof *from);
-    size_t sends = 0, recvs = 0;
+    int64_t *to = malloc(n * sizeof *to);
+    int64_t *from = malloc(n * sizeof *from);
+    size_t sends = 0;
+    size_t recvs = 0;
     for (int j = 0; j < n; j++) {
         to[j] = rows_between(77, me, j);
         from[j] = rows_between(77, j, me);
@@ -369,7 +395,8 @@ static void test_outstanding(void) {
     int ok = 1;
     for (int i = 0; i < CALLS; i++) {
         Comm *g = group[i % 3].g;
-        int n = comm_size(g), me = comm_rank(g);
+        int n = comm_size(g);
+        int me = comm_rank(g);
         buffer[i] = malloc((size_t)n * COUNT * 4);
         recv[i] = malloc((size_t)n * COUNT * 4);
         fill(buffer[i], (size_t)n * COUNT, DTYPE_F32, 900 + (uint64_t)(i * 64 + me), 0);
@@ -383,7 +410,8 @@ static void test_outstanding(void) {
     for (int k = 0; k < CALLS; k++) comm_wait(r[k * 5 % CALLS]);
     for (int i = 0; i < CALLS; i++) {
         Comm *g = group[i % 3].g;
-        int n = comm_size(g), me = comm_rank(g);
+        int n = comm_size(g);
+        int me = comm_rank(g);
         float *want = malloc((size_t)n * COUNT * 4);
         if (i % 4 == 1) {
             for (int j = 0; j < n; j++)
@@ -402,7 +430,9 @@ static void test_outstanding(void) {
 }
 
 static void test_host(Group q) {
-    int n = comm_size(q.g), me = comm_rank(q.g), ok = 1;
+    int n = comm_size(q.g);
+    int me = comm_rank(q.g);
+    int ok = 1;
     for (int root = 0; root < n; root++) {
         int64_t v[5];
         for (int i = 0; i < 5; i++) v[i] = me == root ? root * 10 + i : -1;
@@ -428,7 +458,8 @@ static void test_big(void) {
         printf("no memory for --big\n");
         return;
     }
-    unsigned char *mine = recv + rank * bytes, *other = recv + (1 - rank) * bytes;
+    unsigned char *mine = recv + rank * bytes;
+    unsigned char *other = recv + (1 - rank) * bytes;
     for (size_t i = 0; i < bytes; i++) {
         mine[i] = (unsigned char)(i * 31 + (i >> 24) + rank);
         other[i] = 0;
@@ -547,7 +578,8 @@ static void use_gradient(Walk *w, int b) {
 // the next one is made (--update layer).
 static void walk_update(Walk *w, int layered) {
     const Model *m = w->m;
-    int L = m->c.L, tied = m->c.tied;
+    int L = m->c.L;
+    int tied = m->c.tied;
     for (int round = 0; round < w->rounds; round++) {
         int last = round == w->rounds - 1;
         fsdp_gather(w->f, m->embed_block);
@@ -575,8 +607,9 @@ static void walk_update(Walk *w, int layered) {
         if (layered) use_gradient(w, m->head_block);
         fsdp_gather(w->f, m->dense_block[L - 1]);
         fsdp_gather(w->f, m->local_block[L - 1]);
-        int waiting = -1, behind = fsdp_reduces(w->f); // layer whose reduction runs under the next
-                                                       // one; used at once where nothing moves
+        int waiting = -1;
+        int behind = fsdp_reduces(w->f); // layer whose reduction runs under the next
+                                         // one; used at once where nothing moves
         for (int l = L - 1; l >= 0; l--) {
             if (l > 0) {
                 fsdp_gather(w->f, m->dense_block[l - 1]);
@@ -619,7 +652,8 @@ static void test_fsdp(int dp, int fsdp, int ep, int tied, int split_heads, int l
     Config c = small_config(tied);
     Grid g = grid_build(&c, dp, fsdp, ep, DISPATCH_ALLTOALL, split_heads);
     Model m = model_build(c, grid_shard_spec(&g));
-    Arena count = arena_counting("blocks"), arena = arena_counting("blocks");
+    Arena count = arena_counting("blocks");
+    Arena arena = arena_counting("blocks");
     fsdp_free(fsdp_create(&m, &g, !layered, &count));
     arena.capacity = count.used;
     fsdp_free(fsdp_create(&m, &g, !layered, &arena));

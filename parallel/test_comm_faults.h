@@ -3,7 +3,8 @@
 // ---- faults ---------------------------------------------------------------------------------
 static void fault(const char *name) {
     Comm *all = group[0].g;
-    float *x = calloc(1 << 20, 4), *y = calloc(1 << 20, 4);
+    float *x = calloc(1 << 20, 4);
+    float *y = calloc(1 << 20, 4);
     int culprit = world - 1;
     comm_where(7, 3, "backward");
     comm_wait(all_reduce_start(all, x, 100, DTYPE_F32, STREAM_GATHER));
@@ -20,7 +21,8 @@ static void fault(const char *name) {
     } else if (!strcmp(name, "rows") ||
                !strcmp(name, "rows-few")) { // the culprit sends rank 0 one row more, or one less,
                                             // than it expects
-        int64_t to[64] = { 0 }, from[64] = { 0 };
+        int64_t to[64] = { 0 };
+        int64_t from[64] = { 0 };
         for (int j = 0; j < world; j++) to[j] = from[j] = 5;
         if (rank == culprit) to[0] += strcmp(name, "rows") ? -1 : 1;
         comm_wait(all_to_all_start(all, y, from, x, to, 16, STREAM_EXCHANGE));

@@ -78,7 +78,8 @@ static double dot(const double *a, const double *b, size_t n) {
 }
 // |a - b| / |b| in the 2-norm; b = 0 demands a = 0; NaN fails every comparison.
 static double distance(const double *a, const double *b, size_t n) {
-    double d = 0, norm = dot(b, b, n);
+    double d = 0;
+    double norm = dot(b, b, n);
     for (size_t i = 0; i < n; i++) d += (a[i] - b[i]) * (a[i] - b[i]);
     if (norm == 0 && d == 0) return 0;
     return norm > 0 ? sqrt(d / norm) : INFINITY;
@@ -107,10 +108,13 @@ typedef struct {
 } Problem;
 
 static int problem_expert(const Problem *p, int routing, int token, uint64_t *s) {
-    int local = p->E / p->n, rank = token / p->R;
+    int local = p->E / p->n;
+    int rank = token / p->R;
     switch (routing) {
     case SKEWED: {
-        int a = below(s, p->E), b = below(s, p->E), c = below(s, p->E);
+        int a = below(s, p->E);
+        int b = below(s, p->E);
+        int c = below(s, p->E);
         a = a < b ? a : b;
         return a < c ? a : c;
     }
@@ -124,18 +128,22 @@ static int problem_expert(const Problem *p, int routing, int token, uint64_t *s)
 static void problem_fill(Problem *p, int routing, uint64_t seed) {
     uint64_t s = seed * 7919 + 1;
     for (int t = 0; t < p->N; t++) {
-        int *id = p->topk + (size_t)t * p->K, k = 0;
+        int *id = p->topk + (size_t)t * p->K;
+        int k = 0;
         if (routing == ONE_EXPERT) id[k++] = p->E / 2;
         while (k <
                p->K) { // distinct ids, ascending; a routing with too few experts for K takes others
-            int e = problem_expert(p, k < p->E / p->n ? routing : RANDOM, t, &s), fresh = 1, j = k;
+            int e = problem_expert(p, k < p->E / p->n ? routing : RANDOM, t, &s);
+            int fresh = 1;
+            int j = k;
             for (int i = 0; i < k; i++) fresh &= id[i] != e;
             if (!fresh) continue;
             for (; j > 0 && id[j - 1] > e; j--) id[j] = id[j - 1];
             id[j] = e, k++;
         }
     }
-    size_t N = p->N, C = p->C, w = (size_t)p->E * p->F * C;
+    size_t N = p->N, C = p->C;
+    size_t w = (size_t)p->E * p->F * C;
     for (size_t i = 0; i < N * C; i++) p->x[i] = uniform(&s), p->dy[i] = uniform(&s);
     for (size_t i = 0; i < N * p->K; i++) p->score[i] = 0.5 + 0.4 * uniform(&s);
     for (size_t i = 0; i < 2 * w; i++) p->W1[i] = 0.3 * uniform(&s);
@@ -150,7 +158,9 @@ static Problem problem_new(const Grid *g, const Config *c, int R) {
                   .E = c->E,
                   .K = c->K,
                   .F = c->F };
-    size_t x = (size_t)p.N * p.C, s = (size_t)p.N * p.K, w = (size_t)p.E * p.F * p.C;
+    size_t x = (size_t)p.N * p.C;
+    size_t s = (size_t)p.N * p.K;
+    size_t w = (size_t)p.E * p.F * p.C;
     p.topk = (int *)xcalloc(s, sizeof(int), "topk");
     p.x = numbers(x), p.dy = numbers(x), p.score = numbers(s), p.W1 = numbers(2 * w),
     p.W2 = numbers(w);
@@ -180,9 +190,12 @@ typedef struct {
 } Slot;
 
 static void slot_take(Slot *s, const Grid *g, const Config *c, int R) {
-    int bound = dispatch_pool_bound(g, R), local = c->E / g->ep;
-    size_t M = row_index_bound(bound, c->K, local), x = (size_t)R * c->C, k = (size_t)R * c->K,
-           w = (size_t)local * c->F * c->C;
+    int bound = dispatch_pool_bound(g, R);
+    int local = c->E / g->ep;
+    size_t M = row_index_bound(bound, c->K, local);
+    size_t x = (size_t)R * c->C;
+    size_t k = (size_t)R * c->K;
+    size_t w = (size_t)local * c->F * c->C;
     Arena *a = &s->arena;
     s->e = dispatcher_create(g, c, R, &s->dispatcher_arena);
     s->topk_other = ARENA_TAKE(a, int, k, "t");
@@ -218,7 +231,10 @@ static void slot_free(Slot *s) {
 
 // Everything is poisoned, then this rank's part of the problem is put in.
 static void slot_load(Slot *s, const Problem *p) {
-    size_t t = s->first_token, C = p->C, w = p->F * C, first = (size_t)p->me * s->experts;
+    size_t t = s->first_token;
+    size_t C = p->C;
+    size_t w = p->F * C;
+    size_t first = (size_t)p->me * s->experts;
     poison(&s->dispatcher_arena), poison(&s->arena);
     device_upload(s->topk, p->topk + t * p->K, (size_t)s->R * p->K * sizeof(int));
     int *other = (int *)xmalloc((size_t)s->R * p->K * sizeof(int), "another routing");
@@ -246,7 +262,8 @@ static void copy_ints(int *to, const int *from, int64_t n) {
     if (from) device_copy(to, from, n * sizeof(int));
 }
 static void save_route(Slot *s, int again) {
-    RowIndex *to = &s->saved.index, *from = &s->route.index;
+    RowIndex *to = &s->saved.index;
+    RowIndex *from = &s->route.index;
     int *lists = s->lists;
     memset(to, 0, sizeof *to);
     if (again != TAKE_SAVED || !s->table) return;
@@ -315,7 +332,8 @@ static void solve(Problem *p, const Config *c) {
     Problem whole = *p;
     whole.n = 1, whole.me = 0, whole.R = p->N;
     slot_load(&s, &whole), run(&s, 1, 0, p->C, p->F);
-    size_t x = (size_t)p->N * p->C, w = (size_t)p->E * p->F * p->C;
+    size_t x = (size_t)p->N * p->C;
+    size_t w = (size_t)p->E * p->F * p->C;
     get(p->y, s.y, DTYPE_FLOATX, x), get(p->dx, s.dx, DTYPE_FLOATX, x),
         get(p->dscore, s.dscore, DTYPE_REAL, (size_t)p->N * p->K);
     get(p->dW1, s.dW1, DTYPE_REAL, 2 * w), get(p->dW2, s.dW2, DTYPE_REAL, w);
@@ -327,7 +345,8 @@ static void solve(Problem *p, const Config *c) {
 static void whole(double *out, const void *part, Dtype type, const Slot *s, const Problem *p,
                   const Grid *g, int partial, int width) {
     size_t n = (size_t)s->R * width;
-    double *mine = numbers(n), *all = numbers(n * p->n);
+    double *mine = numbers(n);
+    double *all = numbers(n * p->n);
     get(mine, part, type, n);
     comm_all_gather_host(g->ep_group, all, mine, n * sizeof(double));
     if (g->dispatch != DISPATCH_ALLREDUCE)
@@ -343,7 +362,8 @@ typedef struct {
     double *y, *dx, *dscore, *dW1, *dW2;
 } Answer; // as the answers of Problem, dW of the own experts
 static Answer answer(const Slot *s, const Problem *p, const Grid *g) {
-    size_t x = (size_t)p->N * p->C, w = (size_t)s->experts * p->F * p->C;
+    size_t x = (size_t)p->N * p->C;
+    size_t w = (size_t)s->experts * p->F * p->C;
     Answer a = { numbers(x), numbers(x), numbers((size_t)p->N * p->K), numbers(2 * w), numbers(w) };
     whole(a.y, s->y, DTYPE_FLOATX, s, p, g, 0, p->C),
         whole(a.dx, s->dx, DTYPE_FLOATX, s, p, g, 1, p->C),
@@ -359,7 +379,9 @@ static double largest(double a, double b) {
     return a >= b ? a : b;
 }
 static double error_of(const Answer *a, const Problem *p, const Slot *s) {
-    size_t x = (size_t)p->N * p->C, w = (size_t)p->F * p->C, first = (size_t)p->me * s->experts;
+    size_t x = (size_t)p->N * p->C;
+    size_t w = (size_t)p->F * p->C;
+    size_t first = (size_t)p->me * s->experts;
     double e = largest(distance(a->y, p->y, x), distance(a->dx, p->dx, x));
     e = largest(e, distance(a->dscore, p->dscore, (size_t)p->N * p->K));
     for (size_t i = 0; i < (size_t)s->experts;
@@ -374,9 +396,14 @@ static double error_of(const Answer *a, const Problem *p, const Slot *s) {
 static void test_load(const Slot *s, const Problem *p, const Grid *g, const char *what) {
     const DispatchLoad *l = dispatch_load(s->e);
     DispatchLoad want = { 0, 0, 0, 0, 0, 0, l->reads };
-    int tile = device_row_tile(), n = p->n, local = p->E / n;
+    int tile = device_row_tile();
+    int n = p->n;
+    int local = p->E / n;
     for (int j = 0; j < n; j++) {
-        int rows = 0, pool = 0, sent = 0, received = 0;
+        int rows = 0;
+        int pool = 0;
+        int sent = 0;
+        int received = 0;
         for (int e = j * local; e < (j + 1) * local; e++) {
             int count = 0;
             for (int i = 0; i < p->N * p->K; i++) count += p->topk[i] == e;
@@ -424,11 +451,13 @@ static void test_layers(const Config *c, const Grid grid[3], int R) {
             check(comm_is_local(grid[d].ep_group) || reads == 1, "%s: the host read %lld tables",
                   what, (long long)reads);
             a[d] = answer(slot + d, &p, grid + d);
-            double e = error_of(a + d, &p, slot + d), bits = 0;
+            double e = error_of(a + d, &p, slot + d);
+            double bits = 0;
             check(e <= TOLERANCE, "%s: distance to one process %.2e", what, e);
             // Rows of an expert stand in the order of the whole batch whichever way tokens travel,
             // and dy and x travel unchanged: the weight gradients are the same bits.
-            size_t w = (size_t)p.F * p.C * slot[d].experts, first = p.me * w;
+            size_t w = (size_t)p.F * p.C * slot[d].experts;
+            size_t first = p.me * w;
             for (size_t i = 0; i < 2 * w; i++) bits += a[d].dW1[i] != p.dW1[2 * first + i];
             for (size_t i = 0; i < w; i++) bits += a[d].dW2[i] != p.dW2[first + i];
             check(bits == 0, "%s: %g elements of dW1, dW2 differ in bits from one process", what,
@@ -454,7 +483,8 @@ static void test_calls(const Config *c, const Grid *g, int R) {
     int tokens = g->dispatch == DISPATCH_ALLREDUCE ? p->N : R;
     Slot s[2] = { slot_new(g, c, tokens), slot_new(g, c, tokens) };
     double worst = 0;
-    int pools = 0, last = -1;
+    int pools = 0;
+    int last = -1;
     for (int call = 0; call < 50; call++) {
         for (int i = 0; i < 2; i++)
             problem_fill(p + i, (call + 3 * i) % ROUTINGS, 1000 + (uint64_t)(2 * call + i)),
@@ -477,10 +507,15 @@ static void test_adjoint(const Config *c, const Grid *g, int R) {
     Problem p = problem_new(g, c, R);
     int tokens = g->dispatch == DISPATCH_ALLREDUCE ? p.N : R;
     Slot s = slot_new(g, c, tokens);
-    size_t x = (size_t)tokens * p.C, k = (size_t)tokens * p.K,
-           bound = dispatch_pool_bound(g, tokens);
-    double *X = numbers(x), *Y = numbers(bound * p.C), *a = numbers(bound * p.C),
-           *b = numbers(bound * p.C), *score = numbers(k), *D = numbers(bound * p.K);
+    size_t x = (size_t)tokens * p.C;
+    size_t k = (size_t)tokens * p.K;
+    size_t bound = dispatch_pool_bound(g, tokens);
+    double *X = numbers(x);
+    double *Y = numbers(bound * p.C);
+    double *a = numbers(bound * p.C);
+    double *b = numbers(bound * p.C);
+    double *score = numbers(k);
+    double *D = numbers(bound * p.K);
     int *token_row = (int *)xcalloc(bound * p.K, sizeof(int), "rows");
     for (int routing = 0; routing < ROUTINGS; routing++) {
         uint64_t seed = 31 + (uint64_t)routing * 64 +
@@ -493,7 +528,8 @@ static void test_adjoint(const Config *c, const Grid *g, int R) {
         for (size_t i = 0; i < k; i++) score[i] = quarter(&seed);
         put(s.x, DTYPE_FLOATX, X, x), put(s.score, DTYPE_REAL, score, k);
         route_and_dispatch(&s);
-        size_t P = s.route.index.P * p.C, PK = s.route.index.P * p.K;
+        size_t P = s.route.index.P * p.C;
+        size_t PK = s.route.index.P * p.K;
         device_download(token_row, s.route.index.token_row, PK * sizeof(int));
         for (size_t i = 0; i < P; i++) Y[i] = quarter(&seed);
         for (size_t i = 0; i < PK; i++) D[i] = token_row[i] < 0 ? 0 : quarter(&seed);
@@ -509,7 +545,8 @@ static void test_adjoint(const Config *c, const Grid *g, int R) {
         put(target, DTYPE_FLOATX, Y, P), put(pool_dscore, DTYPE_REAL, D, PK);
         combine_start(s.e, BACKWARD, s.dx, s.dscore), combine_wait(s.e, BACKWARD);
         get(a, s.dx, DTYPE_FLOATX, x), get(b, s.dscore, DTYPE_REAL, k);
-        double l = comm_sum(g->ep_group, left), r = comm_sum(g->ep_group, dot(a, X, x));
+        double l = comm_sum(g->ep_group, left);
+        double r = comm_sum(g->ep_group, dot(a, X, x));
         check(l == r, "ep %d %s, %s: <Sx,Y> %.17g <x,S'Y> %.17g", p.n, dispatch_name[g->dispatch],
               routing_name[routing], l, r);
         l = comm_sum(g->ep_group, left_score), r = comm_sum(g->ep_group, dot(b, score, k));
@@ -539,18 +576,20 @@ static void test_adjoint(const Config *c, const Grid *g, int R) {
 // rows.
 static void test_traffic(const Config *c, const Grid *g, int R) {
     Problem p = problem_new(g, c, R);
-    int64_t tokens = g->dispatch == DISPATCH_ALLREDUCE ? p.N : R, others = g->ep - 1,
-            row = (int64_t)p.C * (int64_t)sizeof(floatX),
-            ids = (int64_t)p.K * (int64_t)sizeof(real);
+    int64_t tokens = g->dispatch == DISPATCH_ALLREDUCE ? p.N : R;
+    int64_t others = g->ep - 1;
+    int64_t row = (int64_t)p.C * (int64_t)sizeof(floatX);
+    int64_t ids = (int64_t)p.K * (int64_t)sizeof(real);
     Slot s = slot_new(g, c, (int)tokens);
     problem_fill(&p, RANDOM, 5), slot_load(&s, &p);
     for (int kind = 0; kind < COMM_KINDS; kind++) comm_traffic(g->ep_group, kind, 1);
     run(&s, 1, 0, p.C, p.F);
-    int64_t sent[COMM_KINDS], want[COMM_KINDS] = { 0 };
+    int64_t sent[COMM_KINDS];
+    int64_t want[COMM_KINDS] = { 0 };
     for (int kind = 0; kind < COMM_KINDS; kind++)
         sent[kind] = comm_traffic(g->ep_group, kind, 1).bytes;
-    int64_t out = dispatch_load(s.e)->sent_rows,
-            back = dispatch_load(s.e)->pool; // combines send back what arrived from others
+    int64_t out = dispatch_load(s.e)->sent_rows;
+    int64_t back = dispatch_load(s.e)->pool; // combines send back what arrived from others
     for (int r = 0; r < p.R && g->dispatch == DISPATCH_ALLTOALL; r++) {
         int own = 0;
         for (int k = 0; k < p.K; k++)
@@ -570,9 +609,9 @@ static void test_traffic(const Config *c, const Grid *g, int R) {
                   (long long)want[kind]);
     // An all-reduce is a reduce-scatter and an all-gather of pieces, which need not be equal: the
     // formula holds for the group.
-    double group = comm_sum(g->ep_group, (double)sent[COMM_ALL_REDUCE]),
-           formula =
-               g->ep > 1 && g->dispatch == DISPATCH_ALLREDUCE ? 2.0 * 2 * others * tokens * row : 0;
+    double group = comm_sum(g->ep_group, (double)sent[COMM_ALL_REDUCE]);
+    double formula =
+        g->ep > 1 && g->dispatch == DISPATCH_ALLREDUCE ? 2.0 * 2 * others * tokens * row : 0;
     check(group == formula, "ep %d %s: all-reduces of the group sent %.0f bytes, formula %.0f", p.n,
           dispatch_name[g->dispatch], group, formula);
     slot_free(&s), problem_free(&p);
@@ -587,17 +626,18 @@ static int same(const int *device, const int *want, int n) {
 }
 static void test_picture(const Config *base, const Grid *g) {
     static const int topk[2][6] = { { 0, 1, 1, 3, 2, 3 }, { 0, 2, 2, 3, 0, 1 } };
-    static const int row_token[2][6] = { { 0, 2, 3, 0, 1, 3 }, { 1, 2, 3, 0, 1, 3 } },
-                     expert_row[3] = { 0, 3, 6 };
+    static const int row_token[2][6] = { { 0, 2, 3, 0, 1, 3 }, { 1, 2, 3, 0, 1, 3 } };
+    static const int expert_row[3] = { 0, 3, 6 };
     static const int token_row[2][8] = { { 0, 3, 4, -1, 1, -1, 2, 5 },
                                          { -1, 3, 0, 4, -1, 1, 2, 5 } };
-    static const double x[2][3] = { { 1, 2, 3 }, { 4, 5, 6 } },
-                        pool[2][4] = { { 1, 2, 4, 6 }, { 2, 3, 4, 5 } },
-                        sum[2][3] = { { 1, 4, 3 }, { 8, 5, 6 } };
+    static const double x[2][3] = { { 1, 2, 3 }, { 4, 5, 6 } };
+    static const double pool[2][4] = { { 1, 2, 4, 6 }, { 2, 3, 4, 5 } };
+    static const double sum[2][3] = { { 1, 4, 3 }, { 8, 5, 6 } };
     Config c = *base;
     c.C = 1, c.E = 4, c.K = 2;
     Slot s = slot_new(g, &c, 3);
-    double got[4], score[6] = { 0 };
+    double got[4];
+    double score[6] = { 0 };
     int me = g->ep_rank;
     device_upload(s.topk, topk[me], sizeof topk[me]), put(s.x, DTYPE_FLOATX, x[me], 3),
         put(s.score, DTYPE_REAL, score, 6);
@@ -625,10 +665,15 @@ static void test_picture(const Config *base, const Grid *g) {
 
 static void test_heads(const Config *c, const Grid *g, int R) {
     Arena arena = arena_counting("heads");
-    int rows = heads_rows(g, R), n = g->ep, C = c->C, same = g->dispatch == DISPATCH_ALLREDUCE;
-    size_t x = (size_t)R * C, all = (size_t)rows * C;
+    int rows = heads_rows(g, R);
+    int n = g->ep;
+    int C = c->C;
+    int same = g->dispatch == DISPATCH_ALLREDUCE;
+    size_t x = (size_t)R * C;
+    size_t all = (size_t)rows * C;
     Heads *h = 0;
-    floatX *dx = 0, *out = 0;
+    floatX *dx = 0;
+    floatX *out = 0;
     for (int commit = 0; commit < 2; commit++) {
         heads_free(h), h = heads_create(g, c, R, &arena);
         dx = ARENA_TAKE(&arena, floatX, x, "t"), out = ARENA_TAKE(&arena, floatX, x, "t");
@@ -636,8 +681,11 @@ static void test_heads(const Config *c, const Grid *g, int R) {
     }
     check((h == 0) == comm_is_local(g->ep_group), "ep %d: heads exist where they are split", n);
     poison(&arena);
-    double *X = numbers(x), *Y = numbers(all), *a = numbers(all), *gathered = numbers(x * n),
-           *parts = numbers(all * n);
+    double *X = numbers(x);
+    double *Y = numbers(all);
+    double *a = numbers(all);
+    double *gathered = numbers(x * n);
+    double *parts = numbers(all * n);
     uint64_t seed = 99 + (uint64_t)world_rank;
     for (size_t i = 0; i < x; i++) X[i] = quarter(&seed);
     for (size_t i = 0; i < all; i++) Y[i] = quarter(&seed);
@@ -684,7 +732,8 @@ int main(int argc, char **argv) {
                                 0; // one rank: the exchange with itself instead of nothing
     comm_start((CommOptions){ .timeout = 60, .force = force, .check = 1 });
     unsigned char is_moe[1] = { 1 };
-    Arena memory = arena_counting("scratch"), staging[12];
+    Arena memory = arena_counting("scratch");
+    Arena staging[12];
     int n_staging = 0;
     for (int commit = 0; commit < 2; commit++) {
         scratch = (char *)arena_take(&memory, 1 << 20, "conversion");

@@ -58,7 +58,8 @@ static void naive_example(void) {
         else
             printf(" none, no row\n");
     }
-    number *out = experts(u, tensor, y.topk, y.score, R, K, C, F), each[R * K * C];
+    number *out = experts(u, tensor, y.topk, y.score, R, K, C, F);
+    number each[R * K * C];
     for (int i = 0; i < R * K; i++) { // the experts' outputs before their scores
         number one = 1;
         number *v = experts(u + i / K * C, tensor, y.topk + i, &one, 1, 1, C, F);
@@ -72,11 +73,14 @@ static void naive_example(void) {
     example_rows("mean of the probabilities P", "layer", y.mean, 1, E);
     printf("aux = E * sum of f P = %.4f\n", (double)aux);
 
-    number *du = zeros(R * C), *dscore = zeros(R * K), *dWr = zeros(E * C);
+    number *du = zeros(R * C);
+    number *dscore = zeros(R * K);
+    number *dWr = zeros(E * C);
     example_rows("dy, the gradient that arrives", "token", dy, R, C);
     experts_back(du, dscore, dy, u, tensor, y.topk, y.score, R, K, C, F);
     example_rows("dscore = dy . output of the expert", "token", dscore, R, K);
-    number *unused = zeros(E * C), *plain = zeros(R * C);
+    number *unused = zeros(E * C);
+    number *plain = zeros(R * C);
     number *dz = route_back(plain, unused, dscore, &y, y.load, 0, 0, u, router, R, &c);
     example_rows("dz from the scores alone", "token", dz, R, E);
     dz = route_back(du, dWr, dscore, &y, y.load, 0.1 / R, 0, u, router, R, &c);

@@ -56,7 +56,8 @@ static number *norm(const number *x, const number *w, double eps, int64_t R, int
 static void norm_back(number *dx, number *dw, const number *dy, const number *x, const number *w,
                       double eps, int64_t R, int64_t N) {
     for (int64_t r = 0; r < R; r++, dx += N, dy += N, x += N) {
-        number s = inverse_rms(x, eps, N), mean = 0;
+        number s = inverse_rms(x, eps, N);
+        number mean = 0;
         for (int64_t i = 0; i < N; i++) {
             mean += Q(dy[i] * w[i]) * x[i] * s / N;
             dw[i] += dy[i] * Q(x[i] * s);
@@ -74,7 +75,8 @@ static number *rope(const number *x, double theta, int sign, int64_t R, int64_t 
     for (int64_t r = 0; r < R; r++)
         for (int64_t j = 0; j < D / 2; j++) {
             double angle = r % T * pow(theta, -2.0 * j / D);
-            number c = Q(cos(angle)), s = sign * Q(sin(angle));
+            number c = Q(cos(angle));
+            number s = sign * Q(sin(angle));
             for (int64_t h = 0; h < H; h++) {
                 const number *a = x + (r * H + h) * D;
                 number *b = y + (r * H + h) * D;
@@ -91,11 +93,15 @@ static number *rope(const number *x, double theta, int sign, int64_t R, int64_t 
 // h / (H/KV) of k and v (R,KV,D).
 static number *attention(number *p, const number *q, const number *k, const number *v, int64_t R,
                          int64_t T, const NaiveConfig *c) {
-    int64_t H = c->H, D = c->D, step = c->KV * D; // from one position's keys to the next's
+    int64_t H = c->H, D = c->D;
+    int64_t step = c->KV * D; // from one position's keys to the next's
     number *o = zeros(R * H * D);
     for (int64_t row = 0; row < R * H; row++, p += T) {
-        int64_t t = row / H % T, first = (row / H - t) * step + row % H / (H / c->KV) * D;
-        number most = -INFINITY, sum = 0, *out = o + row * D;
+        int64_t t = row / H % T;
+        int64_t first = (row / H - t) * step + row % H / (H / c->KV) * D;
+        number most = -INFINITY;
+        number sum = 0;
+        number *out = o + row * D;
         for (int64_t u = 0; u <= t; u++) {
             number s = 0;
             for (int64_t i = 0; i < D; i++) s += q[row * D + i] * k[first + u * step + i];
@@ -115,10 +121,12 @@ static number *attention(number *p, const number *q, const number *k, const numb
 static void attention_back(number *dq, number *dk, number *dv, const number *d_o, const number *p,
                            const number *q, const number *k, const number *v, int64_t R, int64_t T,
                            const NaiveConfig *c) {
-    int64_t H = c->H, D = c->D, step = c->KV * D;
+    int64_t H = c->H, D = c->D;
+    int64_t step = c->KV * D;
     number *dp = zeros(T);
     for (int64_t row = 0; row < R * H; row++, p += T) {
-        int64_t t = row / H % T, first = (row / H - t) * step + row % H / (H / c->KV) * D;
+        int64_t t = row / H % T;
+        int64_t first = (row / H - t) * step + row % H / (H / c->KV) * D;
         number mean = 0;
         for (int64_t u = 0; u <= t; u++) {
             number s = 0;
@@ -156,8 +164,12 @@ static NaiveRouting route(const number *u, const number *Wr, const int *given, i
     NaiveRouting y = { zeros(R * E), zeros(R * E), (int *)zeros(R * K), zeros(R * K), zeros(E),
                        zeros(E),     zeros(R) };
     for (int64_t r = 0; r < R; r++) {
-        number *z = y.z + r * E, *p = y.p + r * E, sum = 0, chosen = 0;
-        int *topk = y.topk + r * K, n = 0;
+        number *z = y.z + r * E;
+        number *p = y.p + r * E;
+        number sum = 0;
+        number chosen = 0;
+        int *topk = y.topk + r * K;
+        int n = 0;
         for (int64_t e = 0; e < E; e++) {
             for (int64_t i = 0; i < C; i++) z[e] += u[r * C + i] * Wr[e * C + i];
             sum += exp(z[e]);
@@ -185,11 +197,17 @@ static number *route_back(number *du, number *dWr, const number *dscore, const N
                           const number *load, double aux, double z_loss, const number *u,
                           const number *Wr, int64_t R, const NaiveConfig *c) {
     int64_t C = c->C, E = c->E, K = c->K;
-    number *dz = zeros(R * E), *dp = zeros(E), *d = zeros(C);
+    number *dz = zeros(R * E);
+    number *dp = zeros(E);
+    number *d = zeros(C);
     for (int64_t r = 0; r < R; r++) {
-        const number *p = y->p + r * E, *ds = dscore + r * K, *score = y->score + r * K;
+        const number *p = y->p + r * E;
+        const number *ds = dscore + r * K;
+        const number *score = y->score + r * K;
         const int *topk = y->topk + r * K;
-        number chosen = p[topk[0]] / score[0], pull = 0, mean = 0; // score = p / chosen
+        number chosen = p[topk[0]] / score[0]; // score = p / chosen
+        number pull = 0;
+        number mean = 0;
         for (int64_t j = 0; j < K; j++) pull += c->norm_topk ? ds[j] * score[j] : 0;
         for (int64_t e = 0; e < E; e++) dp[e] = aux * E * load[e];
         for (int64_t j = 0; j < K; j++) dp[topk[j]] += (ds[j] - pull) / chosen;
@@ -212,7 +230,10 @@ static number *route_back(number *du, number *dWr, const number *dscore, const N
 // One token and one expert W = { gate (F,C), up (F,C), down (C,F) }: y (C) = a W2^T, where
 // a (F) = silu(g) * v, g (F) = gate u, v (F) = up u. `x` is g, v, a, y, one after another.
 static void expert(number *x, const number *u, const Weight *W, int64_t C, int64_t F) {
-    number *g = x, *v = x + F, *a = x + 2 * F, *y = x + 3 * F;
+    number *g = x;
+    number *v = x + F;
+    number *a = x + 2 * F;
+    number *y = x + 3 * F;
     for (int64_t f = 0; f < F; f++) {
         g[f] = v[f] = 0;
         for (int64_t i = 0; i < C; i++) {
@@ -233,7 +254,8 @@ static void expert(number *x, const number *u, const Weight *W, int64_t C, int64
 // one expert with K = 1 and score 1.
 static number *experts(const number *u, const Weight *W, const int *topk, const number *score,
                        int64_t R, int64_t K, int64_t C, int64_t F) {
-    number *y = zeros(R * C), *x = zeros(3 * F + C);
+    number *y = zeros(R * C);
+    number *x = zeros(3 * F + C);
     for (int64_t row = 0; row < R * K; row++) { // (token, choice)
         number *out = y + row / K * C;
         expert(x, u + row / K * C, W + 3 * topk[row], C, F);
@@ -245,27 +267,34 @@ static number *experts(const number *u, const Weight *W, const int *topk, const 
 static void experts_back(number *du, number *dscore, const number *dy, const number *u,
                          const Weight *W, const int *topk, const number *score, int64_t R,
                          int64_t K, int64_t C, int64_t F) {
-    number *x = zeros(3 * F + C), *d = zeros(C), *out = zeros(C);
+    number *x = zeros(3 * F + C);
+    number *d = zeros(C);
+    number *out = zeros(C);
     for (int64_t row = 0; row < R * K; row++) {
-        const number *ur = u + row / K * C, *dyr = dy + row / K * C;
-        const Weight *gate = W + 3 * topk[row], *up = gate + 1, *down = gate + 2;
-        expert(x, ur, gate, C, F);
+        const number *ur = u + row / K * C;
+        const number *dyr = dy + row / K * C;
+        const Weight *own = W + 3 * topk[row]; // gate, up, down
+        expert(x, ur, own, C, F);
         for (int64_t i = 0; i < C; i++) {
             dscore[row] += dyr[i] * x[3 * F + i];
             out[i] = Q(dyr[i] * score[row]); // gradient of this expert's y
             d[i] = 0;
         }
         for (int64_t f = 0; f < F; f++) {
-            number g = x[f], v = x[F + f], s = 1 / (1 + exp(-g)), da = 0;
+            number g = x[f];
+            number v = x[F + f];
+            number s = 1 / (1 + exp(-g));
+            number da = 0;
             for (int64_t i = 0; i < C; i++) {
-                da += out[i] * down->w[i * F + f];
-                down->g[i * F + f] += out[i] * x[2 * F + f];
+                da += out[i] * own[2].w[i * F + f];
+                own[2].g[i * F + f] += out[i] * x[2 * F + f];
             }
-            number dg = Q(Q(Q(da) * v) * s * (1 + g * (1 - s))), dv = Q(Q(da) * Q(g * s));
+            number dg = Q(Q(Q(da) * v) * s * (1 + g * (1 - s)));
+            number dv = Q(Q(da) * Q(g * s));
             for (int64_t i = 0; i < C; i++) {
-                d[i] += dg * gate->w[f * C + i] + dv * up->w[f * C + i];
-                gate->g[f * C + i] += dg * ur[i];
-                up->g[f * C + i] += dv * ur[i];
+                d[i] += dg * own[0].w[f * C + i] + dv * own[1].w[f * C + i];
+                own[0].g[f * C + i] += dg * ur[i];
+                own[1].g[f * C + i] += dv * ur[i];
             }
         }
         for (int64_t i = 0; i < C; i++) du[row / K * C + i] = Q(du[row / K * C + i] + Q(d[i]));
@@ -290,10 +319,6 @@ typedef struct {           // what a layer's forward leaves for its backward
     number *o, *mid, *u;   // (R,H,D); (R,C) the layer between its halves; its norm
     NaiveRouting routing;
 } NaiveLayer;
-
-static void add_into(number *a, const number *b, int64_t n) {
-    for (int64_t i = 0; i < n; i++) a[i] = Q(a[i] + b[i]);
-}
 
 // mid = x + attention(norm(x)); returns mid + experts(norm(mid)). w: the layer's first tensor.
 static number *naive_layer(NaiveLayer *s, const number *x, const Weight *w, const int *given,
@@ -331,9 +356,15 @@ static void naive_layer_back(number *dx, const NaiveLayer *s, Weight *w, int moe
                              const NaiveConfig *c) {
     int64_t C = c->C, H = c->H, KV = c->KV, D = c->D;
     const NaiveRouting *y = &s->routing;
-    number *du = zeros(R * C), *dh = zeros(R * C), *d_o = zeros(R * H * D);
-    number *dqn = zeros(R * H * D), *dkn = zeros(R * KV * D), *dv = zeros(R * KV * D);
-    number *dq = zeros(R * H * D), *dk = zeros(R * KV * D), *dscore = zeros(R * (moe ? c->K : 1));
+    number *du = zeros(R * C);
+    number *dh = zeros(R * C);
+    number *d_o = zeros(R * H * D);
+    number *dqn = zeros(R * H * D);
+    number *dkn = zeros(R * KV * D);
+    number *dv = zeros(R * KV * D);
+    number *dq = zeros(R * H * D);
+    number *dk = zeros(R * KV * D);
+    number *dscore = zeros(R * (moe ? c->K : 1));
     if (moe) {
         experts_back(du, dscore, dx, s->u, w + EXPERTS, y->topk, y->score, R, c->K, C, c->F);
         route_back(du, w[ROUTER].g, dscore, y, load, aux, z_loss, s->u, w[ROUTER].w, R, c);
@@ -355,12 +386,17 @@ static void naive_layer_back(number *dx, const NaiveLayer *s, Weight *w, int moe
 // Forward and backward of a batch. The gradients of loss + aux_coef * aux + z_coef * z are added to
 // those of `all`; with N valid targets every token's loss counts 1/N, and nothing is averaged.
 static void naive_model(NaiveBatch *b, const NaiveConfig *c, const Weights *all) {
-    int64_t R = b->B * b->T, C = c->C, V = c->V, E = c->E, L = c->L, n_moe = 0;
+    int64_t R = b->B * b->T, C = c->C, V = c->V, E = c->E, L = c->L;
+    int64_t n_moe = 0;
     double valid = 0;
-    Weight *embed = all->weight, *last = all->weight + all->n - (c->tied ? 1 : 2);
-    Weight *head = c->tied ? embed : last + 1, *w = embed + 1;
+    Weight *embed = all->weight;
+    Weight *last = all->weight + all->n - (c->tied ? 1 : 2);
+    Weight *head = c->tied ? embed : last + 1;
+    Weight *w = embed + 1;
     NaiveLayer *layer = (NaiveLayer *)naive_allocate((size_t)L, sizeof(NaiveLayer));
-    number *x = zeros(R * C), *load = zeros(E + 1), *mean = zeros(E + 1);
+    number *x = zeros(R * C);
+    number *load = zeros(E + 1);
+    number *mean = zeros(E + 1);
     for (int64_t i = 0; i < R * C; i++) x[i] = embed->w[b->ids[i / C] * C + i % C];
     for (int64_t l = 0; l < L; w += EXPERTS + (c->is_moe[l] ? 3 * E : 2), l++) {
         const int *given = b->topk ? b->topk + n_moe * R * c->K : 0;
@@ -385,7 +421,9 @@ static void naive_model(NaiveBatch *b, const NaiveConfig *c, const Weights *all)
     for (int64_t e = 0; !b->aux_per_layer && e < E; e++) b->aux += (double)(E * load[e] * mean[e]);
 
     // Cross entropy: -log of the target's probability; dlogits = (p - one at the target) / N.
-    number *dlogits = zeros(R * V), *dxf = zeros(R * C), *dx = zeros(R * C);
+    number *dlogits = zeros(R * V);
+    number *dxf = zeros(R * C);
+    number *dx = zeros(R * C);
     for (int64_t r = 0; r < R; r++) valid += b->targets[r] >= 0;
     for (int64_t r = 0; r < R; r++) {
         const number *z = b->logits + r * V;

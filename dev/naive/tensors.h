@@ -109,4 +109,7 @@ static inline number Q(number v) {
     x.u = (x.u + 0x7fff + (x.u >> 16 & 1)) & 0xffff0000u;
     return x.f;
 }
+static void add_into(number *a, const number *b, int64_t n) {
+    for (int64_t i = 0; i < n; i++) a[i] = Q(a[i] + b[i]);
+}
 #endif

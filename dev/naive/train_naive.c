@@ -80,7 +80,8 @@ static int is_norm(const Weight *w) { return strstr(w->name, "norm.weight") != 0
 // torch's AdamW, or SGD with coupled decay. m, v: moments, one array a tensor. Returns the norm of
 // all gradients before clipping, and clears them.
 static double update(const Weights *all, number **m, number **v, const Optimizer *o, int step) {
-    double squares = 0, scale = 1;
+    double squares = 0;
+    double scale = 1;
     for (int i = 0; i < all->n; i++)
         for (int64_t j = 0; j < all->weight[i].n; j++)
             squares += (double)all->weight[i].g[j] * all->weight[i].g[j];
@@ -106,12 +107,15 @@ static double update(const Weights *all, number **m, number **v, const Optimizer
 }
 
 int main(int argc, char **argv) {
-    const char *text_path = 0, *config_path = "model/configs/tiny.json";
+    const char *text_path = 0;
+    const char *config_path = "model/configs/tiny.json";
     Optimizer o = { 1, 1e-3, 0, 1, 0.9, 0.999, 1e-8 };
-    int steps = 20, B = 4, T = 64;
+    int steps = 20;
+    int B = 4, T = 64;
     uint64_t seed = 1337;
     for (int i = 1; i < argc; i++) {
-        const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : "";
+        const char *name = argv[i];
+        const char *value = i + 1 < argc ? argv[i + 1] : "";
         if (!strcmp(name, "--example")) {
             naive_example();
             return 0;
@@ -146,7 +150,8 @@ int main(int argc, char **argv) {
     double init, aux_coef;
     NaiveConfig c = config_load(config_path, &init, &aux_coef);
     Weights all = naive_weights(&c);
-    number **m = naive_allocate(all.n, sizeof *m), **v = naive_allocate(all.n, sizeof *v);
+    number **m = naive_allocate(all.n, sizeof *m);
+    number **v = naive_allocate(all.n, sizeof *v);
     for (int i = 0; i < all.n; i++) {
         Weight *w = &all.weight[i];
         m[i] = naive_allocate(w->n, sizeof(number));
@@ -154,10 +159,13 @@ int main(int argc, char **argv) {
         for (int64_t j = 0; j < w->n; j++)
             w->w[j] = is_norm(w) ? 1 : init * random_normal(seed, tensor_id(w->name), (uint64_t)j);
     }
-    int64_t n, R = (int64_t)B * T, window = 0;
+    int64_t n;
+    int64_t R = (int64_t)B * T;
+    int64_t window = 0;
     unsigned char *text = read_file(text_path, &n);
     if ((n - 1) / T < 1) fail("too short for one window", text_path, "a smaller --seq-len");
-    int *ids = naive_allocate(R, sizeof(int)), *targets = naive_allocate(R, sizeof(int));
+    int *ids = naive_allocate(R, sizeof(int));
+    int *targets = naive_allocate(R, sizeof(int));
     for (int step = 1; step <= steps; step++) {
         for (int64_t r = 0; r < R; r++) { // windows of T inputs; targets are the next bytes
             int64_t at = (window + r / T) % ((n - 1) / T) * T + r % T;

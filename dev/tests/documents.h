@@ -13,9 +13,11 @@ enum { FIRST, LAST, OTHERS };
 static void write_documents(const char *path, int vocab, int64_t tokens, const int *length,
                             int n_lengths, uint32_t seed) {
     unsigned char *file = (unsigned char *)xcalloc(1024 + 2 * (size_t)tokens, 1, "a shard");
-    int head[3] = { 20240520, 1, (int)tokens }, half = vocab / 2;
+    int head[3] = { 20240520, 1, (int)tokens };
+    int half = vocab / 2;
     memcpy(file, head, sizeof head);
-    uint32_t lower = seed, upper = 7;
+    uint32_t lower = seed;
+    uint32_t upper = 7;
     for (int64_t at = 0, document = 0; at < tokens; document++) {
         int n = length[document % n_lengths];
         for (int i = 0; i < n && at < tokens; i++, at++) {
@@ -51,7 +53,8 @@ static Setup document_setup(const Fixture *f, const char *tokens, int T, int bat
 // A window of three documents is three windows: logits and every gradient, whatever is computed
 // again. In the windows the first token of a document does not count as a target.
 static void test_three_windows(const Fixture *f, const Config *c, const char *tokens) {
-    int length = f->T / 3, T = 3 * length;
+    int length = f->T / 3;
+    int T = 3 * length;
     write_documents(tokens, c->V, (int64_t)f->B * T + 1, &length, 1, 1);
     Setup s = document_setup(f, tokens, length, 3 * f->B);
     s.step.documents = 0;
@@ -99,7 +102,9 @@ static void test_first_document(const Fixture *f, const Config *c, const char *t
         write_documents(tokens, c->V, (int64_t)f->B * f->T + 1, length, 3, 1 + (uint32_t)i);
         o[i] = outcome_of(f, 0, &s, 1);
     }
-    int64_t first = 0, others = 0, changed = 0;
+    int64_t first = 0;
+    int64_t others = 0;
+    int64_t changed = 0;
     for (int64_t i = 0; i < o[0].n_logits; i++) {
         int differs = o[0].logits[i] != o[1].logits[i];
         if (i / c->V % f->T < length[0])
@@ -182,8 +187,10 @@ static void test_layout_inputs(const Fixture *f) {
     char *path = xasprintf("%s/config.json", f->dir);
     Config c = config_read(path);
     Shape shape[MAX_VALUES];
-    const int windows = 8, length[] = { f->T / 2 + 1, 3, 1, f->T / 4 };
-    int world = comm_world_size(), n = shapes_of(shape, world, &c);
+    const int windows = 8;
+    const int length[] = { f->T / 2 + 1, 3, 1, f->T / 4 };
+    int world = comm_world_size();
+    int n = shapes_of(shape, world, &c);
     int batch = windows / world > 0 ? windows / world * world : world;
     free(path);
     path = xasprintf("%s/routing.safetensors", temporary);

@@ -350,7 +350,8 @@ static void read_all(const Run *r, Weights *all, int state, int into_g, int *equ
 // A file for --routing-replay: K different experts for every token, at random, ascending.
 static void write_routing(const char *path, const Config *c, int64_t B, int64_t T) {
     SafeTensor topk = { (char *)"topk", DTYPE_I32, 4, { c->n_moe, B, T, c->K }, 0, 0, 0 };
-    size_t header_bytes, n = (size_t)(c->n_moe * B * T) * (size_t)c->K;
+    size_t header_bytes;
+    size_t n = (size_t)(c->n_moe * B * T) * (size_t)c->K;
     int64_t bytes;
     char *header = safetensors_layout(&topk, 1, &header_bytes, &bytes);
     int *choice = (int *)xcalloc(n, sizeof(int), "a routing");

@@ -283,7 +283,8 @@ static void test_layout_evaluation(const Fixture *f, const Shape *shape, int n_s
 }
 
 static void wait_for_all(void) {
-    int n = comm_world_size(), *ranks = (int *)xcalloc((size_t)n, sizeof(int), "ranks");
+    int n = comm_world_size();
+    int *ranks = (int *)xcalloc((size_t)n, sizeof(int), "ranks");
     for (int i = 0; i < n; i++) ranks[i] = i;
     comm_barrier(comm_group("wait", ranks, n));
     free(ranks);

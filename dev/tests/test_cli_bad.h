@@ -4,7 +4,8 @@
 static void bad(const char *what, const char *fragment, const char *command) {
     char *line = xasprintf("eval exec $B %s", command);
     pid_t child = begin(line);
-    int status = end(child), lines = 0;
+    int status = end(child);
+    int lines = 0;
     char *text = slurp(at("stderr"), 0);
     for (const char *p = text; *p; p++) lines += *p == '\n';
     int ok = status == 1 && lines == 1 && !strncmp(text, "error: ", 7) && strstr(text, "hint: ") &&
@@ -33,8 +34,9 @@ static void copy_model(const char *name, const char *from, const char *to) {
     size_t n;
     good("cp -r $F/gqa $T/%s && exec chmod -R u+w $T/%s", name, name);
     if (from) {
-        char *text = slurp(path, &n), *p = (char *)memmem(text, n, from, strlen(from)),
-             *file = xasprintf("%s/model.safetensors", name);
+        char *text = slurp(path, &n);
+        char *p = (char *)memmem(text, n, from, strlen(from));
+        char *file = xasprintf("%s/model.safetensors", name);
         if (!p || strlen(from) != strlen(to))
             die("%s: the test does not find %s|adapt the test", path, from);
         memcpy(p, to, strlen(to));
@@ -59,7 +61,8 @@ static void write_shard(const char *name, uint32_t magic, uint32_t version, uint
 }
 // $T/name: the config with `from` replaced by `to`.
 static void change_config(const char *name, const char *from, const char *to) {
-    char *text = slurp(at("config.json"), 0), *p = strstr(text, from);
+    char *text = slurp(at("config.json"), 0);
+    char *p = strstr(text, from);
     if (!p) die("the test's config has no %s|adapt the test", from);
     char *changed = xasprintf("%.*s%s%s", (int)(p - text), text, to, p + strlen(from));
     write_file(name, changed, strlen(changed));
@@ -361,7 +364,8 @@ static void bad_routing(void) {
     bad("a record that cannot be made", "cannot", "$S --steps 1 --routing-record /dev/null/x");
     size_t n;
     char *text = slurp(at("routing/step_1.safetensors"), &n);
-    int *last = (int *)(void *)(text + n - 2 * sizeof(int)), keep = last[1];
+    int *last = (int *)(void *)(text + n - 2 * sizeof(int));
+    int keep = last[1];
     last[1] = last[0];
     write_file("twice.safetensors", text, n);
     bad("an expert chosen twice", "is chosen twice",

@@ -13,7 +13,8 @@ static void write_data(const char *name, unsigned seed, int period, int on) {
         tokens[i] = (uint16_t)('a' + (seed >> 16) % 9);
         mask[1024 + i] = period && i % period < on;
     }
-    char *shard = xasprintf("%s.bin", name), *beside = xasprintf("%s.mask", name);
+    char *shard = xasprintf("%s.bin", name);
+    char *beside = xasprintf("%s.mask", name);
     write_shard(shard, 20240520, 1, DATA_TOKENS, tokens, DATA_TOKENS);
     const uint32_t head[3] = { 20260520, 1, DATA_TOKENS };
     for (int i = 0; i < 3; i++)
@@ -25,7 +26,8 @@ static void write_data(const char *name, unsigned seed, int period, int on) {
 
 // The largest difference of the losses of updates 1 to n, INFINITY where targets differ.
 static double loss_difference(const char *a, const char *b, int n) {
-    Log x = log_of(a), y = log_of(b);
+    Log x = log_of(a);
+    Log y = log_of(b);
     double worst = 0;
     for (int u = 1; u <= n; u++) {
         double d = fabs(logged(&x, u, "loss") / logged(&y, u, "loss") - 1);
@@ -86,9 +88,12 @@ static void test_data_files(void) {
     check(loss_difference("mix", "mix2", 8) == 0,
           "a mixture resumed in its fourth update: the same");
     l = log_of("mix");
-    const cJSON *last = l.line[l.n - 1], *val = l.line[0];
-    double x = number(val, "val_loss.x"), y = number(val, "val_loss.y");
-    double nx = 0, ny = 0;
+    const cJSON *last = l.line[l.n - 1];
+    const cJSON *val = l.line[0];
+    double x = number(val, "val_loss.x");
+    double y = number(val, "val_loss.y");
+    double nx = 0;
+    double ny = 0;
     for (int i = 1; i <= 80 * 32; i++) {
         nx++;
         ny += i % 10 < 3;
@@ -154,7 +159,8 @@ static void test_data_ranks(void) {
     good("eval exec $B $D $MIX --steps 4 --out $T/mix1");
     good("eval exec $M -np 2 $B $D $MIX --steps 4 --ep 2 --out $T/mix2");
     double worst = loss_difference("mix1", "mix2", 4);
-    Log a = log_of("mix1"), b = log_of("mix2");
+    Log a = log_of("mix1");
+    Log b = log_of("mix2");
     double val = fabs(number(a.line[0], "val_loss.y") / number(b.line[0], "val_loss.y") - 1);
     check(worst < same_losses && val < same_losses,
           "masks, mixtures, parts of --val on two ranks as on one: losses %.1e, parts %.1e", worst,

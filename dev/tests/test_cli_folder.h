@@ -16,7 +16,8 @@ static int log_is_whole(const char *out, int updates) {
 static void test_owner(void) {
     pid_t child = begin("eval exec $B $S --steps 100000 --save-every 20 --keep 1000 --out $T/own");
     int seen = wait_lines("own", 45);
-    char *expected = xasprintf("process %d)", (int)child), host[100] = "";
+    char *expected = xasprintf("process %d)", (int)child);
+    char host[100] = "";
     gethostname(host, sizeof host - 1);
     const char *again[] = { "", "--resume" };
     for (int i = 0; i < 2; i++) {

@@ -5,10 +5,12 @@
 // Appends a tensor to the safetensors file $T/name.
 static void add_tensor(const char *name, const char *tensor, const char *dtype, const char *shape,
                        const void *data, size_t bytes) {
-    size_t n, header = 0;
+    size_t n;
+    size_t header = 0;
     char *text = slurp(at(name), &n);
     for (int i = 3; i >= 0; i--) header = header << 8 | (unsigned char)text[i];
-    size_t end = header, at_data = n - 8 - header;
+    size_t end = header;
+    size_t at_data = n - 8 - header;
     while (text[8 + end - 1] != '}') end--;
     char *longer =
         xasprintf("%.*s,\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}}",
@@ -67,7 +69,8 @@ static void odd_heads(void) {
          "exec chmod -R u+w $T/tied $T/head_other $T/head_same $T/head_index");
     SafeTensors s = safetensors_open_folder(at("tied"));
     const SafeTensor *embed = safetensors_find(&s, "model.embed_tokens.weight");
-    char shape[192], *data = (char *)xmalloc((size_t)embed->bytes, "a head");
+    char shape[192];
+    char *data = (char *)xmalloc((size_t)embed->bytes, "a head");
     safetensors_read(&s, embed, 0, data, embed->bytes);
     safetensors_shape(embed, shape);
     const char *dtype = safetensors_dtype(embed);
