@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 from torch.distributed.fsdp import FSDPModule
 
-from parity import Fixture, judge, report, total
+from parity import Fixture, judge, per_expert, report, total
 
 torch._utils._get_available_device_type = lambda: "cpu"         # the package takes CUDA where there is no device
 torch.Tensor.bfloat16 = lambda t: t
@@ -69,7 +69,8 @@ set_qwen3_sharding_config(config, enable_sp=False, enable_ep=ranks > 1)
 model = config.build()
 weights = {}
 for path in glob.glob(os.path.join(fixture.folder, "model*.safetensors")):
-    weights |= load_file(path)
+    for name, tensor in load_file(path).items():
+        weights |= per_expert(name, tensor)         # the package reads no fused experts
 adapter = qwen3.Qwen3StateDictAdapter(config, None)
 model.load_state_dict(adapter.from_hf(weights), strict=False)
 dims = ParallelDims(dp_replicate=1, dp_shard=ranks, cp=1, tp=1, pp=1, ep=ranks, world_size=ranks, spmd_backend="partial_dtensor")

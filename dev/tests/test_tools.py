@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Numbered checks of what draws and exports logs: python3 dev/tests/test_tools.py
+"""Numbered checks of what draws, exports and compares: python3 dev/tests/test_tools.py
 
-dev/plot.py needs matplotlib, dev/export.py tensorboard, dev/watch.html a Chromium; what is missing
-is left out, and said. The page is drawn by a headless browser and then asked what it has drawn.
+dev/plot.py needs matplotlib, dev/export.py tensorboard, dev/hf/compare.py safetensors, dev/watch.html
+a Chromium; what is missing is left out, and said. The page is drawn by a headless browser and then asked what it has drawn.
 """
 import json
 import math
@@ -102,6 +102,28 @@ def test_export(folder):
     check(status == 1 and "no such folder" in said and said.count("\n") == 1, f"export.py, error: {said.strip()[-70:]}")
 
 
+def test_compare(folder):
+    """Two first updates of 2 MoE layers, 6 tokens, 4 experts, 2 chosen: in layer 1 tokens 1 and 4 choose otherwise."""
+    import numpy as np
+    from safetensors.numpy import save_file
+    logits = np.tile(np.float32([3, 2, 1, 0]), (2, 1, 6, 1))
+    logits[1, 0, 1] = [3, 2, 1.75, 0]
+    logits[1, 0, 4] = [2, 3, 0, 1.5]
+    ours = np.ascontiguousarray(np.argsort(-logits, -1)[..., :2], np.int32)
+    theirs = ours.copy()
+    theirs[1, 0, 1] = [2, 0]                        # the third of its logits in place of the second
+    theirs[1, 0, 4] = [3, 1]
+    theirs[0, 0, 2] = ours[0, 0, 2][::-1]           # another order is no other choice
+    common = {"logits": np.ones((1, 6, 3), np.float32), "loss": np.ones((), np.float32)}
+    save_file({**common, "topk": theirs}, f"{folder}/a.safetensors")
+    for name, more in (("b", {"router": logits}), ("c", {})):
+        save_file({**common, "topk": ours, **more}, f"{folder}/{name}.safetensors")
+        said = python(f"{DEV}/hf/compare.py", "dumps", f"{folder}/a.safetensors", f"{folder}/{name}.safetensors")[1]
+        check("routing: 2 of 12 (layer, token) pairs have other experts" in said and "layer 0" not in said
+              and "  layer 1: 2 of 6 tokens, first 1" + ("; margins 2.50e-01 (closest) to 5.00e-01\n" if more else "\n") in said,
+              f"compare.py dumps: routings that differ, by layer, {'with' if more else 'without'} margins")
+
+
 def browser(chromium, url, *options):
     return subprocess.run([chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--timeout=10000", *options, url],
                           capture_output=True, text=True, timeout=120).stdout
@@ -142,6 +164,8 @@ def main():
         make_run(f"{folder}/run")
         if has("matplotlib"):
             test_plot(folder)
+        if has("numpy") and has("safetensors"):
+            test_compare(folder)
         if has("tensorboard"):
             test_export(folder)
         chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
