@@ -367,7 +367,8 @@ static void put_checkpoint(const uint8_t *data, size_t size, const char *dir) {
 static OptimizerState *take_shards(const Model *m, int eight_bit) {
     OptimizerState *s = (OptimizerState *)calloc(m->n_blocks, sizeof *s);
     for (int b = 0; b < m->n_blocks; b++) {
-        size_t n = m->block[b].shard, q = m->block[b].n_qblocks + 1;
+        size_t n = m->block[b].shard;
+        size_t q = m->block[b].n_qblocks + 1;
         s[b].param = ARENA_TAKE(&arena, floatX, n, "param");
         s[b].master = ARENA_TAKE(&arena, real, n, "master");
         if (!eight_bit) {

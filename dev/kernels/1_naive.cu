@@ -12,13 +12,15 @@
 
 static __global__ void naive_kernel(floatX *H, floatX *A, const floatX *pool, const floatX *W1,
                                     RowIndex plan, int C, int F) {
-    int f = blockIdx.y * blockDim.x + threadIdx.x, m = blockIdx.x;
+    int f = blockIdx.y * blockDim.x + threadIdx.x;
+    int m = blockIdx.x;
     if (f >= F || m >= plan.expert_row[plan.E]) return;
     int token = plan.row_token[m];
-    const floatX *x = pool + (int64_t)token * C,
-                 *gate_row = W1 + ((int64_t)expert_of(plan, m) * 2 * F + f) * C,
-                 *up_row = gate_row + (int64_t)F * C;
-    float gate = 0, up = 0;
+    const floatX *x = pool + (int64_t)token * C;
+    const floatX *gate_row = W1 + ((int64_t)expert_of(plan, m) * 2 * F + f) * C;
+    const floatX *up_row = gate_row + (int64_t)F * C;
+    float gate = 0;
+    float up = 0;
     for (int k = 0; token >= 0 && k < C; k++) {
         gate += load(x + k) * load(gate_row + k);
         up += load(x + k) * load(up_row + k);

@@ -15,18 +15,21 @@ static __global__ void __launch_bounds__(256)
     tiles_kernel(floatX *H, floatX *A, const floatX *pool, const floatX *W1, RowIndex plan, int C,
                  int F) {
     __shared__ float x[STEP][ROWS + 1], w[STEP][2 * ELEMENTS + 1];
-    int m0 = blockIdx.x * ROWS, f0 = blockIdx.y * ELEMENTS;
+    int m0 = blockIdx.x * ROWS;
+    int f0 = blockIdx.y * ELEMENTS;
     if (m0 >= plan.expert_row[plan.E]) return;
     const floatX *weights =
         W1 + (int64_t)expert_of(plan, m0) * 2 * F *
                  C; // rows of an expert are padded to 128: a tile has one expert
-    int r = threadIdx.x / 16 * 4,
-        c = threadIdx.x % 16; // this thread: rows r..r+3, elements c and c + 16
+    int r = threadIdx.x / 16 * 4;
+    int c = threadIdx.x % 16; // this thread: rows r..r+3, elements c and c + 16
     float sum[4][4] = {};     // columns: gate c, gate c + 16, up c, up c + 16
     for (int k0 = 0; k0 < C; k0 += STEP) {
         for (int i = threadIdx.x; i < ROWS * STEP; i += 256) {
-            int row = i / STEP, k = i % STEP, token = plan.row_token[m0 + row],
-                f = f0 + row % ELEMENTS;
+            int row = i / STEP;
+            int k = i % STEP;
+            int token = plan.row_token[m0 + row];
+            int f = f0 + row % ELEMENTS;
             x[k][row] = token >= 0 && k0 + k < C ? load(pool + (int64_t)token * C + k0 + k) : 0;
             w[k][row] = f < F && k0 + k < C
                             ? load(weights + ((int64_t)(row / ELEMENTS) * F + f) * C + k0 + k)

@@ -17,17 +17,21 @@ static __global__ void __launch_bounds__(256, 2)
     mma_kernel(floatX *H, floatX *A, const floatX *pool, const floatX *W1, RowIndex plan, int C,
                int F) {
     __shared__ __align__(16) floatX x[ROWS * LD], w[ROWS * LD];
-    int m0 = blockIdx.x * ROWS, f0 = blockIdx.y * 64, warp = threadIdx.x / 32;
+    int m0 = blockIdx.x * ROWS;
+    int f0 = blockIdx.y * 64;
+    int warp = threadIdx.x / 32;
     if (m0 >= plan.expert_row[plan.E]) return;
     const floatX *weights = W1 + (int64_t)expert_of(plan, m0) * 2 * F * C;
     const int4 zeros = make_int4(0, 0, 0, 0);
-    int rows = warp / 4 * 64,
-        columns = warp % 4 * 16; // of this warp; gate at `columns`, up at 64 + columns
+    int rows = warp / 4 * 64;
+    int columns = warp % 4 * 16; // of this warp; gate at `columns`, up at 64 + columns
     float acc[4][4][4] = {};     // [16 rows][8 columns: two of gate, two of up][fragment]
     for (int k0 = 0; k0 < C; k0 += STEP) {
         for (int i = threadIdx.x; i < ROWS * STEP / PACK; i += 256) {
-            int row = i / (STEP / PACK), k = i % (STEP / PACK) * PACK,
-                token = plan.row_token[m0 + row], f = f0 + row % 64;
+            int row = i / (STEP / PACK);
+            int k = i % (STEP / PACK) * PACK;
+            int token = plan.row_token[m0 + row];
+            int f = f0 + row % 64;
             *(int4 *)&x[row * LD + k] = token >= 0 && k0 + k < C
                                             ? *(const int4 *)(pool + (int64_t)token * C + k0 + k)
                                             : zeros;
@@ -51,7 +55,8 @@ static __global__ void __launch_bounds__(256, 2)
         }
         __syncthreads();
     }
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    int g = threadIdx.x % 32 / 4;
+    int t = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll

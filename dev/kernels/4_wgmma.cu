@@ -23,7 +23,9 @@ static __global__ void __launch_bounds__(128)
 #ifdef HOPPER_CODE
     extern __shared__ __align__(1024) char shared[];
     Tile *tile = (Tile *)shared;
-    int m0 = blockIdx.x * 64, f0 = blockIdx.y * 128, chunk = threadIdx.x % 8;
+    int m0 = blockIdx.x * 64;
+    int f0 = blockIdx.y * 128;
+    int chunk = threadIdx.x % 8;
     if (m0 >= plan.expert_row[plan.E]) return;
     int e = expert_of(plan, m0);
     const int4 zeros = make_int4(0, 0, 0, 0);
@@ -40,7 +42,8 @@ static __global__ void __launch_bounds__(128)
             ptx_tma_load_3d(tile->w, &W1, &tile->arrived, k0, f0, 2 * e);
         }
         for (int row = threadIdx.x / 8; row < 64; row += 16) {
-            int token = plan.row_token[m0 + row], k = k0 + chunk * PACK;
+            int token = plan.row_token[m0 + row];
+            int k = k0 + chunk * PACK;
             *(int4 *)chunk_at(tile->x, row, chunk) =
                 token >= 0 && k < C ? *(const int4 *)(pool + (int64_t)token * C + k) : zeros;
         }
@@ -57,7 +60,8 @@ static __global__ void __launch_bounds__(128)
         ptx_wgmma_hold(acc);
         __syncthreads(); // nobody reads the tile any more
     }
-    int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    int t = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < 64; i++) {
         int f = f0 + i / 4 * 8 + 2 * t + i % 2;

@@ -73,7 +73,8 @@ static double worst(const std::vector<uint16_t> &H, const std::vector<uint16_t> 
     };
     for (int64_t m = 0; m < rows; m++)
         for (int64_t f = 0; f < F; f++) {
-            int64_t gate = m * 2 * F + f, up = gate + F;
+            int64_t gate = m * 2 * F + f;
+            int64_t up = gate + F;
             for (int64_t i : { gate, up })
                 see(fabs(value(H[i]) - value(H1[i])), fabs(value(H1[i])) / 128 + 1e-4);
             see(fabs(value(A[m * F + f]) - value(A1[m * F + f])),
@@ -121,8 +122,8 @@ static void climb(int P, int K, int E, int C, int F, bool timed) {
     row_index_build(&plan, ids, 0);
     int rows;
     device_download(&rows, plan.expert_row + E, sizeof rows);
-    floatX *pool = random_matrix((int64_t)P * C, 2),
-           *W1 = random_matrix((int64_t)E * 2 * F * C, 2 / sqrtf((float)C));
+    floatX *pool = random_matrix((int64_t)P * C, 2);
+    floatX *W1 = random_matrix((int64_t)E * 2 * F * C, 2 / sqrtf((float)C));
     floatX *H = random_matrix((int64_t)M * 2 * F, 1), *A = random_matrix((int64_t)M * F, 1);
     std::vector<uint16_t> H1, A1;
     printf("%d tokens, %d of %d experts, C %d, F %d: %d rows with padding\n", P, K, E, C, F, rows);
@@ -147,7 +148,8 @@ static void climb(int P, int K, int E, int C, int F, bool timed) {
                most <= 1 ? "ok    " : "FAILED", rungs[i].name, most);
         if (timed) {
             float ms = time_of(rungs[i].run, H, A, pool, W1, &plan, C, F);
-            double speed = 4.0 * P * K * C * F / (ms * 1e-3), peak = device_peak_flops();
+            double speed = 4.0 * P * K * C * F / (ms * 1e-3);
+            double peak = device_peak_flops();
             printf("  %9.3f ms %8.2f TFLOP/s %6.2f %%", ms, speed / 1e12,
                    peak > 0 ? 100 * speed / peak : NAN);
         }

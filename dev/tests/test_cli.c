@@ -57,7 +57,8 @@ static const char *at(const char *name) {
 }
 static char *slurp(const char *path, size_t *bytes) {
     FILE *f = fopen(path, "rb");
-    size_t n = 0, room = 1 << 16;
+    size_t n = 0;
+    size_t room = 1 << 16;
     char *text = (char *)xcalloc(room + 1, 1, "a file");
     if (bytes) *bytes = 0;
     if (!f) return text;
@@ -141,7 +142,8 @@ static void write_file(const char *name, const void *data, size_t n) {
 }
 static int same_files(const char *a, const char *b) {
     size_t n, m;
-    char *x = slurp(a, &n), *y = slurp(b, &m);
+    char *x = slurp(a, &n);
+    char *y = slurp(b, &m);
     int same = n == m && n > 0 && !memcmp(x, y, n);
     free(x);
     free(y);
@@ -149,16 +151,19 @@ static int same_files(const char *a, const char *b) {
 }
 // Tensors that differ in dtype, shape or bytes, or that only one side has.
 static int tensors_differ(const char *a, const char *b) {
-    SafeTensors x = safetensors_open_folder(a), y = safetensors_open_folder(b);
+    SafeTensors x = safetensors_open_folder(a);
+    SafeTensors y = safetensors_open_folder(b);
     int differ = abs(x.n - y.n);
     for (int i = 0; i < x.n; i++) {
-        const SafeTensor *t = &x.tensor[i], *u = safetensors_find(&y, t->name);
+        const SafeTensor *t = &x.tensor[i];
+        const SafeTensor *u = safetensors_find(&y, t->name);
         if (!u || u->type != t->type || u->bytes != t->bytes || u->n_dims != t->n_dims ||
             memcmp(u->shape, t->shape, t->n_dims * sizeof t->shape[0])) {
             differ++;
             continue;
         }
-        char *p = (char *)xmalloc(t->bytes, "a tensor"), *q = (char *)xmalloc(t->bytes, "a tensor");
+        char *p = (char *)xmalloc(t->bytes, "a tensor");
+        char *q = (char *)xmalloc(t->bytes, "a tensor");
         safetensors_read(&x, t, 0, p, t->bytes);
         safetensors_read(&y, u, 0, q, t->bytes);
         differ += memcmp(p, q, t->bytes) != 0;
@@ -183,7 +188,8 @@ typedef struct {
 static Log log_of(const char *out) {
     Log l;
     l.n = 0;
-    char *path = xasprintf("%s/log.jsonl", at(out)), *text = slurp(path, 0);
+    char *path = xasprintf("%s/log.jsonl", at(out));
+    char *text = slurp(path, 0);
     for (char *line = strtok(text, "\n"); line && l.n < LINES; line = strtok(0, "\n"))
         l.line[l.n++] = cJSON_Parse(line);
     free(text);
@@ -202,9 +208,14 @@ static double number(const cJSON *object, const char *key) {
 static void check_trace(const char *name, int ranks) {
     char *text = slurp(at(name), 0);
     cJSON *trace = text ? cJSON_Parse(text) : 0;
-    const cJSON *events = cJSON_GetObjectItemCaseSensitive(trace, "traceEvents"), *e;
-    double end[8] = { 0 }, bytes = 0, flops = 0;
-    int n[8] = { 0 }, overlaps = 0, kernels = 0;
+    const cJSON *events = cJSON_GetObjectItemCaseSensitive(trace, "traceEvents");
+    const cJSON *e;
+    double end[8] = { 0 };
+    double bytes = 0;
+    double flops = 0;
+    int n[8] = { 0 };
+    int overlaps = 0;
+    int kernels = 0;
     cJSON_ArrayForEach(e, events) {
         const cJSON *args = cJSON_GetObjectItemCaseSensitive(e, "args");
         int rank = (int)number(e, "pid");
@@ -234,7 +245,8 @@ static double logged(const Log *l, int step, const char *key) {
 }
 // Two logs are the same but for the times.
 static int same_logs(const char *a, const char *b) {
-    Log x = log_of(a), y = log_of(b);
+    Log x = log_of(a);
+    Log y = log_of(b);
     int same = x.n == y.n && x.n > 0;
     for (int i = 0; i < x.n && same; i++) {
         static const char *const times[] = { "ms", "tok_s", "mfu" };
@@ -286,6 +298,7 @@ static void write_inputs(void) {
 
 #include "test_cli_bad.h"
 #include "test_cli_data.h"
+#include "test_cli_looking.h"
 
 // ---- the log, run.json, help ----------------------------------------------------------------
 static void test_log(void) {
@@ -297,7 +310,10 @@ static void test_log(void) {
         "step",   "loss", "aux",   "z",   "grad_norm",       "lr",
         "tokens", "ms",   "tok_s", "mfu", "expert_load_max", "expert_dead"
     };
-    int updates = 0, missing = 0, wrong = 0, loads = 0;
+    int updates = 0;
+    int missing = 0;
+    int wrong = 0;
+    int loads = 0;
     for (int i = 0; i < l.n; i++) {
         if (!cJSON_HasObjectItem(l.line[i], "loss")) continue;
         updates++;
@@ -323,8 +339,10 @@ static void test_log(void) {
           "a heat map of expert load on screen");
     log_free(&l);
     // %.9g of every number, read back and printed again, is what the file has
-    char *text = slurp(at("log/log.jsonl"), 0), again[64];
-    int differ = 0, numbers = 0;
+    char *text = slurp(at("log/log.jsonl"), 0);
+    char again[64];
+    int differ = 0;
+    int numbers = 0;
     for (const char *p = text; (p = strstr(p, "\":"));) {
         p += 2;
         size_t n = strspn(p, "0123456789.e+-");
@@ -337,8 +355,8 @@ static void test_log(void) {
     free(text);
     text = slurp(at("log/run.json"), 0);
     cJSON *json = cJSON_Parse(text);
-    const cJSON *o = cJSON_GetObjectItemCaseSensitive(json, "options"),
-                *optimizer = cJSON_GetObjectItemCaseSensitive(o, "optimizer");
+    const cJSON *o = cJSON_GetObjectItemCaseSensitive(json, "options");
+    const cJSON *optimizer = cJSON_GetObjectItemCaseSensitive(o, "optimizer");
     check(json && number(o, "steps") == 6 && number(o, "seq-len") == 32 &&
               number(o, "beta2") == 0.999 && cJSON_IsString(optimizer) &&
               !strcmp(optimizer->valuestring, "adamw") &&
@@ -358,7 +376,8 @@ static void test_training(void) {
               "--out $T/learn"))
         return;
     Log l = log_of("learn");
-    double first = logged(&l, 0, "val_loss"), last = logged(&l, 120, "val_loss");
+    double first = logged(&l, 0, "val_loss");
+    double last = logged(&l, 120, "val_loss");
     check(fabs(first - log(257)) < 0.3 && last < 0.6 * first,
           "training learns: validation loss %.3f (log of the vocabulary: %.3f), after 120 updates "
           "%.3f",
@@ -382,7 +401,8 @@ static void test_training(void) {
     if (!good("eval exec $B $S --steps 3 --optimizer sgd --lr 0.1 --out $T/sgd") ||
         !good("eval exec $B $S --steps 3 --optimizer sgd --lr 0.1 --momentum 0.9 --out $T/mom"))
         return;
-    Log a = log_of("sgd"), b = log_of("mom");
+    Log a = log_of("sgd");
+    Log b = log_of("mom");
     check(logged(&a, 2, "loss") == logged(&b, 2, "loss") &&
               logged(&a, 3, "loss") != logged(&b, 3, "loss"),
           "sgd with momentum: the first step is the plain one, the second is not");
@@ -405,7 +425,8 @@ static void test_training(void) {
     log_free(&x);
     good("eval exec $B $S --steps 1 --seed 7 --lr 0 --out $T/seed");
     good("eval exec $B $S --steps 1 --shuffle off --out $T/order");
-    Log s = log_of("seed"), o = log_of("order");
+    Log s = log_of("seed");
+    Log o = log_of("order");
     check(logged(&s, 1, "loss") != on && logged(&o, 1, "loss") != on,
           "--seed and --shuffle change what is read");
     log_free(&s);
@@ -520,7 +541,8 @@ static void test_signals(void) {
         pid_t child = begin(command);
         int seen = wait_lines("cut", 5);
         kill(child, signals[i]);
-        int status = end(child), stopped = said("stdout", "stopped by a signal");
+        int status = end(child);
+        int stopped = said("stdout", "stopped by a signal");
         check(seen && status == 0 && stopped && exists(at("cut/checkpoints/latest/trainer.json")),
               "%s: saves and ends with status 0 (%d)", i ? "SIGINT" : "SIGTERM", status);
         good("eval exec $B $S %s --resume --out $T/cut", schedule);
@@ -541,7 +563,8 @@ static void test_signals(void) {
     // kill -9 at ten moments, a dozen updates apart, saving after every update so that many fall
     // inside a save
     uint32_t state = 12345;
-    int intact = 1, killed = 0;
+    int intact = 1;
+    int killed = 0;
     for (int i = 0; i < 10; i++) {
         child = begin(
             "eval exec $B $S --schedule cosine --warmup 10 --steps 150 --save-every 1 --keep 3 "
@@ -562,8 +585,8 @@ static void test_signals(void) {
         good("eval exec $B $S --schedule cosine --warmup 10 --steps 150 --save-every 1 --keep 3 "
              "--resume --out $T/kill") &&
         intact;
-    int logs = same_logs("whole", "kill"),
-        tensors = tensors_differ(at("whole/checkpoints/step_150"), at("kill/checkpoints/step_150"));
+    int logs = same_logs("whole", "kill");
+    int tensors = tensors_differ(at("whole/checkpoints/step_150"), at("kill/checkpoints/step_150"));
     check(intact && killed > 0 && logs && !tensors,
           "kill -9 at random moments (%d times): the last checkpoint loads each time, and the run "
           "ends as if nothing had happened%s%s",
@@ -573,121 +596,6 @@ static void test_signals(void) {
 #include "test_cli_folder.h"
 #include "test_cli_models.h"
 #include "test_cli_conversion.h"
-
-// ---- looking inside -------------------------------------------------------------------------
-static void test_looking(void) {
-    if (!exists(at("learn"))) good("eval exec $B $S --batch 8 --steps 20 --out $T/learn");
-    good("eval exec $B --model $T/learn/checkpoints/latest --steps 0 --seq-len 32 --batch 4 "
-         "--generate 40 --temperature 0 --prompt \"'the router '\"");
-    char *first = slurp(at("stdout"), 0), *sample = strstr(first, "sample> the router ");
-    good("eval exec $B --model $T/learn/checkpoints/latest --steps 0 --seq-len 32 --batch 4 "
-         "--generate 40 --temperature 0 --prompt \"'the router '\"");
-    char *second = slurp(at("stdout"), 0), *again = strstr(second, "sample> the router ");
-    check(sample && again && !strcmp(sample, again) &&
-              strlen(sample) >= strlen("sample> the router ") + 40,
-          "--generate 40 --temperature 0: the prompt and 40 bytes, the same every time");
-    free(first);
-    free(second);
-    // The prompt has what JSON must escape and what a terminal must not get.
-    setenv("SAY", "--sample-every 1 --save-every 1 --prompt \"'say \\\"x\\\" \001'\"", 1);
-    good("eval exec $B $S $SAY --steps 2 --trace-token 37 --out $T/said");
-    check(said("stdout", "token 37 of the update") && said("stdout", "layer   experts") &&
-              said("stdout", "sample> "),
-          "--trace-token and --sample-every print");
-    char *screen = slurp(at("stdout"), 0);
-    Log said_log = log_of("said");
-    int samples = 0;
-    for (int i = 0; i < said_log.n; i++) {
-        const cJSON *text = cJSON_GetObjectItem(said_log.line[i], "sample");
-        if (!text) continue;
-        char *printed = xasprintf("sample> %s\n", text->valuestring);
-        samples += strstr(printed, "say \"x\" \xef\xbf\xbd") && strstr(screen, printed);
-        free(printed);
-    }
-    check(samples == 2, "the log has both samples as the screen shows them");
-    log_free(&said_log);
-    free(screen);
-    good("eval exec $B $S $SAY --steps 1 --out $T/said_again");
-    good("eval exec $B $S $SAY --steps 2 --resume --out $T/said_again");
-    check(same_logs("said", "said_again"), "a resumed run has every sample once, and the same");
-    // The table of a token does not depend on rounds (without aux, which is per round): token 37
-    // lies in the first, 100 in the second
-    for (int token = 37; token <= 100; token += 63) {
-        good("eval exec $B $S --steps 1 --micro-batch 1 --aux-coef 0 --trace-token %d", token);
-        first = slurp(at("stdout"), 0);
-        good("eval exec $B $S --steps 1 --micro-batch 1 --aux-coef 0 --trace-token %d --rounds 2",
-             token);
-        second = slurp(at("stdout"), 0);
-        const char *one = strstr(first, "  layer   experts"),
-                   *two = strstr(second, "  layer   experts");
-        check(one && two && !strcmp(one, two),
-              "--trace-token %d --rounds 2: the experts, scores and norms of --rounds 1", token);
-        free(first);
-        free(second);
-    }
-    good("eval exec $B $S --steps 1 --dump $T/look.safetensors --out $T/look");
-    SafeTensors d = safetensors_open(at("look.safetensors"));
-    const SafeTensor *logits = safetensors_find(&d, "logits"), *loss = safetensors_find(&d, "loss");
-    float value = 0;
-    if (loss) safetensors_read(&d, loss, 0, &value, 4);
-    Log l = log_of("look");
-    check(
-        logits && logits->n_dims == 3 && logits->shape[0] == 4 && logits->shape[1] == 32 &&
-            logits->shape[2] == 257 && value == (float)logged(&l, 1, "loss") &&
-            safetensors_find(&d, "grad.model.layers.1.mlp.experts.7.down_proj.weight"),
-        "--dump: logits (B, T, V), the loss that is logged, gradients by their Hugging Face names");
-    safetensors_close(&d);
-    log_free(&l);
-    check(run("exec $B --selftest") == 0 && said("stdout", "self-test"),
-          "--selftest needs no model");
-    // a look at a run reads: what it evaluates is on the screen, and no file changes
-    char *before = slurp(at("learn/log.jsonl"), 0);
-    good("exec $B --model $T/learn/checkpoints/latest --val $T/val.txt --seq-len 32 --batch 8 "
-         "--steps 0 --out $T/learn --resume");
-    char *after = slurp(at("learn/log.jsonl"), 0);
-    check(
-        !strcmp(before, after) && said("stdout", "| val_loss "),
-        "--steps 0 --resume --val: the loss of the newest checkpoint on screen, the log untouched");
-    free(before);
-    free(after);
-    // the planner is the allocator, counting
-    good("eval exec $B $S --steps 1 --plan");
-    char *plan = slurp(at("stdout"), 0), *row = strstr(plan, "memory of a rank"), line[160] = "-";
-    if (row) snprintf(line, sizeof line, "%.*s", (int)strcspn(row, "\n"), row);
-    good("eval exec $B $S --steps 1");
-    check(row && said("stdout", line), "--plan prints the table of the run: %s", line);
-    free(plan);
-    // a plan is of the planned machine: what --recompute auto fills is the 139 GiB of an h200,
-    // whatever this machine has
-    good("exec $B --init $F/../../model/configs/qwen3_30b_a3b.json --plan --world 8 --recompute "
-         "auto --seq-len 4096 --batch 64 --micro-batch 1");
-    plan = slurp(at("stdout"), 0);
-    good("exec $B --init $F/../../model/configs/qwen3_30b_a3b.json --plan --world 8 --recompute "
-         "auto --seq-len 4096 --batch 64 --micro-batch 1 --gpu-mem 139");
-    check(strstr(plan, "fits: uses part of 139.0 GiB") && said("stdout", plan),
-          "--plan --recompute auto: the planned machine's memory, not this one's");
-    free(plan);
-    good("cp $T/text.txt $T/part1.txt; cp $T/val.txt $T/part2.txt; eval exec $B --init "
-         "$T/config.json --train \"'$T/part*.txt'\" --seq-len 32 --batch 4 --steps 1");
-    check(said("stdout", "2 files"), "a quoted glob names several files");
-}
-
-// The newest child of a process, by /proc; 0 where there is none.
-static pid_t child_of(pid_t parent) {
-    DIR *d = opendir("/proc");
-    pid_t found = 0;
-    for (struct dirent *e; d && (e = readdir(d));) {
-        char path[300], state;
-        int pid = atoi(e->d_name), of = 0;
-        snprintf(path, sizeof path, "/proc/%d/stat", pid);
-        FILE *f = pid > 0 ? fopen(path, "r") : 0;
-        if (f && fscanf(f, "%*d (%*[^)]) %c %d", &state, &of) == 2 && of == parent && pid > found)
-            found = pid;
-        if (f) fclose(f);
-    }
-    if (d) closedir(d);
-    return found;
-}
 
 // ---- several ranks --------------------------------------------------------------------------
 static void test_ranks(const char *mpirun) {
@@ -726,7 +634,8 @@ static void test_ranks(const char *mpirun) {
     int seen = wait_lines("dead", 50);
     double start = now_seconds();
     pid_t rank = child_of(child);
-    int killed = rank ? kill(rank, SIGKILL) : -1, status = end(child);
+    int killed = rank ? kill(rank, SIGKILL) : -1;
+    int status = end(child);
     double took = now_seconds() - start;
     check(
         seen && !killed && status != 0 && took < 30 &&
@@ -739,7 +648,10 @@ static void test_ranks(const char *mpirun) {
 }
 
 int main(int argc, char **argv) {
-    const char *program = 0, *fixtures = "dev/fixtures", *mpirun = 0, *only = 0;
+    const char *program = 0;
+    const char *fixtures = "dev/fixtures";
+    const char *mpirun = 0;
+    const char *only = 0;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--fixtures") && i + 1 < argc)
             fixtures = argv[++i];
@@ -756,7 +668,8 @@ int main(int argc, char **argv) {
     const char *base = getenv("TMPDIR");
     snprintf(folder, sizeof folder, "%.200s/test_cli.XXXXXX", base && *base ? base : "/tmp");
     if (!mkdtemp(folder)) die("cannot make a folder like %s|set TMPDIR", folder);
-    char *absolute = realpath(program, 0), *root = realpath(fixtures, 0);
+    char *absolute = realpath(program, 0);
+    char *root = realpath(fixtures, 0);
     if (!root)
         die("%s: no such folder|run from the root of the repository, or give --fixtures DIR",
             fixtures);

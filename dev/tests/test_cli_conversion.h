@@ -10,9 +10,10 @@ static void test_conversion(void) {
         good("exec $B --model $F/%s --steps 0 --save-dtype source --save-layout fused --out $T/c2",
              names[i]);
         good("exec $B --model $T/c2/checkpoints/step_0 --steps 0 --save-dtype source --out $T/c3");
-        SafeTensors s = safetensors_open_folder(source),
-                    fused = safetensors_open_folder(at("c2/checkpoints/step_0"));
-        int is_fused = 0, has_fused = 0;
+        SafeTensors s = safetensors_open_folder(source);
+        SafeTensors fused = safetensors_open_folder(at("c2/checkpoints/step_0"));
+        int is_fused = 0;
+        int has_fused = 0;
         for (int k = 0; k < s.n; k++) is_fused |= s.tensor[k].n_dims == 3;
         for (int k = 0; k < fused.n; k++) has_fused |= fused.tensor[k].n_dims == 3;
         safetensors_close(&s);

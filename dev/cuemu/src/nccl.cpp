@@ -30,7 +30,8 @@ struct ncclComm {
 };
 
 namespace {
-const int TAG_INIT = 30001, TAG_P2P = 30002;
+const int TAG_INIT = 30001;
+const int TAG_P2P = 30002;
 enum Kind {
     ALL_REDUCE,
     REDUCE,
@@ -91,8 +92,9 @@ std::string describe(const Call &c) {
         snprintf(s, sizeof s, "%s(%zu x %s, peer %d)", kind_name[c.kind], c.count,
                  type_name(c.type), c.root);
     else {
-        bool reduces = c.kind <= REDUCE_SCATTER, rooted = c.kind == REDUCE || c.kind == BROADCAST ||
-                                                          c.kind == GATHER || c.kind == SCATTER;
+        bool reduces = c.kind <= REDUCE_SCATTER;
+        bool rooted =
+            c.kind == REDUCE || c.kind == BROADCAST || c.kind == GATHER || c.kind == SCATTER;
         int n = snprintf(s, sizeof s, "%s(%zu x %s", kind_name[c.kind], c.count, type_name(c.type));
         if (reduces) n += snprintf(s + n, sizeof s - (size_t)n, ", %s", ops[c.op]);
         if (rooted) n += snprintf(s + n, sizeof s - (size_t)n, ", root %d", c.root);
@@ -274,8 +276,10 @@ void run_collective(const Job &j) {
     ncclComm *c = j.comm;
     if (c->async_error || !same_call(c, j.c)) return;
     DeviceAccess access;
-    size_t bytes = j.c.count * type_bytes(j.c.type), P = (size_t)c->size;
-    int n = (int)bytes, root = j.c.root;
+    size_t bytes = j.c.count * type_bytes(j.c.type);
+    size_t P = (size_t)c->size;
+    int n = (int)bytes;
+    int root = j.c.root;
     bool am_root = c->rank == root;
     std::vector<char> in, all;
     size_t in_bytes = j.c.kind == REDUCE_SCATTER || j.c.kind == ALL_TO_ALL || j.c.kind == SCATTER
@@ -283,8 +287,8 @@ void run_collective(const Job &j) {
                           : bytes;
     size_t out_bytes =
         j.c.kind == ALL_GATHER || j.c.kind == ALL_TO_ALL || j.c.kind == GATHER ? bytes * P : bytes;
-    bool reads = !(j.c.kind == BROADCAST || j.c.kind == SCATTER) || am_root,
-         writes = !(j.c.kind == REDUCE || j.c.kind == GATHER) || am_root;
+    bool reads = !(j.c.kind == BROADCAST || j.c.kind == SCATTER) || am_root;
+    bool writes = !(j.c.kind == REDUCE || j.c.kind == GATHER) || am_root;
     if (!bytes) return;
     if (reads) {
         check_device_range("nccl send buffer", j.in, in_bytes);
@@ -495,7 +499,8 @@ ncclResult_t ncclCommInitRank(ncclComm_t *out, int n, ncclUniqueId id, int rank)
                             std::vector<int>((size_t)n, world_rank),
                             ncclSuccess };
     set_status("CommInitRank as rank %d of %d, communicator %ld", rank, n, c->id);
-    int tag = TAG_INIT + 10 + u.number, hello[3] = { rank, n, world_rank };
+    int tag = TAG_INIT + 10 + u.number;
+    int hello[3] = { rank, n, world_rank };
     std::vector<MPI_Request> q(1);
     if (world_rank != u.maker) {
         MPI_Isend(hello, 3, MPI_INT, u.maker, tag, MPI_COMM_WORLD, &q[0]);
