@@ -6,16 +6,18 @@
 RUN is the --out folder of a run. Without --to, the first of the three that is installed is used.
 Everything is written inside RUN (RUN/tensorboard, RUN/wandb, RUN/mlruns); W&B goes online where
 WANDB_MODE says so, MLflow where MLFLOW_TRACKING_URI does. With --follow the script goes on until the
-run has made its last update, or until it is interrupted. The options of run.json become the run's
+run has made its last update and ended, or until it is interrupted. The options of run.json become the run's
 configuration. A run that was cut back and resumed repeats its updates bit for bit, so what was
 exported once is not exported again.
 """
 import argparse
+import fcntl
 import glob
 import importlib
 import json
 import math
 import os
+import struct
 import sys
 import time
 
@@ -25,6 +27,16 @@ TARGETS = ["tensorboard", "wandb", "mlflow"]
 def die(what, hint):
     print(f"error: {what}, hint: {hint}", file=sys.stderr)
     sys.exit(1)
+
+
+def owned(run):
+    """Whether a running train_moe owns the folder: it holds a lock on RUN/.lock, which is looked at and not taken."""
+    try:
+        with open(os.path.join(run, ".lock"), "rb") as f:
+            asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            return struct.unpack("hhqqi", fcntl.fcntl(f, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK
+    except OSError:
+        return False
 
 
 def flat(value, prefix=""):
@@ -187,8 +199,10 @@ def main():
             if not a.follow or (steps and log.seen.get("loss", -1) >= steps):
                 break
             time.sleep(a.every)
-        if a.follow:                # the evaluation after the last update
+        if a.follow:                # the last evaluation, sample and line of sources come after the last update
             time.sleep(a.every)
+            while owned(a.run):
+                time.sleep(a.every)
             for step, values in log.read():
                 target.log(step, values)
                 count += 1

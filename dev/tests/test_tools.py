@@ -4,6 +4,7 @@
 dev/plot.py needs matplotlib, dev/export.py tensorboard, dev/hf/compare.py safetensors, dev/watch.html
 a Chromium; what is missing is left out, and said. The page is drawn by a headless browser and then asked what it has drawn.
 """
+import fcntl
 import json
 import math
 import os
@@ -75,6 +76,8 @@ def test_export(folder):
     make_run(run)
     with open(f"{run}/run.json", "w") as f:
         json.dump({"options": {"steps": 70}}, f)
+    lock = open(f"{run}/.lock", "w")
+    fcntl.lockf(lock, fcntl.LOCK_EX)                # as the owner of the folder does
     follower = subprocess.Popen([sys.executable, f"{DEV}/export.py", run, "--to", "tensorboard", "--follow", "--every", "0.3"])
     events = f"{run}/tensorboard"
     for _ in range(300):                            # until the first updates are exported
@@ -89,12 +92,17 @@ def test_export(folder):
     with open(f"{run}/log.jsonl", "a") as f:
         f.writelines(line(step) for step in range(56, 71))
         f.write('{"step":70,"val_loss":1.7}\n')
+        f.flush()
+        time.sleep(1.5)
+        f.write('{"step":70,"sources":{"web":{"windows":5,"epochs":0.5}}}\n')
+    lock.close()
     check(follower.wait(30) == 0, "export.py follows a run to its last update")
     events = EventAccumulator(f"{run}/tensorboard", size_guidance={"scalars": 0})
     events.Reload()
     loss = {e.step: e.value for e in events.Scalars("loss")}
     check(len(events.Scalars("loss")) == 69 and set(loss) == set(range(1, 71)) - {30}, "every update once, in spite of a log that was cut back")
     check(abs(loss[7] - json.loads(line(7))["loss"]) < 1e-6 and events.Scalars("val_loss")[-1].step == 70, "values and the last evaluation")
+    check("sources.web.windows" in events.Tags()["scalars"], "what the run still says before it ends")
     check(abs(events.Scalars("expert_load_max.layer_0")[0].value - 2) < 1e-6 and "run.json" in events.Tags()["tensors"], "expert load a layer, run.json")
     python(f"{DEV}/export.py", run, "--to", "tensorboard")
     check(len([n for n in os.listdir(f"{run}/tensorboard") if n.startswith("events")]) == 1, "a second export replaces the first")
