@@ -267,7 +267,7 @@ static void kernels(const Config *c, const Trainer *t, const Bench *b, Arena *ar
     const int T = b->T, B = b->batch, R = T * B, C = c->C, Q = c->H * c->D, KV = c->KV * c->D,
               E = c->E, K = c->K, F = c->F, V = c->V, M = row_index_bound(R, K, E);
     // Rows of a task: of an expert at balance; of a block of attention (kernels/cpu/attention.c).
-    const int each = (int)lesser(1024, div_up((int64_t)R * K, E)), keys = 256, stacked = 192;
+    const int each = (int)lesser(1024, div_up((int64_t)R * K, E)), keys = 512, stacked = 128;
     const int chunk = t->head.chunk < R ? t->head.chunk : R;
     const double L = c->n_moe, chunks = (double)R / chunk, x = sizeof(floatX), g = sizeof(gradX);
     const double RC = (double)R * C, rows = (double)R * K;

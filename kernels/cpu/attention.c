@@ -18,9 +18,9 @@
 #include "../fail.h"
 #include "gemm.h"
 
-// Taller blocks feed the products better, shorter ones waste less above the diagonal. 192 x 256
-// scores are 192 KiB.
-enum { STACKED_ROWS = 192, QUERIES_MAX = 128, QUERIES_MIN = 16, KEYS = 256 };
+// Taller blocks feed the products better, shorter ones waste less above the diagonal. 128 x 512
+// scores are 256 KiB.
+enum { STACKED_ROWS = 128, QUERIES_MAX = 128, QUERIES_MIN = 16, KEYS = 512 };
 
 static int64_t queries_per_block(int64_t H, int64_t KV) {
     int64_t n = STACKED_ROWS / (H / KV);
@@ -33,28 +33,32 @@ void attention_select(const char *name) {
             name);
 }
 
-// What one thread works in; rows = queries * G.
+// What one thread works in; rows = queries * G. Operands of products are floatX, results reals.
 typedef struct {
-    real *q, *o, *d_o, *dq; // (rows, D)
-    real *s, *ds;           // (rows, KEYS)
-    real *most, *sum;       // (rows)       running maximum and sum; backward: lse and delta
-    real *k, *v;            // (KEYS, D)    widened, bf16 builds only
-    real *dk, *dv;          // (T, D)       sums over query blocks and heads
+    floatX *q, *d_o;  // (rows, D)
+    real *o, *dq;     // (rows, D)
+    real *s, *ds;     // (rows, KEYS)
+    floatX *p, *dp;   // (rows, KEYS)  s and ds rounded; themselves where floatX is a real
+    real *most, *sum; // (rows)        running maximum and sum; backward: lse and delta
+    real *dk, *dv;    // (T, D)        sums over query blocks and heads
 } Work;
 // Lays the pieces out from `base` on. Returns the bytes of one thread.
 static int64_t work_layout(Work *w, void *base, int64_t T, int64_t H, int64_t KV, int64_t D) {
     int64_t rows = queries_per_block(H, KV) * (H / KV), at = 0;
-    int64_t widened = sizeof(floatX) == sizeof(real) ? 0 : KEYS * D;
+    int64_t rounded = sizeof(floatX) == sizeof(real) ? 0 : rows * KEYS;
     struct {
-        real **piece;
-        int64_t count;
-    } table[] = { { &w->q, rows * D },  { &w->o, rows * D },    { &w->d_o, rows * D },
-                  { &w->dq, rows * D }, { &w->s, rows * KEYS }, { &w->ds, rows * KEYS },
-                  { &w->most, rows },   { &w->sum, rows },      { &w->k, widened },
-                  { &w->v, widened },   { &w->dk, T * D },      { &w->dv, T * D } };
+        void *piece;
+        int64_t count, size;
+    } table[] = { { &w->q, rows * D, sizeof(floatX) },  { &w->d_o, rows * D, sizeof(floatX) },
+                  { &w->p, rounded, sizeof(floatX) },   { &w->dp, rounded, sizeof(floatX) },
+                  { &w->o, rows * D, sizeof(real) },    { &w->dq, rows * D, sizeof(real) },
+                  { &w->s, rows * KEYS, sizeof(real) }, { &w->ds, rows * KEYS, sizeof(real) },
+                  { &w->most, rows, sizeof(real) },     { &w->sum, rows, sizeof(real) },
+                  { &w->dk, T * D, sizeof(real) },      { &w->dv, T * D, sizeof(real) } };
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
-        *table[i].piece = base ? (real *)((char *)base + at) : 0;
-        at += div_up(table[i].count * (int64_t)sizeof(real), 256) * 256;
+        void *piece = base ? (char *)base + at : 0;
+        memcpy(table[i].piece, &piece, sizeof piece);
+        at += div_up(table[i].count * table[i].size, 256) * 256;
     }
     return at;
 }
@@ -73,13 +77,10 @@ static Work work_of_thread(void *workspace, int64_t T, int64_t H, int64_t KV, in
 
 // The stacked rows [t0, t0 + n) of one KV head's group: their G * D numbers are contiguous in
 // x (T,H,D).
-static void stack(real *out, const floatX *x, int64_t t0, int64_t n, int64_t H, int64_t G,
-                  int64_t D, real scale) {
-    for (int64_t t = 0; t < n; t++) {
-        const floatX *from = x + (t0 + t) * H * D;
-        real *to = out + t * G * D;
-        for (int64_t i = 0; i < G * D; i++) to[i] = load(from + i) * scale;
-    }
+static void stack(floatX *out, const floatX *x, int64_t t0, int64_t n, int64_t H, int64_t G,
+                  int64_t D) {
+    for (int64_t t = 0; t < n; t++)
+        memcpy(out + t * G * D, x + (t0 + t) * H * D, G * D * sizeof *x);
 }
 static void unstack(floatX *x, const real *in, int64_t t0, int64_t n, int64_t H, int64_t G,
                     int64_t D, real scale) {
@@ -89,23 +90,16 @@ static void unstack(floatX *x, const real *in, int64_t t0, int64_t n, int64_t H,
         for (int64_t i = 0; i < G * D; i++) store(to + i, from[i] * scale);
     }
 }
-// Rows [j0, j0 + n) of one head of x (T,KV,D) as a real matrix with row stride *ld: in place where
-// floatX is a real, else in buffer.
-static const real *key_rows(const floatX *x, real *buffer, int64_t j0, int64_t n, int64_t KV,
-                            int64_t D, int64_t *ld) {
-    const floatX *from = x + j0 * KV * D;
+// n results as an operand: in place where floatX is a real, else rounded into buffer.
+static floatX *operand(real *x, floatX *buffer, int64_t n) {
 #if defined(MOE_BF16)
-    for (int64_t j = 0; j < n; j++) load_row(buffer + j * D, from + j * KV * D, D);
-    *ld = D;
+    store_row(buffer, x, n);
     return buffer;
 #else
-    (void)buffer;
-    (void)n;
-    *ld = KV * D;
-    return &from->v;
+    (void)buffer, (void)n;
+    return (floatX *)x;
 #endif
 }
-
 // One (sequence, KV head) of a call.
 typedef struct {
     int64_t q, k, lse;   // its first element in q and o, in k and v, in lse
@@ -128,9 +122,9 @@ static Seen seen_in_block(const Head *h, int64_t t, int64_t j0, int64_t nj) {
     if (from < 0) from = 0;
     return from < to ? (Seen){ from, to } : (Seen){ 0, 0 };
 }
-static void zero_outside(real *row, Seen seen, int64_t nj) {
-    for (int64_t j = 0; j < seen.from; j++) row[j] = 0;
-    for (int64_t j = seen.to; j < nj; j++) row[j] = 0;
+static void fill_outside(real *row, Seen seen, int64_t nj, real x) {
+    for (int64_t j = 0; j < seen.from; j++) row[j] = x;
+    for (int64_t j = seen.to; j < nj; j++) row[j] = x;
 }
 
 void attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, const floatX *v,
@@ -146,35 +140,34 @@ void attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, c
         int64_t n = lesser(queries, T - t0), rows = n * G;
         Head h = head_of(position, item % (B * KV) / KV, item % KV, T, H, KV, D);
         Work w = work_of_thread(workspace, T, H, KV, D);
-        int64_t ldk, ldv;
-        stack(w.q, q + h.q, t0, n, H, G, D, scale);
+        stack(w.q, q + h.q, t0, n, H, G, D);
         int64_t first = first_key(&h, t0);
         for (int64_t j0 = first; j0 < t0 + n; j0 += KEYS) {
             int64_t nj = lesser(KEYS, t0 + n - j0);
-            const real *kj = key_rows(k + h.k, w.k, j0, nj, KV, D, &ldk);
-            const real *vj = key_rows(v + h.k, w.v, j0, nj, KV, D, &ldv);
-            gemm(0, 1, rows, nj, D, w.q, D, kj, ldk, 0, w.s, nj);
+            const floatX *kj = k + h.k + j0 * KV * D, *vj = v + h.k + j0 * KV * D;
+            gemm_x(0, 1, rows, nj, D, w.q, D, kj, KV * D, 0, w.s, nj);
             for (int64_t r = 0; r < rows; r++) {
                 real *s = w.s + r * nj, *out = w.o + r * D;
                 real before = j0 > first ? w.most[r] : -(real)INFINITY;
                 Seen seen = seen_in_block(&h, t0 + r / G, j0, nj);
-                int64_t count = seen.to - seen.from;
-                zero_outside(s, seen, nj);
+                int empty = seen.to == seen.from;
+                fill_outside(s, seen, nj, empty ? 0 : -(real)INFINITY); // whole rows vectorise best
                 if (j0 == first) {
                     w.most[r] = before;
                     w.sum[r] = 0;
                 }
-                if (count == 0) continue;
-                real most = larger(row_max(s + seen.from, count), before);
-                for (int64_t j = seen.from; j < seen.to; j++) s[j] = exp_real(s[j] - most);
+                if (empty) continue;
+                real most = larger(row_max(s, nj) * scale, before);
+                for (int64_t j = 0; j < nj; j++) s[j] = exp_real(s[j] * scale - most);
                 real shrink = exp_real(before - most);
                 if (j0 > first && shrink != 1)
                     for (int64_t i = 0; i < D; i++) out[i] *= shrink;
-                real sum = row_sum(s + seen.from, count);
+                real sum = row_sum(s, nj);
                 w.sum[r] = j0 > first ? w.sum[r] * shrink + sum : sum;
                 w.most[r] = most;
             }
-            gemm(0, 0, rows, D, nj, w.s, nj, vj, ldv, j0 > first ? 1 : 0, w.o, D);
+            floatX *p = operand(w.s, w.p, rows * nj);
+            gemm_x(0, 0, rows, D, nj, p, nj, vj, KV * D, j0 > first ? 1 : 0, w.o, D);
         }
         for (int64_t r = 0; r < rows; r++) {
             real inverse = 1 / w.sum[r], *out = w.o + r * D;
@@ -196,43 +189,41 @@ void attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o, c
     for (int64_t item = 0; item < B * KV; item++) {
         Head h = head_of(position, item / KV, item % KV, T, H, KV, D);
         Work w = work_of_thread(workspace, T, H, KV, D);
-        int64_t ldk, ldv;
         for (int64_t i = 0; i < T * D; i++) w.dk[i] = w.dv[i] = 0;
         for (int64_t t0 = 0; t0 < T; t0 += queries) {
             int64_t n = lesser(queries, T - t0), rows = n * G, first = first_key(&h, t0);
-            stack(w.q, q + h.q, t0, n, H, G, D, scale);
-            stack(w.o, o + h.q, t0, n, H, G, D, 1);
-            stack(w.d_o, d_o + h.q, t0, n, H, G, D, 1);
+            stack(w.q, q + h.q, t0, n, H, G, D);
+            stack(w.d_o, d_o + h.q, t0, n, H, G, D);
             real *row_lse = w.most, *delta = w.sum;
             for (int64_t r = 0; r < rows; r++) {
                 row_lse[r] = lse[h.lse + r % G * T + t0 + r / G];
-                delta[r] = row_dot(w.d_o + r * D, w.o + r * D, D);
+                const floatX * or = o + h.q + ((t0 + r / G) * H + r % G) * D;
+                delta[r] = row_dot(view_row(w.d_o + r * D, w.o, D), view_row(or, w.o + D, D), D);
             }
             for (int64_t j0 = first; j0 < t0 + n; j0 += KEYS) {
                 int64_t nj = lesser(KEYS, t0 + n - j0);
-                const real *kj = key_rows(k + h.k, w.k, j0, nj, KV, D, &ldk);
-                const real *vj = key_rows(v + h.k, w.v, j0, nj, KV, D, &ldv);
-                gemm(0, 1, rows, nj, D, w.q, D, kj, ldk, 0, w.s, nj);
-                gemm(0, 1, rows, nj, D, w.d_o, D, vj, ldv, 0, w.ds, nj);
+                const floatX *kj = k + h.k + j0 * KV * D, *vj = v + h.k + j0 * KV * D;
+                gemm_x(0, 1, rows, nj, D, w.q, D, kj, KV * D, 0, w.s, nj);
+                gemm_x(0, 1, rows, nj, D, w.d_o, D, vj, KV * D, 0, w.ds, nj);
                 for (int64_t r = 0; r < rows; r++) {
                     real *p = w.s + r * nj, *ds = w.ds + r * nj, shift = row_lse[r];
                     real center = delta[r];
                     Seen seen = seen_in_block(&h, t0 + r / G, j0, nj);
                     for (int64_t j = seen.from; j < seen.to; j++) {
-                        p[j] = exp_real(p[j] - shift);
+                        p[j] = exp_real(p[j] * scale - shift);
                         ds[j] = p[j] * (ds[j] - center);
                     }
-                    zero_outside(p, seen, nj);
-                    zero_outside(ds, seen, nj);
+                    fill_outside(p, seen, nj, 0);
+                    fill_outside(ds, seen, nj, 0);
                 }
-                // w.q carries the scale.
-                gemm(1, 0, nj, D, rows, w.s, nj, w.d_o, D, 1, w.dv + j0 * D, D);
-                gemm(1, 0, nj, D, rows, w.ds, nj, w.q, D, 1, w.dk + j0 * D, D);
-                gemm(0, 0, rows, D, nj, w.ds, nj, kj, ldk, j0 > first ? 1 : 0, w.dq, D);
+                floatX *p = operand(w.s, w.p, rows * nj), *dp = operand(w.ds, w.dp, rows * nj);
+                gemm_x(1, 0, nj, D, rows, p, nj, w.d_o, D, 1, w.dv + j0 * D, D);
+                gemm_x(1, 0, nj, D, rows, dp, nj, w.q, D, 1, w.dk + j0 * D, D);
+                gemm_x(0, 0, rows, D, nj, dp, nj, kj, KV * D, j0 > first ? 1 : 0, w.dq, D);
             }
             unstack(dq + h.q, w.dq, t0, n, H, G, D, scale);
         }
-        unstack(dk + h.k, w.dk, 0, T, KV, 1, D, 1);
+        unstack(dk + h.k, w.dk, 0, T, KV, 1, D, scale);
         unstack(dv + h.k, w.dv, 0, T, KV, 1, D, 1);
     }
 }

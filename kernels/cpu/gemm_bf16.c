@@ -187,15 +187,24 @@ TARGET_AMX static void product_amx(float *c, const uint16_t *a, const uint16_t *
     _tile_stored(3, c + 16 * STRIP + 16, 4 * STRIP);
 }
 // c + beta C (rows,columns), to X where it is given, else to C.
-TARGET_AVX512 static void put(float *C, int64_t ldc, uint16_t *X, int64_t ldx, const float *c,
-                              int64_t rows, int64_t columns, int beta) {
-    for (int64_t r = 0; r < rows; r++) {
+TARGET_AVX512 static inline void put(float *C, int64_t ldc, uint16_t *X, int64_t ldx,
+                                     const float *c, int64_t rows, int64_t columns, int beta) {
+    for (int64_t r = 0; r < rows; r++, c += STRIP, C += ldc) {
         float sum[STRIP];
-        for (int64_t s = 0; s < columns; s++) sum[s] = c[r * STRIP + s];
-        for (int64_t s = 0; beta && s < columns; s++) sum[s] += C[r * ldc + s];
-        for (int64_t s = 0; X && s < columns; s++) X[r * ldx + s] = float_to_bf16(sum[s]);
-        if (!X) memcpy(C + r * ldc, sum, columns * sizeof *C);
+        for (int64_t s = 0; s < columns; s++) sum[s] = beta ? C[s] + c[s] : c[s];
+        for (int64_t s = 0; s < columns && !X; s++) C[s] = sum[s];
+        for (int64_t s = 0; s < columns && X; s++) X[r * ldx + s] = float_to_bf16(sum[s]);
     }
+}
+// The same for a whole strip: the compiler knows its width and what it adds.
+TARGET_AVX512 static void put_strip(float *C, int64_t ldc, uint16_t *X, int64_t ldx, const float *c,
+                                    int64_t rows, int beta) {
+    if (X)
+        put(C, ldc, X, ldx, c, rows, STRIP, beta);
+    else if (beta)
+        put(C, ldc, 0, 0, c, rows, STRIP, 1);
+    else
+        put(C, ldc, 0, 0, c, rows, STRIP, 0);
 }
 void gemm_bf16(GemmBf16 kind, float *C, int64_t ldc, uint16_t *X, int64_t ldx, const uint16_t *a,
                const uint16_t *b, int64_t m, int64_t n, int64_t k, int beta) {
@@ -208,8 +217,13 @@ void gemm_bf16(GemmBf16 kind, float *C, int64_t ldc, uint16_t *X, int64_t ldx, c
                 product_amx(c, a + i * padded, b + j * padded, padded);
             else
                 product_avx512(c, a + i * padded, b + j * padded, padded);
-            put(C + i * ldc + j, ldc, X ? X + i * ldx + j : 0, ldx, c, lesser(step, m - i),
-                lesser(STRIP, n - j), beta);
+            int64_t rows = lesser(step, m - i);
+            float *to = C + i * ldc + j;
+            uint16_t *rounded = X ? X + i * ldx + j : 0;
+            if (n - j >= STRIP)
+                put_strip(to, ldc, rounded, ldx, c, rows, beta);
+            else
+                put(to, ldc, rounded, ldx, c, rows, n - j, beta);
         }
     if (kind == GEMM_AMX) tiles_end();
 }

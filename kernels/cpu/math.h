@@ -174,8 +174,9 @@ static inline real row_max(const real *x, int64_t n) {
     for (; i + LANES <= n; i += LANES)
         for (int l = 0; l < LANES; l++) part[l] = larger(part[l], x[i + l]);
     for (; i < n; i++) most = larger(most, x[i]);
-    for (int l = 0; l < LANES; l++) most = larger(most, part[l]);
-    return most;
+    for (int w = LANES / 2; w > 0; w /= 2)
+        for (int l = 0; l < w; l++) part[l] = larger(part[l], part[l + w]);
+    return larger(most, part[0]);
 }
 MOE_END_C
 #endif
