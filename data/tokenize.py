@@ -596,8 +596,8 @@ def main():
         total = sum(sum(s.counts) for s in shards.values())
         if chat:
             targets = sum(s.targets for s in shards.values())
-            print(f"{targets:,} tokens count ({100 * targets / total:.1f} %); {dropped:,} conversations of more than {args.max_len} tokens dropped, "
-                  f"{shortened:,} cut; {chat.silent:,} without a turn that counts")
+            long = f"{dropped:,} conversations of more than {args.max_len} tokens dropped, {shortened:,} cut; " if args.max_len else ""
+            print(f"{targets:,} tokens count ({100 * targets / total:.1f} %); {long}{chat.silent:,} without a turn that counts")
         print(f"{reader.documents:,} documents, {total:,} tokens in {time.time() - progress.start:.1f} s; "
               f"the model's vocab_size must be at least {tokenizer.vocab:,}")
         val = f" --val '{args.out}_val_*.bin'" if shards["val"].names else ""

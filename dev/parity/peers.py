@@ -62,7 +62,7 @@ def launch(script, words, ranks, environment, timeout):
 
 
 def run(adapter, fixture, arguments, ranks, timeout):
-    """The adapter's result, with what confirm.py says where gradients deviate; or {"error": what went wrong on the first rank that failed by itself}."""
+    """The adapter's result, with what confirm.py says where gradients deviate; or {"error": of the first rank that failed by itself}."""
     name = f"{adapter[:-3]} {' '.join(arguments)}".strip()
     with tempfile.TemporaryDirectory() as folder:
         got = os.path.join(folder, "got.safetensors")
@@ -89,7 +89,8 @@ def verdict(row):
         return "| | not confirmed" if row["beyond"] else "| |"
     far = lambda column, at: max((k[column] for k in c["kinds"].values()), key=lambda v: abs(v - at))
     own = "" if c["values"] is None else f", {far(3, 1):.4f}"
-    return f"{abs(far(2, 0)):.4f}{own} | {'-' if c['naive'] is None else format(c['naive'], '.1e')} | {'yes' if c['holds'] else 'no'}"
+    pads = ": look-ups of pad_token_id, by definition" if any(k[4] for k in c["kinds"].values()) else ""
+    return f"{abs(far(2, 0)):.4f}{own} | {'-' if c['naive'] is None else format(c['naive'], '.1e')} | {'yes' if c['holds'] else 'no'}{pads}"
 
 
 def main():
