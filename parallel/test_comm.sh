@@ -22,11 +22,14 @@ bad() {
 expect_pass() {
     ranks=$1
     shift
-    if [ "$ranks" = 0 ]; then timeout 300 "$program" "$@" > "$output" 2>&1; else timeout 300 $MPIRUN -np "$ranks" "$program" "$@" > "$output" 2>&1; fi
-    if [ $? = 0 ]; then
+    launcher=
+    [ "$ranks" = 0 ] || launcher="$MPIRUN -np $ranks"
+    if timeout 300 $launcher "$program" "$@" > "$output" 2>&1; then
         ok
         grep '^test_comm:' "$output"
-    else bad "$ranks ranks: $*"; fi
+    else
+        bad "$ranks ranks: $*"
+    fi
 }
 # expect_fault SECONDS RANKS 'PATTERN' ARGUMENTS...: ends within SECONDS, status not 0, exactly one
 # line of ours, which matches
@@ -36,9 +39,12 @@ expect_fault() {
     timeout "$seconds" $MPIRUN -np "$ranks" "$program" "$@" > "$output" 2>&1
     status=$?
     lines=$(grep -c '^error: ' "$output")
-    if [ $status != 0 ] && [ $status != 124 ] && [ "$lines" = 1 ] && grep -q "$pattern" "$output"; then
+    if [ $status != 0 ] && [ $status != 124 ] && [ "$lines" = 1 ] &&
+        grep -q "$pattern" "$output"; then
         ok
-    else bad "$ranks ranks: $* (status $status, $lines lines; wanted: $pattern)"; fi
+    else
+        bad "$ranks ranks: $* (status $status, $lines lines; wanted: $pattern)"
+    fi
 }
 
 expect_pass 0
@@ -58,11 +64,15 @@ if [ "$MPIRUN" != none ]; then
     fi
     # ranks that disagree: at the first call where they do, with --check by the records, else by the
     # length of a message
-    expect_fault 20 3 'rank 0 is at step 7, layer 3 backward: call 2 in group all, all_reduce of 100 f32; rank 2 is at step 7, layer 2 backward: call 2 in group all, all_gather' --check --fault skip
-    expect_fault 20 3 'rank 0 is at step 7, layer 2 .*; rank 2 is at step 7, layer 1 ' --check --fault layer
+    calls='rank 0 is at step 7, layer 3 backward: call 2 in group all, all_reduce of 100 f32; '
+    calls="${calls}rank 2 is at step 7, layer 2 backward: call 2 in group all, all_gather"
+    expect_fault 20 3 "$calls" --check --fault skip
+    expect_fault 20 3 'rank 0 is at step 7, layer 2 .*; rank 2 is at step 7, layer 1 ' \
+        --check --fault layer
     expect_fault 20 3 'rank 2 is at .* end of step' --check --fault last
     expect_fault 20 3 'rank 2 sends 96 bytes to rank 0, which expects 80' --check --fault rows
-    expect_fault 20 3 'rank 2 sends 64 bytes to rank 0, which expects 80' --check --fault rows-few
+    expect_fault 20 3 'rank 2 sends 64 bytes to rank 0, which expects 80' \
+        --check --fault rows-few
     expect_fault 20 3 'source changed between start and wait' --check --fault source
     expect_fault 20 3 'destination was poison until the wait' --check --fault destination
     expect_fault 20 3 'waited for already' --fault twice
@@ -70,12 +80,18 @@ if [ "$MPIRUN" != none ]; then
     expect_fault 20 3 'rank 0 expects 80 bytes from rank 2, which sends more' --fault rows
     expect_fault 20 3 'rank 0 expects 80 bytes from rank 2, which sends 64' --fault rows-few
     # ranks that are gone or stuck
-    expect_fault 20 3 'waited 2.* step 7, layer 3 backward: call 2 in group all, reduce_scatter of 1000 f32: no answer from rank 2, of which 2 waits for nobody' --timeout 2 --fault stuck
+    calls='waited 2.* step 7, layer 3 backward: call 2 in group all, reduce_scatter of 1000 f32: '
+    calls="${calls}no answer from rank 2, of which 2 waits for nobody"
+    expect_fault 20 3 "$calls" --timeout 2 --fault stuck
     expect_fault 20 3 'waited 2.* no answer from rank 2' --timeout 2 --fault last
     expect_fault 20 3 'something is wrong on one rank (rank 2)' --fault die
     timeout 20 $MPIRUN -np 3 "$program" --timeout 5 --fault kill > "$output" 2>&1
     status=$?
-    if [ $status != 0 ] && [ $status != 124 ]; then ok; else bad "a killed rank ends the run (status $status)"; fi
+    if [ $status != 0 ] && [ $status != 124 ]; then
+        ok
+    else
+        bad "a killed rank ends the run (status $status)"
+    fi
     # layouts that cannot be
     expect_fault 20 2 'needs 6 ranks and there are 2.*hint' --fault layout-product
     expect_fault 20 2 'needs 3 ranks and there are 2.*hint' --fault layout-divide
@@ -84,8 +100,10 @@ if [ "$MPIRUN" != none ]; then
     expect_fault 20 2 'does not divide the model.s 3 KV heads.*fits here: 1' --fault layout-heads
     # blocks used against the rules
     expect_fault 20 2 'weights of dense block of layer 2 wanted while' --fault slots-third
-    expect_fault 20 2 'fsdp_release of dense block of layer 0, which is not gathered' --fault slots-release
-    expect_fault 20 2 'fsdp_reduce of dense block of layer 0, whose gradient is idle' --fault slots-reduce
+    expect_fault 20 2 'fsdp_release of dense block of layer 0, which is not gathered' \
+        --fault slots-release
+    expect_fault 20 2 'fsdp_reduce of dense block of layer 0, whose gradient is idle' \
+        --fault slots-reduce
     expect_fault 20 2 'gradient of dense block of layer 2 wanted while' --fault slots-grad
     expect_fault 20 2 'are not used up' --fault slots-done
 fi

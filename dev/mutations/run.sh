@@ -24,27 +24,53 @@ copy=$top/build/mutants/tree
 list=dev/mutations/$1 only=${2:-}
 dry=${LIST:-} # read here: plant gives its perl a LIST of its own
 # Prints name, file and test of every mutation of the list.
-names() { perl -0777 -ne 'for (split /^----\n/m) { next unless /\S/; my ($n) = /^name: (.*)$/m; my ($f) = /^file: (.*)$/m; my ($t) = /^test: (.*)$/m; print "$n\t$f\t$t\n"; }' "$list"; }
+names() {
+    perl -0777 -ne '
+        for (split /^----\n/m) {
+            next unless /\S/;
+            my ($n) = /^name: (.*)$/m;
+            my ($f) = /^file: (.*)$/m;
+            my ($t) = /^test: (.*)$/m;
+            print "$n\t$f\t$t\n";
+        }' "$list"
+}
 # Plants the mutation NAME of LIST in FILE, or only looks for its text where DRY is set. The status
 # is 2 where the text is not found exactly once.
 plant() {
     NAME="$1" LIST="$list" DRY="$dry" perl -0777 -e '
-        open F, "<", $ENV{LIST}; $all = <F>; close F;
-        for (split /^----\n/m, $all) { next unless /^name: \Q$ENV{NAME}\E$/m; ($old, $new) = /^<<<\n(.*?)^===\n(.*?)^>>>$/ms; }
+        open F, "<", $ENV{LIST};
+        $all = <F>;
+        close F;
+        for (split /^----\n/m, $all) {
+            next unless /^name: \Q$ENV{NAME}\E$/m;
+            ($old, $new) = /^<<<\n(.*?)^===\n(.*?)^>>>$/ms;
+        }
         s/\A\s+//, s/\s+\z// for $old, $new;
-        @token = $old =~ /\w+|[^\w\s]/g; $old = quotemeta shift @token; $word = $old =~ /\w\z/;
-        for (@token) { $old .= ($word && /^\w/ ? "\\s+" : "\\s*") . quotemeta; $word = /^\w/; }
-        open F, "<", $ARGV[0] or exit 2; $text = <F>; close F;
-        $n = () = $text =~ /$old/g; exit 2 if $n != 1;
+        @token = $old =~ /\w+|[^\w\s]/g;
+        $old = quotemeta shift @token;
+        $word = $old =~ /\w\z/;
+        for (@token) {
+            $old .= ($word && /^\w/ ? "\\s+" : "\\s*") . quotemeta;
+            $word = /^\w/;
+        }
+        open F, "<", $ARGV[0] or exit 2;
+        $text = <F>;
+        close F;
+        $n = () = $text =~ /$old/g;
+        exit 2 if $n != 1;
         exit 0 if $ENV{DRY};
-        $text =~ s/$old/$new/; open F, ">", $ARGV[0]; print F $text;' "$2"
+        $text =~ s/$old/$new/;
+        open F, ">", $ARGV[0];
+        print F $text;' "$2"
 }
 if [ -n "$dry" ]; then
     cd "$top" || exit 1
     names | grep -- "$only" | {
         found=0 lost=0
         while IFS="$(printf '\t')" read -r name file test; do
-            if plant "$name" "$file"; then found=$((found + 1)); else
+            if plant "$name" "$file"; then
+                found=$((found + 1))
+            else
                 lost=$((lost + 1))
                 echo "not found exactly once in $file: $name"
             fi
@@ -55,18 +81,31 @@ if [ -n "$dry" ]; then
     exit
 fi
 mkdir -p "$copy"
-(cd "$top" && git ls-files -z --cached --others --exclude-standard -- . ':!dev/results' | xargs -0 tar cf - 2> /dev/null) | tar xf - -C "$copy"
+(
+    cd "$top" &&
+        git ls-files -z --cached --others --exclude-standard -- . ':!dev/results' |
+        xargs -0 tar cf - 2> /dev/null
+) | tar xf - -C "$copy"
 cd "$copy" || exit 1
 mkdir -p build
-[ -f build/mutated ] && sort -u -o build/mutated build/mutated && xargs touch -c < build/mutated # objects that earlier runs left of these may be mutants, newer than the tree's files
+# objects that earlier runs left of these may be mutants, newer than the tree's files
+[ -f build/mutated ] && sort -u -o build/mutated build/mutated && xargs touch -c < build/mutated
 cp -p "$top/build/detected.mk" build/ 2> /dev/null
-if [ -d "$top/build/cuemu" ] && [ ! -d build/cuemu ]; then # objects of the same sources: their times are kept
+# objects of the same sources: their times are kept
+if [ -d "$top/build/cuemu" ] && [ ! -d build/cuemu ]; then
     mkdir build/cuemu
-    (cd "$top/build/cuemu" && tar cf - source twins plain plain-bf16 plain-fp32 tsan tsan-bf16 2> /dev/null) | tar xf - -C build/cuemu
+    (
+        cd "$top/build/cuemu" &&
+            tar cf - source twins plain plain-bf16 plain-fp32 tsan tsan-bf16 2> /dev/null
+    ) | tar xf - -C build/cuemu
 fi
 quiet() { "$@" > build/log 2>&1; }
-case $1 in kernels.txt) export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMPI_MCA_btl=self,vader OMPI_MCA_btl_vader_single_copy_mechanism=none ;; esac # as dev/tests/test_cuemu_program.sh
-export ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=halt_on_error=1 TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0 detect_deadlocks=0"
+if [ "$1" = kernels.txt ]; then # as dev/tests/test_cuemu_program.sh
+    export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+    export OMPI_MCA_btl=self,vader OMPI_MCA_btl_vader_single_copy_mechanism=none
+fi
+export ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=halt_on_error=1
+export TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0 detect_deadlocks=0"
 folder=$(make -s --eval='show-folder: ; @echo $(BUILD)' show-folder)
 
 # The words of a test as a command: test_moe and ./train_moe lie at the root, other tests (words
@@ -155,12 +194,22 @@ while IFS="$(printf '\t')" read -r name file test <&3; do
     else
         run_test "$@"
         case $? in
-        1) verdict="ok      $name: $(grep -m1 -E "$said" build/out | sed -E 's/^ *[0-9]* *FAIL(ED)? *//' | cut -c1-150)" ;;
+        1)
+            heard=$(grep -m1 -E "$said" build/out | sed -E 's/^ *[0-9]* *FAIL(ED)? *//' |
+                cut -c1-150)
+            verdict="ok      $name: $heard"
+            ;;
         0) verdict="FAILED  $name: SURVIVED $test" ;;
-        *) verdict="FAILED  $name: $test ended with status $status and no failed check: $(grep -v '^[- ]*$' build/out | tail -2 | tr '\n' ' ' | cut -c1-250)" ;;
+        *)
+            heard=$(grep -v '^[- ]*$' build/out | tail -2 | tr '\n' ' ' | cut -c1-250)
+            verdict="FAILED  $name: $test ended with status $status and no failed check: $heard"
+            ;;
         esac
     fi
-    case $verdict in ok*) passed=$((passed + 1)) ;; *) failed=$((failed + 1)) ;; esac
+    case $verdict in
+    ok*) passed=$((passed + 1)) ;;
+    *) failed=$((failed + 1)) ;;
+    esac
     printf '%4d %s\n' $((passed + failed)) "$verdict"
     cp build/saved "$file"
 done 3< build/chosen

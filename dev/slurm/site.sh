@@ -11,7 +11,9 @@ export SBATCH_TIMELIMIT=${SBATCH_TIMELIMIT:-04:00:00}
 
 # ---- read by the scripts ------------------------------------------------------------------------
 RANKS_PER_NODE=${RANKS_PER_NODE:-2} # one per GPU; on CPUs one per socket or memory domain
-CPUS_PER_RANK=${CPUS_PER_RANK:-1}   # hardware threads of a rank; with a GPU 8: launches, the watchdog and NCCL's own threads each want one
+# Hardware threads of a rank; with a GPU 8: launches, the watchdog and NCCL's own threads each want
+# one.
+CPUS_PER_RANK=${CPUS_PER_RANK:-1}
 # How ranks are started. An MPI build wants the interface that your MPI was built for (`srun
 # --mpi=list`: pmix, pmi2); a CUDA build with NCCL needs none, its ranks meet over TCP through
 # Slurm's own variables. No srun integration at all: LAUNCH=mpirun uses mpirun inside the
@@ -25,14 +27,18 @@ site_setup() { :; }
 
 # sbatch of the shell that read this file: asks for the ranks and threads above on every node. What
 # the command line says again counts.
-sbatch() { command sbatch --ntasks-per-node "$RANKS_PER_NODE" --cpus-per-task "$CPUS_PER_RANK" "$@"; }
+sbatch() {
+    command sbatch --ntasks-per-node "$RANKS_PER_NODE" --cpus-per-task "$CPUS_PER_RANK" "$@"
+}
 
 # Ends a job that was given less than that, which srun would refuse with "More processors requested
 # than permitted".
 site_check() {
-    have=$(echo "${SLURM_JOB_CPUS_PER_NODE:-0}" | sed 's/[^0-9].*//') want=$((RANKS_PER_NODE * CPUS_PER_RANK))
+    have=$(echo "${SLURM_JOB_CPUS_PER_NODE:-0}" | sed 's/[^0-9].*//')
+    want=$((RANKS_PER_NODE * CPUS_PER_RANK))
     [ "$have" -ge "$want" ] && return
-    echo "error: the job has $have CPUs on a node, dev/slurm/site.sh asks for $want  hint: submit it in a shell that did '. dev/slurm/site.sh'," \
+    echo "error: the job has $have CPUs on a node, dev/slurm/site.sh asks for $want " \
+        "hint: submit it in a shell that did '. dev/slurm/site.sh'," \
         "or with --ntasks-per-node $RANKS_PER_NODE --cpus-per-task $CPUS_PER_RANK"
     exit 1
 }
@@ -42,7 +48,13 @@ launch() {
     ranks=$1
     shift
     case $LAUNCH in
-    mpirun*) $LAUNCH $([ "$(id -u)" = 0 ] && echo --allow-run-as-root) --oversubscribe --bind-to none --mca odls_base_sigkill_timeout ${GRACE:-20} -np "$ranks" "$@" ;;
-    *) $LAUNCH --ntasks "$ranks" --ntasks-per-node "$RANKS_PER_NODE" --cpus-per-task "$CPUS_PER_RANK" --kill-on-bad-exit=1 "$@" ;;
+    mpirun*)
+        $LAUNCH $([ "$(id -u)" = 0 ] && echo --allow-run-as-root) --oversubscribe --bind-to none \
+            --mca odls_base_sigkill_timeout ${GRACE:-20} -np "$ranks" "$@"
+        ;;
+    *)
+        $LAUNCH --ntasks "$ranks" --ntasks-per-node "$RANKS_PER_NODE" \
+            --cpus-per-task "$CPUS_PER_RANK" --kill-on-bad-exit=1 "$@"
+        ;;
     esac
 }

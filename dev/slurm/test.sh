@@ -33,19 +33,22 @@ cleanup() {
     rm -rf "$work"
 }
 trap cleanup EXIT
-check() { if [ "$1" = 0 ]; then
-    passed=$((passed + 1))
-    echo "ok $((passed + failed)) $2"
-else
-    failed=$((failed + 1))
-    echo "FAILED $((passed + failed)) $2"
-fi; }
+check() {
+    if [ "$1" = 0 ]; then
+        passed=$((passed + 1))
+        echo "ok $((passed + failed)) $2"
+    else
+        failed=$((failed + 1))
+        echo "FAILED $((passed + failed)) $2"
+    fi
+}
 
 # ---- a cluster of one node ----------------------------------------------------------------------
 host=$(hostname -s)
 head -c 1024 /dev/urandom > "$work/munge.key"
 chmod 400 "$work/munge.key"
-munged --force --foreground --key-file "$work/munge.key" --socket "$work/munge.socket" --pid-file "$work/munged.pid" --log-file "$work/munged.log" \
+munged --force --foreground --key-file "$work/munge.key" --socket "$work/munge.socket" \
+    --pid-file "$work/munged.pid" --log-file "$work/munged.log" \
     --seed-file "$work/munge.seed" > "$work/munged.out" 2>&1 &
 daemons="$daemons $!"
 cat > "$work/slurm.conf" << END
@@ -88,7 +91,9 @@ for _ in $(seq 30); do
     sleep 1
 done
 [ "$(sinfo -h -o %T 2> /dev/null)" = idle ]
-check $? "a cluster of one node, $(sbatch --version), $(scontrol show config | sed -n 's/^SelectType *= //p')"
+status=$?
+selects=$(scontrol show config | sed -n 's/^SelectType *= //p')
+check $status "a cluster of one node, $(sbatch --version), $selects"
 [ $failed = 0 ] || {
     tail -5 "$work"/*.log "$work"/*.out
     echo "$passed passed, $failed failed"
@@ -96,8 +101,12 @@ check $? "a cluster of one node, $(sbatch --version), $(scontrol show config | s
 }
 
 # ---- as dev/slurm/site.sh of a small site -------------------------------------------------------
-export RANKS_PER_NODE=${RANKS_PER_NODE:-2} CPUS_PER_RANK=1 LAUNCH=${LAUNCH:-mpirun} OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-submit() { bash -c '. dev/slurm/site.sh && sbatch --parsable --chdir "$0" --output "$1" "${@:2}"' "$top" "$@"; } # FILE arguments of sbatch ...
+export RANKS_PER_NODE=${RANKS_PER_NODE:-2} CPUS_PER_RANK=1 LAUNCH=${LAUNCH:-mpirun}
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+submit() { # submit FILE ARGUMENTS...: FILE gets the job's output; the arguments are sbatch's
+    bash -c '. dev/slurm/site.sh && sbatch --parsable --chdir "$0" --output "$1" "${@:2}"' \
+        "$top" "$@"
+}
 state() { scontrol show job "$1" 2> /dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p'; }
 wait_for() {
     for _ in $(seq "$3"); do
@@ -121,23 +130,27 @@ check $? "selftest.sbatch on $RANKS_PER_NODE ranks: $(tail -1 "$work/selftest.tx
 # 60 seconds are the shortest limit; the signal comes 40 s before its end, an update waits for
 # nothing
 head -c 20000 README.md > "$work/text.txt"
-job=$(submit "$work/train.txt" --nodes 1 --time 1 --signal B:USR1@40 dev/slurm/train.sbatch --init model/configs/tiny.json --train "$work/text.txt" --ep 2 \
+job=$(submit "$work/train.txt" --nodes 1 --time 1 --signal B:USR1@40 dev/slurm/train.sbatch \
+    --init model/configs/tiny.json --train "$work/text.txt" --ep 2 \
     --seq-len 64 --batch 4 --steps "${STEPS:-400000}" --out "$work/run")
 wait_for "$job" RUNNING 30
-tasks=$(scontrol show job "$job" | sed -n 's/.*NumCPUs=\([0-9]*\) NumTasks=\([0-9]*\).*/\1 CPUs, \2 tasks/p')
+tasks=$(scontrol show job "$job" |
+    sed -n 's/.*NumCPUs=\([0-9]*\) NumTasks=\([0-9]*\).*/\1 CPUs, \2 tasks/p')
 [ "$tasks" = "$RANKS_PER_NODE CPUs, $RANKS_PER_NODE tasks" ]
 check $? "train.sbatch asks for what site.sh says: $tasks"
 for _ in $(seq 150); do
     [ "$(grep -c '^== job' "$work/train.txt")" -ge 2 ] && break
     sleep 1
 done
-grep -q "saving, then back into the queue" "$work/train.txt" && grep -q "^== job $job, start 1," "$work/train.txt"
+grep -q "saving, then back into the queue" "$work/train.txt" &&
+    grep -q "^== job $job, start 1," "$work/train.txt"
 check $? "at its time limit the job saves and goes back into the queue: start 1"
 for _ in $(seq 60); do
     grep -q "^resumed from" "$work/train.txt" && break
     sleep 1
 done
-saved=$(sed -n 's/^stopped by a signal after update \([0-9]*\).*/\1/p' "$work/train.txt" | head -1)
+saved=$(sed -n 's/^stopped by a signal after update \([0-9]*\).*/\1/p' "$work/train.txt" |
+    head -1)
 grep -q "^resumed from .*/step_$saved\$" "$work/train.txt"
 check $? "it resumes from update $saved"
 sleep 3
@@ -150,10 +163,13 @@ last=$(tail -1 "$work/run/log.jsonl" | sed -n 's/.*"step":\([0-9]*\),.*/\1/p')
 [ "$steps" = "$last" ] && [ "$last" -gt "$saved" ]
 check $? "the log has every update once: $steps of $last"
 
-job=$(sbatch --parsable --chdir "$top" --output "$work/small.txt" --nodes 1 --ntasks 1 --ntasks-per-node 1 dev/slurm/train.sbatch --init x)
+job=$(sbatch --parsable --chdir "$top" --output "$work/small.txt" --nodes 1 --ntasks 1 \
+    --ntasks-per-node 1 dev/slurm/train.sbatch --init x)
 wait_for "$job" 'COMPLETED|FAILED' 60
 grep -q "^error: .*hint: " "$work/small.txt" && [ "$(state "$job")" = FAILED ]
-check $? "a job that asks for less than site.sh says is told so: $(grep '^error' "$work/small.txt")"
+status=$?
+said=$(grep '^error' "$work/small.txt")
+check $status "a job that asks for less than site.sh says is told so: $said"
 [ $failed = 0 ] || tail -20 "$work"/*.txt
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]

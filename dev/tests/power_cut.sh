@@ -13,19 +13,25 @@ t=$(mktemp -d)
 trap 'kill -9 $pid 2> /dev/null; umount "$t/disk" 2> /dev/null; rm -rf "$t"' EXIT
 mkdir "$t/disk"
 truncate -s 96M "$t/image"
-[ "$(id -u)" = 0 ] && mkfs.ext4 -q "$t/image" && mount -o loop "$t/image" "$t/disk" ||
-    {
-        echo "power_cut: needs root, ext4 and a loop device, left out"
-        echo "0 passed, 0 failed"
-        exit 0
-    }
+[ "$(id -u)" = 0 ] && mkfs.ext4 -q "$t/image" && mount -o loop "$t/image" "$t/disk" || {
+    echo "power_cut: needs root, ext4 and a loop device, left out"
+    echo "0 passed, 0 failed"
+    exit 0
+}
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 head -c 20000 README.md > "$t/text.txt"
 cat > "$t/micro.json" << 'J'
-{"model_type": "qwen3_moe", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 256,
- "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "intermediate_size": 16, "max_position_embeddings": 64}
+{"model_type": "qwen3_moe", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+ "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 256,
+ "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "intermediate_size": 16,
+ "max_position_embeddings": 64}
 J
-options=(--init "$t/micro.json" --train "$t/text.txt" --seq-len 16 --batch 4 --threads 1 --save-every 3 --keep 2 --steps 1000000 --lr 0.001)
+options=(--init "$t/micro.json" --train "$t/text.txt" --seq-len 16 --batch 4 --threads 1
+    --save-every 3 --keep 2 --steps 1000000 --lr 0.001)
+newest_step() { # the number of the newest published checkpoint, or nothing
+    find "$t/disk/run/checkpoints" -maxdepth 1 -name 'step_*' 2> /dev/null |
+        sed 's/.*_//' | sort -n | tail -1
+}
 passed=0 failed=0 empty=0 before=-1
 for cut in $(seq "$cuts"); do
     "$program" "${options[@]}" --resume --out "$t/disk/run" > "$t/out" 2> "$t/err" &
@@ -37,7 +43,7 @@ for cut in $(seq "$cuts"); do
         break
     }
     cp --sparse=always "$t/image" "$t/copy"
-    newest=$(find "$t/disk/run/checkpoints" -maxdepth 1 -name 'step_*' 2> /dev/null | sed 's/.*_//' | sort -n | tail -1)
+    newest=$(newest_step)
     kill -9 $pid
     wait $pid 2> /dev/null
     umount "$t/disk"
@@ -52,34 +58,42 @@ for cut in $(seq "$cuts"); do
         [ -d "$step" ] || continue
         "$program" --verify "$step" > "$t/verify" 2>&1 || why="${step##*/}: $(head -1 "$t/verify")"
     done
-    found=$(find "$t/disk/run/checkpoints" -maxdepth 1 -name 'step_*' 2> /dev/null | sed 's/.*_//' | sort -n | tail -1)
+    found=$(newest_step)
     [ -n "$found" ] || {
         found=-1
         empty=$((empty + 1))
     }
     [ "$found" -ge "$before" ] || why="the newest checkpoint was step $before and is step $found"
-    [ "$found" = "${newest:--1}" ] || [ "$found" -ge "$((${newest:-0} - 3))" ] || why="published: ${newest:-none}, on the disk: $found"
+    [ "$found" = "${newest:--1}" ] || [ "$found" -ge "$((${newest:-0} - 3))" ] ||
+        why="published: ${newest:-none}, on the disk: $found"
     if [ -z "$why" ] && [ "$found" -ge 0 ]; then
         why=$(
             python3 - "$t/disk/run" "$found" 2>&1 << 'P'
-import json, sys
+import json
+import sys
+
 run, newest = sys.argv[1], int(sys.argv[2])
 steps = []
 for line in open(run + "/log.jsonl"):
-    if not line.endswith("\n"): break
+    if not line.endswith("\n"):
+        break
     steps.append(json.loads(line)["step"])
 json.load(open(run + "/run.json"))
 missing = [s for s in range(1, newest + 1) if s not in steps]
-if missing: print("log.jsonl lacks updates", missing[:5], "of", newest)
+if missing:
+    print("log.jsonl lacks updates", missing[:5], "of", newest)
 P
         )
     fi
     if [ -n "$why" ]; then
         failed=$((failed + 1))
         echo "FAIL cut $cut: $why"
-    else passed=$((passed + 1)); fi
+    else
+        passed=$((passed + 1))
+    fi
     before=$found
 done
-echo "power cuts: $((passed + failed)), $empty of them before the first checkpoint, newest step at the end $before"
+echo "power cuts: $((passed + failed)), $empty of them before the first checkpoint," \
+    "newest step at the end $before"
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]
