@@ -7,6 +7,7 @@ occurs nowhere else: what stands in front of the turn and what follows it must t
 turn begins after the generation prompt ("<|im_start|>assistant" and a line end in Qwen's template)
 and ends with the end-of-turn token. Needs Jinja2.
 """
+
 import datetime
 import json
 import os
@@ -19,7 +20,8 @@ class Refused(Exception):
 
 
 def load_template(folder, path):
-    """Template text and special tokens of the tokenizer in this folder; path: the template's file."""
+    """Template text and special tokens of the tokenizer in this folder; path: the template's
+    file."""
     config = {}
     name = os.path.join(folder, "tokenizer_config.json")
     if os.path.exists(name):
@@ -31,7 +33,7 @@ def load_template(folder, path):
             text = f.read()
     else:
         text = config.get("chat_template")
-        if isinstance(text, list):          # several by name
+        if isinstance(text, list):  # several by name
             text = {t["name"]: t["template"] for t in text}.get("default")
     special = {}
     for key in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
@@ -50,6 +52,7 @@ def compile_template(text):
 
     class Generation(jinja2.ext.Extension):
         """{% generation %} ... {% endgeneration %} renders as what is inside."""
+
         tags = {"generation"}
 
         def parse(self, parser):
@@ -60,11 +63,13 @@ def compile_template(text):
         raise jinja2.exceptions.TemplateError(message)
 
     def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
+        return json.dumps(
+            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
@@ -80,20 +85,26 @@ class Chat:
         plain = self.render(asked)
         prompt = self.render(asked, add_generation_prompt=True)
         # "" where a template has no generation prompt: a turn then begins with its content
-        self.prompt = prompt[len(plain):] if prompt.startswith(plain) else ""
+        self.prompt = prompt[len(plain) :] if prompt.startswith(plain) else ""
         answered = self.render(asked + [{"role": "assistant", "content": MARK}])
-        after = answered[answered.find(MARK) + len(MARK):] if MARK in answered else ""
+        after = answered[answered.find(MARK) + len(MARK) :] if MARK in answered else ""
         self.end = next((t for t in self.added if after.lstrip().startswith(t)), "")
 
     def render(self, messages, add_generation_prompt=False, tools=None):
         try:
-            return self.template.render(messages=messages, tools=tools, documents=None,
-                                        add_generation_prompt=add_generation_prompt, **self.special)
-        except Exception as e:          # a template raises whatever it likes
+            return self.template.render(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.special,
+            )
+        except Exception as e:  # a template raises whatever it likes
             raise Refused(f"the chat template refuses it: {e}") from e
 
     def turns(self, messages, marked, tools=None):
-        """The text of a conversation and [begin, end) of each assistant turn in it that is marked."""
+        """The text of a conversation and [begin, end) of each assistant turn in it that is
+        marked."""
         text = self.render(messages, tools=tools)
         if MARK in text:
             raise Refused(f"it has the word {MARK}, which marks turns here")
@@ -101,22 +112,26 @@ class Chat:
         for i, message in enumerate(messages):
             if message["role"] != "assistant" or i not in marked:
                 continue
-            other = self.render(messages[:i] + [dict(message, content=MARK)] + messages[i + 1:],
-                                tools=tools)
+            other = self.render(
+                messages[:i] + [dict(message, content=MARK)] + messages[i + 1 :], tools=tools
+            )
             at = other.find(MARK)
             begin = other.rfind(self.prompt, 0, at) + len(self.prompt) if self.prompt else at
             end = other.find(self.end, at + len(MARK)) if self.end else at + len(MARK)
             shift = len(text) - len(other)
             found = at >= 0 and begin >= len(self.prompt) and end >= 0
-            if not found or other[:begin] != text[:begin] or other[end:] != text[end + shift:]:
-                raise Refused(f"turn {i + 1}: the chat template writes this assistant turn in a way "
-                              "that depends on its content beyond the turn itself")
+            if not found or other[:begin] != text[:begin] or other[end:] != text[end + shift :]:
+                raise Refused(
+                    f"turn {i + 1}: the chat template writes this assistant turn in a way "
+                    "that depends on its content beyond the turn itself"
+                )
             spans.append((begin, end + shift + len(self.end)))
         return text, spans
 
 
 def conversation(line):
-    """Messages of a JSON object, the indices of those that may count, tools; or a text: (str, 0, 0)."""
+    """Messages of a JSON object, the indices of those that may count, tools; or a text: (str, 0,
+    0)."""
     if not isinstance(line, dict):
         raise Refused("it is no JSON object")
     if "messages" in line:

@@ -1,10 +1,14 @@
 #!/usr/bin/env python3
-"""What dev/bench_cuda measured as a table, beside the predictions of dev/ledger.py and torch's own kernels (dev/bench_torch.py).
+"""What dev/bench_cuda measured as a table, beside the predictions of dev/ledger.py and torch's own
+kernels (dev/bench_torch.py).
 
-  dev/bench_report.py B.jsonl [--torch T.jsonl]
-  dev/bench_report.py B.jsonl --beside C.jsonl   two runs, kernel by kernel; the last line says which is faster
-  dev/bench_report.py B.jsonl --check       whether every kernel of dev/costs.h was timed: 'N passed, N failed'
+dev/bench_report.py B.jsonl [--torch T.jsonl]
+dev/bench_report.py B.jsonl --beside C.jsonl   two runs, kernel by kernel; the last line says which
+                                               is faster
+dev/bench_report.py B.jsonl --check            whether every kernel of dev/costs.h was timed:
+                                               'N passed, N failed'
 """
+
 import argparse
 import json
 import sys
@@ -13,7 +17,9 @@ from ledger import COSTS, OLDER, RATES, number, predicted
 
 
 def check(kernels):
-    good = {x["kernel"] for x in kernels if 0 < x["us"] < float("inf") and 0 < x["share"] < float("inf")}
+    good = {
+        x["kernel"] for x in kernels if 0 < x["us"] < float("inf") and 0 < x["share"] < float("inf")
+    }
     for name in COSTS:
         print(f"{'ok    ' if name in good else 'FAILED'} {name}")
     print(f"{len(good & COSTS.keys())} passed, {len(COSTS.keys() - good)} failed")
@@ -22,46 +28,77 @@ def check(kernels):
 
 def table(ceilings, kernels, torch):
     for when, x in zip(("before", "after"), ceilings):
-        print(f"{when}: {x['ceiling']}: copy {max(x['memcpy_gbs'], x['copy_kernel_gbs']):.0f} GB/s (memcpy {x['memcpy_gbs']:.0f}, kernel {x['copy_kernel_gbs']:.0f}), "
-              f"product of {x['side']} cubed {x['product_tflops']:.0f} TFLOP/s\n")
+        print(
+            f"{when}: {x['ceiling']}: copy {max(x['memcpy_gbs'], x['copy_kernel_gbs']):.0f} GB/s "
+            f"(memcpy {x['memcpy_gbs']:.0f}, kernel {x['copy_kernel_gbs']:.0f}), "
+            f"product of {x['side']} cubed {x['product_tflops']:.0f} TFLOP/s\n"
+        )
     best = {}
     for x in torch:
         key = x["kernel"], x["tokens"]
         if key not in best or x["us"] < best[key]["us"]:
             best[key] = x
-    print("| kernel | tokens | us | rate | share of the ceiling | predicted us | measured / predicted | torch's best us | torch / ours |\n" + "|---" * 9 + "|")
+    print(
+        "| kernel | tokens | us | rate | share of the ceiling | predicted us | measured / "
+        "predicted | torch's best us | torch / ours |\n" + "|---" * 9 + "|"
+    )
     for x in kernels:
-        guess = 1e6 * predicted(x["kernel"], x["tokens"], {**RATES, **OLDER} if x["variant"].split(" ")[-1] in ("flash", "mma") else RATES)
+        older = x["variant"].split(" ")[-1] in ("flash", "mma")
+        rates = {**RATES, **OLDER} if older else RATES
+        guess = 1e6 * predicted(x["kernel"], x["tokens"], rates)
         speed = f"{x['tflops']:.0f} TFLOP/s" if x["bound"] == "products" else f"{x['gbs']:.0f} GB/s"
-        t = best.get((x["kernel"], x["tokens"])) if not x["variant"].startswith("skewed") else None      # torch's routing is even
+        t = None
+        if not x["variant"].startswith("skewed"):  # torch's routing is even
+            t = best.get((x["kernel"], x["tokens"]))
         beside = f"{number(t['us'])} ({t['how']}) | {t['us'] / x['us']:.2f}" if t else " | "
         load = f" (load {x['load']:.1f})" if "load" in x else ""
-        print(f"| `{x['kernel']}` {x['variant']}{load} | {x['tokens']} | {number(x['us'])} | {speed} | {100 * x['share']:.0f} % | {number(guess)} | {x['us'] / guess:.2f} | {beside} |")
+        print(
+            f"| `{x['kernel']}` {x['variant']}{load} | {x['tokens']} | {number(x['us'])} | {speed} "
+            f"| {100 * x['share']:.0f} % | {number(guess)} | {x['us'] / guess:.2f} | {beside} |"
+        )
 
 
 def beside(kernels, others):
     times = {(x["kernel"], x["variant"], x["tokens"]): x["us"] for x in others}
-    pairs = [(x, times[x["kernel"], x["variant"], x["tokens"]]) for x in kernels if (x["kernel"], x["variant"], x["tokens"]) in times]
+    pairs = [
+        (x, times[x["kernel"], x["variant"], x["tokens"]])
+        for x in kernels
+        if (x["kernel"], x["variant"], x["tokens"]) in times
+    ]
     print("| kernel | tokens | first, us | second, us | second / first |\n|---|---|---|---|---|")
     for x, us in pairs:
-        print(f"| `{x['kernel']}` {x['variant']} | {x['tokens']} | {number(x['us'])} | {number(us)} | {us / x['us']:.3f} |")
+        print(
+            f"| `{x['kernel']}` {x['variant']} | {x['tokens']} | {number(x['us'])} | {number(us)} "
+            f"| {us / x['us']:.3f} |"
+        )
     first, second = sum(x["us"] for x, us in pairs), sum(us for x, us in pairs)
-    print(f"together {number(first)} and {number(second)} us: the {'first' if first <= second else 'second'} should be the default")
+    print(
+        f"together {number(first)} and {number(second)} us: the "
+        f"{'first' if first <= second else 'second'} should be the default"
+    )
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("bench")
     p.add_argument("--torch")
     p.add_argument("--beside")
     p.add_argument("--check", action="store_true")
     a = p.parse_args()
-    read = lambda path: [json.loads(line) for line in open(path) if line.startswith("{")] if path else []
+    read = lambda path: (
+        [json.loads(line) for line in open(path) if line.startswith("{")] if path else []
+    )
     lines = read(a.bench)
     kernels = [x for x in lines if "kernel" in x]
     if a.beside:
         return beside(kernels, [x for x in read(a.beside) if "kernel" in x])
-    return check(kernels) if a.check else table([x for x in lines if "ceiling" in x], kernels, read(a.torch))
+    return (
+        check(kernels)
+        if a.check
+        else table([x for x in lines if "ceiling" in x], kernels, read(a.torch))
+    )
 
 
 if __name__ == "__main__":
