@@ -379,6 +379,7 @@ static void command_train(Options *o) {
     r.o = o;
     Config config = open_config(o, path);
     r.grid = open_grid(o, &config);
+    if (o->kernel_check) comm_check(&r.grid);
     if (config.tied && *o->model) keep_own_head(&config, o, r.grid.all);
     r.model = model_build(config, grid_shard_spec(&r.grid));
     int64_t found = open_out(&r);

@@ -137,7 +137,7 @@ typedef struct {
     X(check_comm, "check-comm", FLAG, "off", 0, 0, "",                                            \
       "debugging: compare the calls of all ranks, poison buffers in flight")                      \
     X(kernel_check, "kernel-check", FLAG, "on", 0, 0, "",                                         \
-      "at the start: each fast GPU kernel once beside a slow one")                                \
+      "GPUs, at the start: each fast kernel beside a slow one, each call")                        \
     GROUP("looking inside")                                                                       \
     X(plan, "plan", FLAG, "off", 0, 0, "",                                                        \
       "print memory, traffic and estimated time of a layout, then stop")                          \

@@ -41,6 +41,10 @@ char *grid_traffic(const Grid *g, int reset);
 // Returns the threads for this rank: the option, or the machine's cores / the ranks on it, at least
 // 1.
 int grid_threads(int option);
+// Runs every collective once over every group on a few known numbers (GPUs only), all ranks, before
+// training. Ends the run where one brings other numbers, or takes longer than 30 s or --timeout:
+// the line names call, group, rank and worst element. Leaves every group its least memory for sums.
+void comm_check(const Grid *g);
 // Checks and times every collective over every group of the grid (--selftest); all ranks call it.
 // Rank 0 writes the table of its own groups to out; a time is that of the group's slowest rank.
 // Returns the number of wrong results over all ranks.

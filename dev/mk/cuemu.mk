@@ -13,16 +13,18 @@
 #                                           (test-cuemu-bench), the ladder (test-cuemu-ladder),
 #                                           cuDNN's attention graphs (test-cudnn-graphs); 'N passed,
 #                                           N failed'
+#   make test-cuemu-nightly                 the same with every combination: dev/cuemu/README.md
 CUEMU_DIR = dev/cuemu
 CUEMU_BUILD = $(ROOT_BUILD)/cuemu
+TIER = ci
 
 CUEMU_CXX = g++
 
 # Flags by mode: those of dev/cuemu/Makefile, which explains them. Sanitized builds run blocks one
 # after another and without OpenMP, whose runtime ThreadSanitizer does not know.
 CUEMU_FLAGS_plain = -O2 -g1 -fopenmp
-CUEMU_FLAGS_asan = -O1 -g -DCUEMU_SEQ -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -DMOE_DEBUG
-CUEMU_FLAGS_tsan = -O1 -g -DCUEMU_SEQ -fsanitize=thread -DMOE_DEBUG
+CUEMU_FLAGS_asan = -O1 -g1 -DCUEMU_SEQ -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -DMOE_DEBUG
+CUEMU_FLAGS_tsan = -O1 -g1 -DCUEMU_SEQ -fsanitize=thread -DMOE_DEBUG
 CUEMU_COMMON = -DMOE_MPI $(CJSON_CFLAGS) $(MPI_CFLAGS) -DOMPI_SKIP_MPICXX -Wall -Wextra $(WERROR)
 CUEMU_EMULATE = -std=c++17 -x c++ -DCUEMU -include cuemu.h -I$(CUEMU_DIR)/include -isystem $(CUDA_INCLUDE) -fno-strict-aliasing -Wno-attributes -Wno-unknown-pragmas -Wno-sign-compare \
     -Wno-unused-parameter -Wno-unused-function -Wno-psabi
@@ -71,15 +73,15 @@ $(foreach m,plain asan tsan,$(foreach p,bf16 fp32,$(eval $(call CUEMU_VARIANT,$(
 
 # ---- tests --------------------------------------------------------------------------------------
 CUEMU_TESTED = $(foreach v,plain-fp32 plain-bf16 asan-bf16 tsan-bf16,$(CUEMU_BUILD)/$(v)/train_moe) $(foreach v,plain-fp32 plain-bf16,$(CUEMU_BUILD)/$(v)/test_moe) $(CUEMU_BUILD)/plain-fp32/parallel/test_comm $(CUEMU_BUILD)/plain-fp32/parallel/test_comm_staged $(CUEMU_BUILD)/asan-bf16/parallel/test_join
-.PHONY: test-cuemu test-cuemu-build test-cuemu-program test-cuemu-self test-cuemu-seeded
+.PHONY: test-cuemu test-cuemu-nightly test-cuemu-build test-cuemu-program test-cuemu-self test-cuemu-seeded
 test-cuemu-program: $(CUEMU_TESTED)
 	@fp32=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=fp32)/train_moe; bf16=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=bf16)/train_moe; \
 	    $(MAKE) -s BACKEND=cpu PRECISION=fp32 $$fp32 && $(MAKE) -s BACKEND=cpu PRECISION=bf16 $$bf16 && \
-	    PYTHON="$(PYTHON)" sh dev/tests/test_cuemu_program.sh $(CUEMU_BUILD) $$fp32 $$bf16 $(QUICK)
+	    PYTHON="$(PYTHON)" sh dev/tests/test_cuemu_program.sh $(CUEMU_BUILD) $$fp32 $$bf16 $(if $(QUICK),quick,$(TIER))
 # The emulator's own tests, and the errors seeded in them.
 CUEMU_SELF = test test-asan test-tsan test-lazy test-mpi test-bugs
 test-cuemu-self:
-	@for t in $(CUEMU_SELF); do echo "---- dev/cuemu: $$t"; $(MAKE) -s --no-print-directory -j$(CUEMU_JOBS) -C $(CUEMU_DIR) CUDA_HOME=$(CUDA_INCLUDE:/include=) BUILD=$(abspath $(CUEMU_BUILD)) $$t; done | \
+	@for t in $(CUEMU_SELF); do echo "---- dev/cuemu: $$t"; $(MAKE) -s --no-print-directory -j$(CUEMU_JOBS) -C $(CUEMU_DIR) CUDA_HOME=$(CUDA_INCLUDE:/include=) BUILD=$(abspath $(CUEMU_BUILD)) TIER=$(TIER) $$t; done | \
 	    awk '{ print } /^[0-9]+ passed, [0-9]+ failed$$/ { good += $$1; bad += $$3; n++ } END { bad += $(words $(CUEMU_SELF)) - n; print good + 0 " passed, " bad + 0 " failed"; exit bad > 0 }'
 # Some mistakes planted in the kernels, which must be found: all of them are make
 # test-mutations-cuda. test-cuemu-kernels shows that the unchanged kernels pass.
@@ -100,6 +102,9 @@ test-cuemu:
 	@awk '/(^|: )[0-9]+ passed, [0-9]+ failed$$/ { passed[FILENAME] = $$(NF - 3); failed[FILENAME] = $$NF } \
 	    END { for (i = 1; i < ARGC; i++) { f = ARGV[i]; if (!(f in passed)) { print f ": no closing line"; bad++ } good += passed[f]; bad += failed[f] } \
 	          print good + 0 " passed, " bad + 0 " failed"; exit bad > 0 }' $(CUEMU_PARTS:%=$(CUEMU_BUILD)/%.log)
+
+test-cuemu-nightly:
+	@$(MAKE) --no-print-directory test-cuemu TIER=nightly
 
 # While a kernel is written: every kernel against its CPU twin, plain.
 .PHONY: test-cuemu-quick

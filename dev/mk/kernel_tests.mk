@@ -3,7 +3,8 @@
 #                              plain, AddressSanitizer + UBSan, ThreadSanitizer, and with streams
 #                              and copies as late as possible and in random order; 'N passed,
 #                              N failed'. KERNEL_MODES="plain asan": some of them (plain:
-#                              kernels/test_offsets too, offsets beyond 2^31 elements)
+#                              kernels/test_offsets too, offsets beyond 2^31 elements). TIER=nightly:
+#                              more seeds, asan in fp32, early copies under ThreadSanitizer
 #   make test-cuda-gpu         the same programs on the GPU of this machine, with both attention
 #                              kernels where make found cuDNN
 #   make test-cudnn-graphs     cuDNN's attention without a GPU: what it says of the graphs for
@@ -30,10 +31,10 @@ $(foreach m,plain asan tsan,$(foreach p,bf16 fp32,$(eval $(CUEMU_BUILD)/$(m)-$(p
 
 # fp32 builds differ from bf16 ones in the fragments of the products only: their races are those of
 # bf16, and ThreadSanitizer looks at bf16.
-KERNEL_TESTS = $(sort $(if $(filter plain,$(KERNEL_MODES)),$(foreach p,bf16 fp32,$(CUEMU_BUILD)/plain-$(p)/kernels/test_offsets)) $(foreach m,$(patsubst lazy,plain,$(KERNEL_MODES)),$(CUEMU_BUILD)/$(m)-bf16/kernels/test_cuda $(if $(filter tsan,$(m)),,$(CUEMU_BUILD)/$(m)-fp32/kernels/test_cuda)))
+KERNEL_TESTS = $(sort $(if $(filter plain,$(KERNEL_MODES)),$(foreach p,bf16 fp32,$(CUEMU_BUILD)/plain-$(p)/kernels/test_offsets)) $(foreach m,$(patsubst lazy,plain,$(KERNEL_MODES)),$(CUEMU_BUILD)/$(m)-bf16/kernels/test_cuda $(if $(filter plain $(if $(filter nightly,$(TIER)),asan),$(m)),$(CUEMU_BUILD)/$(m)-fp32/kernels/test_cuda)))
 .PHONY: test-cuemu-kernels test-cuda-gpu test-cudnn-graphs
 test-cuemu-kernels: $(KERNEL_TESTS)
-	@sh kernels/cuda/test_modes.sh $(CUEMU_BUILD) $(KERNEL_MODES)
+	@sh kernels/cuda/test_modes.sh $(CUEMU_BUILD) $(TIER) $(KERNEL_MODES)
 test-cuda-gpu:
 	@for p in bf16 fp32; do dir=$$($(MAKE) -s show-build BACKEND=cuda PRECISION=$$p); for t in test_cuda test_offsets; do \
 	    $(MAKE) BACKEND=cuda PRECISION=$$p $$dir/kernels/$$t && $$dir/kernels/$$t || exit 1; done; done

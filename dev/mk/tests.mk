@@ -7,7 +7,7 @@ test:
 test-full:
 	@CC=$(CC) sh dev/tests/run.sh full
 # Everything that CI has no time for, some hours. Each part ends with its own 'N passed, N failed'.
-NIGHTLY = test-mutations test-mutations-cuda test-faults test-power-cut test-kills
+NIGHTLY = test-cuemu-nightly test-mutations test-mutations-cuda test-faults test-power-cut test-kills
 test-nightly:
 	@CC=$(CC) sh dev/tests/run.sh nightly
 	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=3600

@@ -271,6 +271,14 @@ void reduce(const char *all, size_t n, int ranks, size_t stride, int type, int o
         reduce_as(all, n, ranks, stride, op, (uint64_t *)out);
 }
 
+// CUEMU_NCCL_WRONG=AllReduce, Recv, ...: the last float that such a call brings to its highest rank
+// is another one. For tests of those who check.
+void spoil(const Job &j, size_t bytes) {
+    static const char *kind = getenv("CUEMU_NCCL_WRONG");
+    if (!kind || strcmp(kind, kind_name[j.c.kind]) || j.c.type != ncclFloat || !bytes) return;
+    if (j.comm->rank == j.comm->size - 1) ((float *)((char *)j.out + bytes))[-1] += 1;
+}
+
 // ---- doing it
 void run_collective(const Job &j) {
     ncclComm *c = j.comm;
@@ -328,6 +336,7 @@ void run_collective(const Job &j) {
         reduce(all.data(), j.c.count, c->size, bytes, j.c.type, j.c.op, j.out);
     else
         memcpy(j.out, all.data(), out_bytes);
+    spoil(j, out_bytes);
     set_status("no call; last was %s, call %ld on communicator %ld", describe(j.c).c_str(),
                c->calls - 1, c->id);
 }
@@ -364,9 +373,8 @@ void run_point_to_point(const std::vector<Job> &jobs) {
             q.push_back(r);
         } else {
             if (bytes) check_device_range("nccl receive buffer", j.out, bytes);
-            data[i].resize(
-                bytes +
-                (1 << 20)); // room for a sender that sends too much: to be reported, not truncated
+            // room for a sender that sends too much: to be reported, not truncated
+            data[i].resize(bytes + (1 << 16));
             MPI_Irecv(&headers[i], sizeof(Header), MPI_BYTE, j.c.root, TAG_P2P, j.comm->mpi, &r);
             q.push_back(r);
             MPI_Irecv(data[i].data(), (int)data[i].size(), MPI_BYTE, j.c.root, TAG_P2P, j.comm->mpi,
@@ -388,6 +396,7 @@ void run_point_to_point(const std::vector<Job> &jobs) {
                 return;
             }
             memcpy(j.out, data[i].data(), j.c.count * type_bytes(j.c.type));
+            spoil(j, j.c.count * type_bytes(j.c.type));
         }
     set_status("no call; last was a group of %s", text.substr(0, 140).c_str());
 }

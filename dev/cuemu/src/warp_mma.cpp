@@ -12,6 +12,17 @@ static float bf16_half(unsigned r, int high) {
     return f;
 }
 
+// C += A B, each element in the order of k; columns are inside, so that they vectorise.
+static void multiply(float C[16][8], const float A[16][16], const float B[16][8]) {
+    for (int row = 0; row < 16; row++)
+        for (int k = 0; k < 16; k++)
+            for (int col = 0; col < 8; col++) C[row][col] += A[row][k] * B[k][col];
+}
+// Where element i of a lane's accumulators lies.
+static float &place(float C[16][8], int lane, int i) {
+    return C[(lane >> 2) + (i >> 1) * 8][2 * (lane & 3) + (i & 1)];
+}
+
 struct MmaOperands {
     unsigned a[4], b[2];
     float c[4];
@@ -26,7 +37,7 @@ void mma_m16n8k16_bf16(float d[4], const unsigned a[4], const unsigned b[2], con
     warp_wait(
         0xffffffffu, OP_MMA,
         [](Warp *w, unsigned) {
-            float A[16][16], B[16][8];
+            float A[16][16], B[16][8], C[16][8] = {};
             for (int l = 0; l < 32; l++) {
                 auto *x = (MmaOperands *)w->in[l];
                 int g = l >> 2, t = l & 3;
@@ -39,15 +50,11 @@ void mma_m16n8k16_bf16(float d[4], const unsigned a[4], const unsigned b[2], con
                     B[2 * t + 8 + h][g] = bf16_half(x->b[1], h);
                 }
             }
+            multiply(C, A, B);
             for (int l = 0; l < 32; l++) {
                 auto *x = (MmaOperands *)w->in[l];
                 float *o = (float *)w->out[l];
-                for (int i = 0; i < 4; i++) {
-                    int row = (l >> 2) + (i >> 1) * 8, col = 2 * (l & 3) + (i & 1);
-                    float s = 0;
-                    for (int k = 0; k < 16; k++) s += A[row][k] * B[k][col];
-                    o[i] = x->c[i] + s;
-                }
+                for (int i = 0; i < 4; i++) o[i] = x->c[i] + place(C, l, i);
             }
         },
         false);
@@ -68,7 +75,7 @@ void mma_m16n8k16_f32(float d[4], const unsigned a[8], const unsigned b[4], cons
     warp_wait(
         0xffffffffu, OP_MMA,
         [](Warp *w, unsigned) {
-            float A[16][16], B[16][8];
+            float A[16][16], B[16][8], C[16][8];
             for (int l = 0; l < 32; l++) {
                 auto *x = (MmaOperandsF32 *)w->in[l];
                 int g = l >> 2, t = l & 3;
@@ -76,16 +83,11 @@ void mma_m16n8k16_f32(float d[4], const unsigned a[8], const unsigned b[4], cons
                     A[g + 8 * (i >> 1 & 1)][2 * t + (i & 1) + 8 * (i >> 2)] = x->a[i];
                 for (int i = 0; i < 4; i++) B[2 * t + (i & 1) + 8 * (i >> 1)][g] = x->b[i];
             }
-            for (int l = 0; l < 32; l++) {
-                auto *x = (MmaOperandsF32 *)w->in[l];
-                float *o = (float *)w->out[l];
-                for (int i = 0; i < 4; i++) {
-                    int row = (l >> 2) + (i >> 1) * 8, col = 2 * (l & 3) + (i & 1);
-                    float s = x->c[i];
-                    for (int k = 0; k < 16; k++) s += A[row][k] * B[k][col];
-                    o[i] = s;
-                }
-            }
+            for (int l = 0; l < 32; l++)
+                for (int i = 0; i < 4; i++) place(C, l, i) = ((MmaOperandsF32 *)w->in[l])->c[i];
+            multiply(C, A, B);
+            for (int l = 0; l < 32; l++)
+                for (int i = 0; i < 4; i++) ((float *)w->out[l])[i] = place(C, l, i);
         },
         false);
     memcpy(d, f->warp->out[f->lane], 4 * sizeof *d);
