@@ -19,11 +19,12 @@ PYTHON ?= python3
 QUIET = $(if $(V),,@)
 
 # Goals that compile nothing look at nothing.
-PLAIN_GOALS = help walk deps clean watch quickstart doctor naive compare-hf gpu-check format format-check \
-    prose-check parity-kit parity-peers
+PLAIN_GOALS = help walk deps clean watch quickstart doctor naive compare-hf gpu-check format \
+    format-check prose-check parity-kit parity-peers
 NO_DETECT := $(if $(filter-out $(PLAIN_GOALS),$(MAKECMDGOALS)),,1)
 
-.PHONY: help walk deps detect watch quickstart doctor naive compare-hf gpu-check bench-cpu clean FORCE
+.PHONY: help walk deps detect watch quickstart doctor naive compare-hf gpu-check bench-cpu clean
+.PHONY: FORCE
 help:
 	@cat dev/mk/help.txt
 
@@ -48,9 +49,9 @@ DATA = data/loader.c data/shard.c data/tokens.c data/tokenizer_json.c
 
 LIBRARY = $(KERNELS) $(MODEL) $(PARALLEL) $(TRANSPORT_$(COMM)) $(DATA)
 OBJECTS = $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(LIBRARY))))
-TESTS = test_moe kernels/test_kernels kernels/test_experts kernels/test_optimizer kernels/test_gemm_bf16 data/test_data \
-    model/test_checkpoint parallel/test_comm parallel/test_dispatch dev/bench_cpu dev/tests/edge \
-    dev/tests/reshard dev/tests/test_cli
+TESTS = test_moe kernels/test_kernels kernels/test_experts kernels/test_optimizer \
+    kernels/test_gemm_bf16 data/test_data model/test_checkpoint parallel/test_comm \
+    parallel/test_dispatch dev/bench_cpu dev/tests/edge dev/tests/reshard dev/tests/test_cli
 
 # ---- programs -------------------------------------------------------------------------------
 # They are built in $(BUILD), one folder for each variant; the two at the root are copies of it.

@@ -6,7 +6,8 @@ FUZZ_PARSERS = safetensors index config shard mask vocabulary trainer log checkp
 FUZZ_WRAPPED = die warn fopen fdopen fclose open_memstream
 .PHONY: fuzz fuzz-build
 fuzz:
-	@SECONDS_EACH="$(FUZZ_SECONDS)" RUNS="$(FUZZ_RUNS)" ONLY="$(ONLY)" sh dev/fuzz/run.sh $(FUZZ_PARSERS)
+	@SECONDS_EACH="$(FUZZ_SECONDS)" RUNS="$(FUZZ_RUNS)" ONLY="$(ONLY)" \
+	    sh dev/fuzz/run.sh $(FUZZ_PARSERS)
 fuzz-build: $(FUZZ_PARSERS:%=$(ROOT_BUILD)/fuzz-%)
 $(ROOT_BUILD)/fuzz-%: dev/fuzz/fuzz.c $(OBJECTS)
 	$(QUIET)$(CC) $(CFLAGS) -DFUZZ_PARSER_$* -fsanitize=fuzzer $^ \

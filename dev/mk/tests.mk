@@ -1,5 +1,6 @@
 # Tests that need no GPU: each target ends with 'N passed, N failed'.
-.PHONY: test test-full test-nightly test-faults test-power-cut test-mutations test-mutations-cuda format format-check prose-check
+.PHONY: test test-full test-nightly test-faults test-power-cut test-mutations test-mutations-cuda
+.PHONY: format format-check prose-check
 # PRECISION on the command line: everything in that precision alone.
 test:
 	@CC=$(CC) PRECISION=$(if $(filter command,$(origin PRECISION)),$(PRECISION)) \
