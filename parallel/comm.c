@@ -125,8 +125,8 @@ CommTraffic comm_traffic(Comm *g, int kind, int reset) {
 void comm_reserve(Comm *g, size_t bytes, Arena *arena) {
     if (g && g->local) return;
     if (!transport_stages_on_device()) return;
-    // At least an element of any type from each of 8,192 ranks.
-    size_t least = (size_t)64 << 10;
+    // At least two rounds of 64 bytes from each of 8,192 ranks.
+    size_t least = (size_t)1 << 20;
     if (bytes < least) bytes = least;
     if (bytes > comm_stage_bytes) bytes = comm_stage_bytes;
     char *p = (char *)arena_take(arena, bytes, "communication staging");
@@ -148,7 +148,7 @@ static void give_stage(Comm *g) {
 
 // For sums of a group for which nobody reserved memory (tests, set-up, staging through the host).
 static void take_stage(Comm *g) {
-    size_t least = (size_t)g->n * 64;
+    size_t least = (size_t)g->n * 128;
     g->stage_bytes = comm_stage_bytes > least ? comm_stage_bytes : least;
     g->stage_owned = 1;
     if (stage_on_gpu())

@@ -16,10 +16,11 @@
 // that all send to each other), at the group's first call. So that call is made when the group is,
 // before the arenas look at what is free.
 //
-// Sums. Piece j of a sum goes to rank j by grouped sends and receives, in rounds of what the
-// staging area holds; the owner adds the parts in the order of ranks, in fp32 (F64 in fp64), and
-// rounds once. So the bits follow from the group alone, and all ranks of an all-reduce hold the
-// bits that one rank made. On the links of one machine this costs what a ring costs. Between
+// Sums. Piece j of a sum goes to rank j by grouped sends and receives; the owner adds the parts in
+// the order of ranks, in fp32 (F64 in fp64), and rounds once. What the staging area does not hold
+// comes in rounds that take turns with its halves: one arrives while the one before is added up on
+// a stream of its own. So the bits follow from the group alone, and all ranks of an all-reduce hold
+// the bits that one rank made. On the links of one machine this costs what a ring costs. Between
 // machines of G GPUs it sends up to G times a ring's bytes, so there sums from NATIVE_BYTES on go
 // through NCCL's own reduce-scatter and all-reduce (never bf16, which NCCL rounds at every hop, and
 // never accumulating ones). Their order is NCCL's: the same every time on the same machines with
@@ -51,6 +52,8 @@ typedef struct {
     int used;
     cudaEvent_t last; // after the latest operation, on stream last_stream
     Stream last_stream;
+    cudaStream_t adder; // adds the parts of a round while the next one arrives
+    cudaEvent_t received[2], added[2];
 } Group;
 static Group *group_of(const Comm *g) { return (Group *)g->transport; }
 
@@ -366,7 +369,13 @@ void transport_group(Comm *g, const char *name) {
         die("group %s: rank %d names %d members, NCCL found %d|a bug of the caller: groups of one "
             "call must not overlap, ranks ascend",
             name, j->rank, g->n, size);
-    CUDA_CHECK(cudaEventCreateWithFlags(&own->last, cudaEventDisableTiming));
+    int least, greatest;
+    CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    CUDA_CHECK(cudaStreamCreateWithPriority(&own->adder, cudaStreamNonBlocking, greatest));
+    cudaEvent_t *events[] = { &own->last, own->received, own->received + 1, own->added,
+                              own->added + 1 };
+    for (cudaEvent_t *event : events)
+        CUDA_CHECK(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
     watch_lock(); // the watchdog walks the list
     groups = (Comm **)realloc(groups, (n_groups + 1) * sizeof *groups);
     if (!groups) die("out of host memory for groups of ranks|free memory");
@@ -378,7 +387,10 @@ void transport_group(Comm *g, const char *name) {
 void transport_group_free(Comm *g) {
     Group *own = group_of(g);
     if (own->nccl) NCCL_CHECK(ncclCommDestroy(own->nccl));
-    if (own->last) CUDA_CHECK(cudaEventDestroy(own->last));
+    if (own->adder) CUDA_CHECK(cudaStreamDestroy(own->adder));
+    for (cudaEvent_t event :
+         { own->last, own->received[0], own->received[1], own->added[0], own->added[1] })
+        if (event) CUDA_CHECK(cudaEventDestroy(event));
     free(own);
 }
 
@@ -498,27 +510,35 @@ static void sum_pieces(const Call *c, char *out, size_t total, size_t piece, cud
     Comm *g = c->g;
     Dtype type = (Dtype)c->record.type;
     size_t w = c->width, others = g->n > 1 ? (size_t)g->n - 1 : 1;
+    Group *own = group_of(g);
+    size_t room = piece * w * others <= g->stage_bytes ? g->stage_bytes : g->stage_bytes / 2;
     // NCCL copies 16 bytes at a time only where both ends are aligned, else single ones.
-    size_t most = g->stage_bytes / others / 64 * 64 / w;
-    ncclComm_t nccl = group_of(g)->nccl;
-    for (size_t skip = 0; skip < piece; skip += most) {
+    size_t most = room / others / 64 * 64 / w;
+    int turn = 0;
+    for (size_t skip = 0; skip < piece; skip += most, turn ^= 1) {
         size_t mine = round_length(total, piece, g->rank, skip, most);
+        char *stage = g->stage + turn * others * most * w;
+        if (skip >= 2 * most) CUDA_CHECK(cudaStreamWaitEvent(s, own->added[turn], 0));
         NCCL_CHECK(ncclGroupStart());
         for (int t = first_turn(g); t < g->n; t++) {
             int from = receive_peer(g, t), to = send_peer(g, t);
             int place = from > g->rank ? from - 1 : from;
             // A group of one sends its own part, which an in-place destination may have moved.
             const char *send = g->n == 1 ? c->own : c->src + (size_t)to * piece * w;
-            NCCL_CHECK(ncclRecv(g->stage + (size_t)place * most * w, mine, nccl_type(type), from,
-                                nccl, s));
+            NCCL_CHECK(ncclRecv(stage + (size_t)place * most * w, mine, nccl_type(type), from,
+                                own->nccl, s));
             NCCL_CHECK(ncclSend(send + skip * w, round_length(total, piece, to, skip, most),
-                                nccl_type(type), to, nccl, s));
+                                nccl_type(type), to, own->nccl, s));
         }
         NCCL_CHECK(ncclGroupEnd());
+        CUDA_CHECK(cudaEventRecord(own->received[turn], s));
+        CUDA_CHECK(cudaStreamWaitEvent(own->adder, own->received[turn], 0));
         if (mine)
-            sum_stage(type, out + skip * w, c->own + skip * w, g->stage, (int64_t)most, g->n,
-                      g->n == 1 ? -1 : g->rank, (int64_t)mine, c->accumulate, s);
+            sum_stage(type, out + skip * w, c->own + skip * w, stage, (int64_t)most, g->n,
+                      g->n == 1 ? -1 : g->rank, (int64_t)mine, c->accumulate, own->adder);
+        CUDA_CHECK(cudaEventRecord(own->added[turn], own->adder));
     }
+    if (piece) CUDA_CHECK(cudaStreamWaitEvent(s, own->added[turn ^ 1], 0)); // the last round
 }
 
 // 1: the sum is NCCL's own (see the head of this file).
