@@ -58,6 +58,37 @@ def table(ceilings, kernels, torch):
         )
 
 
+# The whole expert layer: the kernels of its forward and backward.
+LAYER = {
+    "experts_forward": ("experts_up", "experts_down", "rows_weighted_sum"),
+    "experts_backward": (
+        "experts_down_backward",
+        "experts_up_backward",
+        "experts_wgrad",
+        "rows_sum",
+    ),
+}
+
+
+def layers(kernels, torch):
+    ours = {}
+    for x in kernels:
+        if not x["variant"].startswith("skewed"):
+            key = x["kernel"], x["tokens"]
+            ours[key] = min(x["us"], ours.get(key, x["us"]))
+    print(
+        "\n| the whole expert layer | tokens | by | us | ours, the sum of its kernels, us "
+        "| theirs / ours |\n" + "|---" * 6 + "|"
+    )
+    for x in torch:
+        parts = [ours.get((name, x["tokens"])) for name in LAYER.get(x["kernel"], ())]
+        if parts and all(parts):
+            print(
+                f"| `{x['kernel']}` | {x['tokens']} | {x['how']} | {number(x['us'])} "
+                f"| {number(sum(parts))} | {x['us'] / sum(parts):.2f} |"
+            )
+
+
 def beside(kernels, others):
     times = {(x["kernel"], x["variant"], x["tokens"]): x["us"] for x in others}
     pairs = [
@@ -94,11 +125,12 @@ def main():
     kernels = [x for x in lines if "kernel" in x]
     if a.beside:
         return beside(kernels, [x for x in read(a.beside) if "kernel" in x])
-    return (
-        check(kernels)
-        if a.check
-        else table([x for x in lines if "ceiling" in x], kernels, read(a.torch))
-    )
+    if a.check:
+        return check(kernels)
+    torch = read(a.torch)
+    table([x for x in lines if "ceiling" in x], kernels, torch)
+    if any(x["kernel"] in LAYER for x in torch):
+        layers(kernels, torch)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@
 
 A line computes what the kernel of that name computes, with the fewest calls torch offers (eager, no torch.compile): gathers, SwiGLU and sums are timed with the product they belong
 to. Weight gradients are bf16 here, fp32 there. 256 MiB are written before every call. The best of several ways counts (dev/bench_report.py).
+experts_forward and experts_backward are the whole expert layer of transformers, by each of its
+implementations that is installed here.
 """
 import argparse
 import json
+import os
 import sys
 import time
 
@@ -26,6 +29,7 @@ cuda = a.device == "cuda"
 C, H, KV, D, E, K, W, V, LENGTH, P = (64, 4, 2, 16, 8, 2, 16, 160, 32, 24576) if a.tiny else (2048, 32, 4, 128, 128, 8, 768, 151936, 4096, 3 * 128 * 2048 * 768)
 if a.tiny:
     a.tokens, a.seconds = [LENGTH, 2 * LENGTH], 0
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what is not here is not fetched
 torch.manual_seed(1)
 flush = torch.empty(1 << (10 if a.tiny else 28), dtype=torch.uint8, device=a.device)
 normal = lambda *shape, std=1.0, dtype=torch.bfloat16: torch.randn(*shape, device=a.device, dtype=dtype) * std
@@ -151,6 +155,34 @@ def experts(R):
     bench("rows_weighted_sum", "index, multiply, sum", R, lambda: lambda: (out[inverse].view(R, K, C) * score[..., None].bfloat16()).sum(1))
 
 
+def expert_layers(R):
+    def layer(how):
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+        config = Qwen3MoeConfig(
+            hidden_size=C, moe_intermediate_size=W, num_experts=E, num_experts_per_tok=K
+        )
+        config._experts_implementation = how
+        with torch.device(a.device):
+            module = Qwen3MoeExperts(config).bfloat16()
+        for weight in module.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+        ids = torch.rand(R, E, device=a.device).topk(K).indices.sort().values  # even routing
+        score = torch.rand(R, K, device=a.device).bfloat16().requires_grad_()
+        return module, (leaf(normal(R, C)), ids, score)
+
+    def forward(how):
+        module, inputs = layer(how)
+        return lambda: module(*inputs)
+
+    def both(how):
+        module, inputs = layer(how)
+        return backward(module(*inputs), (inputs[0], inputs[2], *module.parameters()))
+    for how in "grouped_mm", "sonicmoe", "deepgemm":
+        bench("experts_forward", "transformers " + how, R, lambda: forward(how))
+        bench("experts_backward", "transformers " + how, R, lambda: both(how))
+
+
 def ends(R):
     N = min(R, (1 << 30) // (V * 2))
     ids, weight, x, y = torch.randint(V, (R,), device=a.device), normal(V, C, std=C ** -0.5), normal(R, C), normal(N, C)
@@ -186,5 +218,6 @@ print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else 'c
 for R in a.tokens:
     dense(R)
     experts(R)
+    expert_layers(R)
     ends(R)
 optimizer(P, LENGTH)
