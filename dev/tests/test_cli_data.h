@@ -171,4 +171,16 @@ static void test_data_ranks(void) {
     a = log_of("silent2");
     check(a.n == 2 && isnan(logged(&a, 2, "loss")), "two ranks without targets go on");
     log_free(&a);
+    // Targets end in the second window of update 6: two of its four ranks have none, and later
+    // updates have none at all.
+    write_data("half", 4, 2000, 700);
+    setenv("HALF", "--train $T/half.bin --shuffle off --documents mask --document-end 97", 1);
+    good("eval exec $B $D $HALF --steps 8 --out $T/half1");
+    good("eval exec $M -np 4 $B $D $HALF --steps 8 --ep 2 --fsdp 2 --out $T/half4");
+    worst = loss_difference("half1", "half4", 6);
+    a = log_of("half4");
+    check(worst < same_losses && logged(&a, 6, "targets") < 64 && logged(&a, 7, "targets") == 0 &&
+              isnan(logged(&a, 7, "loss")) && logged(&a, 7, "grad_norm") == 0,
+          "masks and documents on four ranks as on one, some without targets: losses %.1e", worst);
+    log_free(&a);
 }
