@@ -165,11 +165,7 @@ static StepResult update(Run *r, int64_t step, double lr) {
     Profile *profile = profile_start(t->g->all);
     StepResult s = trainer_step(t, r->data, step, lr);
     profile_print(profile, t->g->rank == 0 ? stdout : 0);
-    if (*r->o->out) {
-        char *path = xasprintf("%s/profile-%lld.trace.json", r->o->out, (long long)step);
-        profile_trace(profile, path);
-        free(path);
-    }
+    if (*r->o->out) profile_trace(profile, &r->folder, step);
     profile_free(profile);
     char *traffic = grid_traffic(t->g, 0);
     if (t->g->rank == 0) printf("%s", traffic);

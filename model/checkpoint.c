@@ -10,13 +10,11 @@
 #include "../kernels/fail.h"
 #include "../kernels/random.h"
 #include <cjson/cJSON.h>
-#include <dirent.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 // Blocks of 256 elements share a scale (kernels/quant8.h).
@@ -367,7 +365,7 @@ static int inside_model(const char *dir, const char *path) {
     char *hub = xasprintf("%s/../../blobs", dir);
     char *blobs = realpath(hub, 0);
     const char *place[] = { folder, blobs };
-    int inside = 0;
+    int inside = !file; // what cannot be looked up is said by who opens it
     for (int i = 0; i < 2 && file; i++) {
         size_t n = place[i] ? strlen(place[i]) : 0;
         inside |= n && !strncmp(file, place[i], n) && file[n] == '/';
@@ -382,30 +380,38 @@ static int inside_model(const char *dir, const char *path) {
     return inside;
 }
 
+typedef struct {
+    Checkpoint *checkpoint;
+    const char *dir;
+} Attaching;
+static void add_attachment(void *context, const char *name) {
+    Checkpoint *checkpoint = ((Attaching *)context)->checkpoint;
+    const char *dir = ((Attaching *)context)->dir;
+    if (!is_attachment(name)) return;
+    Attachment a = { xasprintf("%s", name), 0, 0 };
+    char *path = xasprintf("%s/%s", dir, name);
+    int64_t bytes = 0;
+    int inside = inside_model(dir, path);
+    int error = inside ? file_load(AT_FDCWD, path, 0, MAX_ATTACHMENT, &a.data, &bytes) : 0;
+    if (error) warn("%s is not copied into checkpoints: %s", path, file_why(error));
+    a.bytes = bytes;
+    checkpoint->attachment = (Attachment *)xrealloc(
+        checkpoint->attachment, checkpoint->n_attachments + 1, sizeof a, "tokenizer files");
+    if (a.data)
+        checkpoint->attachment[checkpoint->n_attachments++] = a;
+    else
+        free(a.name);
+    free(path);
+}
+
 // Saved in memory (a few megabytes): the folder that the model came from may be gone by the time of
 // a save, removed by --keep for one.
 static void load_attachments(Checkpoint *checkpoint, const char *dir) {
-    DIR *d = opendir(dir);
-    for (struct dirent *e; d && (e = readdir(d));) {
-        struct stat st;
-        char *path = xasprintf("%s/%s", dir, e->d_name);
-        FILE *f = 0;
-        if (is_attachment(e->d_name) && !stat(path, &st) && S_ISREG(st.st_mode) &&
-            st.st_size <= MAX_ATTACHMENT && inside_model(dir, path))
-            f = fopen(path, "rb");
-        if (f) {
-            Attachment a = { xasprintf("%s", e->d_name),
-                             (char *)xmalloc(st.st_size, "tokenizer file"), 0 };
-            a.bytes = fread(a.data, 1, st.st_size, f);
-            fclose(f);
-            checkpoint->attachment = (Attachment *)realloc(
-                checkpoint->attachment, (checkpoint->n_attachments + 1) * sizeof a);
-            if (!checkpoint->attachment) die("out of host memory for tokenizer files|free memory");
-            checkpoint->attachment[checkpoint->n_attachments++] = a;
-        }
-        free(path);
-    }
-    if (d) closedir(d);
+    Attaching to = { checkpoint, dir };
+    int fd = folder_open(AT_FDCWD, dir, 0);
+    int error = fd < 0 ? errno : folder_visit(fd, add_attachment, &to);
+    if (error) die("%s: cannot read the folder: %s|check the disk", dir, strerror(error));
+    close(fd);
 }
 
 // ---- load and resume ------------------------------------------------------------------------

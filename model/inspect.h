@@ -2,6 +2,7 @@
 // and where the time of an update goes.
 #ifndef MOE_INSPECT_H
 #define MOE_INSPECT_H
+#include "file.h"
 #include "step.h"
 #include "../data/tokens.h"
 MOE_BEGIN_C
@@ -37,8 +38,9 @@ Profile *profile_start(Comm *all);
 // nothing if `file` is 0.
 void profile_print(Profile *profile, FILE *file);
 // Writes one report an event in the format of Chrome's tracing and of Perfetto, with a process for
-// each rank and a row for each stream. All ranks call it, rank 0 writes. Dies where it cannot.
-void profile_trace(const Profile *profile, const char *path);
+// each rank and a row for each stream, to profile-<step>.trace.json. All ranks call it, rank 0
+// writes, and warns where it cannot.
+void profile_trace(const Profile *profile, const RunFolder *folder, int64_t step);
 void profile_free(Profile *profile);
 MOE_END_C
 #endif

@@ -1,9 +1,9 @@
 // --profile: the reports of one update as a table of times and FLOP/s, and as a trace. Listens
 // through kernel_hook (kernels/device.h); contracts in inspect.h.
 #include "inspect.h"
+#include "file.h"
 #include "../kernels/device.h"
 #include "../kernels/fail.h"
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -141,26 +141,28 @@ static char *rank_events(const Profile *p, size_t *bytes) {
     return text;
 }
 
-void profile_trace(const Profile *p, const char *path) {
+void profile_trace(const Profile *p, const RunFolder *folder, int64_t step) {
     size_t bytes;
     char *mine = rank_events(p, &bytes);
     int ranks = comm_size(p->all);
-    size_t most = comm_max(p->all, (int64_t)bytes) + 1;
+    size_t most = comm_max(p->all, (int64_t)bytes) + 1, used = 0;
     char *padded = (char *)xcalloc(most, 1, "profile");
     char *all = (char *)xmalloc(ranks * most, "profile");
     memcpy(padded, mine, bytes);
     comm_all_gather_host(p->all, all, padded, most);
     if (comm_rank(p->all) == 0) {
-        FILE *f = fopen(path, "w");
-        if (!f) die("cannot write the trace %s: %s|free space under --out", path, strerror(errno));
-        fprintf(f, "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n");
         for (int r = 0; r < ranks; r++) {
-            char *text = all + r * most;
-            if (r == ranks - 1) text[strlen(text) - 2] = 0; // the last comma
-            fprintf(f, "%s", text);
+            size_t n = strlen(all + r * most);
+            memmove(all + used, all + r * most, n);
+            used += n;
         }
-        fprintf(f, "\n]}\n");
-        if (fclose(f)) die("cannot write the trace %s: %s|free space", path, strerror(errno));
+        all[used > 2 ? used - 2 : 0] = 0; // the last comma
+        char *name = xasprintf("profile-%lld.trace.json", (long long)step);
+        char *text = xasprintf("{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n%s\n]}\n", all);
+        int error = file_replace(folder->fd, name, text, strlen(text));
+        if (error) warn("cannot write %s/%s: %s", folder->path, name, file_why(error));
+        free(name);
+        free(text);
     }
     free(all);
     free(padded);

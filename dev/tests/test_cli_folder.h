@@ -75,13 +75,22 @@ static void test_links(void) {
         "$T/link/checkpoints/incomplete_step_7; "
         "mkdir -p $T/link/checkpoints/incomplete_step_8/left/behind; "
         "mv $T/link/checkpoints/step_1 $T/disk2; ln -s $T/disk2/step_1 $T/link/checkpoints/step_1");
-    good("eval exec $B $S --steps 3 --resume --keep 1 --out $T/link");
+    good("echo keep > $T/victim; ln -s $T/victim $T/link/profile-3.trace.json; eval exec $B $S "
+         "--steps 3 --resume --keep 1 --profile 3 --out $T/link");
+    check(run("test -f $T/link/profile-3.trace.json && ! test -L $T/link/profile-3.trace.json && "
+              "exec grep -q keep $T/victim") == 0,
+          "a profile takes the place of a link of its name, and is not written through it");
+    good(
+        "mkdir $T/pipes; cp $F/tied/* $T/pipes; mkfifo $T/pipes/tokenizer.json; exec timeout 20 $B "
+        "--model $T/pipes --steps 0 --threads 1 --out $T/pipes.out");
+    check(said("stderr", "tokenizer.json is not copied into checkpoints: not a file"),
+          "a tokenizer that cannot be read is said");
     check(exists(at("home/thesis")) && exists(at("disk2/step_1/model.safetensors")) &&
               !exists(at("link/checkpoints/incomplete_step_7")) &&
               !exists(at("link/checkpoints/incomplete_step_8")) &&
               exists(at("link/checkpoints/step_3/model.safetensors")),
           "what links under --out lead to is neither emptied nor removed");
-    good("mkdir $T/outside $T/linked $T/logged; echo keep > $T/victim; "
+    good("mkdir $T/outside $T/linked $T/logged; "
          "ln -s $T/outside $T/linked/checkpoints; ln -s $T/victim $T/logged/log.jsonl");
     bad("checkpoints that lie elsewhere", "is a symbolic link",
         "$S --steps 1 --resume --out $T/linked");
