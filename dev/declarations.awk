@@ -4,7 +4,8 @@
 {
     line = $0
     sub(/\/\/.*/, "", line)
-    if (line !~ /^ *(static |const |unsigned )*[A-Za-z_][A-Za-z_0-9]* \**[a-z][A-Za-z_0-9]* = .*;$/) next
+    if (line !~ /^ *(static |const |unsigned )*[A-Za-z_][A-Za-z_0-9]* \**[a-z][A-Za-z_0-9]* = .*;$/)
+        next
     if (line ~ /^ *(return|else|case|goto|typedef|using) /) next
     # What stands in brackets or quotes holds commas of its own.
     while (gsub(/"[^"]*"|'[^']*'|\([^()]*\)|\[[^][]*\]|\{[^{}]*\}|<[^<>;=]*>/, "", line)) continue

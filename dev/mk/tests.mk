@@ -8,7 +8,8 @@ test:
 test-full:
 	@CC=$(CC) sh dev/tests/run.sh full
 # Everything that CI has no time for, some hours. Each part ends with its own 'N passed, N failed'.
-NIGHTLY = test-cuemu-nightly test-mutations test-mutations-cuda test-faults test-power-cut test-kills
+NIGHTLY = test-cuemu-nightly test-mutations test-mutations-cuda test-faults test-power-cut \
+    test-kills
 test-nightly:
 	@CC=$(CC) sh dev/tests/run.sh nightly
 	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=3600
@@ -27,13 +28,14 @@ test-power-cut: $(BUILD)/train_moe
 test-mutations-cuda:
 	@sh dev/mutations/run.sh kernels.txt $(ONLY)
 
-# Layout of the sources: clang-format 14, and no line above 100 columns.
+# Layout of the sources: clang-format 14, and no line above 100 columns, scripts and make files too.
 FORMATTED = $(shell git ls-files '*.c' '*.h' '*.cu' '*.cuh' '*.cpp')
+SCRIPTS = $(shell git ls-files .ci/run '*.sh' '*.sbatch' '*.py' '*.awk' '*.mk' '*Makefile')
 CLANG_FORMAT = clang-format-14
 format:
 	@$(CLANG_FORMAT) -i $(FORMATTED)
 format-check:
-	@sh dev/format_check.sh $(CLANG_FORMAT) $(FORMATTED)
+	@sh dev/format_check.sh $(CLANG_FORMAT) $(FORMATTED) $(SCRIPTS)
 
 # The chapters: width of prose and tables, links, invariants that README.md defines.
 PROSE = $(shell git ls-files '*.md' ':!dev/results')
