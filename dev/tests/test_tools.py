@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Numbered checks of what draws, exports and compares: python3 dev/tests/test_tools.py
 
-dev/plot.py needs matplotlib, dev/export.py tensorboard, dev/hf/compare.py safetensors, dev/watch.html
-a Chromium; what is missing is left out, and said. The page is drawn by a headless browser and then asked what it has drawn.
+dev/plot.py needs matplotlib, dev/export.py tensorboard, dev/hf/compare.py safetensors, dev/parity/confirm.py
+transformers, dev/watch.html a Chromium; what is missing is left out, and said. The page is drawn by a headless browser and then asked what it has drawn.
 """
 import fcntl
 import json
@@ -132,6 +132,29 @@ def test_compare(folder):
               f"compare.py dumps: routings that differ, by layer, {'with' if more else 'without'} margins")
 
 
+def test_confirm(folder):
+    """A trainer whose gradient of one tensor is off, and a fixture whose expected gradient is: the slope of the loss tells them apart."""
+    from safetensors.numpy import load_file, save_file
+    kit, name = f"{folder}/kit", "model.layers.1.self_attn.q_proj.weight"
+    shutil.copytree(f"{DEV}/parity", kit)
+    for part in (f"{DEV}/fixtures/gqa", f"{DEV}/naive"):
+        shutil.copytree(part, f"{kit}/fixtures/gqa" if part.endswith("gqa") else f"{kit}/naive")
+    shutil.copy(f"{DEV}/hf/reference.py", kit)
+    expected = load_file(f"{kit}/fixtures/gqa/expected.safetensors")
+    got = {n: t for n, t in expected.items() if n.startswith("grad.")}
+    for wrong, status, slope in (("theirs", 0, 0), ("expected", 1, 1)):
+        tensors = dict(got if wrong == "theirs" else expected)
+        tensors[f"grad.{name}"] = tensors[f"grad.{name}"] * 1.01
+        save_file(tensors, f"{folder}/got.safetensors" if wrong == "theirs" else f"{kit}/fixtures/gqa/expected.safetensors")
+        if wrong == "expected":
+            save_file(got, f"{folder}/got.safetensors")
+        ended = subprocess.run([sys.executable, f"{kit}/confirm.py", "gqa", "1", f"{folder}/got.safetensors"], capture_output=True, text=True)
+        said = json.loads(ended.stdout) if ended.stdout else {"kinds": {"dense": [ended.stderr[-200:], 0, 9]}, "naive": 0}
+        row = said["kinds"]["dense"]
+        check(ended.returncode == status and row[0] == name and abs(row[2] - slope) < 0.01 and (said["naive"] > 1e-3) == slope,
+              f"confirm.py, {wrong} off by 1 %: {row[0]}, slope {row[2]:.4f}, naive {said['naive']:.0e}")
+
+
 def browser(chromium, url, *options):
     return subprocess.run([chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--timeout=10000", *options, url],
                           capture_output=True, text=True, timeout=120).stdout
@@ -174,6 +197,8 @@ def main():
             test_plot(folder)
         if has("numpy") and has("safetensors"):
             test_compare(folder)
+        if has("transformers"):
+            test_confirm(folder)
         if has("tensorboard"):
             test_export(folder)
         chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
