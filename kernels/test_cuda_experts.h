@@ -1,5 +1,74 @@
-// Row index, experts and routes, on the device beside the CPU; a part of test_cuda.cu, whose
-// buffers and checks it uses.
+// Router, row index, experts and routes, on the device beside the CPU; a part of test_cuda.cu,
+// whose buffers and checks it uses.
+
+// ---- router ---------------------------------------------------------------------------------
+// The sums of logits are those of tensor cores here and of loops there: the ids of the chosen agree
+// only where the choice hangs on more than rounding. The smallest distance between a token's last
+// chosen and its best refused value, relative to them, equal ones aside (the lower id wins).
+static double closest_choice(const Numbers &logits, const Numbers &bias, int R, int E, int K) {
+    double closest = 1;
+    for (int r = 0; r < R && K < E; r++) {
+        Numbers value(logits.begin() + (ptrdiff_t)r * E, logits.begin() + (ptrdiff_t)(r + 1) * E);
+        double top = *std::max_element(value.begin(), value.end()), sum = 0;
+        for (double &v : value) sum += v = exp(v - top);
+        for (int e = 0; e < E; e++) value[e] = value[e] / sum + bias[e];
+        std::sort(value.rbegin(), value.rend());
+        double gap = (value[K - 1] - value[K]) / fabs(value[K - 1]);
+        if (gap > 0 && gap < closest) closest = gap;
+    }
+    return closest;
+}
+static void test_router(int R, int C, int E, int K, int normalize, int ties) {
+    char name[80];
+    snprintf(name, sizeof name, "router R %d E %d K %d%s%s", R, E, K,
+             normalize ? " normalised" : "", ties ? " ties" : "");
+    begin(name);
+    Buffer u = random_input(X, (size_t)R * C),
+           W = ties ? zeros(X, (size_t)E * C) : random_input(X, (size_t)E * C, 0.5),
+           bias = random_input(REAL, E, 0.1);
+    Buffer logits = output(REAL, (size_t)R * E), topk = output(INT, (size_t)R * K),
+           score = output(REAL, (size_t)R * K), count = input(INT64, Numbers(E, 3)),
+           prob = zeros(DOUBLE, E);
+    Buffer z = zeros(DOUBLE, 2), f = output(DOUBLE, E), du = random_input(X, (size_t)R * C),
+           dW = output(REAL, (size_t)E * C), dW2 = random_input(REAL, (size_t)E * C);
+    Buffer dz = output(REAL, (size_t)R * E), dscore = random_input(REAL, (size_t)R * K),
+           biased = output(INT, (size_t)R * K), score2 = output(REAL, (size_t)R * K),
+           given = output(REAL, (size_t)R * K);
+    RouterStats none = {};
+    for (int w = CUDA; w < WORLDS; w++) {
+        RouterStats stats = { count.l(w), prob.d(w), z.d(w) };
+        CALL(w, router_forward, logits.r(w), biased.i(w), score2.r(w), none, u.x(w), W.x(w),
+             bias.r(w), 0, normalize, R, C, E, K);
+        CALL(w, router_forward, logits.r(w), topk.i(w), score.r(w), stats, u.x(w), W.x(w), 0, 0,
+             normalize, R, C, E, K);
+        // The biased choice is given: its ids stay, and without the bias they have the same scores.
+        CALL(w, router_forward, logits.r(w), biased.i(w), given.r(w), none, u.x(w), W.x(w), 0, 1,
+             normalize, R, C, E, K);
+        CALL(w, router_share, f.d(w), count.l(w), 100.0, 1, E);
+        CALL(w, router_backward_add, du.x(w), dW.g(w), dz.r(w), dscore.r(w), logits.r(w), topk.i(w),
+             score.r(w), u.x(w), W.x(w), f.d(w), 0.02, 0.001, normalize, 0, R, C, E, K);
+        CALL(w, router_backward_add, du.x(w), dW2.g(w), dz.r(w), dscore.r(w), logits.r(w),
+             topk.i(w), score.r(w), u.x(w), W.x(w), f.d(w), 0.0, 0.0, normalize, 1, R, C, E, K);
+    }
+    for (const Numbers &b : { Numbers(E, 0.0), read(bias, TRUTH) })
+        if (closest_choice(read(logits, TRUTH), b, R, E, K) < 4e-6)
+            complain("this test's numbers", "a choice hangs on rounding");
+    exact("topk", topk);
+    exact("topk with bias", biased);
+    exact("count", count);
+    compare("logits", logits);
+    compare("score", score);
+    compare("prob", prob);
+    compare("z", z);
+    compare("f", f);
+    compare("dz", dz);
+    compare("du", du);
+    compare("dW", dW);
+    compare("dW accumulated", dW2);
+    compare("score with bias", score2);
+    compare("score of a given choice", given);
+    end();
+}
 
 // ---- plan and experts -----------------------------------------------------------------------
 struct Plans {
