@@ -51,7 +51,8 @@ static void write_tokens(const char *path, int vocabulary, int n) {
 }
 
 static int by_value(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
+    double x = *(const double *)a;
+    double y = *(const double *)b;
     return (x > y) - (x < y);
 }
 static double median(double *x, int n) {
@@ -103,10 +104,13 @@ static void bench_step(Model *m, const Bench *b, const char *dir, const char *to
     Trainer *t = start(m, &grid, b, dir);
     LoaderOptions options = { b->T, 1, 0, m->c.V, LOSS_MASK_AUTO, 0 };
     Loader *data = loader_open(&tokens, 1, options);
-    double *seconds = (double *)xmalloc(3 * (size_t)b->steps * sizeof(double), "timings"),
-           *peak = seconds + b->steps, *share = peak + b->steps;
-    double flops = config_flops_per_token(&m->c, b->T) * b->T * b->batch, before = 0, load = 0,
-           first_loss = 0;
+    double *seconds = (double *)xmalloc(3 * (size_t)b->steps * sizeof(double), "timings");
+    double *peak = seconds + b->steps;
+    double *share = peak + b->steps;
+    double flops = config_flops_per_token(&m->c, b->T) * b->T * b->batch;
+    double before = 0;
+    double load = 0;
+    double first_loss = 0;
     StepResult r = { 0 };
     for (int i = -b->warmup; i < b->steps; i++) {
         if (i == 0) before = device_peak_flops();
@@ -224,8 +228,10 @@ static Product tile(int ta, int tb, int64_t m, int64_t n, int64_t k) {
 }
 static void print_row(Row *row) {
     int flops = row->flops > 0;
-    double work = flops ? row->flops : row->bytes, seconds = median(row->seconds, row->n),
-           ceiling = median(row->ceiling, row->n), share = median(row->share, row->n);
+    double work = flops ? row->flops : row->bytes;
+    double seconds = median(row->seconds, row->n);
+    double ceiling = median(row->ceiling, row->n);
+    double share = median(row->share, row->n);
     char peak[16] = "";
     if (flops) snprintf(peak, sizeof peak, "%.1f %%", 100 * work / seconds / table.peak);
     printf("| %-30s | %8.3f | %5.0f | %9.2f | %6.1f %-7s | %7s | %7.1f | %5.1f %% |\n", row->name,
@@ -267,38 +273,57 @@ static void kernels(const Config *c, const Trainer *t, const Bench *b, Arena *ar
     const int T = b->T, B = b->batch, R = T * B, C = c->C, Q = c->H * c->D, KV = c->KV * c->D,
               E = c->E, K = c->K, F = c->F, V = c->V, M = row_index_bound(R, K, E);
     // Rows of a task: of an expert at balance; of a block of attention (kernels/cpu/attention.c).
-    const int each = (int)lesser(1024, div_up((int64_t)R * K, E)), keys = 512, stacked = 128;
+    const int each = (int)lesser(1024, div_up((int64_t)R * K, E));
+    const int keys = 512;
+    const int stacked = 128;
     const int chunk = t->head.chunk < R ? t->head.chunk : R;
-    const double L = c->n_moe, chunks = (double)R / chunk, x = sizeof(floatX), g = sizeof(gradX);
-    const double RC = (double)R * C, rows = (double)R * K;
-    floatX *h = normal(arena, (size_t)R * C, 1), *y = normal(arena, (size_t)R * C, 2),
-           *dy = normal(arena, (size_t)R * C, 3), *w = normal(arena, C, 4);
-    floatX *q = normal(arena, (size_t)R * Q, 5), *k = normal(arena, (size_t)R * KV, 6),
-           *v = normal(arena, (size_t)R * KV, 7), *qn = normal(arena, (size_t)R * Q, 8);
-    floatX *kn = normal(arena, (size_t)R * KV, 9), *o = normal(arena, (size_t)R * Q, 10),
-           *dq = normal(arena, (size_t)R * Q, 11), *dk = normal(arena, (size_t)R * KV, 12);
-    floatX *dv = normal(arena, (size_t)R * KV, 13), *Wq = normal(arena, (size_t)Q * C, 14),
-           *Wr = normal(arena, (size_t)E * C, 15), *W1 = normal(arena, (size_t)E * 2 * F * C, 16);
-    floatX *W2 = normal(arena, (size_t)E * C * F, 17), *H = normal(arena, (size_t)M * 2 * F, 18),
-           *dH = normal(arena, (size_t)M * 2 * F, 19), *A = normal(arena, (size_t)M * F, 20);
-    floatX *Y = normal(arena, (size_t)M * C, 21), *We = normal(arena, (size_t)V * C, 22),
-           *logits = normal(arena, (size_t)chunk * V, 23);
-    gradX *dW1 = ARENA_TAKE(arena, gradX, (size_t)E * 2 * F * C, "x"),
-          *dW2 = ARENA_TAKE(arena, gradX, (size_t)E * C * F, "x"),
-          *dWe = ARENA_TAKE(arena, gradX, (size_t)V * C, "x");
-    gradX *dW = ARENA_TAKE(arena, gradX, (size_t)(Q > E ? Q : E) * C, "x"),
-          *dw = ARENA_TAKE(arena, gradX, C, "x");
-    real *cosine = ARENA_TAKE(arena, real, (size_t)T * c->D, "x"),
-         *sine = ARENA_TAKE(arena, real, (size_t)T * c->D, "x"),
-         *rstd = ARENA_TAKE(arena, real, R, "x");
-    real *lse = ARENA_TAKE(arena, real, (size_t)R * c->H, "x"),
-         *z = ARENA_TAKE(arena, real, (size_t)R * E, "x"),
-         *dz = ARENA_TAKE(arena, real, (size_t)R * E, "x");
-    real *score = ARENA_TAKE(arena, real, (size_t)R * K, "x"),
-         *dscore = ARENA_TAKE(arena, real, (size_t)R * K, "x"),
-         *norm = ARENA_TAKE(arena, real, 2, "x");
-    int *ids = ARENA_TAKE(arena, int, R, "x"), *topk = ARENA_TAKE(arena, int, (size_t)R *K, "x");
-    double *share = ARENA_TAKE(arena, double, E, "x"), *loss = ARENA_TAKE(arena, double, 1, "x");
+    const double L = c->n_moe;
+    const double chunks = (double)R / chunk;
+    const double x = sizeof(floatX);
+    const double g = sizeof(gradX);
+    const double RC = (double)R * C;
+    const double rows = (double)R * K;
+    floatX *h = normal(arena, (size_t)R * C, 1);
+    floatX *y = normal(arena, (size_t)R * C, 2);
+    floatX *dy = normal(arena, (size_t)R * C, 3);
+    floatX *w = normal(arena, C, 4);
+    floatX *q = normal(arena, (size_t)R * Q, 5);
+    floatX *k = normal(arena, (size_t)R * KV, 6);
+    floatX *v = normal(arena, (size_t)R * KV, 7);
+    floatX *qn = normal(arena, (size_t)R * Q, 8);
+    floatX *kn = normal(arena, (size_t)R * KV, 9);
+    floatX *o = normal(arena, (size_t)R * Q, 10);
+    floatX *dq = normal(arena, (size_t)R * Q, 11);
+    floatX *dk = normal(arena, (size_t)R * KV, 12);
+    floatX *dv = normal(arena, (size_t)R * KV, 13);
+    floatX *Wq = normal(arena, (size_t)Q * C, 14);
+    floatX *Wr = normal(arena, (size_t)E * C, 15);
+    floatX *W1 = normal(arena, (size_t)E * 2 * F * C, 16);
+    floatX *W2 = normal(arena, (size_t)E * C * F, 17);
+    floatX *H = normal(arena, (size_t)M * 2 * F, 18);
+    floatX *dH = normal(arena, (size_t)M * 2 * F, 19);
+    floatX *A = normal(arena, (size_t)M * F, 20);
+    floatX *Y = normal(arena, (size_t)M * C, 21);
+    floatX *We = normal(arena, (size_t)V * C, 22);
+    floatX *logits = normal(arena, (size_t)chunk * V, 23);
+    gradX *dW1 = ARENA_TAKE(arena, gradX, (size_t)E * 2 * F * C, "x");
+    gradX *dW2 = ARENA_TAKE(arena, gradX, (size_t)E * C * F, "x");
+    gradX *dWe = ARENA_TAKE(arena, gradX, (size_t)V * C, "x");
+    gradX *dW = ARENA_TAKE(arena, gradX, (size_t)(Q > E ? Q : E) * C, "x");
+    gradX *dw = ARENA_TAKE(arena, gradX, C, "x");
+    real *cosine = ARENA_TAKE(arena, real, (size_t)T * c->D, "x");
+    real *sine = ARENA_TAKE(arena, real, (size_t)T * c->D, "x");
+    real *rstd = ARENA_TAKE(arena, real, R, "x");
+    real *lse = ARENA_TAKE(arena, real, (size_t)R * c->H, "x");
+    real *z = ARENA_TAKE(arena, real, (size_t)R * E, "x");
+    real *dz = ARENA_TAKE(arena, real, (size_t)R * E, "x");
+    real *score = ARENA_TAKE(arena, real, (size_t)R * K, "x");
+    real *dscore = ARENA_TAKE(arena, real, (size_t)R * K, "x");
+    real *norm = ARENA_TAKE(arena, real, 2, "x");
+    int *ids = ARENA_TAKE(arena, int, R, "x");
+    int *topk = ARENA_TAKE(arena, int, (size_t)R *K, "x");
+    double *share = ARENA_TAKE(arena, double, E, "x");
+    double *loss = ARENA_TAKE(arena, double, 1, "x");
     double *sums = ARENA_TAKE(arena, double, 1 << 16, "x");
     void *workspace = arena_take(arena, attention_workspace(B, T, c->H, c->KV, c->D), "x");
     RowIndex plan = { ARENA_TAKE(arena, int, M, "x"),
@@ -461,14 +486,15 @@ int main(int argc, char **argv) {
         write_tokens(argv[2], atoi(argv[3]), atoi(argv[4]));
         return 0;
     }
-    int step = argc > 3 && !strcmp(argv[1], "step"),
-        kernel = argc > 2 && !strcmp(argv[1], "kernels");
+    int step = argc > 3 && !strcmp(argv[1], "step");
+    int kernel = argc > 2 && !strcmp(argv[1], "kernels");
     if (!step && !kernel) die("nothing to do|see the first lines of dev/bench_cpu.c");
     Bench b = {
         .T = 512, .batch = 8, .steps = 8, .warmup = 3, .threads = 0, .embed = 1, .skew = 1
     };
     for (int i = step ? 4 : 3; i < argc; i += 2) {
-        const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : "";
+        const char *name = argv[i];
+        const char *value = i + 1 < argc ? argv[i + 1] : "";
         if (!strcmp(name, "--seq-len"))
             b.T = atoi(value);
         else if (!strcmp(name, "--batch"))

@@ -29,12 +29,15 @@ typedef struct {
     int B, T, C, H, KV, D, E, K, F, V;
     int64_t P;
 } Shape;
-static const Shape
-    full = { 0, 4096, 2048, 32, 4, 128, 128, 8, 768, 151936, 3ll * 128 * 2048 * 768 },
-    tiny = { 2, 32, 64, 4, 2, 16, 8, 2, 16, 160, 3ll * 8 * 64 * 16 };
+static const Shape full = {
+    0, 4096, 2048, 32, 4, 128, 128, 8, 768, 151936, 3ll * 128 * 2048 * 768
+};
+static const Shape tiny = { 2, 32, 64, 4, 2, 16, 8, 2, 16, 160, 3ll * 8 * 64 * 16 };
 static const char *only;
-static double seconds = 0.15, peak_flops, peak_bytes;
-static int warm_calls = 3, least_calls = 5;
+static double seconds = 0.15;
+static double peak_flops, peak_bytes;
+static int warm_calls = 3;
+static int least_calls = 5;
 static size_t flush_bytes = (size_t)256 << 20;
 static void *flush_memory;
 
@@ -71,9 +74,11 @@ static int head_rows(const Shape *s) {
                                   (1ll << 30) / ((int64_t)s->V * (int64_t)sizeof(floatX)));
 }
 static void cost(const Shape *s, const char *kernel, double *flops, double *bytes) {
-    double R = (double)s->B * s->T, T = s->T, C = s->C, H = s->H, Q = H * s->D,
-           KVD = (double)s->KV * s->D, E = s->E, K = s->K, F = s->F, V = s->V, P = (double)s->P;
-    double N = head_rows(s), Z = R * K, x = sizeof(floatX);
+    double R = (double)s->B * s->T, T = s->T, C = s->C, H = s->H, Q = H * s->D;
+    double KVD = (double)s->KV * s->D;
+    double E = s->E, K = s->K, F = s->F, V = s->V, P = (double)s->P;
+    double N = head_rows(s), Z = R * K;
+    double x = sizeof(floatX);
 #define COST(name, f, b)          \
     if (!strcmp(kernel, #name)) { \
         *flops = f;               \
@@ -92,7 +97,9 @@ static void bench(const Shape *s, const char *kernel, const char *variant, doubl
     if (only && !strstr(kernel, only)) return;
     double flops, bytes;
     cost(s, kernel, &flops, &bytes);
-    double us = time_us(call), products = flops / peak_flops, copies = bytes / peak_bytes;
+    double us = time_us(call);
+    double products = flops / peak_flops;
+    double copies = bytes / peak_bytes;
     printf(
         "{\"kernel\": \"%s\", \"variant\": \"%s\", \"tokens\": %d, \"us\": %.2f, \"flops\": %.6g, "
         "\"bytes\": %.6g, \"tflops\": %.2f, \"gbs\": %.1f, \"bound\": \"%s\", \"share\": %.4f",
@@ -144,12 +151,14 @@ static __global__ void copy_kernel(int4 *to, const int4 *from, int64_t n) {
         to[i] = from[i];
 }
 static void ceilings(const Shape *s, Arena *a) {
-    int toy = s->V < 10000, side = toy ? 64 : 8192;
+    int toy = s->V < 10000;
+    int side = toy ? 64 : 8192;
     size_t bytes = (size_t)1 << (toy ? 16 : 31);
-    char *from = (char *)arena_take(a, bytes, "operands"),
-         *to = (char *)arena_take(a, bytes, "operands");
-    floatX *x = normal(a, (int64_t)side * side, 1), *y = normal(a, (int64_t)side * side, 1),
-           *z = normal(a, (int64_t)side * side, 1);
+    char *from = (char *)arena_take(a, bytes, "operands");
+    char *to = (char *)arena_take(a, bytes, "operands");
+    floatX *x = normal(a, (int64_t)side * side, 1);
+    floatX *y = normal(a, (int64_t)side * side, 1);
+    floatX *z = normal(a, (int64_t)side * side, 1);
     if (!a->base) return;
     int64_t n = (int64_t)(bytes / 16);
     double memcpy_us = time_us([&] { device_copy(to, from, bytes); });
@@ -170,17 +179,26 @@ static void ceilings(const Shape *s, Arena *a) {
 static void dense(const Shape *s, Arena *a) {
     int R = s->B * s->T, T = s->T, C = s->C, H = s->H, KV = s->KV, D = s->D, Q = H * D, W = KV * D;
     double fan = 1 / sqrt((double)C);
-    floatX *x = normal(a, (int64_t)R * C, 1), *y = normal(a, (int64_t)R * C, 1),
-           *dy = normal(a, (int64_t)R * C, 1), *w = normal(a, C, 1);
-    floatX *q = normal(a, (int64_t)R * Q, 1), *k = normal(a, (int64_t)R * W, 1),
-           *v = normal(a, (int64_t)R * W, 1), *o = normal(a, (int64_t)R * Q, 1),
-           *qn = normal(a, (int64_t)R * Q, 1);
-    floatX *kn = normal(a, (int64_t)R * W, 1), *dq = normal(a, (int64_t)R * Q, 1),
-           *dk = normal(a, (int64_t)R * W, 1), *dv = normal(a, (int64_t)R * W, 1),
-           *Wq = normal(a, (int64_t)Q * C, fan);
-    gradX *dW = GRADS((int64_t)Q * C), *dw = GRADS(C > 2 * D ? C : 2 * D);
-    real *rstd = REALS(R), *cosine = REALS((int64_t)T * D / 2), *sine = REALS((int64_t)T * D / 2),
-         *lse = REALS((int64_t)R * H);
+    floatX *x = normal(a, (int64_t)R * C, 1);
+    floatX *y = normal(a, (int64_t)R * C, 1);
+    floatX *dy = normal(a, (int64_t)R * C, 1);
+    floatX *w = normal(a, C, 1);
+    floatX *q = normal(a, (int64_t)R * Q, 1);
+    floatX *k = normal(a, (int64_t)R * W, 1);
+    floatX *v = normal(a, (int64_t)R * W, 1);
+    floatX *o = normal(a, (int64_t)R * Q, 1);
+    floatX *qn = normal(a, (int64_t)R * Q, 1);
+    floatX *kn = normal(a, (int64_t)R * W, 1);
+    floatX *dq = normal(a, (int64_t)R * Q, 1);
+    floatX *dk = normal(a, (int64_t)R * W, 1);
+    floatX *dv = normal(a, (int64_t)R * W, 1);
+    floatX *Wq = normal(a, (int64_t)Q * C, fan);
+    gradX *dW = GRADS((int64_t)Q * C);
+    gradX *dw = GRADS(C > 2 * D ? C : 2 * D);
+    real *rstd = REALS(R);
+    real *cosine = REALS((int64_t)T * D / 2);
+    real *sine = REALS((int64_t)T * D / 2);
+    real *lse = REALS((int64_t)R * H);
     int *index = integers(a, R, [&](int64_t i) { return (int)(mix((uint64_t)i) % (uint64_t)R); });
     void *workspace = arena_take(a, attention_workspace(s->B, T, H, KV, D), "operands");
     if (!a->base) return;
@@ -251,18 +269,29 @@ static int *choices(const Shape *s, Arena *a, double *load) {
 static void experts(const Shape *s, Arena *a) {
     int R = s->B * s->T, C = s->C, E = s->E, K = s->K, F = s->F;
     int64_t M = row_index_bound(R, K, E);
-    double load, fan = 1 / sqrt((double)C), fan2 = 1 / sqrt((double)F);
+    double load;
+    double fan = 1 / sqrt((double)C);
+    double fan2 = 1 / sqrt((double)F);
     const char *routing = skew > 0 ? "skewed" : "even";
-    floatX *x = normal(a, (int64_t)R * C, 1), *y = normal(a, (int64_t)R * C, 1),
-           *dy = normal(a, (int64_t)R * C, 1), *W1 = normal(a, (int64_t)E * 2 * F * C, fan),
-           *W2 = normal(a, (int64_t)E * C * F, fan2);
-    floatX *Wr = normal(a, (int64_t)E * C, fan), *Y = normal(a, M * C, 1),
-           *H = normal(a, M * 2 * F, 1), *dH = normal(a, M * 2 * F, 1), *A = normal(a, M * F, 1);
-    gradX *dW1 = GRADS((int64_t)E * 2 * F * C), *dW2 = GRADS((int64_t)E * C * F),
-          *dWr = GRADS((int64_t)E * C);
-    real *z = REALS((int64_t)R * E), *dz = REALS((int64_t)R * E), *score = REALS((int64_t)R * K),
-         *dscore = REALS((int64_t)R * K);
-    int *topk = ARENA_TAKE(a, int, (int64_t)R *K, "operands"), *choice = choices(s, a, &load);
+    floatX *x = normal(a, (int64_t)R * C, 1);
+    floatX *y = normal(a, (int64_t)R * C, 1);
+    floatX *dy = normal(a, (int64_t)R * C, 1);
+    floatX *W1 = normal(a, (int64_t)E * 2 * F * C, fan);
+    floatX *W2 = normal(a, (int64_t)E * C * F, fan2);
+    floatX *Wr = normal(a, (int64_t)E * C, fan);
+    floatX *Y = normal(a, M * C, 1);
+    floatX *H = normal(a, M * 2 * F, 1);
+    floatX *dH = normal(a, M * 2 * F, 1);
+    floatX *A = normal(a, M * F, 1);
+    gradX *dW1 = GRADS((int64_t)E * 2 * F * C);
+    gradX *dW2 = GRADS((int64_t)E * C * F);
+    gradX *dWr = GRADS((int64_t)E * C);
+    real *z = REALS((int64_t)R * E);
+    real *dz = REALS((int64_t)R * E);
+    real *score = REALS((int64_t)R * K);
+    real *dscore = REALS((int64_t)R * K);
+    int *topk = ARENA_TAKE(a, int, (int64_t)R *K, "operands");
+    int *choice = choices(s, a, &load);
     double *share = ARENA_TAKE(a, double, E, "operands");
     RouterStats stats = { ARENA_TAKE(a, int64_t, E, "operands"),
                           ARENA_TAKE(a, double, E, "operands"),
@@ -306,8 +335,10 @@ static void experts(const Shape *s, Arena *a) {
 
 static void ends(const Shape *s, Arena *a) {
     int R = s->B * s->T, C = s->C, V = s->V, N = head_rows(s);
-    floatX *x = normal(a, (int64_t)R * C, 1), *We = normal(a, (int64_t)V * C, 1 / sqrt((double)C)),
-           *logits = normal(a, (int64_t)N * V, 1), *y = normal(a, (int64_t)N * C, 1);
+    floatX *x = normal(a, (int64_t)R * C, 1);
+    floatX *We = normal(a, (int64_t)V * C, 1 / sqrt((double)C));
+    floatX *logits = normal(a, (int64_t)N * V, 1);
+    floatX *y = normal(a, (int64_t)N * C, 1);
     gradX *dW = GRADS((int64_t)V * C);
     double *loss = ARENA_TAKE(a, double, 1, "operands");
     int *ids = integers(a, R, [&](int64_t i) { return (int)(mix((uint64_t)i) % (uint64_t)V); });
@@ -324,7 +355,8 @@ static void ends(const Shape *s, Arena *a) {
 
 // The experts of one layer in one segment for each of 3 E matrices' worth of numbers.
 static void optimizer(const Shape *s, Arena *a) {
-    int64_t n = s->P, each = n / (3 * s->E);
+    int64_t n = s->P;
+    int64_t each = n / (3 * s->E);
     std::vector<Segment> segments;
     for (int64_t i = 0; i < n / each; i++) {
         Segment g = { (uint64_t)i + 1, 0, each, i * each, i * (each / 256 + 1), 1 };
@@ -332,22 +364,25 @@ static void optimizer(const Shape *s, Arena *a) {
     }
     int count = (int)segments.size();
     floatX *param = normal(a, n, 0.02);
-    real *master = REALS(n), *m = REALS(n), *v = REALS(n), *one = REALS(1);
+    real *master = REALS(n);
+    real *m = REALS(n);
+    real *v = REALS(n);
+    real *one = REALS(1);
     gradX *grad = GRADS(n);
-    uint8_t *m8 = ARENA_TAKE(a, uint8_t, n, "operands"),
-            *v8 = ARENA_TAKE(a, uint8_t, n, "operands");
+    uint8_t *m8 = ARENA_TAKE(a, uint8_t, n, "operands");
+    uint8_t *v8 = ARENA_TAKE(a, uint8_t, n, "operands");
     int64_t blocks = (int64_t)count * (each / 256 + 1);
-    float *m_scale = ARENA_TAKE(a, float, blocks, "operands"),
-          *v_scale = ARENA_TAKE(a, float, blocks, "operands");
+    float *m_scale = ARENA_TAKE(a, float, blocks, "operands");
+    float *v_scale = ARENA_TAKE(a, float, blocks, "operands");
     double *sums = ARENA_TAKE(a, double, count, "operands");
     if (!a->base) return;
     float value = 1;
     device_upload(one, &value, sizeof value);
     convert(grad, DTYPE_F32, param, DTYPE_FLOATX, (size_t)n);
     OptimizerStep o = { OPT_SGD, 1e-4, 0, 0.9, 0.999, 1e-8, 0.1, 2, 1, 2, 1 };
-    OptimizerState plain = { param, 0, grad, 0, 0, 0, 0, 0, 0 },
-                   full_state = { param, master, grad, m, v, 0, 0, 0, 0 },
-                   state8 = { param, 0, grad, 0, 0, m8, v8, m_scale, v_scale };
+    OptimizerState plain = { param, 0, grad, 0, 0, 0, 0, 0, 0 };
+    OptimizerState full_state = { param, master, grad, m, v, 0, 0, 0, 0 };
+    OptimizerState state8 = { param, 0, grad, 0, 0, m8, v8, m_scale, v_scale };
     BENCH("gradient_squares", "", gradient_squares(sums, grad, segments.data(), count));
     BENCH("optimizer_sgd", "", optimizer_update(&plain, segments.data(), count, &o, one));
     o.kind = OPT_ADAMW;

@@ -15,13 +15,15 @@
 static double cpu_seconds(void) { return (double)clock() / CLOCKS_PER_SEC; }
 
 static int by_value(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
+    double x = *(const double *)a;
+    double y = *(const double *)b;
     return (x > y) - (x < y);
 }
 
 // What dispatch.c computes from the table.
 static int64_t read_table(const int *table, RouteShape s, int64_t *send, int64_t *receive) {
-    int64_t n = s.ranks, most = 0;
+    int64_t n = s.ranks;
+    int64_t most = 0;
     for (int64_t j = 0; j < n; j++) {
         int64_t pool = 0;
         for (int64_t i = 0; i < n; i++) pool += table[i * n + j];
@@ -34,7 +36,9 @@ static int64_t read_table(const int *table, RouteShape s, int64_t *send, int64_t
 
 static void measure(RouteShape s) {
     enum { REPEAT = 21 };
-    int64_t tokens = s.sources * s.R, J = s.ranks < s.K ? s.ranks : s.K, sum = 0;
+    int64_t tokens = s.sources * s.R;
+    int64_t J = s.ranks < s.K ? s.ranks : s.K;
+    int64_t sum = 0;
     int *ids = (int *)xmalloc(tokens * s.K * sizeof(int), "choices");
     int *choice = (int *)xmalloc(tokens * s.K * sizeof(int), "choices");
     int *send = (int *)xmalloc(2 * s.R * J * sizeof(int), "lists");
@@ -71,7 +75,8 @@ static void measure(RouteShape s) {
 }
 
 int main(void) {
-    RouteShape eight = { 8, 8, 16384, 8, 128 }, many = { 64, 64, 4096, 8, 128 };
+    RouteShape eight = { 8, 8, 16384, 8, 128 };
+    RouteShape many = { 64, 64, 4096, 8, 128 };
     measure(eight);
     measure(many);
     return 0;

@@ -27,7 +27,8 @@ static void count_row(Arena *a, size_t bytes, const char *what) {
 void *arena_take(Arena *a, size_t bytes, const char *what) {
     if (bytes > SIZE_MAX / 2 - a->used)
         die("arena %s: the size of %s overflows|a dimension is too large", a->name, what);
-    size_t taken = (bytes + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN, start = a->used;
+    size_t taken = (bytes + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
+    size_t start = a->used;
     a->used += taken;
     if (!a->base) {
         count_row(a, taken, what);
@@ -41,7 +42,8 @@ void *arena_take(Arena *a, size_t bytes, const char *what) {
     return a->base + start;
 }
 static int larger_first(const void *a, const void *b) {
-    size_t x = ((const ArenaRow *)a)->bytes, y = ((const ArenaRow *)b)->bytes;
+    size_t x = ((const ArenaRow *)a)->bytes;
+    size_t y = ((const ArenaRow *)b)->bytes;
     return (x < y) - (x > y);
 }
 // The table on one line, largest first: what die() can print.

@@ -85,7 +85,8 @@ void die(const char *format, ...) {
     // The bar of the format, not one of an argument, separates the hint: the text before it alone
     // says how long that part is.
     const char *bar = strrchr(format, '|');
-    char before[1024], what[3072], hint[1024] = "";
+    char before[1024], what[3072];
+    char hint[1024] = "";
     snprintf(before, sizeof before, "%.*s", bar ? (int)(bar - format) : 1000, format);
     va_list args;
     int length, whole;

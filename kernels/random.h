@@ -42,9 +42,13 @@ static inline MOE_HD uint64_t mix64(uint64_t x) {
 }
 // Ten rounds; constants and test vectors are those of the Random123 library.
 static inline MOE_HD Random128 philox4x32_10(Random128 counter, uint32_t key0, uint32_t key1) {
-    uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
+    uint32_t c0 = counter.word[0];
+    uint32_t c1 = counter.word[1];
+    uint32_t c2 = counter.word[2];
+    uint32_t c3 = counter.word[3];
     for (int round = 0; round < 10; round++, key0 += 0x9e3779b9u, key1 += 0xbb67ae85u) {
-        uint64_t a = (uint64_t)0xd2511f53u * c0, b = (uint64_t)0xcd9e8d57u * c2;
+        uint64_t a = (uint64_t)0xd2511f53u * c0;
+        uint64_t b = (uint64_t)0xcd9e8d57u * c2;
         c0 = (uint32_t)(b >> 32) ^ c1 ^ key0;
         c1 = (uint32_t)b;
         c2 = (uint32_t)(a >> 32) ^ c3 ^ key1;
@@ -84,7 +88,9 @@ static inline MOE_HD double random_log(double x) {
     double m;
     memcpy(&m, &bits, 8);
     if (m > 1.4142135623730951) m *= 0.5, e++;
-    double s = (m - 1) / (m + 1), q = s * s, p = 1.0 / 23;
+    double s = (m - 1) / (m + 1);
+    double q = s * s;
+    double p = 1.0 / 23;
     for (int k = 21; k > 0; k -= 2) p = fma(p, q, 1.0 / k);
     return fma((double)e, 0.69314718055994530942, 2 * s * p);
 }
@@ -127,7 +133,8 @@ static inline MOE_HD double inverse_normal(double u) {
         double r = fma(-q, q, 0.180625);
         return q * polynomial(CENTRE_N, r) / polynomial(CENTRE_D, r);
     }
-    double r = sqrt(-random_log(q < 0 ? u : 1 - u)), z;
+    double r = sqrt(-random_log(q < 0 ? u : 1 - u));
+    double z;
     if (r <= 5)
         z = polynomial(MIDDLE_N, r - 1.6) / polynomial(MIDDLE_D, r - 1.6);
     else
@@ -167,7 +174,8 @@ static inline MOE_HD uint32_t noise_bits(Noise noise, int stream, uint32_t posit
 static inline MOE_HD uint16_t bf16_stochastic(float x, uint32_t random16) {
     uint32_t u;
     memcpy(&u, &x, 4);
-    uint32_t magnitude = u & 0x7fffffffu, up = u + (random16 & 0xffffu);
+    uint32_t magnitude = u & 0x7fffffffu;
+    uint32_t up = u + (random16 & 0xffffu);
     if (magnitude > 0x7f800000u) return (uint16_t)((u >> 16) | 0x40u);
     return (uint16_t)((up & 0x7fffffffu) >= 0x7f800000u ? u >> 16 : up >> 16);
 }

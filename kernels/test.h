@@ -142,7 +142,8 @@ static inline double Q(double v) {
 }
 // |a - b| / |b| in the 2-norm (|a| where b = 0); NaN counts as infinite.
 static inline double test_error(const double *a, const double *b, size_t n) {
-    double difference = 0, norm = 0;
+    double difference = 0;
+    double norm = 0;
     for (size_t i = 0; i < n; i++) {
         difference += (a[i] - b[i]) * (a[i] - b[i]);
         norm += b[i] * b[i];
@@ -155,7 +156,8 @@ static inline double test_error(const double *a, const double *b, size_t n) {
 // naive bf16 error, plus the fp32 bound for what both compute without rounding to bf16.
 static inline int check_close(const char *name, const double *got, const double *truth,
                               const double *naive_bf16, size_t n, double slack) {
-    double error = test_error(got, truth, n), bound = slack * (sizeof(real) == 8 ? 1e-13 : 2e-6);
+    double error = test_error(got, truth, n);
+    double bound = slack * (sizeof(real) == 8 ? 1e-13 : 2e-6);
     if (sizeof(floatX) == 2) bound += 2 * test_error(naive_bf16, truth, n);
     return compare(error <= bound, "%s: error %.3g above %.3g", name, error, bound);
 }
@@ -164,12 +166,14 @@ static inline int check_close(const char *name, const double *got, const double 
 // |f| / h ~ 1e-11, against the largest gradient: 1e-7 leaves room for steep functions.
 static inline int check_gradient(const char *name, const double *analytic, double *x, size_t n,
                                  int samples, double (*f)(void *), void *context) {
-    double largest = 1e-3, worst = 0;
+    double largest = 1e-3;
+    double worst = 0;
     for (size_t i = 0; i < n; i++)
         if (fabs(analytic[i]) > largest) largest = fabs(analytic[i]);
     for (size_t s = 0; s < n && s < (size_t)samples; s++) {
         size_t i = n <= (size_t)samples ? s : (size_t)(test_bits() % n);
-        const double h = 1e-5, keep = x[i];
+        const double h = 1e-5;
+        const double keep = x[i];
         x[i] = keep + h;
         double up = f(context);
         x[i] = keep - h;

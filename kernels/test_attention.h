@@ -21,16 +21,21 @@ static double attention_loss(void *context) {
 static void naive_attention(double *o, double *lse, double *dq, double *dk, double *dv,
                             const double *d_o, const double *q, const double *k, const double *v,
                             const int *position, int B, int T, int H, int KV, int D) {
-    double scale = 1 / sqrt(D), *p = TEST_TAKE(double, T), *ds = TEST_TAKE(double, T);
+    double scale = 1 / sqrt(D);
+    double *p = TEST_TAKE(double, T);
+    double *ds = TEST_TAKE(double, T);
     memset(dk, 0, (size_t)(B * T * KV * D) * sizeof *dk);
     memset(dv, 0, (size_t)(B * T * KV * D) * sizeof *dv);
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++)
             for (int t = 0; t < T; t++) {
-                int64_t row = ((int64_t)(b * T + t) * H + h) * D,
-                        key0 = ((int64_t)b * T * KV + h / (H / KV)) * D, step = (int64_t)KV * D;
+                int64_t row = ((int64_t)(b * T + t) * H + h) * D;
+                int64_t key0 = ((int64_t)b * T * KV + h / (H / KV)) * D;
+                int64_t step = (int64_t)KV * D;
                 int first = position ? t - position[b * T + t] : 0;
-                double most = -INFINITY, sum = 0, delta = 0;
+                double most = -INFINITY;
+                double sum = 0;
+                double delta = 0;
                 for (int j = first; j <= t; j++) {
                     p[j] = Q(Q(test_dot(q + row, k + key0 + j * step, (size_t)D)) * scale);
                     most = fmax(most, p[j]);
@@ -44,7 +49,8 @@ static void naive_attention(double *o, double *lse, double *dq, double *dk, doub
                 }
                 for (int j = first; j <= t; j++) ds[j] = Q(p[j] * (ds[j] - delta));
                 for (int i = 0; i < D; i++) {
-                    double out = 0, dqi = 0;
+                    double out = 0;
+                    double dqi = 0;
                     for (int j = first; j <= t; j++) {
                         out += p[j] * v[key0 + j * step + i];
                         dqi += ds[j] * k[key0 + j * step + i];
@@ -72,9 +78,13 @@ static int *document_positions(int B, int T) {
     return position;
 }
 static void test_attention_shape(int B, int T, int H, int KV, int D, double spread, int documents) {
-    size_t nq = (size_t)(B * T * H * D), nk = (size_t)(B * T * KV * D), nl = (size_t)(B * H * T);
-    double *q = test_random(nq, spread, 0), *k = test_random(nk, spread, 0),
-           *v = test_random(nk, 1, 0), *d_o = test_random(nq, 1, 0);
+    size_t nq = (size_t)(B * T * H * D);
+    size_t nk = (size_t)(B * T * KV * D);
+    size_t nl = (size_t)(B * H * T);
+    double *q = test_random(nq, spread, 0);
+    double *k = test_random(nk, spread, 0);
+    double *v = test_random(nk, 1, 0);
+    double *d_o = test_random(nq, 1, 0);
     TAKE2(o, nq);
     TAKE2(dq, nq);
     TAKE2(dk, nk);
@@ -98,7 +108,9 @@ static void test_attention_shape(int B, int T, int H, int KV, int D, double spre
                     H,
                     KV,
                     D };
-    floatX *dqx = TEST_TAKE(floatX, nq), *dkx = TEST_TAKE(floatX, nk), *dvx = TEST_TAKE(floatX, nk);
+    floatX *dqx = TEST_TAKE(floatX, nq);
+    floatX *dkx = TEST_TAKE(floatX, nk);
+    floatX *dvx = TEST_TAKE(floatX, nk);
     attention_forward(c.o, c.lse, c.q, c.k, c.v, position, c.workspace, B, T, H, KV, D);
     memset(c.workspace, 0xff, attention_workspace(B, T, H, KV, D)); // nothing survives in it
     attention_backward(dqx, dkx, dvx, test_x(d_o, nq), c.o, c.lse, c.q, c.k, c.v, position,
@@ -127,7 +139,8 @@ static void test_attention_shape(int B, int T, int H, int KV, int D, double spre
 // Numbers of document 1 must not reach a bit of document 2, whatever they are.
 static void test_documents_apart(void) {
     enum { T = 560, FIRST = 40, H = 4, KV = 2, D = 8 };
-    size_t nq = (size_t)T * H * D, nk = (size_t)T * KV * D;
+    size_t nq = (size_t)T * H * D;
+    size_t nk = (size_t)T * KV * D;
     int position[T];
     for (int t = 0; t < T; t++) position[t] = t < FIRST ? t : t - FIRST;
     double *data[] = { test_random(nq, 1, 0), test_random(nk, 1, 0), test_random(nk, 1, 0),
@@ -137,8 +150,12 @@ static void test_documents_apart(void) {
         if (version) // other numbers for the first document
             for (int i = 0; i < 4; i++)
                 for (size_t j = 0; j < (i % 3 ? nk : nq) / T * FIRST; j++) data[i][j] *= -3;
-        floatX *q = test_x(data[0], nq), *k = test_x(data[1], nk), *v = test_x(data[2], nk),
-               *d_o = test_x(data[3], nq), *o = TEST_TAKE(floatX, nq), **to = result[version];
+        floatX *q = test_x(data[0], nq);
+        floatX *k = test_x(data[1], nk);
+        floatX *v = test_x(data[2], nk);
+        floatX *d_o = test_x(data[3], nq);
+        floatX *o = TEST_TAKE(floatX, nq);
+        floatX **to = result[version];
         real *lse = TEST_TAKE(real, H * T);
         void *workspace = test_take(attention_workspace(1, T, H, KV, D));
         for (int i = 0; i < 4; i++) to[i] = TEST_TAKE(floatX, i < 2 ? nq : nk);
@@ -148,7 +165,8 @@ static void test_documents_apart(void) {
                            KV, D);
     }
     for (int i = 0; i < 4; i++) {
-        size_t row = (i < 2 ? nq : nk) / T, skip = row * FIRST;
+        size_t row = (i < 2 ? nq : nk) / T;
+        size_t skip = row * FIRST;
         compare(
             !memcmp(result[0][i] + skip, result[1][i] + skip, row * (T - FIRST) * sizeof(floatX)) &&
                 memcmp(result[0][i], result[1][i], skip * sizeof(floatX)),

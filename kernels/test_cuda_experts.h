@@ -92,10 +92,12 @@ static Plans make_plans(int P, int K, int E) {
 // The plans of the two backends differ by padding only: the same tokens in the same order.
 static void compare_plans(const Plans &p) {
     int tile = device_row_tile();
-    Numbers rt = read(p.row_token[CUDA], CUDA), tr = read(p.token_row[CUDA], CUDA),
-            er = read(p.expert_row[CUDA], CUDA);
-    Numbers rt2 = read(p.row_token[SAME], SAME), tr2 = read(p.token_row[SAME], SAME),
-            er2 = read(p.expert_row[SAME], SAME);
+    Numbers rt = read(p.row_token[CUDA], CUDA);
+    Numbers tr = read(p.token_row[CUDA], CUDA);
+    Numbers er = read(p.expert_row[CUDA], CUDA);
+    Numbers rt2 = read(p.row_token[SAME], SAME);
+    Numbers tr2 = read(p.token_row[SAME], SAME);
+    Numbers er2 = read(p.expert_row[SAME], SAME);
     size_t used = 0;
     for (size_t e = 0; e + 1 < er.size(); e++) {
         size_t rows = (size_t)(er2[e + 1] - er2[e]);
@@ -117,7 +119,9 @@ static void compare_plans(const Plans &p) {
 }
 // Rows in the order of token_row, which all worlds share.
 static Numbers by_slot(const Plans &p, int w, const Buffer &b, int width) {
-    Numbers v = read(b, w), slot = read(p.token_row[w], w), out;
+    Numbers v = read(b, w);
+    Numbers slot = read(p.token_row[w], w);
+    Numbers out;
     for (double s : slot)
         for (int c = 0; s >= 0 && c < width; c++) out.push_back(v[(size_t)s * width + c]);
     return out;
@@ -126,8 +130,9 @@ static void compare_rows(const char *what, const Plans &p, const Buffer (&b)[WOR
                          bool padding_is_zero) {
     compare_numbers(what, by_slot(p, CUDA, b[CUDA], width), by_slot(p, SAME, b[SAME], width),
                     by_slot(p, TRUTH, b[TRUTH], width));
-    Numbers rows = read(b[CUDA], CUDA), token = read(p.row_token[CUDA], CUDA),
-            expert = read(p.expert_row[CUDA], CUDA);
+    Numbers rows = read(b[CUDA], CUDA);
+    Numbers token = read(p.row_token[CUDA], CUDA);
+    Numbers expert = read(p.expert_row[CUDA], CUDA);
     for (size_t m = 0; padding_is_zero && m < (size_t)expert.back(); m++)
         for (int c = 0; token[m] < 0 && c < width; c++)
             if (rows[m * width + c] != 0) return complain(what, "a padding row is not zero");
@@ -135,7 +140,8 @@ static void compare_rows(const char *what, const Plans &p, const Buffer (&b)[WOR
 enum Routing { DISPATCH, ONE, FOREIGN, EMPTY };
 // NaN in the padding rows: what stands there may not matter.
 static void poison_padding(const Buffer &rows, const Buffer &row_token, int width) {
-    Numbers v = read(rows, CUDA), token = read(row_token, CUDA);
+    Numbers v = read(rows, CUDA);
+    Numbers token = read(row_token, CUDA);
     for (size_t i = 0; i < v.size(); i++)
         if (token[i / width] < 0) v[i] = NAN;
     write(rows, CUDA, v);
@@ -147,8 +153,8 @@ static void test_experts(int P, int K, int E, int C, int F, Routing routing) {
     snprintf(name, sizeof name, "experts (%s) P %d K %d E %d C %d F %d%s", expert_kernel, P, K, E,
              C, F, names[routing]);
     begin(name);
-    int global = routing == FOREIGN || routing == EMPTY ? 2 * E : E,
-        first = routing == FOREIGN ? E / 2 : 0;
+    int global = routing == FOREIGN || routing == EMPTY ? 2 * E : E;
+    int first = routing == FOREIGN ? E / 2 : 0;
     Numbers ids((size_t)P * K);
     for (int p = 0; p < P; p++) { // K distinct ids, ascending
         std::vector<int> take(global);
@@ -162,15 +168,19 @@ static void test_experts(int P, int K, int E, int C, int F, Routing routing) {
             if (take[e]) ids[(size_t)p * K + k++] = e;
     }
     Plans p = make_plans(P, K, E);
-    Buffer choice = input(INT, ids), pool = random_input(X, (size_t)P * C),
-           W1 = random_input(X, (size_t)E * 2 * F * C, 2 / sqrt(C));
-    Buffer W2 = random_input(X, (size_t)E * C * F, 2 / sqrt(F)),
-           score = random_input(REAL, (size_t)P * K), dpool = random_input(X, (size_t)P * C),
-           out = output(X, (size_t)P * C);
-    Buffer out1 = output(X, (size_t)P * C), dscore = output(REAL, (size_t)P * K),
-           dW1 = output(REAL, (size_t)E * 2 * F * C), dW2 = output(REAL, (size_t)E * C * F);
-    Buffer sum1 = random_input(REAL, (size_t)E * 2 * F * C),
-           sum2 = random_input(REAL, (size_t)E * C * F);
+    Buffer choice = input(INT, ids);
+    Buffer pool = random_input(X, (size_t)P * C);
+    Buffer W1 = random_input(X, (size_t)E * 2 * F * C, 2 / sqrt(C));
+    Buffer W2 = random_input(X, (size_t)E * C * F, 2 / sqrt(F));
+    Buffer score = random_input(REAL, (size_t)P * K);
+    Buffer dpool = random_input(X, (size_t)P * C);
+    Buffer out = output(X, (size_t)P * C);
+    Buffer out1 = output(X, (size_t)P * C);
+    Buffer dscore = output(REAL, (size_t)P * K);
+    Buffer dW1 = output(REAL, (size_t)E * 2 * F * C);
+    Buffer dW2 = output(REAL, (size_t)E * C * F);
+    Buffer sum1 = random_input(REAL, (size_t)E * 2 * F * C);
+    Buffer sum2 = random_input(REAL, (size_t)E * C * F);
     Buffer H[WORLDS], again[WORLDS], A[WORLDS], Y[WORLDS], sA[WORLDS], dX[WORLDS], dH[WORLDS],
         dH1[WORLDS], sA1[WORLDS];
     for (int w = CUDA; w < WORLDS; w++) {
@@ -250,19 +260,24 @@ static void test_experts_budget(int P, int K, int E, int C, int F) {
     for (int p = 0; p < P; p++)
         for (int k = 0, start = below(E - K + 1); k < K; k++) ids[(size_t)p * K + k] = start + k;
     RowIndex plan = make_plans(P, K, E).plan[CUDA];
-    Buffer pool = random_input(X, (size_t)P * C), dpool = random_input(X, (size_t)P * C),
-           W1 = random_input(X, (size_t)E * 2 * F * C), W2 = random_input(X, (size_t)E * C * F);
-    Buffer score = random_input(REAL, (size_t)P * K), choice = input(INT, ids);
+    Buffer pool = random_input(X, (size_t)P * C);
+    Buffer dpool = random_input(X, (size_t)P * C);
+    Buffer W1 = random_input(X, (size_t)E * 2 * F * C), W2 = random_input(X, (size_t)E * C * F);
+    Buffer score = random_input(REAL, (size_t)P * K);
+    Buffer choice = input(INT, ids);
     int multiprocessors;
     std::vector<Numbers> results[2];
     row_index_build(&plan, choice.i(CUDA), 0);
     CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
     for (int run = 0; run < 2; run++) {
         size_t M = plan.M;
-        Buffer H = zeros(X, M * 2 * F), A = zeros(X, M * F), Y = zeros(X, M * C),
-               dH = zeros(X, M * 2 * F), sA = zeros(X, M * F), dX = zeros(X, M * C),
-               dscore = output(REAL, (size_t)P * K);
-        Buffer dW1 = output(REAL, (size_t)E * 2 * F * C), dW2 = output(REAL, (size_t)E * C * F);
+        Buffer H = zeros(X, M * 2 * F), A = zeros(X, M * F), Y = zeros(X, M * C);
+        Buffer dH = zeros(X, M * 2 * F);
+        Buffer sA = zeros(X, M * F);
+        Buffer dX = zeros(X, M * C);
+        Buffer dscore = output(REAL, (size_t)P * K);
+        Buffer dW1 = output(REAL, (size_t)E * 2 * F * C);
+        Buffer dW2 = output(REAL, (size_t)E * C * F);
         experts_leave(run ? multiprocessors - 2 : 0);
         experts_up(H.x(CUDA), A.x(CUDA), pool.x(CUDA), W1.x(CUDA), &plan, C, F);
         experts_down(Y.x(CUDA), A.x(CUDA), W2.x(CUDA), &plan, C, F);
@@ -301,7 +316,9 @@ static void choose_experts(int *id, RouteShape s, int kind) {
 }
 static int wrong_table(RouteShape s, const std::vector<int> &ids, const std::vector<int> &cuda,
                        const std::vector<int> &cpu) {
-    int local = (int)(s.E / s.ranks), tile = device_row_tile(), wrong = 0;
+    int local = (int)(s.E / s.ranks);
+    int tile = device_row_tile();
+    int wrong = 0;
     int64_t pairs = s.sources * s.ranks;
     std::vector<int> count((size_t)s.E), rows((size_t)s.ranks);
     for (int64_t i = 0; i < s.sources * s.R * s.K; i++) count[ids[i]]++;
@@ -316,7 +333,8 @@ static int wrong_index(int64_t P, int64_t K, int first, int E, const std::vector
                      tokens = ints(a.row_token, a.M);
     int wrong = 0;
     for (int64_t i = 0; i < P * K; i++) {
-        int e = choice[i] - first, here = e >= 0 && e < E;
+        int e = choice[i] - first;
+        int here = e >= 0 && e < E;
         if (here != (rows[i] >= 0) || here != (b.token_row[i] >= 0))
             wrong++;
         else if (here)
@@ -328,11 +346,16 @@ static int wrong_index(int64_t P, int64_t K, int first, int E, const std::vector
 static void test_routes(int cases) {
     begin("routes");
     enum { TOKENS = 40, RANKS = 8, LOCAL = 7, KEYS = 8 };
-    int64_t most = RANKS * TOKENS * KEYS, rows = row_index_bound(RANKS * TOKENS, KEYS, LOCAL);
-    Buffer id_buffer = output(INT, most), table = output(INT, RANKS * RANKS + RANKS + 1),
-           send = output(INT, TOKENS * KEYS), sum = output(INT, TOKENS * KEYS),
-           choice = output(INT, most), row_token = output(INT, rows), token_row = output(INT, most),
-           expert_row = output(INT, LOCAL + 1);
+    int64_t most = RANKS * TOKENS * KEYS;
+    int64_t rows = row_index_bound(RANKS * TOKENS, KEYS, LOCAL);
+    Buffer id_buffer = output(INT, most);
+    Buffer table = output(INT, RANKS * RANKS + RANKS + 1);
+    Buffer send = output(INT, TOKENS * KEYS);
+    Buffer sum = output(INT, TOKENS * KEYS);
+    Buffer choice = output(INT, most);
+    Buffer row_token = output(INT, rows);
+    Buffer token_row = output(INT, most);
+    Buffer expert_row = output(INT, LOCAL + 1);
     int wrong[4] = { 0, 0, 0, 0 };
     for (int i = 0; i < cases; i++) {
         RouteShape s;
@@ -355,7 +378,9 @@ static void test_routes(int cases) {
         std::vector<int> cpu(table.i(SAME), table.i(SAME) + route_table_size(s));
         wrong[0] += wrong_table(s, ids, ints(table.i(CUDA), route_table_size(s)), cpu);
         if (s.sources != s.ranks) continue;
-        int me = below((int)s.ranks), sent = 0, pool = 0;
+        int me = below((int)s.ranks);
+        int sent = 0;
+        int pool = 0;
         for (int j = 0; j < s.ranks; j++) {
             sent += cpu[me * s.ranks + j];
             pool += cpu[j * s.ranks + me];
@@ -394,11 +419,14 @@ static void test_rows(int n, int R, int J, int C) {
     Numbers one(n), many((size_t)R * J);
     for (auto &i : one) i = below(R + 1) - 1;
     for (auto &i : many) i = below(n + 1) - 1;
-    Buffer in = random_input(X, (size_t)R * C), index = input(INT, one),
-           out = output(X, (size_t)n * C), words = random_input(REAL, (size_t)R * 3),
-           out_words = output(REAL, (size_t)n * 3);
-    Buffer indices = input(INT, many), sum = output(X, (size_t)R * C),
-           sum_words = output(REAL, (size_t)R * 3);
+    Buffer in = random_input(X, (size_t)R * C);
+    Buffer index = input(INT, one);
+    Buffer out = output(X, (size_t)n * C);
+    Buffer words = random_input(REAL, (size_t)R * 3);
+    Buffer out_words = output(REAL, (size_t)n * 3);
+    Buffer indices = input(INT, many);
+    Buffer sum = output(X, (size_t)R * C);
+    Buffer sum_words = output(REAL, (size_t)R * 3);
     for (int w = CUDA; w < WORLDS; w++) {
         CALL(w, rows_gather, out.x(w), in.x(w), index.i(w), n, C * element_size(X, w));
         CALL(w, rows_gather, out_words.r(w), words.r(w), index.i(w), n, 12);

@@ -83,8 +83,10 @@ int main(void) {
         { 2, 65, 4, 2, 128 },     { 1, 2, 2, 1, 128 },     { 2, 1000, 8, 2, 64 },
         { 4, 128, 2, 2, 64 },     { 3, 37, 6, 3, 32 },     { 2, 256, 4, 1, 16 }
     };
-    static const Case wide = { 1, 256, 2, 1, 520 }, single = { 2, 1, 4, 2, 128 },
-                      longest = { 1, 32768, 32, 4, 128 }, uneven = { 1, 256, 5, 2, 128 };
+    static const Case wide = { 1, 256, 2, 1, 520 };
+    static const Case single = { 2, 1, 4, 2, 128 };
+    static const Case longest = { 1, 32768, 32, 4, 128 };
+    static const Case uneven = { 1, 256, 5, 2, 128 };
     printf("cuDNN %zu\n", cudnnGetVersion());
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) offered(&shapes[i]);
     refused("backward with heads of 520", 1, &wide);

@@ -142,7 +142,8 @@ static void place(const Node *t, int64_t i, int64_t at[4]) {
     for (int a = 3; a >= 0; i /= dims(t)[a--]) at[a] = i % dims(t)[a];
 }
 static int64_t offset(const Node *t, int64_t i) {
-    int64_t at[4], sum = 0;
+    int64_t at[4];
+    int64_t sum = 0;
     place(t, i, at);
     for (int a = 0; a < 4; a++) sum += at[a] * strides(t)[a];
     return sum;
@@ -211,9 +212,9 @@ static Node *run_operation(const Node *op) {
         const Node *how = node(op, CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR);
         cudnnPointwiseMode_t mode =
             *(const cudnnPointwiseMode_t *)get(how, CUDNN_ATTR_POINTWISE_MODE);
-        Node *x = input(node(op, CUDNN_ATTR_OPERATION_POINTWISE_XDESC)),
-             *b = node(op, CUDNN_ATTR_OPERATION_POINTWISE_BDESC),
-             *t = node(op, CUDNN_ATTR_OPERATION_POINTWISE_TDESC);
+        Node *x = input(node(op, CUDNN_ATTR_OPERATION_POINTWISE_XDESC));
+        Node *b = node(op, CUDNN_ATTR_OPERATION_POINTWISE_BDESC);
+        Node *t = node(op, CUDNN_ATTR_OPERATION_POINTWISE_TDESC);
         if (b) input(b);
         if (t) input(t);
         y = node(op, CUDNN_ATTR_OPERATION_POINTWISE_YDESC);
@@ -227,18 +228,19 @@ static Node *run_operation(const Node *op) {
                                         t ? at(t, where, dims(y)) : 0);
         }
     } else if (op->type == CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR) {
-        Node *a = input(node(op, CUDNN_ATTR_OPERATION_MATMUL_ADESC)),
-             *b = input(node(op, CUDNN_ATTR_OPERATION_MATMUL_BDESC));
+        Node *a = input(node(op, CUDNN_ATTR_OPERATION_MATMUL_ADESC));
+        Node *b = input(node(op, CUDNN_ATTR_OPERATION_MATMUL_BDESC));
         y = node(op, CUDNN_ATTR_OPERATION_MATMUL_CDESC);
-        int64_t K = dims(a)[3], of[4] = { dims(y)[0], dims(y)[1], 0, 0 };
+        int64_t K = dims(a)[3];
+        int64_t of[4] = { dims(y)[0], dims(y)[1], 0, 0 };
         if (dims(b)[2] != K || dims(a)[2] != dims(y)[2] || dims(b)[3] != dims(y)[3])
             die("test_cudnn_graph: sizes of a product disagree|a defect of attention_cudnn.c");
         y->value = xcalloc((size_t)elements(y), sizeof(double), "a tensor");
         for (int64_t i = 0; i < elements(y); i++) {
             place(y, i, where);
             for (int64_t k = 0; k < K; k++) {
-                int64_t left[4] = { where[0], where[1], where[2], k },
-                        right[4] = { where[0], where[1], k, where[3] };
+                int64_t left[4] = { where[0], where[1], where[2], k };
+                int64_t right[4] = { where[0], where[1], k, where[3] };
                 of[2] = dims(a)[2];
                 of[3] = K;
                 double x = at(a, left, of);
@@ -259,7 +261,8 @@ static Node *run_operation(const Node *op) {
             int64_t to = 0;
             place(x, i, inner);
             for (int a = 0; a < 4; a++) to = to * dims(y)[a] + inner[a] / (dims(x)[a] / dims(y)[a]);
-            double before = y->value[to], one = x->value[i];
+            double before = y->value[to];
+            double one = x->value[i];
             y->value[to] = most ? fmax(before, one) : before + one;
         }
     } else if (op->type ==
@@ -310,14 +313,27 @@ static void near(const char *what, const double *got, const double *want, size_t
             return;
 }
 static void test_shape(int B, int T, int H, int KV, int D, const char *calls, int plans) {
-    size_t nq = (size_t)B * T * H * D, nk = (size_t)B * T * KV * D, nl = (size_t)B * H * T;
-    double *q = test_random(nq, 1, 0), *k = test_random(nk, 1, 0), *v = test_random(nk, 1, 0),
-           *d_o = test_random(nq, 1, 0), scale = 1 / sqrt(D);
-    double *o = TEST_TAKE(double, nq), *lse = TEST_TAKE(double, nl), *dq = TEST_TAKE(double, nq),
-           *dk = TEST_TAKE(double, nk), *dv = TEST_TAKE(double, nk), *p = TEST_TAKE(double, T);
-    floatX *xo = TEST_TAKE(floatX, nq), *xdq = TEST_TAKE(floatX, nq), *xdk = TEST_TAKE(floatX, nk),
-           *xdv = TEST_TAKE(floatX, nk), *xq = test_x(q, nq), *xk = test_x(k, nk),
-           *xv = test_x(v, nk);
+    size_t nq = (size_t)B * T * H * D;
+    size_t nk = (size_t)B * T * KV * D;
+    size_t nl = (size_t)B * H * T;
+    double *q = test_random(nq, 1, 0);
+    double *k = test_random(nk, 1, 0);
+    double *v = test_random(nk, 1, 0);
+    double *d_o = test_random(nq, 1, 0);
+    double scale = 1 / sqrt(D);
+    double *o = TEST_TAKE(double, nq);
+    double *lse = TEST_TAKE(double, nl);
+    double *dq = TEST_TAKE(double, nq);
+    double *dk = TEST_TAKE(double, nk);
+    double *dv = TEST_TAKE(double, nk);
+    double *p = TEST_TAKE(double, T);
+    floatX *xo = TEST_TAKE(floatX, nq);
+    floatX *xdq = TEST_TAKE(floatX, nq);
+    floatX *xdk = TEST_TAKE(floatX, nk);
+    floatX *xdv = TEST_TAKE(floatX, nk);
+    floatX *xq = test_x(q, nq);
+    floatX *xk = test_x(k, nk);
+    floatX *xv = test_x(v, nk);
     floatX *xd = test_x(d_o, nq);
     real *xl = TEST_TAKE(real, nl);
     void *workspace = test_take(cudnn_attention_workspace(B, T, H, KV, D));
@@ -331,17 +347,19 @@ static void test_shape(int B, int T, int H, int KV, int D, const char *calls, in
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++)
             for (int t = 0; t < T; t++) {
-                size_t row = (((size_t)b * T + t) * H + h) * D,
-                       kv = ((size_t)b * T * KV + h / (H / KV)) * D, step = (size_t)KV * D;
-                double sum = 0, delta = 0;
+                size_t row = (((size_t)b * T + t) * H + h) * D;
+                size_t kv = ((size_t)b * T * KV + h / (H / KV)) * D;
+                size_t step = (size_t)KV * D;
+                double sum = 0;
+                double delta = 0;
                 for (int j = 0; j <= t; j++)
                     sum += p[j] = exp(scale * test_dot(q + row, k + kv + j * step, D));
                 lse[((size_t)b * H + h) * T + t] = log(sum);
                 for (int d = 0; d < D; d++) delta += d_o[row + d] * rounded[row + d];
                 for (int j = 0; j <= t; j++) {
                     size_t at_j = kv + j * step;
-                    double P = p[j] / sum,
-                           dS = scale * P * (test_dot(d_o + row, v + at_j, D) - delta);
+                    double P = p[j] / sum;
+                    double dS = scale * P * (test_dot(d_o + row, v + at_j, D) - delta);
                     for (int d = 0; d < D; d++) {
                         o[row + d] += P * v[at_j + d];
                         dv[at_j + d] += P * d_o[row + d];

@@ -21,12 +21,16 @@ static void run_everything(uint64_t out[6]) {
         NK = R * KV * D
     };
     test_state = 42;
-    floatX *x = test_x(test_random(R * C, 1, 0), R * C),
-           *dy = test_x(test_random(R * O, 1, 0), R * O),
-           *W = test_x(test_random(O * C, 1, 0), O * C), *y = TEST_TAKE(floatX, R * O),
-           *dx = TEST_TAKE(floatX, R * C), *w = test_x(test_random(C, 1, 0), C),
-           *z = TEST_TAKE(floatX, R * C);
-    gradX *dW = TEST_TAKE(gradX, O * C), *dw = TEST_TAKE(gradX, C), *dE = TEST_TAKE(gradX, V * C);
+    floatX *x = test_x(test_random(R * C, 1, 0), R * C);
+    floatX *dy = test_x(test_random(R * O, 1, 0), R * O);
+    floatX *W = test_x(test_random(O * C, 1, 0), O * C);
+    floatX *y = TEST_TAKE(floatX, R * O);
+    floatX *dx = TEST_TAKE(floatX, R * C);
+    floatX *w = test_x(test_random(C, 1, 0), C);
+    floatX *z = TEST_TAKE(floatX, R * C);
+    gradX *dW = TEST_TAKE(gradX, O * C);
+    gradX *dw = TEST_TAKE(gradX, C);
+    gradX *dE = TEST_TAKE(gradX, V * C);
     uint64_t h = 0;
     linear_forward(y, x, W, R, O, C), linear_backward_input(dx, dy, W, R, O, C),
         linear_backward_input_add(dx, dy, W, R, O, C),
@@ -48,12 +52,17 @@ static void run_everything(uint64_t out[6]) {
     cross_entropy(y, &loss, ids, (real)0.01, 1, R, O);
     HASH(y, R * O), HASH(&loss, 1);
     out[3] = h, h = 0;
-    floatX *q = test_x(test_random(NQ, 1, 0), NQ), *k = test_x(test_random(NK, 1, 0), NK),
-           *v = test_x(test_random(NK, 1, 0), NK), *g = test_x(test_random(NQ, 1, 0), NQ),
-           *o = TEST_TAKE(floatX, NQ), *dq = TEST_TAKE(floatX, NQ), *dk = TEST_TAKE(floatX, NK),
-           *dv = TEST_TAKE(floatX, NK);
-    real *lse = TEST_TAKE(real, R * H), *c = TEST_TAKE(real, T * D / 2),
-         *s = TEST_TAKE(real, T * D / 2);
+    floatX *q = test_x(test_random(NQ, 1, 0), NQ);
+    floatX *k = test_x(test_random(NK, 1, 0), NK);
+    floatX *v = test_x(test_random(NK, 1, 0), NK);
+    floatX *g = test_x(test_random(NQ, 1, 0), NQ);
+    floatX *o = TEST_TAKE(floatX, NQ);
+    floatX *dq = TEST_TAKE(floatX, NQ);
+    floatX *dk = TEST_TAKE(floatX, NK);
+    floatX *dv = TEST_TAKE(floatX, NK);
+    real *lse = TEST_TAKE(real, R * H);
+    real *c = TEST_TAKE(real, T * D / 2);
+    real *s = TEST_TAKE(real, T * D / 2);
     void *workspace = test_take(attention_workspace(B, T, H, KV, D));
     attention_forward(o, lse, q, k, v, 0, workspace, B, T, H, KV, D);
     attention_backward(dq, dk, dv, g, o, lse, q, k, v, 0, workspace, B, T, H, KV, D);

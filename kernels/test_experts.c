@@ -25,7 +25,8 @@ static RowIndex take_plan(int P, int K, int E) {
 static int *take_choice(int P, int K, int E, double absent, int favourite) {
     int *choice = TEST_TAKE(int, (int64_t)P *K + 1);
     for (int p = 0; p < P; p++) {
-        int taken[256] = { 0 }, n = 0;
+        int taken[256] = { 0 };
+        int n = 0;
         if (favourite >= 0) taken[favourite] = 1, n++;
         while (n < K) {
             int e = test_below(E);
@@ -37,7 +38,9 @@ static int *take_choice(int P, int K, int E, double absent, int favourite) {
     return choice;
 }
 static int plan_is_right(const RowIndex *plan, const int *choice, int first) {
-    int tile = device_row_tile(), row = 0, ok = 1;
+    int tile = device_row_tile();
+    int row = 0;
+    int ok = 1;
     for (int e = 0; e < plan->E; e++) { // the definition, expert by expert
         ok &= plan->expert_row[e] == row;
         for (int p = 0; p < plan->P; p++)
@@ -59,8 +62,10 @@ static int plan_is_right(const RowIndex *plan, const int *choice, int first) {
 static void test_plan(void) {
     int ok = 1;
     for (int i = 0; i < 300; i++) {
-        int E = 1 + test_below(12), local = 1 + test_below(E), first = test_below(E - local + 1),
-            K = 1 + test_below(E < 8 ? E : 8), P = test_below(40);
+        int E = 1 + test_below(12);
+        int local = 1 + test_below(E);
+        int first = test_below(E - local + 1);
+        int K = 1 + test_below(E < 8 ? E : 8), P = test_below(40);
         RowIndex plan = take_plan(P, K, local);
         int *choice = take_choice(P, K, E, i % 3 ? 0 : 0.2, i % 5 ? -1 : test_below(E));
         row_index_build(&plan, choice, first);
@@ -69,7 +74,8 @@ static void test_plan(void) {
     }
     check(ok, "row_index_build is the stable counting sort of its definition");
     // The bound is reached: by the worst counts, found by trying all of a small case.
-    int tile = device_row_tile(), most = 0;
+    int tile = device_row_tile();
+    int most = 0;
     for (int a = 0; a <= 5; a++)
         for (int b = 0; b <= 5; b++)
             for (int c = 0; c <= 5; c++)
@@ -89,14 +95,18 @@ static void test_rows(void) {
     RowIndex plan = take_plan(P, K, E);
     int *choice = take_choice(P, K, E, 0.2, -1);
     row_index_build(&plan, choice, 0);
-    size_t n = (size_t)P * C, m = plan.M * C;
-    floatX *x = test_x(test_random(n, 1, 0), n), *y = test_x(test_random(m, 1, 0), m),
-           *px = TEST_TAKE(floatX, m), *ty = TEST_TAKE(floatX, n), *sum = TEST_TAKE(floatX, n);
+    size_t n = (size_t)P * C;
+    size_t m = plan.M * C;
+    floatX *x = test_x(test_random(n, 1, 0), n);
+    floatX *y = test_x(test_random(m, 1, 0), m);
+    floatX *px = TEST_TAKE(floatX, m);
+    floatX *ty = TEST_TAKE(floatX, n);
+    floatX *sum = TEST_TAKE(floatX, n);
     rows_gather(px, x, plan.row_token, plan.M, C * sizeof(floatX));
     rows_weighted_sum(ty, y, 0, &plan, C);
     rows_sum(sum, y, plan.token_row, P, K, C);
-    double left = test_dot(from_x(px, m), from_x(y, m), m),
-           right = test_dot(from_x(x, n), from_x(ty, n), n);
+    double left = test_dot(from_x(px, m), from_x(y, m), m);
+    double right = test_dot(from_x(x, n), from_x(ty, n), n);
     // Rounding of ty: 2^-9 (bf16), 2^-24 or 2^-53 relative to terms whose sum has a root mean
     // square of sqrt(m).
     double unit = sizeof(floatX) == 2 ? 0x1p-8 : 0x1p-22;
@@ -104,8 +114,8 @@ static void test_rows(void) {
     check(fabs(left - right) <= 4 * unit * sqrt((double)m),
           "gather and combine are adjoint: %.9g %.9g", left, right);
     check(memcmp(ty, sum, n * sizeof(floatX)) == 0, "rows_sum is rows_weighted_sum without scores");
-    real *rx = test_real(test_random_real(plan.M * 4, 1, 0), plan.M * 4),
-         *ry = TEST_TAKE(real, P * 4);
+    real *rx = test_real(test_random_real(plan.M * 4, 1, 0), plan.M * 4);
+    real *ry = TEST_TAKE(real, P * 4);
     rows_sum_real(ry, rx, plan.token_row, P, K, 4);
     int ok = 1;
     for (int p = 0; p < P; p++)
@@ -155,8 +165,10 @@ static void naive_forward(Naive *s) {
         for (int j = 0; j < C; j++) s->out[p * C + j] = 0;
     for (int slot = 0; slot < c->P * c->K; slot++) {
         if (!here(s, slot)) continue;
-        int e = s->choice[slot] - c->first, p = slot / c->K;
-        double *h = s->H + (int64_t)slot * 2 * F, *a = s->A + (int64_t)slot * F;
+        int e = s->choice[slot] - c->first;
+        int p = slot / c->K;
+        double *h = s->H + (int64_t)slot * 2 * F;
+        double *a = s->A + (int64_t)slot * F;
         for (int f = 0; f < 2 * F; f++)
             h[f] = Q(test_dot(s->x + p * C, s->W1 + ((int64_t)e * 2 * F + f) * C, C));
         for (int f = 0; f < F; f++) a[f] = Q(Q(h[f] / (1 + exp(-h[f]))) * h[F + f]);
@@ -170,20 +182,25 @@ static void naive_backward(
     Naive *s) { // every intermediate an op-by-op program would store is rounded
     const Case *c = s->c;
     int C = c->C, F = c->F;
-    double *g = TEST_TAKE(double, F), *dx = TEST_TAKE(double, C);
+    double *g = TEST_TAKE(double, F);
+    double *dx = TEST_TAKE(double, C);
     for (int p = 0; p < c->P * C; p++) s->dx[p] = 0;
     for (int slot = 0; slot < c->P * c->K; slot++) {
         s->dscore[slot] = 0;
         if (!here(s, slot)) continue;
-        int e = s->choice[slot] - c->first, p = slot / c->K;
-        const double *h = s->H + (int64_t)slot * 2 * F, *a = s->A + (int64_t)slot * F,
-                     *dy = s->seed + p * C;
-        double *dh = s->dH + (int64_t)slot * 2 * F, *sa = s->sA + (int64_t)slot * F;
+        int e = s->choice[slot] - c->first;
+        int p = slot / c->K;
+        const double *h = s->H + (int64_t)slot * 2 * F;
+        const double *a = s->A + (int64_t)slot * F;
+        const double *dy = s->seed + p * C;
+        double *dh = s->dH + (int64_t)slot * 2 * F;
+        double *sa = s->sA + (int64_t)slot * F;
         for (int f = 0; f < F; f++) {
             g[f] = 0;
             for (int j = 0; j < C; j++) g[f] += dy[j] * s->W2[((int64_t)e * C + j) * F + f];
             g[f] = Q(g[f]);
-            double sg = 1 / (1 + exp(-h[f])), dA = Q(s->score[slot] * g[f]);
+            double sg = 1 / (1 + exp(-h[f]));
+            double dA = Q(s->score[slot] * g[f]);
             s->dscore[slot] += g[f] * a[f];
             sa[f] = Q(s->score[slot] * a[f]);
             dh[f] = Q(Q(dA * h[F + f]) * Q(sg * (1 + h[f] * (1 - sg)))),
@@ -210,8 +227,10 @@ static double naive_loss(void *context) {
 }
 static void naive_results(Naive *s) {
     const Case *c = s->c;
-    size_t slots = (size_t)c->P * c->K, w1 = (size_t)c->local * 2 * c->F * c->C,
-           w2 = (size_t)c->local * c->F * c->C, n = (size_t)c->P * c->C;
+    size_t slots = (size_t)c->P * c->K;
+    size_t w1 = (size_t)c->local * 2 * c->F * c->C;
+    size_t w2 = (size_t)c->local * c->F * c->C;
+    size_t n = (size_t)c->P * c->C;
     s->H = zeros(slots * 2 * c->F), s->A = zeros(slots * c->F), s->out = zeros(n),
     s->dH = zeros(slots * 2 * c->F), s->sA = zeros(slots * c->F);
     s->dscore = zeros(slots), s->dx = zeros(n), s->dW1 = zeros(w1), s->dW2 = zeros(w2);
@@ -231,9 +250,12 @@ static double *by_slot(const floatX *rows, const RowIndex *plan, int width) {
     return d;
 }
 static void test_experts_case(const Case *c) {
-    size_t slots = (size_t)c->P * c->K, w1 = (size_t)c->local * 2 * c->F * c->C,
-           w2 = (size_t)c->local * c->F * c->C, n = (size_t)c->P * c->C;
-    Naive exact = { 0 }, naive;
+    size_t slots = (size_t)c->P * c->K;
+    size_t w1 = (size_t)c->local * 2 * c->F * c->C;
+    size_t w2 = (size_t)c->local * c->F * c->C;
+    size_t n = (size_t)c->P * c->C;
+    Naive exact = { 0 };
+    Naive naive;
     exact.c = c, exact.choice = take_choice(c->P, c->K, c->E, c->absent, c->favourite);
     exact.x = test_random(n, 1, 0), exact.W1 = test_random(w1, 1 / sqrt(c->C), 0),
     exact.W2 = test_random(w2, 1 / sqrt(c->F), 0);
@@ -250,18 +272,24 @@ static void test_experts_case(const Case *c) {
     RowIndex plan = take_plan(c->P, c->K, c->local);
     row_index_build(&plan, exact.choice, c->first);
     size_t M = plan.M;
-    floatX *x = test_x(exact.x, n), *W1 = test_x(exact.W1, w1), *W2 = test_x(exact.W2, w2),
-           *seed = test_x(exact.seed, n);
+    floatX *x = test_x(exact.x, n);
+    floatX *W1 = test_x(exact.W1, w1);
+    floatX *W2 = test_x(exact.W2, w2);
+    floatX *seed = test_x(exact.seed, n);
     real *score = c->use_score ? test_real(exact.score, slots) : 0;
     floatX *result[3][8];
     real *dscore[3];
     gradX *dW1[3], *dW2[3];
     for (int run = 0; run < 3; run++) { // one thread, then MANY; the last with dH in place of H
         test_threads(run ? MANY : 1);
-        floatX *H = TEST_TAKE(floatX, M * 2 * c->F), *A = TEST_TAKE(floatX, M * c->F),
-               *Y = TEST_TAKE(floatX, M * c->C), *out = TEST_TAKE(floatX, n);
-        floatX *dH = TEST_TAKE(floatX, M * 2 * c->F), *sA = TEST_TAKE(floatX, M * c->F),
-               *dX = TEST_TAKE(floatX, M * c->C), *dx = TEST_TAKE(floatX, n);
+        floatX *H = TEST_TAKE(floatX, M * 2 * c->F);
+        floatX *A = TEST_TAKE(floatX, M * c->F);
+        floatX *Y = TEST_TAKE(floatX, M * c->C);
+        floatX *out = TEST_TAKE(floatX, n);
+        floatX *dH = TEST_TAKE(floatX, M * 2 * c->F);
+        floatX *sA = TEST_TAKE(floatX, M * c->F);
+        floatX *dX = TEST_TAKE(floatX, M * c->C);
+        floatX *dx = TEST_TAKE(floatX, n);
         dscore[run] = TEST_TAKE(real, slots);
         dW1[run] = c->accumulate ? test_grad(exact.dW1_before, w1) : TEST_TAKE(gradX, w1);
         dW2[run] = c->accumulate ? test_grad(exact.dW2_before, w2) : TEST_TAKE(gradX, w2);
@@ -280,8 +308,8 @@ static void test_experts_case(const Case *c) {
         memcpy(result[run], all, sizeof all);
     }
     test_threads(MANY);
-    size_t used = plan.expert_row[c->local],
-           size[8] = { used * 2 * c->F, used * c->F, used * c->C, n,
+    size_t used = plan.expert_row[c->local];
+    size_t size[8] = { used * 2 * c->F, used * c->F, used * c->C, n,
                        used * 2 * c->F, used * c->F, used * c->C, n };
     int same = 1;
     for (int run = 1; run < 3; run++) {
@@ -344,7 +372,8 @@ typedef struct {
 } NaiveGate;
 
 static double gate_softmax(double *p, const double *z, int E) {
-    double top = -INFINITY, sum = 0;
+    double top = -INFINITY;
+    double sum = 0;
     for (int e = 0; e < E; e++) top = fmax(top, z[e]);
     for (int e = 0; e < E; e++) sum += p[e] = exp(z[e] - top);
     for (int e = 0; e < E; e++) p[e] /= sum;
@@ -355,9 +384,11 @@ static double gate_softmax(double *p, const double *z, int E) {
 static double gate_loss(void *context) {
     NaiveGate *s = (NaiveGate *)context;
     const Gate *c = s->c;
-    double loss = 0, p[256];
+    double loss = 0;
+    double p[256];
     for (int r = 0; r < c->R; r++) {
-        double *z = s->logits + (int64_t)r * c->E, total = 0;
+        double *z = s->logits + (int64_t)r * c->E;
+        double total = 0;
         for (int e = 0; e < c->E; e++)
             z[e] = test_dot(s->u + (int64_t)r * c->C, s->W + (int64_t)e * c->C, c->C);
         double lse = gate_softmax(p, z, c->E);
@@ -377,8 +408,10 @@ static void gate_backward(NaiveGate *s) {
     const Gate *c = s->c;
     double p[256], dp[256];
     for (int r = 0; r < c->R; r++) {
-        double lse = gate_softmax(p, s->logits + (int64_t)r * c->E, c->E), total = 0, inner = 0,
-               dot = 0;
+        double lse = gate_softmax(p, s->logits + (int64_t)r * c->E, c->E);
+        double total = 0;
+        double inner = 0;
+        double dot = 0;
         const int *ids = s->topk + r * c->K;
         for (int k = 0; k < c->K; k++) total += p[ids[k]];
         for (int k = 0; k < c->K; k++) inner += p[ids[k]] / total * s->seed[r * c->K + k];
@@ -396,8 +429,10 @@ static void gate_backward(NaiveGate *s) {
     }
 }
 static void test_router_case(const Gate *c) {
-    size_t n = (size_t)c->R * c->C, w = (size_t)c->E * c->C, z = (size_t)c->R * c->E,
-           k = (size_t)c->R * c->K;
+    size_t n = (size_t)c->R * c->C;
+    size_t w = (size_t)c->E * c->C;
+    size_t z = (size_t)c->R * c->E;
+    size_t k = (size_t)c->R * c->K;
     NaiveGate s = { c,
                     test_random(n, 1, 0),
                     test_random(w, 1 / sqrt(c->C), 0),
@@ -410,9 +445,13 @@ static void test_router_case(const Gate *c) {
                     0,
                     0 };
     for (int e = 0; e < c->E; e++) s.f[e] = (double)c->K / c->E * (0.5 + test_uniform());
-    double *du_before = test_random(n, 1, 0), *dW_before = test_random_real(w, 1, 0);
-    floatX *u = test_x(s.u, n), *W = test_x(s.W, w), *du[2];
-    real *logits[2], *score[2], *dz[2], *dscore = test_real(s.seed, k);
+    double *du_before = test_random(n, 1, 0);
+    double *dW_before = test_random_real(w, 1, 0);
+    floatX *u = test_x(s.u, n);
+    floatX *W = test_x(s.W, w);
+    floatX *du[2];
+    real *logits[2], *score[2], *dz[2];
+    real *dscore = test_real(s.seed, k);
     int *topk[2];
     gradX *dW[2];
     int64_t *count[2];
@@ -440,13 +479,20 @@ static void test_router_case(const Gate *c) {
                memcmp(du[0], du[1], n * sizeof(floatX)) == 0 &&
                memcmp(prob[0], prob[1], sizeof(double) * c->E) == 0 &&
                memcmp(stat[0], stat[1], 16) == 0;
-    int sorted = 1, counted = 1;
-    double lse2 = 0, entropy = 0, *p = TEST_TAKE(double, c->E), *mass = zeros(c->E),
-           *chosen = zeros(c->E), *got = zeros(c->E);
+    int sorted = 1;
+    int counted = 1;
+    double lse2 = 0;
+    double entropy = 0;
+    double *p = TEST_TAKE(double, c->E);
+    double *mass = zeros(c->E);
+    double *chosen = zeros(c->E);
+    double *got = zeros(c->E);
     s.topk = topk[0];
     gate_loss(&s);
     for (int r = 0; r < c->R; r++) {
-        double lse = gate_softmax(p, s.logits + (int64_t)r * c->E, c->E), least = 1, most = 0;
+        double lse = gate_softmax(p, s.logits + (int64_t)r * c->E, c->E);
+        double least = 1;
+        double most = 0;
         int taken[256] = { 0 };
         lse2 += lse * lse;
         for (int e = 0; e < c->E; e++) entropy -= p[e] * log(p[e]), mass[e] += p[e];
@@ -476,7 +522,8 @@ static void test_router_case(const Gate *c) {
         check_gradient("router du", s.du, s.u, n, 40, gate_loss, &s);
         check_gradient("router dW", s.dW, s.W, w, 40, gate_loss, &s);
     }
-    double *du_naive = zeros(n), *dW_sum = zeros(w);
+    double *du_naive = zeros(n);
+    double *dW_sum = zeros(w);
     for (size_t i = 0; i < n; i++)
         s.du[i] += du_before[i], du_naive[i] = (double)bf16_to_float(float_to_bf16((float)s.du[i]));
     for (size_t i = 0; i < w; i++) dW_sum[i] = s.dW[i] + dW_before[i];
@@ -495,7 +542,8 @@ static void test_router_case(const Gate *c) {
 // One token whose logits are given: u = 1, W = the logits.
 static void route(const double *logits, int E, int K, const real *bias, int normalize, int *topk,
                   real *score) {
-    floatX *W = test_x(logits, E), *u = TEST_TAKE(floatX, 1);
+    floatX *W = test_x(logits, E);
+    floatX *u = TEST_TAKE(floatX, 1);
     RouterStats none = { 0, 0, 0 };
     store(u, 1);
     router_forward(TEST_TAKE(real, E), topk, score, none, u, W, bias, 0, normalize, 1, 1, E, K);
@@ -510,16 +558,22 @@ static void test_router(void) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) test_router_case(cases + i);
     // Published vectors: one token, z = [2,1,0,-1], K = 2. f = [1,1,0,0], coef = 1, E = 4:
     // aux_scale 4.
-    static const double z[4] = { 2, 1, 0, -1 }, want_score[2] = { 0.73105858, 0.26894142 },
-                        want[3][4] = { { 0.58983580, -0.58983580, 0, 0 },
+    static const double z[4] = { 2, 1, 0, -1 };
+    static const double want_score[2] = { 0.73105858, 0.26894142 };
+    static const double want[3][4] = { { 0.58983580, -0.58983580, 0, 0 },
                                        { 0.53435313, -0.51407092, -0.01482749, -0.00545473 },
                                        { 0.30702585, 0.11294850, -0.30702585, -0.11294850 } };
     for (int i = 0; i < 3; i++) {
         int topk[2];
-        real score[2], logits[4] = { 2, 1, 0, -1 }, dz[4],
-                       dscore[2] = { i < 2 ? 1 : 0, i < 2 ? -2 : 0 };
-        double f[4] = { 1, 1, 0, 0 }, off = 0;
-        floatX *u = test_x(z, 1), *W = test_x(z, 4), du[1];
+        real score[2];
+        real logits[4] = { 2, 1, 0, -1 };
+        real dz[4];
+        real dscore[2] = { i < 2 ? 1 : 0, i < 2 ? -2 : 0 };
+        double f[4] = { 1, 1, 0, 0 };
+        double off = 0;
+        floatX *u = test_x(z, 1);
+        floatX *W = test_x(z, 4);
+        floatX du[1];
         gradX dW[4];
         route(z, 4, 2, 0, i != 1, topk, score);
         store(du, 0);
@@ -535,10 +589,12 @@ static void test_router(void) {
               "router vector %d: off by %.1e", i, off);
     }
     int topk[8];
-    real score[8], bias[6] = { 0, 0, 0, 0, 1, 1 };
-    static const double ties[6] = { 1, 2, 1, 2, 1, 1 }, poison[6] = { 0, NAN, 3, 4, 5, 6 },
-                        infinite[6] = { 0, 1, INFINITY, 2, 3, 4 },
-                        far[6] = { 0, -2000, -3000, -4000, -2000, -1000 };
+    real score[8];
+    real bias[6] = { 0, 0, 0, 0, 1, 1 };
+    static const double ties[6] = { 1, 2, 1, 2, 1, 1 };
+    static const double poison[6] = { 0, NAN, 3, 4, 5, 6 };
+    static const double infinite[6] = { 0, 1, INFINITY, 2, 3, 4 };
+    static const double far[6] = { 0, -2000, -3000, -4000, -2000, -1000 };
     route(ties, 6, 3, 0, 1, topk, score);
     check(topk[0] == 0 && topk[1] == 1 && topk[2] == 3,
           "ties go to the lowest id, choice is sorted by id");
@@ -551,7 +607,8 @@ static void test_router(void) {
           "a bias chooses but does not weigh");
     int given[2] = { 2, 4 };
     RouterStats none = { 0, 0, 0 };
-    floatX *u = test_x(ties + 4, 1), *W = test_x(ties, 6);
+    floatX *u = test_x(ties + 4, 1);
+    floatX *W = test_x(ties, 6);
     router_forward(TEST_TAKE(real, 6), given, score, none, u, W, 0, 1, 1, 1, 1, 6, 2);
     check(given[0] == 2 && given[1] == 4 && score[0] == (real)0.5 && score[1] == (real)0.5,
           "a given choice stays, its scores are of the present logits");

@@ -15,12 +15,16 @@
 // rounded to bf16 elsewhere; what surrounds them stays. With beta 0 C is NaN.
 static void test_shape(GemmBf16 kind, int ta, int tb, int64_t m, int64_t n, int64_t k, int beta,
                        int rounded) {
-    int64_t lda = (ta ? m : k) + 3, ldb = (tb ? k : n) + 1, ldc = n + 2;
-    size_t na = (ta ? k : m) * lda, nb = (tb ? n : k) * ldb;
+    int64_t lda = (ta ? m : k) + 3;
+    int64_t ldb = (tb ? k : n) + 1;
+    int64_t ldc = n + 2;
+    size_t na = (ta ? k : m) * lda;
+    size_t nb = (tb ? n : k) * ldb;
     uint16_t *A = TEST_TAKE(uint16_t, na), *B = TEST_TAKE(uint16_t, nb);
     for (size_t i = 0; i < na; i++) A[i] = float_to_bf16((float)test_normal());
     for (size_t i = 0; i < nb; i++) B[i] = float_to_bf16((float)test_normal());
-    float *C = TEST_TAKE(float, m *ldc), *old = TEST_TAKE(float, m *ldc);
+    float *C = TEST_TAKE(float, m *ldc);
+    float *old = TEST_TAKE(float, m *ldc);
     uint16_t *X = TEST_TAKE(uint16_t, m * ldc);
     for (int64_t i = 0; i < m * ldc; i++) {
         X[i] = float_to_bf16((float)test_normal());
@@ -37,11 +41,12 @@ static void test_shape(GemmBf16 kind, int ta, int tb, int64_t m, int64_t n, int6
         for (int64_t j = 0; j < ldc; j++) {
             double sum = beta || j >= n ? (double)old[i * ldc + j] : 0;
             for (int64_t p = 0; j < n && p < k; p++) {
-                int64_t a = ta ? p * lda + i : i * lda + p, b = tb ? j * ldb + p : p * ldb + j;
+                int64_t a = ta ? p * lda + i : i * lda + p;
+                int64_t b = tb ? j * ldb + p : p * ldb + j;
                 sum += (double)bf16_to_float(A[a]) * (double)bf16_to_float(B[b]);
             }
-            double got = (double)(rounded ? bf16_to_float(X[i * ldc + j]) : C[i * ldc + j]),
-                   unit = sqrt((double)k + 1) + (rounded ? fabs(sum) * 2000 : 0);
+            double got = (double)(rounded ? bf16_to_float(X[i * ldc + j]) : C[i * ldc + j]);
+            double unit = sqrt((double)k + 1) + (rounded ? fabs(sum) * 2000 : 0);
             double error = fabs(got - sum) / (j < n ? unit : 1e-9);
             if (!(error <= worst)) worst = error;
         }

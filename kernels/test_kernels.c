@@ -26,7 +26,8 @@ static void test_numbers(void) {
         }
         wrong += float_to_bf16(f) != b;
         if (isinf(f)) continue;
-        uint32_t low[] = { 0x7fff, 0x8000, 0x8001 }, want[] = { b, b + (b & 1), b + 1 };
+        uint32_t low[] = { 0x7fff, 0x8000, 0x8001 };
+        uint32_t want[] = { b, b + (b & 1), b + 1 };
         for (int i = 0; i < 3; i++) {
             uint32_t u = b << 16 | low[i];
             float g;
@@ -47,7 +48,8 @@ static void test_numbers(void) {
     double worst = 0;
     for (int i = 0; i <= 400000; i++) {
         real x = (real)(-110.0 + i * (200.0 / 400000));
-        double want = exp((double)x), got = (double)exp_real(x);
+        double want = exp((double)x);
+        double got = (double)exp_real(x);
         if (want > 3.4028235e38) {
             compare(FP64 || isinf(got), "exp(%g) = %g", (double)x, got);
             continue;
@@ -67,10 +69,14 @@ static void test_numbers(void) {
             "sigmoid and silu");
 
     for (int n = 0; n < 70; n++) {
-        double *x = test_random_real(n + 1, 1, 0), *y = test_random_real(n + 1, 1, 0), sum = 0,
-               dot = 0, most = -INFINITY;
+        double *x = test_random_real(n + 1, 1, 0);
+        double *y = test_random_real(n + 1, 1, 0);
+        double sum = 0;
+        double dot = 0;
+        double most = -INFINITY;
         for (int i = 0; i < n; i++) sum += x[i], dot += x[i] * y[i], most = fmax(most, x[i]);
-        real *a = test_real(x, n), *b = test_real(y, n);
+        real *a = test_real(x, n);
+        real *b = test_real(y, n);
         double bound = FP64 ? 1e-13 : 1e-5;
         compare(fabs((double)row_sum(a, n) - sum) <= bound &&
                     fabs((double)row_dot(a, b, n) - dot) <= bound && (double)row_max(a, n) == most,
@@ -87,15 +93,21 @@ static void naive_gemm(double *C, int ta, int tb, int m, int n, int k, const dou
         for (int j = 0; j < n; j++) {
             double s = beta ? C0[i * n + j] : 0;
             for (int p = 0; p < k; p++) {
-                int a = ta ? p * lda + i : i * lda + p, b = tb ? j * ldb + p : p * ldb + j;
+                int a = ta ? p * lda + i : i * lda + p;
+                int b = tb ? j * ldb + p : p * ldb + j;
                 s += A[a] * B[b];
             }
             C[i * n + j] = Q(s);
         }
 }
 static void test_gemm_shape(int ta, int tb, int m, int n, int k, int beta) {
-    int pad = 3, lda = (ta ? m : k) + pad, ldb = (tb ? k : n) + pad, ldc = n + pad;
-    size_t na = lda * (size_t)(ta ? k : m), nb = ldb * (size_t)(tb ? n : k), nc = m * (size_t)n;
+    int pad = 3;
+    int lda = (ta ? m : k) + pad;
+    int ldb = (tb ? k : n) + pad;
+    int ldc = n + pad;
+    size_t na = lda * (size_t)(ta ? k : m);
+    size_t nb = ldb * (size_t)(tb ? n : k);
+    size_t nc = m * (size_t)n;
     double *A = test_random(na, 1, 0), *B = test_random(nb, 1, 0), *C0 = test_random(nc, 1, 0);
     TAKE2(want, nc);
     BOTH naive_gemm(want[test_rounding], ta, tb, m, n, k, A, lda, B, ldb, beta, C0);
@@ -109,7 +121,8 @@ static void test_gemm_shape(int ta, int tb, int m, int n, int k, int beta) {
                 C[i * ldc + j] = (real)C0[i * n + j];
                 store(X + i * ldc + j, (real)C0[i * n + j]);
             }
-        int rounded = form == 2 || form == 4, foreign = 0;
+        int rounded = form == 2 || form == 4;
+        int foreign = 0;
         if (form == 0)
             gemm(ta, tb, m, n, k, test_real(A, na), lda, test_real(B, nb), ldb, (real)beta, C, ldc);
         if (form == 1)
@@ -153,14 +166,18 @@ static void test_gemm(void) {
 
 // ---- ends -----------------------------------------------------------------------------------
 static void test_embed(int R, int V, int C) {
-    size_t nw = V * (size_t)C, nx = R * (size_t)C;
-    double *W = test_random(nw, 1, 0), *dx = test_random(nx, 1, 0),
-           *old = test_random_real(nw, 1, 0);
+    size_t nw = V * (size_t)C;
+    size_t nx = R * (size_t)C;
+    double *W = test_random(nw, 1, 0);
+    double *dx = test_random(nx, 1, 0);
+    double *old = test_random_real(nw, 1, 0);
     int *ids = TEST_TAKE(int, R);
     for (int r = 0; r < R; r++)
         ids[r] =
             test_below(V); // R > V in one shape: repeats; R < V in another: rows nobody looks up
-    floatX *out = TEST_TAKE(floatX, nx), *Wx = test_x(W, nw), *dxx = test_x(dx, nx);
+    floatX *out = TEST_TAKE(floatX, nx);
+    floatX *Wx = test_x(W, nw);
+    floatX *dxx = test_x(dx, nx);
     embed_forward(out, ids, Wx, R, C);
     int wrong = 0;
     for (int r = 0; r < R; r++)
@@ -199,12 +216,15 @@ static double cross_entropy_loss(void *context) {
 }
 static void test_cross_entropy(int N, int V, double spread) {
     size_t n = N * (size_t)V;
-    double *x = test_random(n, spread, 0), seed = 0.37, want_loss = 0;
+    double *x = test_random(n, spread, 0);
+    double seed = 0.37;
+    double want_loss = 0;
     int *targets = TEST_TAKE(int, N);
     for (int r = 0; r < N; r++) targets[r] = r % 3 == 1 ? -1 - r : test_below(V);
     TAKE2(d, n);
     BOTH for (int r = 0; r < N; r++) {
-        double most = -INFINITY, sum = 0;
+        double most = -INFINITY;
+        double sum = 0;
         for (int i = 0; i < V; i++) most = fmax(most, x[r * V + i]);
         for (int i = 0; i < V; i++) sum += exp(x[r * V + i] - most);
         for (int i = 0; i < V; i++)
@@ -255,8 +275,11 @@ static double norm_loss(void *context) {
 }
 static void test_rmsnorm(int R, int C) {
     size_t n = R * (size_t)C;
-    double *x = test_random(n, 0.5, 0.1), *w = test_random(C, 0.3, 1), *dy = test_random(n, 1, 0),
-           *res = test_random(n, 1, 0), *old = test_random_real(C, 1, 0);
+    double *x = test_random(n, 0.5, 0.1);
+    double *w = test_random(C, 0.3, 1);
+    double *dy = test_random(n, 1, 0);
+    double *res = test_random(n, 1, 0);
+    double *old = test_random_real(C, 1, 0);
     TAKE2(y, n);
     TAKE2(dx, n);
     TAKE2(dw, C);
@@ -265,12 +288,14 @@ static void test_rmsnorm(int R, int C) {
     rmsnorm_forward(c.y, 0, c.x, c.w, (real)EPS, R, C); // rstd not wanted
     for (int mode = 0; mode < 6;
          mode++) { // residual: none, another buffer, dx itself; dw written or added
-        int accumulate = mode & 1, residual = mode >> 1;
+        int accumulate = mode & 1;
+        int residual = mode >> 1;
         BOTH {
             int b = test_rounding;
             for (int j = 0; j < C; j++) dw[b][j] = 0;
             for (int r = 0; r < R; r++) {
-                double v = 0, mean = 0;
+                double v = 0;
+                double mean = 0;
                 for (int j = 0; j < C; j++) v += x[r * C + j] * x[r * C + j] / C;
                 double rs = 1 / sqrt(v + EPS);
                 for (int j = 0; j < C; j++) {
@@ -305,10 +330,12 @@ static void test_rmsnorm(int R, int C) {
 
 static void test_rope_table(void) {
     enum { T = 1001, D = 128 };
-    real *c = TEST_TAKE(real, T * D / 2), *s = TEST_TAKE(real, T * D / 2);
+    real *c = TEST_TAKE(real, T * D / 2);
+    real *s = TEST_TAKE(real, T * D / 2);
     rope_table(c, s, 1e6, T, D);
     // fp32: frequency and angle are rounded, 1000 * 2^-25 = 3e-5 each at most
-    double tolerance = FP64 ? 1e-12 : 6.5e-5, worst = 0;
+    double tolerance = FP64 ? 1e-12 : 6.5e-5;
+    double worst = 0;
     for (int t = 0; t < T; t++)
         for (int j = 0; j < D / 2; j++) {
             double a = t * pow(1e6, -2.0 * j / D);
@@ -321,7 +348,8 @@ static void test_rope_table(void) {
                 fabs((double)s[64000 + 63] - 1.24093744e-3) < 1e-8,
             "rope table: known values");
     if (!FP64) { // the last bit of HF's table: fp32 frequency times fp32 position, rounded
-        float frequency = (float)pow(1e6, -2.0 / D), angle = 999.0f * frequency;
+        float frequency = (float)pow(1e6, -2.0 / D);
+        float angle = 999.0f * frequency;
         compare(c[999 * 64 + 1] == (float)cos((double)angle),
                 "rope table rounds as Hugging Face's");
     }
@@ -350,15 +378,20 @@ static void naive_heads(double *y, double *dx, double *dw, const double *x, cons
     int half = D / 2;
     for (int j = 0; j < D; j++) dw[j] = 0;
     for (int r = 0; r < R * H; r++) {
-        const double *v = x + r * D, *g = dy + r * D;
-        const real *cr = c + r / H % T * half, *sr = s + r / H % T * half;
-        double mean2 = 0, mean = 0;
+        const double *v = x + r * D;
+        const double *g = dy + r * D;
+        const real *cr = c + r / H % T * half;
+        const real *sr = s + r / H % T * half;
+        double mean2 = 0;
+        double mean = 0;
         for (int j = 0; j < D; j++) mean2 += v[j] * v[j] / D;
         double rs = 1 / sqrt(mean2 + EPS);
-        double *m = TEST_TAKE(double, D), *t = TEST_TAKE(double, D);
+        double *m = TEST_TAKE(double, D);
+        double *t = TEST_TAKE(double, D);
         for (int j = 0; j < D; j++) m[j] = Q(Q(v[j] * rs) * w[j]);
         for (int j = 0; j < half; j++) {
-            double cj = (double)cr[j], sj = (double)sr[j];
+            double cj = (double)cr[j];
+            double sj = (double)sr[j];
             y[r * D + j] = Q(Q(m[j] * cj) - Q(m[j + half] * sj));
             y[r * D + j + half] = Q(Q(m[j + half] * cj) + Q(m[j] * sj));
             t[j] = Q(Q(g[j] * cj) + Q(g[j + half] * sj));
@@ -375,10 +408,16 @@ static void naive_heads(double *y, double *dx, double *dw, const double *x, cons
 }
 static void test_heads(int B, int T, int H, int KV, int D) {
     int R = B * T;
-    size_t nq = R * (size_t)(H * D), nk = R * (size_t)(KV * D), nd = D;
-    double *q = test_random(nq, 1, 0.2), *k = test_random(nk, 1, 0), *wq = test_random(nd, 0.3, 1),
-           *wk = test_random(nd, 0.3, 1), *gq = test_random(nq, 1, 0), *gk = test_random(nk, 1, 0),
-           *old = test_random_real(nd, 1, 0);
+    size_t nq = R * (size_t)(H * D);
+    size_t nk = R * (size_t)(KV * D);
+    size_t nd = D;
+    double *q = test_random(nq, 1, 0.2);
+    double *k = test_random(nk, 1, 0);
+    double *wq = test_random(nd, 0.3, 1);
+    double *wk = test_random(nd, 0.3, 1);
+    double *gq = test_random(nq, 1, 0);
+    double *gk = test_random(nk, 1, 0);
+    double *old = test_random_real(nd, 1, 0);
     TAKE2(qn, nq);
     TAKE2(dq, nq);
     TAKE2(dwq, nd);
@@ -411,11 +450,12 @@ static void test_heads(int B, int T, int H, int KV, int D) {
     check_close("qk norm rope: k", from_x(h.kn, nk), kn[0], kn[1], nk, 1);
     for (int mode = 0; mode < 4; mode++) { // written or added; own buffers or in place
         int accumulate = mode & 1;
-        floatX *gqx = test_x(gq, nq), *gkx = test_x(gk, nk),
-               *dqx = mode & 2 ? gqx : TEST_TAKE(floatX, nq),
-               *dkx = mode & 2 ? gkx : TEST_TAKE(floatX, nk);
-        gradX *a = accumulate ? test_grad(old, nd) : TEST_TAKE(gradX, nd),
-              *b = accumulate ? test_grad(old, nd) : TEST_TAKE(gradX, nd);
+        floatX *gqx = test_x(gq, nq);
+        floatX *gkx = test_x(gk, nk);
+        floatX *dqx = mode & 2 ? gqx : TEST_TAKE(floatX, nq);
+        floatX *dkx = mode & 2 ? gkx : TEST_TAKE(floatX, nk);
+        gradX *a = accumulate ? test_grad(old, nd) : TEST_TAKE(gradX, nd);
+        gradX *b = accumulate ? test_grad(old, nd) : TEST_TAKE(gradX, nd);
         qk_norm_rope_backward(dqx, dkx, a, b, gqx, gkx, h.q, h.k, h.wq, h.wk, h.c, h.s, 0,
                               (real)EPS, accumulate, R, T, H, KV, D);
         check_close("qk norm rope: dq", from_x(dqx, nq), dq[0], dq[1], nq, 1);
@@ -438,8 +478,10 @@ static void test_heads(int B, int T, int H, int KV, int D) {
     }
     // Positions given by hand = the same rows of the tables in that order.
     int *position = TEST_TAKE(int, R);
-    real *c = TEST_TAKE(real, R * D / 2), *sine = TEST_TAKE(real, R * D / 2);
-    floatX *forward = TEST_TAKE(floatX, nq), *same = TEST_TAKE(floatX, nk);
+    real *c = TEST_TAKE(real, R * D / 2);
+    real *sine = TEST_TAKE(real, R * D / 2);
+    floatX *forward = TEST_TAKE(floatX, nq);
+    floatX *same = TEST_TAKE(floatX, nk);
     for (int r = 0; r < R; r++) {
         position[r] = (int)(r * 7 % T);
         memcpy(c + (int64_t)r * D / 2, h.c + (int64_t)position[r] * D / 2,
@@ -449,9 +491,11 @@ static void test_heads(int B, int T, int H, int KV, int D) {
     }
     floatX *saved_dq = 0;
     for (int way = 0; way < 2; way++) {
-        gradX *a = TEST_TAKE(gradX, nd), *b = TEST_TAKE(gradX, nd);
-        floatX *dqx = test_x(gq, nq), *dkx = test_x(gk, nk),
-               *want[] = { h.qn, h.kn, forward, same };
+        gradX *a = TEST_TAKE(gradX, nd);
+        gradX *b = TEST_TAKE(gradX, nd);
+        floatX *dqx = test_x(gq, nq);
+        floatX *dkx = test_x(gk, nk);
+        floatX *want[] = { h.qn, h.kn, forward, same };
         qk_norm_rope_forward(way ? forward : h.qn, way ? same : h.kn, h.q, h.k, h.wq, h.wk,
                              way ? h.c : c, way ? h.s : sine, way ? position : 0, (real)EPS, R,
                              way ? T : R, H, KV, D);
@@ -491,9 +535,14 @@ static double linear_loss(void *context) {
     return s;
 }
 static void test_linear_shape(int R, int O, int N) {
-    size_t nx = R * (size_t)N, nw = O * (size_t)N, ny = R * (size_t)O;
-    double *x = test_random(nx, 1, 0), *W = test_random(nw, 1, 0), *dy = test_random(ny, 1, 0),
-           *oldx = test_random(nx, 1, 0), *oldw = test_random_real(nw, 1, 0);
+    size_t nx = R * (size_t)N;
+    size_t nw = O * (size_t)N;
+    size_t ny = R * (size_t)O;
+    double *x = test_random(nx, 1, 0);
+    double *W = test_random(nw, 1, 0);
+    double *dy = test_random(ny, 1, 0);
+    double *oldx = test_random(nx, 1, 0);
+    double *oldw = test_random_real(nw, 1, 0);
     Linear c = { test_x(x, nx), test_x(W, nw), TEST_TAKE(floatX, ny), dy, R, O, N };
     floatX *dyx = test_x(dy, ny);
     TAKE2(y, ny);
@@ -531,11 +580,14 @@ static void test_linear(void) {
     for (int i = 0; i < 4; i++)
         for (int alias = 0; alias < 3; alias++) {
             size_t n = sizes[i];
-            double *a = test_random(n, 1, 0), *b = test_random(n, 1, 0);
+            double *a = test_random(n, 1, 0);
+            double *b = test_random(n, 1, 0);
             TAKE2(want, n);
             BOTH for (size_t j = 0; j < n; j++) want[test_rounding][j] = Q(a[j] + b[j]);
-            floatX *ax = test_x(a, n), *bx = test_x(b, n);
-            floatX *outs[] = { TEST_TAKE(floatX, n), ax, bx }, *out = outs[alias];
+            floatX *ax = test_x(a, n);
+            floatX *bx = test_x(b, n);
+            floatX *outs[] = { TEST_TAKE(floatX, n), ax, bx };
+            floatX *out = outs[alias];
             add(out, ax, bx, n);
             check_close("add", from_x(out, n), want[0], want[1], n, 1);
         }
@@ -561,11 +613,10 @@ static void test_offsets(void) {
     int *targets = TEST_TAKE(int, N);
     for (int r = 0; r < N; r++) targets[r] = r == N - 1 ? 5 : -1;
     store(logits + (int64_t)V * (N - 1) + 5, 20);
-    double loss = 0,
-           want = log(
-               1 +
-               (V - 1) *
-                   exp(-20.0)); // a sure row: nothing of the small terms may get lost beside the 1
+    double loss = 0;
+    double want =
+        log(1 + (V - 1) *
+                    exp(-20.0)); // a sure row: nothing of the small terms may get lost beside the 1
     cross_entropy(logits, &loss, targets, 1, 0, N, V);
     compare(fabs(loss - want) < 1e-6, "cross entropy beyond 2^31 logits: %g, not %g", loss, want);
     munmap(logits, bytes);
@@ -573,7 +624,8 @@ static void test_offsets(void) {
     bytes = (size_t)V * C * sizeof(gradX);
     gradX *dW = sparse(bytes);
     int ids[2] = { V - 1, 3 };
-    floatX *x = test_x(test_random(2 * C, 1, 0), 2 * C), *out = TEST_TAKE(floatX, 2 * C);
+    floatX *x = test_x(test_random(2 * C, 1, 0), 2 * C);
+    floatX *out = TEST_TAKE(floatX, 2 * C);
     embed_backward(dW, x, ids, 1, -1, 2, V, C);
     compare((double)dW[(int64_t)(V - 1) * C + C - 1].v == (double)load(x + C - 1) &&
                 (double)dW[3 * C].v == (double)load(x + C),

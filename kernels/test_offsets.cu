@@ -98,11 +98,15 @@ static void test_embedding() {
     std::vector<floatX> rows = some_x(2 * C);
     std::vector<gradX> sums((size_t)(2 * C));
     for (auto &g : sums) g.v = uniform();
-    floatX *W = take<floatX>((int64_t)V * C), *near = taken_from(rows), *out = take<floatX>(2 * C),
-           *out_near = take<floatX>(2 * C), *dx = taken_from(some_x(2 * C));
-    gradX *dW = take<gradX>((int64_t)V * C), *dW_near = taken_from(sums);
-    int *ids = taken_from(std::vector<int>{ V - 1, 0 }),
-        *ids_near = taken_from(std::vector<int>{ 1, 0 });
+    floatX *W = take<floatX>((int64_t)V * C);
+    floatX *near = taken_from(rows);
+    floatX *out = take<floatX>(2 * C);
+    floatX *out_near = take<floatX>(2 * C);
+    floatX *dx = taken_from(some_x(2 * C));
+    gradX *dW = take<gradX>((int64_t)V * C);
+    gradX *dW_near = taken_from(sums);
+    int *ids = taken_from(std::vector<int>{ V - 1, 0 });
+    int *ids_near = taken_from(std::vector<int>{ 1, 0 });
     for (int i = 0; i < 2; i++) {
         int64_t row = i ? (int64_t)(V - 1) * C : 0;
         put(W + row, std::vector<floatX>(rows.begin() + i * C, rows.begin() + (i + 1) * C));
@@ -125,28 +129,36 @@ static void test_cross_entropy() {
     std::vector<floatX> row = some_x(V);
     floatX *logits = take<floatX>((int64_t)N * V);
     put(logits + (int64_t)(N - 1) * V, row);
-    double *loss = take_zeros<double>(1), *loss_near = take_zeros<double>(1);
+    double *loss = take_zeros<double>(1);
+    double *loss_near = take_zeros<double>(1);
     cross_entropy(logits, loss, taken_from(targets), 1, 0, N, V);
     cross_entropy(taken_from(row), loss_near, taken_from(std::vector<int>{ 77 }), 1, 0, 1, V);
     same("loss", loss, loss_near, 1);
     end();
 }
 static void test_rows() {
-    const int C = 2048, LAST = (int)(FAR / C), K = 8, LAST_REAL = (int)(FAR / K);
+    const int C = 2048;
+    const int LAST = (int)(FAR / C);
+    const int K = 8;
+    const int LAST_REAL = (int)(FAR / K);
     begin("rows by index");
     std::vector<floatX> two = some_x(2 * C);
     std::vector<real> scores = some_real(2 * K);
-    floatX *in = take<floatX>((int64_t)(LAST + 1) * C), *near = taken_from(two),
-           *out = take<floatX>(4 * C), *out_near = take<floatX>(4 * C);
-    real *in_real = take<real>((int64_t)(LAST_REAL + 1) * K), *near_real = taken_from(scores),
-         *sum = take<real>(2 * K), *sum_near = take<real>(2 * K),
-         *weight = taken_from(some_real(4));
+    floatX *in = take<floatX>((int64_t)(LAST + 1) * C);
+    floatX *near = taken_from(two);
+    floatX *out = take<floatX>(4 * C);
+    floatX *out_near = take<floatX>(4 * C);
+    real *in_real = take<real>((int64_t)(LAST_REAL + 1) * K);
+    real *near_real = taken_from(scores);
+    real *sum = take<real>(2 * K);
+    real *sum_near = take<real>(2 * K);
+    real *weight = taken_from(some_real(4));
     put(in, std::vector<floatX>(two.begin(), two.begin() + C));
     put(in + (int64_t)LAST * C, std::vector<floatX>(two.begin() + C, two.end()));
     put(in_real, std::vector<real>(scores.begin(), scores.begin() + K));
     put(in_real + (int64_t)LAST_REAL * K, std::vector<real>(scores.begin() + K, scores.end()));
-    int *index = taken_from(std::vector<int>{ LAST, 0, -1, LAST }),
-        *index_near = taken_from(std::vector<int>{ 1, 0, -1, 1 });
+    int *index = taken_from(std::vector<int>{ LAST, 0, -1, LAST });
+    int *index_near = taken_from(std::vector<int>{ 1, 0, -1, 1 });
     int *index_real = taken_from(std::vector<int>{ LAST_REAL, 0, -1, LAST_REAL });
     rows_gather(out, in, index, 4, C * sizeof(floatX));
     rows_gather(out_near, near, index_near, 4, C * sizeof(floatX));
@@ -157,8 +169,8 @@ static void test_rows() {
     rows_sum_real(sum, in_real, index_real, 2, 2, K);
     rows_sum_real(sum_near, near_real, index_near, 2, 2, K);
     same("sum of scores", sum, sum_near, 2 * K);
-    RowIndex plan = { nullptr, index, nullptr, LAST + 1, 2, 1, 2 },
-             plan_near = { nullptr, index_near, nullptr, 2, 2, 1, 2 };
+    RowIndex plan = { nullptr, index, nullptr, LAST + 1, 2, 1, 2 };
+    RowIndex plan_near = { nullptr, index_near, nullptr, 2, 2, 1, 2 };
     rows_weighted_sum(out, in, weight, &plan, C);
     rows_weighted_sum(out_near, near, weight, &plan_near, C);
     same("combine", out, out_near, 2 * C);
@@ -167,8 +179,9 @@ static void test_rows() {
 // The last of E experts has two rows, of pool tokens LAST and 0; no other has any.
 static void test_experts(const char *kernel) {
     if (!experts_select(kernel)) return; // not on this card
-    const int C = 2048, F = 64, E = (int)(FAR / (C * F)) + 2, LAST = (int)(FAR / C),
-              TILE = device_row_tile();
+    const int C = 2048, F = 64, E = (int)(FAR / (C * F)) + 2;
+    const int LAST = (int)(FAR / C);
+    const int TILE = device_row_tile();
     const int64_t W = (int64_t)2 * F * C;
     begin(strcmp(kernel, "mma") ? "experts by wgmma" : "experts by mma.sync");
     RowIndex plan[2];
@@ -181,7 +194,8 @@ static void test_experts(const char *kernel) {
     for (auto &g : g1) g.v = uniform();
     for (auto &g : g2) g.v = uniform();
     for (int far = 0; far < 2; far++) {
-        int experts = far ? E : 1, last = far ? LAST : 1;
+        int experts = far ? E : 1;
+        int last = far ? LAST : 1;
         std::vector<int> row_token((size_t)TILE, -1), token_row((size_t)last + 1, -1),
             expert_row((size_t)experts + 1, 0);
         row_token[0] = last;
@@ -240,7 +254,9 @@ static void test_experts(const char *kernel) {
 }
 // A segment of 700 elements that begins at 2^31 + 768 of a shard and of its tensor.
 static void test_optimizer(OptimizerKind kind, int master) {
-    const int64_t AT = ((int64_t)1 << 31) + 768, N = 700, BLOCKS = 3;
+    const int64_t AT = ((int64_t)1 << 31) + 768;
+    const int64_t N = 700;
+    const int64_t BLOCKS = 3;
     static const char *const names[] = {
         "SGD", "SGD, master", "AdamW", "AdamW, master", "AdamW, 8 bits", "AdamW, 8 bits, master"
     };
@@ -261,7 +277,8 @@ static void test_optimizer(OptimizerKind kind, int master) {
     real *scale = taken_from(std::vector<real>{ 1 });
     double *squares[2];
     for (int far = 0; far < 2; far++) {
-        int64_t at = far ? AT : 0, block = at / 256;
+        int64_t at = far ? AT : 0;
+        int64_t block = at / 256;
         Segment segment = { 0x123456789abcdef, AT, N, at, block, 1 };
         memset(&s[far], 0, sizeof s[far]);
         s[far].param = take<floatX>(at + N);
@@ -318,13 +335,19 @@ static void test_norms() {
     const int64_t AT = (int64_t)(R - 1) * C;
     begin("norm, sum of rows");
     std::vector<floatX> row = some_x(C), drow = some_x(C);
-    floatX *x = take_zeros<floatX>((int64_t)R * C), *dy = take_zeros<floatX>((int64_t)R * C),
-           *y = take<floatX>((int64_t)R * C), *w = taken_from(some_x(C)),
-           *dx = take<floatX>((int64_t)R * C);
-    floatX *xn = taken_from(row), *dyn = taken_from(drow), *yn = take<floatX>(C),
-           *dxn = take<floatX>(C);
-    real *rstd = take<real>(R), *rstd_n = take<real>(1);
-    gradX *dw = take<gradX>(C), *dw_n = take<gradX>(C);
+    floatX *x = take_zeros<floatX>((int64_t)R * C);
+    floatX *dy = take_zeros<floatX>((int64_t)R * C);
+    floatX *y = take<floatX>((int64_t)R * C);
+    floatX *w = taken_from(some_x(C));
+    floatX *dx = take<floatX>((int64_t)R * C);
+    floatX *xn = taken_from(row);
+    floatX *dyn = taken_from(drow);
+    floatX *yn = take<floatX>(C);
+    floatX *dxn = take<floatX>(C);
+    real *rstd = take<real>(R);
+    real *rstd_n = take<real>(1);
+    gradX *dw = take<gradX>(C);
+    gradX *dw_n = take<gradX>(C);
     put(x + AT, row);
     put(dy + AT, drow);
     rmsnorm_forward(y, rstd, x, w, 1e-6f, R, C);
@@ -343,18 +366,33 @@ static void test_norms() {
 }
 static void test_attention() {
     const int T = 32, H = 16, KV = 2, D = 128, B = (int)(BEYOND / (T * H * D)) + 1;
-    const int64_t NQ = (int64_t)T * H * D, NK = (int64_t)T * KV * D, NL = (int64_t)T * H,
-                  LAST = B - 1;
+    const int64_t NQ = (int64_t)T * H * D;
+    const int64_t NK = (int64_t)T * KV * D;
+    const int64_t NL = (int64_t)T * H;
+    const int64_t LAST = B - 1;
     begin("attention, q/k norm and RoPE");
-    floatX *q = take_zeros<floatX>(B * NQ), *d_o = take_zeros<floatX>(B * NQ),
-           *o = take<floatX>(B * NQ), *dq = take<floatX>(B * NQ), *qn = take<floatX>(NQ),
-           *d_on = take<floatX>(NQ);
-    floatX *on = take<floatX>(NQ), *dqn = take<floatX>(NQ), *k = take_zeros<floatX>(B * NK),
-           *v = take_zeros<floatX>(B * NK), *dk = take<floatX>(B * NK), *dv = take<floatX>(B * NK);
-    floatX *kn = take<floatX>(NK), *vn = take<floatX>(NK), *dkn = take<floatX>(NK),
-           *dvn = take<floatX>(NK), *wq = taken_from(some_x(D)), *wk = taken_from(some_x(D));
-    real *lse = take<real>(B * NL), *lse_n = take<real>(NL), *cosines = take<real>(T * D / 2),
-         *sines = take<real>(T * D / 2);
+    floatX *q = take_zeros<floatX>(B * NQ);
+    floatX *d_o = take_zeros<floatX>(B * NQ);
+    floatX *o = take<floatX>(B * NQ);
+    floatX *dq = take<floatX>(B * NQ);
+    floatX *qn = take<floatX>(NQ);
+    floatX *d_on = take<floatX>(NQ);
+    floatX *on = take<floatX>(NQ);
+    floatX *dqn = take<floatX>(NQ);
+    floatX *k = take_zeros<floatX>(B * NK);
+    floatX *v = take_zeros<floatX>(B * NK);
+    floatX *dk = take<floatX>(B * NK);
+    floatX *dv = take<floatX>(B * NK);
+    floatX *kn = take<floatX>(NK);
+    floatX *vn = take<floatX>(NK);
+    floatX *dkn = take<floatX>(NK);
+    floatX *dvn = take<floatX>(NK);
+    floatX *wq = taken_from(some_x(D));
+    floatX *wk = taken_from(some_x(D));
+    real *lse = take<real>(B * NL);
+    real *lse_n = take<real>(NL);
+    real *cosines = take<real>(T * D / 2);
+    real *sines = take<real>(T * D / 2);
     gradX *dw = take<gradX>(D);
     void *workspace = take<char>((int64_t)attention_workspace(B, T, H, KV, D));
     std::vector<floatX> vq = some_x(NQ), vd = some_x(NQ), vk = some_x(NK), vv = some_x(NK);
@@ -393,14 +431,21 @@ static void test_router() {
     begin("router");
     std::vector<floatX> row = some_x(C), drow = some_x(C);
     std::vector<real> ds = some_real(K);
-    floatX *u = take_zeros<floatX>((int64_t)R * C), *un = taken_from(row),
-           *du = take_zeros<floatX>((int64_t)R * C), *dun = taken_from(drow),
-           *W = taken_from(some_x(E * C));
-    real *logits = take<real>((int64_t)R * E), *logits_n = take<real>(E),
-         *dz = take<real>((int64_t)R * E), *dzn = take<real>(E),
-         *score = take<real>((int64_t)R * K), *score_n = take<real>(K);
-    real *dscore = take_zeros<real>((int64_t)R * K), *dscore_n = taken_from(ds);
-    int *topk = take<int>((int64_t)R * K), *topk_n = take<int>(K);
+    floatX *u = take_zeros<floatX>((int64_t)R * C);
+    floatX *un = taken_from(row);
+    floatX *du = take_zeros<floatX>((int64_t)R * C);
+    floatX *dun = taken_from(drow);
+    floatX *W = taken_from(some_x(E * C));
+    real *logits = take<real>((int64_t)R * E);
+    real *logits_n = take<real>(E);
+    real *dz = take<real>((int64_t)R * E);
+    real *dzn = take<real>(E);
+    real *score = take<real>((int64_t)R * K);
+    real *score_n = take<real>(K);
+    real *dscore = take_zeros<real>((int64_t)R * K);
+    real *dscore_n = taken_from(ds);
+    int *topk = take<int>((int64_t)R * K);
+    int *topk_n = take<int>(K);
     gradX *dW = take<gradX>(E * C);
     double *f = take_zeros<double>(E);
     RouterStats none = {};
@@ -423,13 +468,15 @@ static void test_gradient_of_logits() {
     std::vector<floatX> row = some_x(V);
     std::vector<int> targets((size_t)N, -1);
     targets.back() = 5;
-    floatX *logits = take_zeros<floatX>((int64_t)N * V), *near = taken_from(row);
+    floatX *logits = take_zeros<floatX>((int64_t)N * V);
+    floatX *near = taken_from(row);
     double *loss = take_zeros<double>(1);
     put(logits + (int64_t)(N - 1) * V, row);
     cross_entropy(logits, loss, taken_from(targets), 1, 1, N, V);
     cross_entropy(near, loss, taken_from(std::vector<int>{ 5 }), 1, 1, 1, V);
     same("dlogits", logits + (int64_t)(N - 1) * V, near, V);
-    float *wide = take<float>((int64_t)N * V), *wide_near = take<float>(V);
+    float *wide = take<float>((int64_t)N * V);
+    float *wide_near = take<float>(V);
     convert(wide, DTYPE_F32, logits, DTYPE_FLOATX, (size_t)N * V);
     convert(wide_near, DTYPE_F32, near, DTYPE_FLOATX, V);
     same("conversion", wide + (int64_t)(N - 1) * V, wide_near, V);

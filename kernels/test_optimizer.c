@@ -9,7 +9,8 @@
 
 // ---- random numbers -------------------------------------------------------------------------
 static int ascending(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
+    double x = *(const double *)a;
+    double y = *(const double *)b;
     return (x > y) - (x < y);
 }
 static double normal_below(double z) { return 0.5 * erfc(-z * 0.70710678118654752440); }
@@ -23,8 +24,8 @@ static void test_philox(void) {
     };
     int same = 1;
     for (int i = 0; i < 3; i++) {
-        Random128 c = { { vector[i][0], vector[i][1], vector[i][2], vector[i][3] } },
-                  r = philox4x32_10(c, vector[i][4], vector[i][5]);
+        Random128 c = { { vector[i][0], vector[i][1], vector[i][2], vector[i][3] } };
+        Random128 r = philox4x32_10(c, vector[i][4], vector[i][5]);
         same &= memcmp(r.word, vector[i] + 6, 16) == 0;
     }
     check(same, "Philox4x32-10 gives the known answers");
@@ -33,23 +34,28 @@ static void test_normals(void) {
     check(random_uniform(0) > 0 && random_uniform(~(uint64_t)0) < 1 &&
               random_uniform(0) + random_uniform(~(uint64_t)0) == 1,
           "uniforms end inside (0,1)");
-    double worst = 0, worst_log = 0; // erfc and log are good to a few 1e-16 of their value; so is
-                                     // the inverse, up to the density's slope: |dz| < 1e-15 |z|
+    double worst = 0;
+    double worst_log = 0; // erfc and log are good to a few 1e-16 of their value; so is
+                          // the inverse, up to the density's slope: |dz| < 1e-15 |z|
     for (int i = 0; i < 200000; i++) {
         double u = i < 100000 ? random_uniform(test_bits())
-                              : random_uniform(test_bits() >> test_below(52)),
-               z = inverse_normal(u);
-        double density = exp(-z * z / 2) * 0.3989422804014327,
-               tail = z < 0 ? normal_below(z) - u : (1 - u) - normal_below(-z);
-        double e = fabs(tail) / density / (fabs(z) + 0.1),
-               l = fabs(random_log(u) - log(u)) / (fabs(log(u)) + 1);
+                              : random_uniform(test_bits() >> test_below(52));
+        double z = inverse_normal(u);
+        double density = exp(-z * z / 2) * 0.3989422804014327;
+        double tail = z < 0 ? normal_below(z) - u : (1 - u) - normal_below(-z);
+        double e = fabs(tail) / density / (fabs(z) + 0.1);
+        double l = fabs(random_log(u) - log(u)) / (fabs(log(u)) + 1);
         worst = e > worst ? e : worst, worst_log = l > worst_log ? l : worst_log;
     }
     check(worst < 2e-15 && worst_log < 3e-16, "inverse normal and logarithm: errors %.2g, %.2g",
           worst, worst_log);
     enum { N = 1 << 20 };
-    double *z = TEST_TAKE(double, N), moment[4] = { 0 }, far = 0, distance = 0;
-    uint64_t hash = 0xcbf29ce484222325u, id = tensor_id("model.layers.0.mlp.gate.weight");
+    double *z = TEST_TAKE(double, N);
+    double moment[4] = { 0 };
+    double far = 0;
+    double distance = 0;
+    uint64_t hash = 0xcbf29ce484222325u;
+    uint64_t id = tensor_id("model.layers.0.mlp.gate.weight");
     for (int i = 0; i < N; i++) {
         z[i] = random_normal(1234, id, (uint64_t)i);
         double p = 1;
@@ -77,10 +83,12 @@ static void test_normals(void) {
     test_release("normals");
 }
 static void test_rounding_noise(void) {
-    int inside = 1, kept = 1;
+    int inside = 1;
+    int kept = 1;
     double bias = 0;
     for (int i = 0; i < 200; i++) {
-        float x = (float)((test_uniform() - 0.5) * pow(10, test_uniform() * 60 - 30)), low, high;
+        float x = (float)((test_uniform() - 0.5) * pow(10, test_uniform() * 60 - 30));
+        float low, high;
         uint32_t bits;
         memcpy(&bits, &x, 4);
         bits &= 0xffff0000u, memcpy(&low, &bits, 4);
@@ -163,12 +171,17 @@ static OptimizerStep take_step(OptimizerKind kind, int64_t t) {
 // One tensor in one segment against the same tensor cut at 256 (a block of 8-bit state; else
 // anywhere, here 101) and 768 into a shuffled shard; and the formula in doubles.
 static void test_update(OptimizerKind kind, int master, const char *name) {
-    Shard one = take_shard(TENSOR, kind, master), cut = take_shard(TENSOR + 200, kind, master);
+    Shard one = take_shard(TENSOR, kind, master);
+    Shard cut = take_shard(TENSOR + 200, kind, master);
     int64_t at = kind == OPT_ADAMW8 ? 256 : 101;
-    Segment whole = { 42, 0, TENSOR, 0, 0, 1 }, parts[3] = { { 42, 768, 232, 0, 0, 1 },
-                                                             { 42, 0, at, 240, 1, 1 },
-                                                             { 42, at, 768 - at, 500, 2, 1 } };
-    double *p = test_random(TENSOR, 1, 0), *m = zeros(TENSOR), *v = zeros(TENSOR), rounding = 0;
+    Segment whole = { 42, 0, TENSOR, 0, 0, 1 };
+    Segment parts[3] = { { 42, 768, 232, 0, 0, 1 },
+                         { 42, 0, at, 240, 1, 1 },
+                         { 42, at, 768 - at, 500, 2, 1 } };
+    double *p = test_random(TENSOR, 1, 0);
+    double *m = zeros(TENSOR);
+    double *v = zeros(TENSOR);
+    double rounding = 0;
     for (int i = 0; i < TENSOR; i++) {
         store(one.s.param + i, (real)p[i]);
         if (master) one.s.master[i] = (real)p[i];
@@ -205,7 +218,9 @@ static void test_update(OptimizerKind kind, int master, const char *name) {
     }
     int same = 1;
     for (int j = 0; j < 3; j++) {
-        int64_t a = parts[j].offset, b = parts[j].first, n = parts[j].count;
+        int64_t a = parts[j].offset;
+        int64_t b = parts[j].first;
+        int64_t n = parts[j].count;
         same &= memcmp(cut.s.param + a, one.s.param + b, n * sizeof(floatX)) == 0;
         if (master) same &= memcmp(cut.s.master + a, one.s.master + b, n * sizeof(real)) == 0;
         if (kind != OPT_ADAMW8)
@@ -218,7 +233,8 @@ static void test_update(OptimizerKind kind, int master, const char *name) {
         }
     }
     check(same, "%s: the same bits wherever the shard is cut, 1 and 2 threads", name);
-    double *got = TEST_TAKE(double, TENSOR), *nearest = TEST_TAKE(double, TENSOR);
+    double *got = TEST_TAKE(double, TENSOR);
+    double *nearest = TEST_TAKE(double, TENSOR);
     for (int i = 0; i < TENSOR; i++) {
         got[i] = master ? (double)one.s.master[i] : (double)load(one.s.param + i),
         nearest[i] = (double)load(one.s.param + i);
@@ -226,7 +242,8 @@ static void test_update(OptimizerKind kind, int master, const char *name) {
     }
     // 5 steps of a few fp32 roundings: 3e-7; stochastic bf16: 5 roundings of up to 2^-8. 8-bit:
     // five steps of 0.01, m off by 2 % and v by 12 % at worst.
-    double error = test_error(got, p, TENSOR), bound = sizeof(real) == 8 ? 1e-14 : 3e-7;
+    double error = test_error(got, p, TENSOR);
+    double bound = sizeof(real) == 8 ? 1e-14 : 3e-7;
     if (kind == OPT_ADAMW8) bound = 2e-3;
     if (sizeof(floatX) == 2 && !master) bound += 5 * 0x1p-8;
     check(error < bound && rounding == 0, "%s: torch's formula to %.1e", name, error);
@@ -245,7 +262,8 @@ static double quadratic(OptimizerKind kind, double *drift) {
     enum { N = 4096, STEPS = 300 };
     Shard shard = take_shard(N, kind, 1);
     Segment all = { 5, 0, N, 0, 0, 0 };
-    double loss = 0, mean = 0;
+    double loss = 0;
+    double mean = 0;
     real one = 1;
     test_state = 99;
     for (int t = 1; t <= STEPS; t++) {
@@ -267,7 +285,9 @@ static double quadratic(OptimizerKind kind, double *drift) {
     return loss;
 }
 static void test_adamw8(void) {
-    double mean, mean8, exact = quadratic(OPT_ADAMW, &mean), coded = quadratic(OPT_ADAMW8, &mean8);
+    double mean, mean8;
+    double exact = quadratic(OPT_ADAMW, &mean);
+    double coded = quadratic(OPT_ADAMW8, &mean8);
     test_release("quadratic");
     check(coded < 1.05 * exact + 1e-4 && fabs(mean8 - mean) < 0.01,
           "300 noisy steps: loss %.5f with 8-bit moments, %.5f exact (from 0.5); mean %.4f, %.4f",
@@ -279,7 +299,8 @@ static void test_adamw8(void) {
     for (int kind = 0; kind < 4; kind++) {
         Shard shard = take_shard(N, OPT_ADAMW8, 1);
         Segment all = { 6, 0, N, 0, 0, 0 };
-        double worst = 0, moved = 0;
+        double worst = 0;
+        double moved = 0;
         real one = 1;
         for (int t = 1; t <= 200; t++) {
             OptimizerStep o = take_step(OPT_ADAMW8, t);
@@ -309,9 +330,9 @@ static void test_adamw8(void) {
               kind, worst);
         test_release("outliers");
     }
-    int monotone = 1, zero = v8_decode(0, 5) == 0 && v8_encode(0, 0, ~0u) == 0 &&
-                             v8_encode(0, 1, 0) == 1 && v8_encode(1, 1, ~0u) == 255 &&
-                             v8_decode(255, 3) == 3;
+    int monotone = 1;
+    int zero = v8_decode(0, 5) == 0 && v8_encode(0, 0, ~0u) == 0 && v8_encode(0, 1, 0) == 1 &&
+               v8_encode(1, 1, ~0u) == 255 && v8_decode(255, 3) == 3;
     for (int c = 1; c < 256; c++) {
         monotone &= v8_decode((uint8_t)c, 1) > v8_decode((uint8_t)(c - 1), 1) &&
                     v8_encode(v8_decode((uint8_t)c, 1), 1, 0xfffff) == c;
@@ -322,7 +343,9 @@ static void test_adamw8(void) {
         ends &= m8_encode(x, m8_inverse(x), ~0u) == 127 &&
                 (int8_t)m8_encode(-x, m8_inverse(x), 0) == -127;
     check(zero && monotone && ends, "codes: exact values stay, 0 is only 0, the ends hold");
-    double sum = 0, sum_m = 0, x = 0.0123;
+    double sum = 0;
+    double sum_m = 0;
+    double x = 0.0123;
     for (uint32_t i = 0; i < 1 << 16; i++) {
         Noise noise = noise_block(3, 4, i >> 8, 5);
         sum += (double)v8_decode(v8_encode((float)x, 1, noise_bits(noise, 0, i & 255) >> 12), 1) /
@@ -364,7 +387,9 @@ static void test_adamw8_bits(void) {
 // The error bounds that quant8.h derives, over every exponent.
 static void test_quant8_roots(void) {
     Quant8Roots roots = quant8_roots();
-    double root = 0, high = 0, quotient = 0;
+    double root = 0;
+    double high = 0;
+    double quotient = 0;
     for (float x = 1.2e-38f; x < 3e38f; x *= 1.00011f) {
         double error = sqrt(2) * (double)quant8_half_root(x) / sqrt((double)x) - 1;
         root = fmax(root, fabs(error)), high = fmax(high, error);
@@ -390,7 +415,9 @@ static void test_norms(void) {
                        { 1, 65536, N - 65536 - 7, 65536, 0, 1 },
                        { 2, 0, 7, N - 7, 0, 1 },
                        { 3, 0, 0, 0, 0, 1 } };
-    double sums[2][4], truth[3] = { 0 }, total;
+    double sums[2][4];
+    double truth[3] = { 0 };
+    double total;
     for (int run = 0; run < 2; run++) test_threads(run + 1), gradient_squares(sums[run], g, cut, 4);
     for (int i = 0; i < N; i++)
         truth[(i >= 65536) + (i >= N - 7)] += (double)g[i].v * (double)g[i].v;
@@ -413,13 +440,15 @@ static void test_norms(void) {
     check(ok && isnan(scale) && !isfinite(norm),
           "clip_scale: below the limit 1, no limit 1, NaN where the norm is not finite");
     float factor[4] = { 2, 1, 0, 3 };
-    real a = g[5].v, b = g[70000].v;
+    real a = g[5].v;
+    real b = g[70000].v;
     gradient_scale(g, cut, 4, factor);
     check(g[5].v == 2 * a && g[70000].v == b && g[N - 1].v == 0, "gradient_scale");
-    floatX *p = TEST_TAKE(floatX, 2000), *q = TEST_TAKE(floatX, 2000);
+    floatX *p = TEST_TAKE(floatX, 2000);
+    floatX *q = TEST_TAKE(floatX, 2000);
     real *master = TEST_TAKE(real, 2000);
-    Segment whole = { 77, 0, 1001, 3, 0, 1 },
-            parts[2] = { { 77, 255, 746, 0, 0, 1 }, { 77, 0, 255, 1000, 0, 1 } };
+    Segment whole = { 77, 0, 1001, 3, 0, 1 };
+    Segment parts[2] = { { 77, 255, 746, 0, 0, 1 }, { 77, 0, 255, 1000, 0, 1 } };
     init_segments(p, master, &whole, 1, 12, 0.02);
     init_segments(q, 0, parts, 2, 12, 0.02);
     ok = memcmp(p + 3, q + 1000, 255 * sizeof *p) == 0 && memcmp(p + 258, q, 746 * sizeof *p) == 0;
@@ -434,17 +463,21 @@ static void test_norms(void) {
 
 // ---- conversion -----------------------------------------------------------------------------
 static double half_value(uint16_t h) { // the definition
-    int e = h >> 10 & 31, f = h & 1023;
+    int e = h >> 10 & 31;
+    int f = h & 1023;
     double v = e ? ldexp(1024 + f, e - 25) : ldexp(f, -24);
     if (e == 31) v = f ? NAN : INFINITY;
     return h & 0x8000 ? -v : v;
 }
 static void test_convert(void) {
     enum { ALL = 65536 };
-    uint16_t *h = TEST_TAKE(uint16_t, ALL), *back = TEST_TAKE(uint16_t, ALL);
+    uint16_t *h = TEST_TAKE(uint16_t, ALL);
+    uint16_t *back = TEST_TAKE(uint16_t, ALL);
     float *f = TEST_TAKE(float, ALL);
     double *d = TEST_TAKE(double, ALL);
-    int ok = 1, exact = 1, nearest = 1;
+    int ok = 1;
+    int exact = 1;
+    int nearest = 1;
     for (int i = 0; i < ALL; i++) h[i] = (uint16_t)i;
     convert(f, DTYPE_F32, h, DTYPE_F16, ALL), convert(d, DTYPE_F64, h, DTYPE_F16, ALL),
         convert(back, DTYPE_F16, f, DTYPE_F32, ALL);
@@ -464,14 +497,15 @@ static void test_convert(void) {
         Dtype to = type ? DTYPE_BF16 : DTYPE_F16;
         int top = type ? 0x7f80 : 0x7c00;
         for (int i = 0; i < top - 1; i++) {
-            double a = type ? (double)bf16_to_float((uint16_t)i) : half_value((uint16_t)i),
-                   b = type ? (double)bf16_to_float((uint16_t)(i + 1))
-                            : half_value((uint16_t)(i + 1));
+            double a = type ? (double)bf16_to_float((uint16_t)i) : half_value((uint16_t)i);
+            double b =
+                type ? (double)bf16_to_float((uint16_t)(i + 1)) : half_value((uint16_t)(i + 1));
             d[i] = (i % 2 ? -1 : 1) * (a + b) / 2 * (1 + (i % 3 - 1) * 0x1p-50);
         }
         convert(back, to, d, DTYPE_F64, top - 1);
         for (int i = 0; i < top - 1; i++) {
-            int up[3] = { 0, i & 1, 1 }, want = i + up[i % 3];
+            int up[3] = { 0, i & 1, 1 };
+            int want = i + up[i % 3];
             nearest &= (back[i] & 0x7fff) == want && back[i] >> 15 == (i & 1);
         }
     }

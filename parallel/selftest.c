@@ -61,7 +61,8 @@ static int64_t rows(int i, int j, size_t part) { return (int64_t)(((i + 2 * j) %
 // One call of `kind` on a message of `count` elements in all (a multiple of the ranks); returns
 // seconds.
 static double run(Bench *t, int kind, size_t count) {
-    int n = comm_size(t->g), me = comm_rank(t->g);
+    int n = comm_size(t->g);
+    int me = comm_rank(t->g);
     size_t part = count / (size_t)n;
     for (int j = 0; j < n; j++) {
         t->to[j] = rows(me, j, part);
@@ -90,7 +91,8 @@ static double run(Bench *t, int kind, size_t count) {
 }
 
 static void look(Bench *t, size_t at, double should) {
-    double is = t->host[at], off = fabs(is - should);
+    double is = t->host[at];
+    double off = fabs(is - should);
     if (off == 0) return;
     if (t->worst.at >= 0 && !(off > fabs(t->worst.is - t->worst.should))) return;
     t->worst.at = (int64_t)at;
@@ -100,8 +102,10 @@ static void look(Bench *t, size_t at, double should) {
 
 // Runs a call on known numbers; returns 1 where it brings others, the worst of them in t->worst.
 static int wrong(Bench *t, int kind, size_t count) {
-    int n = comm_size(t->g), me = comm_rank(t->g);
-    size_t part = count / (size_t)n, at = 0;
+    int n = comm_size(t->g);
+    int me = comm_rank(t->g);
+    size_t part = count / (size_t)n;
+    size_t at = 0;
     t->worst.at = -1;
     for (size_t i = 0; i < count; i++) t->host[i] = value(me, i);
     device_upload(t->a, t->host, count * sizeof(float));
@@ -143,9 +147,11 @@ typedef struct {
 } Finding;
 
 void comm_check(const Grid *g) {
-    const double deadline = 30, timeout = comm_options.timeout;
+    const double deadline = 30;
+    const double timeout = comm_options.timeout;
     if (!strcmp(device_backend(), "cpu")) return;
-    Finding mine = { .worst.at = -1 }, *all;
+    Finding mine = { .worst.at = -1 };
+    Finding *all;
     size_t most = multiple_of(SMALL, g->world) + g->world;
     Bench t = bench_open(g, most); // the arena stays: the groups keep their shares
     watch_lock();                  // the watchdog reads it
@@ -155,7 +161,8 @@ void comm_check(const Grid *g) {
     for (int i = 0; i < GROUPS; i++) {
         t.g = group_at(g, i);
         for (int kind = 0; kind < COMM_KINDS && !comm_is_local(t.g); kind++) {
-            int n = comm_size(t.g), bad = wrong(&t, kind, multiple_of(SMALL, n));
+            int n = comm_size(t.g);
+            int bad = wrong(&t, kind, multiple_of(SMALL, n));
             if (bad && mine.worst.at < 0) mine = (Finding){ i, kind, n, t.worst };
             comm_traffic(t.g, kind, 1);
         }
@@ -199,7 +206,8 @@ int comm_selftest(const Grid *g, FILE *out) {
             continue;
         }
         int n = comm_size(t.g);
-        size_t small = multiple_of(SMALL, n), large = LARGE / n * n;
+        size_t small = multiple_of(SMALL, n);
+        size_t large = LARGE / n * n;
         for (int kind = 0; kind < COMM_KINDS; kind++) {
             comm_where(0, -1, "self-test");
             int bad = wrong(&t, kind, small) + wrong(&t, kind, large);

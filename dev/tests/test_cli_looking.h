@@ -4,10 +4,12 @@ static void test_looking(void) {
     if (!exists(at("learn"))) good("eval exec $B $S --batch 8 --steps 20 --out $T/learn");
     good("eval exec $B --model $T/learn/checkpoints/latest --steps 0 --seq-len 32 --batch 4 "
          "--generate 40 --temperature 0 --prompt \"'the router '\"");
-    char *first = slurp(at("stdout"), 0), *sample = strstr(first, "sample> the router ");
+    char *first = slurp(at("stdout"), 0);
+    char *sample = strstr(first, "sample> the router ");
     good("eval exec $B --model $T/learn/checkpoints/latest --steps 0 --seq-len 32 --batch 4 "
          "--generate 40 --temperature 0 --prompt \"'the router '\"");
-    char *second = slurp(at("stdout"), 0), *again = strstr(second, "sample> the router ");
+    char *second = slurp(at("stdout"), 0);
+    char *again = strstr(second, "sample> the router ");
     check(sample && again && !strcmp(sample, again) &&
               strlen(sample) >= strlen("sample> the router ") + 40,
           "--generate 40 --temperature 0: the prompt and 40 bytes, the same every time");
@@ -43,8 +45,8 @@ static void test_looking(void) {
         good("eval exec $B $S --steps 1 --micro-batch 1 --aux-coef 0 --trace-token %d --rounds 2",
              token);
         second = slurp(at("stdout"), 0);
-        const char *one = strstr(first, "  layer   experts"),
-                   *two = strstr(second, "  layer   experts");
+        const char *one = strstr(first, "  layer   experts");
+        const char *two = strstr(second, "  layer   experts");
         check(one && two && !strcmp(one, two),
               "--trace-token %d --rounds 2: the experts, scores and norms of --rounds 1", token);
         free(first);
@@ -52,7 +54,8 @@ static void test_looking(void) {
     }
     good("eval exec $B $S --steps 1 --dump $T/look.safetensors --out $T/look");
     SafeTensors d = safetensors_open(at("look.safetensors"));
-    const SafeTensor *logits = safetensors_find(&d, "logits"), *loss = safetensors_find(&d, "loss");
+    const SafeTensor *logits = safetensors_find(&d, "logits");
+    const SafeTensor *loss = safetensors_find(&d, "loss");
     float value = 0;
     if (loss) safetensors_read(&d, loss, 0, &value, 4);
     Log l = log_of("look");
@@ -77,7 +80,9 @@ static void test_looking(void) {
     free(after);
     // the planner is the allocator, counting
     good("eval exec $B $S --steps 1 --plan");
-    char *plan = slurp(at("stdout"), 0), *row = strstr(plan, "memory of a rank"), line[160] = "-";
+    char *plan = slurp(at("stdout"), 0);
+    char *row = strstr(plan, "memory of a rank");
+    char line[160] = "-";
     if (row) snprintf(line, sizeof line, "%.*s", (int)strcspn(row, "\n"), row);
     good("eval exec $B $S --steps 1");
     check(row && said("stdout", line), "--plan prints the table of the run: %s", line);
@@ -103,7 +108,8 @@ static pid_t child_of(pid_t parent) {
     pid_t found = 0;
     for (struct dirent *e; d && (e = readdir(d));) {
         char path[300], state;
-        int pid = atoi(e->d_name), of = 0;
+        int pid = atoi(e->d_name);
+        int of = 0;
         snprintf(path, sizeof path, "/proc/%d/stat", pid);
         FILE *f = pid > 0 ? fopen(path, "r") : 0;
         if (f && fscanf(f, "%*d (%*[^)]) %c %d", &state, &of) == 2 && of == parent && pid > found)

@@ -40,7 +40,8 @@ void mma_m16n8k16_bf16(float d[4], const unsigned a[4], const unsigned b[2], con
             float A[16][16], B[16][8], C[16][8] = {};
             for (int l = 0; l < 32; l++) {
                 auto *x = (MmaOperands *)w->in[l];
-                int g = l >> 2, t = l & 3;
+                int g = l >> 2;
+                int t = l & 3;
                 for (int h = 0; h < 2; h++) {
                     A[g][2 * t + h] = bf16_half(x->a[0], h);
                     A[g + 8][2 * t + h] = bf16_half(x->a[1], h);
@@ -78,7 +79,8 @@ void mma_m16n8k16_f32(float d[4], const unsigned a[8], const unsigned b[4], cons
             float A[16][16], B[16][8], C[16][8];
             for (int l = 0; l < 32; l++) {
                 auto *x = (MmaOperandsF32 *)w->in[l];
-                int g = l >> 2, t = l & 3;
+                int g = l >> 2;
+                int t = l & 3;
                 for (int i = 0; i < 8; i++)
                     A[g + 8 * (i >> 1 & 1)][2 * t + (i & 1) + 8 * (i >> 2)] = x->a[i];
                 for (int i = 0; i < 4; i++) B[2 * t + (i & 1) + 8 * (i >> 1)][g] = x->b[i];
@@ -110,7 +112,8 @@ void ldmatrix(unsigned *r, int count, const void *row, bool trans) {
         false);
     for (int i = 0; i < count; i++)
         for (int h = 0; h < 2; h++) {
-            int rr = trans ? 2 * (l & 3) + h : l >> 2, cc = trans ? l >> 2 : 2 * (l & 3) + h;
+            int rr = trans ? 2 * (l & 3) + h : l >> 2;
+            int cc = trans ? l >> 2 : 2 * (l & 3) + h;
             const uint16_t *p = *(const uint16_t **)f->warp->out[i * 8 + rr] + cc;
             tsan_read(p, 2);
             memcpy((char *)&r[i] + 2 * h, p, 2);
@@ -132,7 +135,8 @@ void stmatrix(void *row, int count, const unsigned *r, bool trans) {
         false);
     for (int i = 0; i < count; i++)
         for (int h = 0; h < 2; h++) {
-            int rr = trans ? 2 * (l & 3) + h : l >> 2, cc = trans ? l >> 2 : 2 * (l & 3) + h;
+            int rr = trans ? 2 * (l & 3) + h : l >> 2;
+            int cc = trans ? l >> 2 : 2 * (l & 3) + h;
             uint16_t *p = *(uint16_t **)f->warp->out[i * 8 + rr] + cc;
             tsan_write(p, 2);
             memcpy(p, (const char *)&r[i] + 2 * h, 2);
