@@ -36,8 +36,7 @@ RATES = {
     "row_index_build": (0.02 * COPIES, "three small kernels of a counting sort, and a memset"),
     "embed_backward": (0.80 * COPIES, "mostly zeros written; before it, three sorting passes over the ids"),
     "optimizer_sgd": (0.75 * COPIES, "noise for stochastic rounding: about 350 instructions for 256 parameters, near the issue limit"),
-    "optimizer_adamw8": (0.46 * COPIES, "instructions: about 1,090 a warp for 256 parameters, a third of them noise and rounding; 132 x 4 schedulers at 1.75 GHz issue 9.3e11 a second, three quarters of them "
-                         "assumed: 3.7 ms for 604 M parameters, where memory alone would take 1.7"),
+    "optimizer_adamw8": (0.46 * COPIES, "instructions: about 1,090 a warp for 256 parameters, at three quarters of the issue rate"),
     "init_segments": (0.12 * COPIES, "an inverse normal distribution in fp64 for each number"),
 }
 # Without cuDNN and wgmma: the kernels for sm_80 and newer, on the same card.
