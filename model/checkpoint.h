@@ -112,15 +112,15 @@ void checkpoint_save_finish(Checkpoint *checkpoint, const struct cJSON *trainer)
 
 // ---- --dump FILE: one update for other programs to check ----
 // fp32 safetensors: logits [B, T, V] in data order, loss, aux, and every gradient before clipping
-// as grad.<HF name>; and the routing as topk [MoE layers, B, T, K], int32. Every rank writes its
-// own byte ranges; nothing is gathered.
+// as grad.<HF name>; and the routing as topk [MoE layers, B, T, K], int32, with the router's logits
+// as router [MoE layers, B, T, E]. Every rank writes its own byte ranges; nothing is gathered.
 typedef struct Dump Dump;
 // Creates the file on rank 0 and opens it on all ranks. Ends the run where it cannot be made.
 Dump *dump_open(const char *path, const struct Trainer *t);
 // Writes `rows` rows of t->head.logits, which begin at row `row` of this rank's tokens of the
 // update.
 void dump_logits(Dump *d, const struct Trainer *t, int64_t row, int rows);
-// Writes the choices of a round.
+// Writes the choices of a round and the router's logits.
 void dump_routing(Dump *d, const struct Trainer *t);
 // Writes this rank's shard of a block's final gradient.
 void dump_gradient(Dump *d, const struct Trainer *t, int block, const gradX *grad);

@@ -20,7 +20,7 @@ struct Dump {
     int fd;
     Checkpoint *checkpoint; // the list of tensors, and staging
     Arena staging;          // outside the plan: a dump is a measurement
-    int64_t *at;            // (GRADIENTS + weights + 1) first byte of each tensor; the last: topk
+    int64_t *at; // (GRADIENTS + weights + 2) first byte of each tensor; the last: topk, router
 };
 
 static void die_dump(const Dump *d, int error) MOE_NORETURN;
@@ -34,7 +34,7 @@ static void die_dump(const Dump *d, int error) {
 static void lay_out(Dump *d, const Trainer *t) {
     const Checkpoint *list = d->checkpoint;
     int topk = GRADIENTS + list->n;
-    int n = t->m->c.n_moe ? topk + 1 : topk;
+    int n = t->m->c.n_moe ? topk + 2 : topk;
     SafeTensor *tensor = (SafeTensor *)xcalloc(n, sizeof *tensor, "dump");
     SafeTensor logits = { "logits", DTYPE_F32, 3, { t->o.batch, t->o.T, t->m->c.V }, 0, 0, 0 };
     tensor[LOGITS] = logits;
@@ -50,7 +50,14 @@ static void lay_out(Dump *d, const Trainer *t) {
     }
     SafeTensor choice = { "topk", DTYPE_I32, 4, { t->m->c.n_moe, t->o.batch, t->o.T, t->m->c.K },
                           0,      0,         0 };
-    if (n > topk) tensor[topk] = choice;
+    SafeTensor router = choice; // margins of the choice
+    router.name = "router";
+    router.type = DTYPE_F32;
+    router.shape[3] = t->m->c.E;
+    if (n > topk) {
+        tensor[topk] = choice;
+        tensor[topk + 1] = router;
+    }
     OutFile file = { 0, 0, 0, 0 };
     file.header = safetensors_layout(tensor, n, &file.header_bytes, &file.bytes);
     int error = t->g->rank == 0 ? checkpoint_create_file(AT_FDCWD, d->path, &file) : 0;
@@ -88,8 +95,7 @@ static void write_numbers(Dump *d, int i, int64_t first, const void *data, Dtype
 }
 
 void dump_logits(Dump *d, const Trainer *t, int64_t row, int rows) {
-    // Where tokens are replicated, one rank of the group writes them.
-    if (t->g->data_ranks < t->g->world && t->g->ep_rank) return;
+    if (!routing_writer(t)) return;
     int64_t V = t->m->c.V;
     int64_t first = t->g->data_rank * t->tokens.sequences * t->o.T + row;
     write_numbers(d, LOGITS, first * V, t->head.logits, DTYPE_FLOATX, rows * V);
@@ -106,8 +112,15 @@ void dump_gradient(Dump *d, const Trainer *t, int block, const gradX *grad) {
 
 void dump_routing(Dump *d, const Trainer *t) {
     if (!t->m->c.n_moe) return;
-    int error = routing_write(t, d->fd, d->at[GRADIENTS + d->checkpoint->n]);
+    int topk = GRADIENTS + d->checkpoint->n;
+    int64_t E = t->m->c.E, first = routing_token(t);
+    int error = routing_write(t, d->fd, d->at[topk]);
     if (error) die_dump(d, error);
+    for (int l = 0; l < t->m->c.L && routing_writer(t); l++)
+        for (int m = 0; m < t->n_micro && t->m->c.is_moe[l]; m++)
+            write_numbers(d, topk + 1,
+                          (first + t->m->moe_index[l] * t->o.batch * t->o.T + m * t->R) * E,
+                          saved_of(t, l, m)->logits, DTYPE_REAL, t->R * E);
 }
 
 void dump_finish(Dump *d, Trainer *t, double loss, double aux) {

@@ -75,18 +75,19 @@ static SafeTensor topk_tensor(const Trainer *t) {
     return topk;
 }
 
-// The first token of this rank's part of a round among all of the update.
-static int64_t first_token(const Trainer *t) {
+int64_t routing_token(const Trainer *t) {
     return t->g->data_rank * t->tokens.sequences * t->o.T + t->round * t->n_micro * t->R;
 }
 
 static int64_t layer_begin(const Trainer *t, int layer) { // in numbers of topk
     int64_t tokens = t->o.batch * t->o.T;
-    return (t->m->moe_index[layer] * tokens + first_token(t)) * t->m->c.K;
+    return (t->m->moe_index[layer] * tokens + routing_token(t)) * t->m->c.K;
 }
 
+int routing_writer(const Trainer *t) { return t->g->data_ranks == t->g->world || !t->g->ep_rank; }
+
 int routing_write(const Trainer *t, int fd, int64_t at) {
-    if (t->g->data_ranks < t->g->world && t->g->ep_rank) return 0; // a replica of these tokens
+    if (!routing_writer(t)) return 0;
     int64_t n = t->R * t->m->c.K;
     size_t bytes = n * sizeof(int);
     int *choice = (int *)xmalloc(bytes, "routing");
@@ -183,7 +184,7 @@ static void replay_round(Trainer *t) {
         safetensors_read(&f->file, topk, layer_begin(t, l) * (int64_t)sizeof(int), f->choice,
                          tokens * K * (int64_t)sizeof(int));
         for (int64_t i = 0; i < tokens; i++)
-            check_choice(t, f->choice + i * K, l, first_token(t) + i);
+            check_choice(t, f->choice + i * K, l, routing_token(t) + i);
         for (int m = 0; m < t->n_micro; m++)
             device_upload(saved_of(t, l, m)->topk, f->choice + m * n, n * sizeof(int));
     }

@@ -205,6 +205,10 @@ void routing_finish(Trainer *t);
 int routing_given(Trainer *t);
 // After a round's forward: records its choices, also in a dump.
 void routing_made(Trainer *t);
+// Returns the first token of this rank's part of a round among all of the update.
+int64_t routing_token(const Trainer *t);
+// Tells whether this rank writes what belongs to its tokens: of replicas one does.
+int routing_writer(const Trainer *t);
 // Writes this rank's part of the round's topk (MoE layers, B, T, K), which begins at byte `at` of
 // fd. Returns 0 or errno.
 int routing_write(const Trainer *t, int fd, int64_t at);

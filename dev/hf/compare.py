@@ -11,7 +11,7 @@ dumps:  A is judged against B. Deviations are norm-wise: |a - b| / |b|, where |b
         zero by algebra and rounding noise in one of the programs is no deviation). Names the first tensor in order of computation that is
         beyond the tolerance, then the largest deviations. A bug shows in the first tensor; the rest is its consequence. Where both hold the
         routing (topk), tells for each MoE layer how many tokens have other experts, and the margins of those tokens: the gap between the
-        router logits of the last expert chosen and the first rejected, in the file that holds them (reference.py's). A flip with a margin
+        router logits of the last expert chosen and the first rejected, in B where it holds them. A flip with a margin
         above rounding is no near tie.
 bf16:   OURS and THEIRS are first updates in bf16 with the routing of TRUTH, which is fp32. Every tensor's error against TRUTH is at most
         --factor times that of THEIRS (FlashAttention's rule), with a floor of 2^-9 of the norm of a tensor that THEIRS happens to hit.

@@ -1,5 +1,29 @@
 // Part of test_cli.c: options that look inside a run (dump, trace, profile, samples, heat map).
 
+// Tokens of a dump whose topk is not that of its router logits; -1 where shapes are not as they
+// should be.
+static int other_choices(const SafeTensors *d) {
+    const SafeTensor *topk = safetensors_find(d, "topk"), *router = safetensors_find(d, "router");
+    if (!topk || !router || topk->n_dims != 4 || router->n_dims != 4) return -1;
+    for (int i = 0; i < 3; i++)
+        if (topk->shape[i] != router->shape[i]) return -1;
+    int64_t K = topk->shape[3], E = router->shape[3], n = topk->bytes / (K * 4);
+    int *id = (int *)xmalloc(topk->bytes, "choices"), differ = 0;
+    float *logit = (float *)xmalloc(router->bytes, "router logits");
+    safetensors_read(d, topk, 0, id, topk->bytes);
+    safetensors_read(d, router, 0, logit, router->bytes);
+    for (int64_t i = 0; i < n; i++) {
+        float least = INFINITY; // of those chosen
+        int above = 0;
+        for (int k = 0; k < K; k++) least = fminf(least, logit[i * E + id[i * K + k]]);
+        for (int e = 0; e < E; e++) above += logit[i * E + e] >= least;
+        differ += above != K;
+    }
+    free(id);
+    free(logit);
+    return differ;
+}
+
 static void test_looking(void) {
     if (!exists(at("learn"))) good("eval exec $B $S --batch 8 --steps 20 --out $T/learn");
     good("eval exec $B --model $T/learn/checkpoints/latest --steps 0 --seq-len 32 --batch 4 "
@@ -64,6 +88,9 @@ static void test_looking(void) {
             logits->shape[2] == 257 && value == (float)logged(&l, 1, "loss") &&
             safetensors_find(&d, "grad.model.layers.1.mlp.experts.7.down_proj.weight"),
         "--dump: logits (B, T, V), the loss that is logged, gradients by their Hugging Face names");
+    int differ = other_choices(&d);
+    check(!differ, "--dump: the choices are those of the router logits beside them (%d differ)",
+          differ);
     safetensors_close(&d);
     log_free(&l);
     check(run("exec $B --selftest") == 0 && said("stdout", "self-test"),
