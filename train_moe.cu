@@ -17,6 +17,7 @@
 #include "model/plan.h"
 #include "model/report.h"
 #include <cjson/cJSON.h>
+#include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -261,7 +262,8 @@ static Tokens *open_tokens(const Run *r) {
     if (!bytes && r->val) bytes = loader_bytes(r->val);
     int used = o->generate || o->sample_every || o->trace_token >= 0;
     char *beside = xasprintf("%s/tokenizer.json", o->model);
-    if (!table && !bytes && *o->model && used && !access(beside, F_OK)) {
+    int there = !access(beside, F_OK) || errno != ENOENT;
+    if (!table && !bytes && *o->model && used && there) {
         table = beside;
         beside = 0;
     }

@@ -175,7 +175,7 @@ char *tokens_beside(const char *shard) {
     n = without(shard, without(shard, n, "_train"), "_val");
     char *path = xasprintf("%.*s.vocab", (int)n, shard);
     struct stat s;
-    if (!stat(path, &s) && S_ISREG(s.st_mode)) return path;
+    if (!stat(path, &s) || errno != ENOENT) return path; // an error is not an absence
     free(path);
     return 0;
 }

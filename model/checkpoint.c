@@ -234,7 +234,7 @@ static void warn_extra(const Checkpoint *checkpoint, const SafeTensors *s, const
 int checkpoint_has_own_head(const char *dir) {
     char *file = xasprintf("%s/model.safetensors", dir);
     char *index = xasprintf("%s.index.json", file);
-    int found = !access(file, F_OK) || !access(index, F_OK);
+    int found = !access(file, F_OK) || errno != ENOENT || !access(index, F_OK) || errno != ENOENT;
     free(file);
     free(index);
     if (!found) return 0;

@@ -65,21 +65,27 @@ static int is_complete(int at, const char *name, int flags, int64_t *step, char 
     char parsed[JSON_WHY];
     cJSON *root = text && !error ? json_parse(text, bytes, parsed) : 0;
     const cJSON *files = cJSON_GetObjectItemCaseSensitive(root, "files");
+    const cJSON *sums = cJSON_GetObjectItemCaseSensitive(root, "checksums"); // of small files, too
     const cJSON *number = cJSON_GetObjectItemCaseSensitive(root, "step");
     const cJSON *file = 0;
     if (cJSON_IsObject(files) && cJSON_IsNumber(number)) {
-        *step = (int64_t)number->valuedouble;
+        double x = number->valuedouble;
+        *step = x >= 0 && x < 1e15 ? (int64_t)x : -1;
         complete = 1;
     } else if (text && !error)
         error = EBADMSG;
-    cJSON_ArrayForEach(file, files) {
-        struct stat st;
-        if (!complete || error) break;
-        int missing = strchr(file->string, '/') != 0 || fstatat(fd, file->string, &st, 0);
-        if (missing && errno != ENOENT && !strchr(file->string, '/')) error = errno;
-        if (!missing && (double)st.st_size == file->valuedouble) continue;
-        snprintf(why, WHY, "%.150s is missing or has another size", file->string);
-        complete = 0;
+    for (int small = 0; small < 2; small++) {
+        const cJSON *list = small ? sums : files;
+        cJSON_ArrayForEach(file, list) {
+            struct stat st;
+            if (!complete || error) break;
+            int missing = strchr(file->string, '/') != 0 || fstatat(fd, file->string, &st, 0);
+            if (missing && errno != ENOENT && !strchr(file->string, '/')) error = errno;
+            if (!missing && (small || (double)st.st_size == file->valuedouble)) continue;
+            snprintf(why, WHY, "%.150s is missing%s", file->string,
+                     small ? "" : " or has another size");
+            complete = 0;
+        }
     }
     cJSON_Delete(root);
     free(text);

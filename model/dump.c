@@ -27,7 +27,7 @@ static void die_dump(const Dump *d, int error) MOE_NORETURN;
 static void die_dump(const Dump *d, int error) {
     die("cannot write the dump %s: %s|"
         "choose a --dump file in a folder with room that all ranks see",
-        d->path, strerror(error));
+        d->path, file_why(error));
 }
 
 // Creates the file on rank 0 and remembers where each tensor begins.

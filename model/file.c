@@ -268,11 +268,12 @@ void folder_make(const char *path) {
         char was = *slash;
         *slash = 0;
         struct stat st;
-        if (!mkdir(p, 0777))
+        int error = mkdir(p, 0777) ? errno : 0;
+        if (!error)
             sync_above(p);
         else if (stat(p, &st) || !S_ISDIR(st.st_mode))
-            die("%s: cannot create the folder: %s|choose a place you may write to with --out", p,
-                errno == EEXIST ? "a file of this name is in the way" : strerror(errno));
+            die("%s: cannot create the folder: %s|choose a place you may write to", p,
+                error == EEXIST ? "a file of this name is in the way" : strerror(error));
         *slash = was;
         if (!was) break;
     }

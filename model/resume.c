@@ -236,10 +236,10 @@ void resume_check(const struct cJSON *trainer, const Options *o, const Config *c
     check_allowed(o, c);
     check_config(o, c, dir);
     for (int i = 0; i < (step ? 3 : 1) && !looks; i++) {
-        int64_t was = (int64_t)trainer_number(trainer, same[i].key);
-        if (was != same[i].now)
-            die("%s was trained with --%s %lld, now it is %lld|%s", dir, same[i].option,
-                (long long)was, (long long)same[i].now, advice);
+        double was = trainer_number(trainer, same[i].key);
+        if (was != (double)same[i].now)
+            die("%s was trained with --%s %.15g, now it is %lld|%s", dir, same[i].option, was,
+                (long long)same[i].now, advice);
     }
     if (!step || looks) return;
     int shuffled = trainer_number(trainer, "shuffle") != 0;
@@ -261,12 +261,13 @@ void resume_check(const struct cJSON *trainer, const Options *o, const Config *c
 }
 
 void resume_restore(Trainer *t, const struct cJSON *trainer, int64_t step) {
-    t->updates = (int64_t)trainer_number(trainer, "updates");
+    double updates = trainer_number(trainer, "updates");
     t->norms.previous = trainer_number(trainer, "previous_norm");
-    if (t->updates < 0 || t->updates > step || !(t->norms.previous >= -1))
-        die("trainer.json: updates %lld or previous_norm %g is out of range|"
+    if (!(updates >= 0 && updates <= (double)step) || !(t->norms.previous >= -1))
+        die("trainer.json: updates %g or previous_norm %g is out of range|"
             "the checkpoint is damaged: resume from the one before it",
-            (long long)t->updates, t->norms.previous);
+            updates, t->norms.previous);
+    t->updates = (int64_t)updates;
     const cJSON *bias = cJSON_GetObjectItemCaseSensitive(trainer, "router_bias");
     const cJSON *b = 0;
     size_t n = t->m->c.n_moe * (size_t)t->m->c.E;

@@ -119,6 +119,10 @@ static void do_save(const Bad *b) {
 static void do_trainer(const Bad *b) { trainer_number(checkpoint_trainer(b->dir), "seed"); }
 static void do_verify(const Bad *b) { checkpoint_verify(b->dir, stdout); }
 static void do_save_dtype(const Bad *b) { (void)save_dtype_parse(b->dir); }
+static void do_make(const Bad *b) {
+    if (!geteuid() && seteuid(65534)) die("root cannot become another user|run as another user");
+    folder_make(b->dir);
+}
 static void do_save_limited(const Bad *b) {
     struct rlimit limit = { 100000, 100000 };
     setrlimit(RLIMIT_FSIZE, &limit);
@@ -440,6 +444,14 @@ static void bad_disks(const char *config) {
     Bad b = { config, own(in("small.json/out")), STATE_M };
     expect("--out under a file", do_save, &b,
            "small.json: cannot create the folder: a file of this name is in the way");
+    char *closed = in("closed");
+    char *within = xasprintf("%s/within", closed);
+    b.dir = within;
+    if (chmod(work, 0711) || mkdir(closed, 0555))
+        die("%s: the test cannot make it|free it", closed);
+    expect("a folder that another user may not write to", do_make, &b, "Permission denied");
+    free(closed);
+    free(within);
     b.dir = own(xasprintf("/proc/moe_out"));
     expect("--out where nobody may write", do_save, &b, "/proc/moe_out: cannot create the folder");
     b.dir = own(in("limited"));

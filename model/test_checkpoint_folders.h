@@ -43,6 +43,14 @@ static void test_folders(const char *config) {
     rename(newest, replaced);
     check(find_newest(out) == 25 && !exists(dir, "replaced_step_25"),
           "killed while step 25 was being replaced: the old step 25 is back");
+    char *index = xasprintf("%s/model.safetensors.index.json", newest);
+    char *aside = xasprintf("%s/aside", newest);
+    rename(index, aside);
+    check(find_newest(out) == 20, "a checkpoint without its index is not complete, either");
+    rename(aside, index);
+    free(index);
+    free(aside);
+    check(find_newest(out) == 25, "  and complete again with it");
     if (truncate(model, 1000)) check(0, "truncate");
     check(find_newest(out) == 20,
           "a checkpoint with a file cut short is not complete: the one before is found");

@@ -85,6 +85,9 @@ static void test_links(void) {
         "--model $T/pipes --steps 0 --threads 1 --out $T/pipes.out");
     check(said("stderr", "tokenizer.json is not copied into checkpoints: not a file"),
           "a tokenizer that cannot be read is said");
+    good("cp $T/text.txt $T/pipe.txt; exec mkfifo $T/pipe.txt.vocab");
+    bad("a pipe in the place of a decode table", "cannot open the decode table",
+        "$S --train $T/pipe.txt --steps 1");
     check(exists(at("home/thesis")) && exists(at("disk2/step_1/model.safetensors")) &&
               !exists(at("link/checkpoints/incomplete_step_7")) &&
               !exists(at("link/checkpoints/incomplete_step_8")) &&
