@@ -14,8 +14,10 @@ typedef struct {
     int n;
 } FileList;
 
-// The bounds of numbers: an int, 15 decimal digits (what a JSON number keeps exactly), no bound.
+// The bounds of numbers: an int, ranks (products of two stay an int64_t, a loop over all of them is
+// short), 15 decimal digits (what a JSON number keeps exactly), no bound.
 #define MANY 2147483647.0
+#define RANKS 1048576.0
 #define DIGITS_15 999999999999999.0
 #define BELOW_1 0.99999999999999988
 #define ANY HUGE_VAL
@@ -120,10 +122,10 @@ typedef struct {
     X(expert_grad_scale, "expert-grad-scale", FLAG, "off", 0, 0, "",                              \
       "scale each expert's gradient by mean count / own count")                                   \
     GROUP("ranks")                                                                                \
-    X(dp, "dp", INT, "1", 1, MANY, "N", "data-parallel copies")                                   \
-    X(fsdp, "fsdp", INT, "0", 0, MANY, "N",                                                       \
+    X(dp, "dp", INT, "1", 1, RANKS, "N", "data-parallel copies")                                  \
+    X(fsdp, "fsdp", INT, "0", 0, RANKS, "N",                                                      \
       "shards of each copy (0: the ranks that dp and ep leave)")                                  \
-    X(ep, "ep", INT, "1", 1, MANY, "N", "ranks that share the experts")                           \
+    X(ep, "ep", INT, "1", 1, RANKS, "N", "ranks that share the experts")                          \
     X(dispatch, "dispatch", CHOICE, "alltoall", 0, 0, "alltoall|allgather|allreduce",             \
       "how tokens reach experts; all three make the same update")                                 \
     X(attention, "attention", CHOICE, "data", 0, 0, "data|heads",                                 \
@@ -141,7 +143,7 @@ typedef struct {
     GROUP("looking inside")                                                                       \
     X(plan, "plan", FLAG, "off", 0, 0, "",                                                        \
       "print memory, traffic and estimated time of a layout, then stop")                          \
-    X(world, "world", INT, "0", 0, MANY, "W", "ranks to plan for (default: those of this run)")   \
+    X(world, "world", INT, "0", 0, RANKS, "W", "ranks to plan for (default: those of this run)")  \
     X(plan_device, "plan-device", TEXT, "h200", 0, 0, "h200|h100|a100|b200|cpu",                  \
       "whose speed and links --plan assumes")                                                     \
     X(gpus_per_node, "gpus-per-node", INT, "0", 0, MANY, "N",                                     \

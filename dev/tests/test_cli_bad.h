@@ -94,6 +94,7 @@ static void bad_options(void) {
     bad("negative temperature", "--temperature -1 is out of range", "$S --temperature -1");
     bad("negative intervals", "--sample-every -1 is out of range", "$S --sample-every -1");
     bad("a plan for no ranks", "--world -8 is out of range", "$S --plan --world -8");
+    bad("a plan for 2^31 ranks", "give 0 to 1048576", "$S --plan --world 2147483647");
     bad("negative warmup", "--warmup -1 is negative", "$S --warmup -1");
     bad("final-lr above one", "--final-lr 2", "$S --final-lr 2");
     bad("no time at all", "--timeout 0", "$S --timeout 0");
