@@ -16,32 +16,50 @@ one() {
     corpus=build/fuzz/corpus/$1
     mkdir -p "$corpus"
     cp dev/fuzz/corpus/"$1"/* "$corpus"
-    if [ -n "${RUNS:-}" ]; then limit=-runs=$RUNS; else limit=-max_total_time=${SECONDS_EACH:-30}; fi
+    limit=-max_total_time=${SECONDS_EACH:-30}
+    [ -z "${RUNS:-}" ] || limit=-runs=$RUNS
     dictionary=
     [ ! -f "dev/fuzz/$1.dict" ] || dictionary=-dict=dev/fuzz/$1.dict
     # The memory limit is the program's own (fuzz.c): that of libFuzzer needs a thread.
     # shellcheck disable=SC2086   an absent dictionary is no word
-    if build/fuzz/fuzz-"$1" "$limit" $dictionary -timeout=60 -rss_limit_mb=0 -malloc_limit_mb=256 -max_len=65536 -print_final_stats=1 -verbosity=1 \
+    if build/fuzz/fuzz-"$1" "$limit" $dictionary -timeout=60 -rss_limit_mb=0 \
+        -malloc_limit_mb=256 -max_len=65536 -print_final_stats=1 -verbosity=1 \
         -artifact_prefix=build/fuzz/found/"$1"- "$corpus" > "$log" 2>&1; then
-        echo "ok   $1: $(sed -n 's/^stat::number_of_executed_units: *//p' "$log") inputs, peak $(sed -n 's/^stat::peak_rss_mb: *//p' "$log") MB"
+        echo "ok   $1: $(sed -n 's/^stat::number_of_executed_units: *//p' "$log") inputs," \
+            "peak $(sed -n 's/^stat::peak_rss_mb: *//p' "$log") MB"
     else
         echo "FAIL $1"
-        grep -aE 'ERROR|more than|runtime error|ALARM|Test unit|die outside|#[0-9] ' "$log" | head -20
+        grep -aE 'ERROR|more than|runtime error|ALARM|Test unit|die outside|#[0-9] ' "$log" |
+            head -20
     fi
     rm -f "$log"
 }
-if [ "$1" = --one ]; then one "$2"; exit; fi
+if [ "$1" = --one ]; then
+    one "$2"
+    exit
+fi
 
-command -v clang > /dev/null || { echo "fuzz: no clang here  hint: apt-get install clang libclang-rt-14-dev"; echo "0 passed, 1 failed"; exit 1; }
+command -v clang > /dev/null || {
+    echo "fuzz: no clang here  hint: apt-get install clang libclang-rt-14-dev"
+    echo "0 passed, 1 failed"
+    exit 1
+}
 said=$(mktemp)
 trap 'rm -f "$said"' EXIT
-flags='-O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer'
-if ! make --no-print-directory -s -j "$(nproc)" CC=clang BACKEND=cpu MPI=off BLAS=off OPENMP=off ROOT_BUILD=build/fuzz OPTIMIZE="$flags" fuzz-build > "$said" 2>&1; then
-    tail -20 "$said"; echo "0 passed, 1 failed"; exit 1
+flags='-O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=undefined'
+flags="$flags -fno-omit-frame-pointer"
+if ! make --no-print-directory -s -j "$(nproc)" CC=clang BACKEND=cpu MPI=off BLAS=off \
+    OPENMP=off ROOT_BUILD=build/fuzz OPTIMIZE="$flags" fuzz-build > "$said" 2>&1; then
+    tail -20 "$said"
+    echo "0 passed, 1 failed"
+    exit 1
 fi
 mkdir -p build/fuzz/found
-export ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=4:allocator_may_return_null=1:max_allocation_size_mb=512
-for parser in ${ONLY:-"$@"}; do echo "$parser"; done | xargs -P "$(nproc)" -n 1 sh dev/fuzz/run.sh --one | tee "$said"
+ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=4:allocator_may_return_null=1
+export ASAN_OPTIONS=$ASAN_OPTIONS:max_allocation_size_mb=512
+for parser in ${ONLY:-"$@"}; do
+    echo "$parser"
+done | xargs -P "$(nproc)" -n 1 sh dev/fuzz/run.sh --one | tee "$said"
 passed=$(grep -c '^ok ' "$said") failed=$(grep -c '^FAIL ' "$said")
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ] && [ "$passed" -gt 0 ]

@@ -13,72 +13,146 @@
 # Prints the counts by call, and ends with 'N passed, N failed'.
 cd "$(dirname "$0")/../.." || exit 1
 program=$(realpath "${1:?usage: faults.sh PROGRAM [COUNT] [SEED]}") count=${2:-150} seed=${3:-1}
-command -v strace > /dev/null || { echo "faults: no strace here, left out"; echo "0 passed, 0 failed"; exit 0; }
+command -v strace > /dev/null || {
+    echo "faults: no strace here, left out"
+    echo "0 passed, 0 failed"
+    exit 0
+}
 t=$(mktemp -d)
 trap 'rm -rf "$t"' EXIT
-strace -qq -o /dev/null -e trace=close true 2> /dev/null || { echo "faults: ptrace is not allowed here, left out"; echo "0 passed, 0 failed"; exit 0; }
+strace -qq -o /dev/null -e trace=close true 2> /dev/null || {
+    echo "faults: ptrace is not allowed here, left out"
+    echo "0 passed, 0 failed"
+    exit 0
+}
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 head -c 20000 README.md > "$t/text.txt"
-cat > "$t/micro.json" <<'J'
-{"model_type": "qwen3_moe", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 256,
- "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "intermediate_size": 16, "max_position_embeddings": 64}
+cat > "$t/micro.json" << 'J'
+{"model_type": "qwen3_moe", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+ "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 256,
+ "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "intermediate_size": 16,
+ "max_position_embeddings": 64}
 J
-options=(--init "$t/micro.json" --train "$t/text.txt" --seq-len 16 --batch 4 --threads 1 --save-every 1 --lr 0.01)
-first=2 last=4                     # updates before the fault, and in all
+options=(--init "$t/micro.json" --train "$t/text.txt" --seq-len 16 --batch 4 --threads 1
+    --save-every 1 --lr 0.01)
+first=2 last=4 # updates before the fault, and in all
 run() { timeout 30 "$@" > "$t/out" 2> "$t/err"; }
-run "$program" "${options[@]}" --steps $last --out "$t/whole" || { cat "$t/err"; echo "0 passed, 1 failed"; exit 1; }
+run "$program" "${options[@]}" --steps $last --out "$t/whole" || {
+    cat "$t/err"
+    echo "0 passed, 1 failed"
+    exit 1
+}
 sums() { (cd "$1/checkpoints/step_$last" && sha256sum ./*.safetensors); }
 want=$(sums "$t/whole")
-run "$program" "${options[@]}" --steps $first --out "$t/before" || { cat "$t/err"; echo "0 passed, 1 failed"; exit 1; }
+run "$program" "${options[@]}" --steps $first --out "$t/before" || {
+    cat "$t/err"
+    echo "0 passed, 1 failed"
+    exit 1
+}
 
 # All calls of the part under test: --resume from update $first to $last. Calls before the first
 # look at --out belong to the loader of the program and are left alone.
 cp -a "$t/before" "$t/probe"
-kinds="openat read pread64 write pwrite64 fsync fdatasync rename renameat renameat2 mkdir mkdirat unlink unlinkat symlink symlinkat getdents64 ftruncate newfstatat fstat lseek close fallocate"
+kinds="openat read pread64 write pwrite64 fsync fdatasync rename renameat renameat2 mkdir mkdirat"
+kinds="$kinds unlink unlinkat symlink symlinkat getdents64 ftruncate newfstatat fstat lseek close"
+kinds="$kinds fallocate"
 known=
-for kind in $kinds; do strace -qq -o /dev/null -e trace="$kind" true 2> /dev/null && known="$known,$kind"; done
-strace -f -qq -o "$t/trace" -e trace="${known#,}" "$program" "${options[@]}" --steps $last --resume --out "$t/probe" > /dev/null 2>&1
+for kind in $kinds; do
+    strace -qq -o /dev/null -e trace="$kind" true 2> /dev/null && known="$known,$kind"
+done
+strace -f -qq -o "$t/trace" -e trace="${known#,}" "$program" "${options[@]}" --steps $last \
+    --resume --out "$t/probe" > /dev/null 2>&1
 awk -v out="$t/probe" '
-    { sub(/^[0-9]+ +/, ""); if (!match($0, /^[a-z0-9_]+\(/)) next; kind = substr($0, 1, RLENGTH - 1); n[kind]++ }
+    {
+        sub(/^[0-9]+ +/, "")
+        if (!match($0, /^[a-z0-9_]+\(/)) next
+        kind = substr($0, 1, RLENGTH - 1)
+        n[kind]++
+    }
     index($0, out) { seen = 1 }
     seen { print kind, n[kind] }' "$t/trace" > "$t/calls"
 errors_of() {
     case $1 in
-    write|pwrite64|fallocate|ftruncate|mkdir*|symlink*) echo ENOSPC EIO EINTR ESTALE ;;
+    write | pwrite64 | fallocate | ftruncate | mkdir* | symlink*) echo ENOSPC EIO EINTR ESTALE ;;
     openat) echo EIO ESTALE EACCES EMFILE EINTR ;;
     *) echo EIO ESTALE EINTR ;;
     esac
 }
-while read -r kind n; do for e in $(errors_of "$kind"); do echo "$kind $n $e"; done; done < "$t/calls" > "$t/all"
+while read -r kind n; do
+    for e in $(errors_of "$kind"); do
+        echo "$kind $n $e"
+    done
+done < "$t/calls" > "$t/all"
 total=$(wc -l < "$t/all")
-[ "$total" -gt 0 ] || { echo "faults: no call was seen"; echo "0 passed, 1 failed"; exit 1; }
+[ "$total" -gt 0 ] || {
+    echo "faults: no call was seen"
+    echo "0 passed, 1 failed"
+    exit 1
+}
 shuf --random-source=<(yes "$seed") -n "$count" "$t/all" > "$t/chosen"
 
 passed=0 failed=0 survived=0 ended=0
-bad() { failed=$((failed + 1)); echo "FAIL $1"; sed 's/^/     /' "$t/err" | head -3; }
-check() {                          # what is left after the fault
+bad() {
+    failed=$((failed + 1))
+    echo "FAIL $1"
+    sed 's/^/     /' "$t/err" | head -3
+}
+check() { # what is left after the fault
     local status=$1 name=$2 step lines
-    [ "$status" != 124 ] || { bad "$name: hangs"; return; }
-    [ "$status" -lt 128 ] || { bad "$name: ended by signal, status $status"; return; }
+    [ "$status" != 124 ] || {
+        bad "$name: hangs"
+        return
+    }
+    [ "$status" -lt 128 ] || {
+        bad "$name: ended by signal, status $status"
+        return
+    }
     if [ "$status" != 0 ]; then
         lines=$(grep -c '^error: ' "$t/err")
-        [ "$lines" = 1 ] || { bad "$name: status $status and $lines error lines"; return; }
-        grep -q 'hint: ' "$t/err" || { bad "$name: no hint"; return; }
+        [ "$lines" = 1 ] || {
+            bad "$name: status $status and $lines error lines"
+            return
+        }
+        grep -q 'hint: ' "$t/err" || {
+            bad "$name: no hint"
+            return
+        }
         ended=$((ended + 1))
-    else survived=$((survived + 1))
+    else
+        survived=$((survived + 1))
     fi
-    for step in 1 2; do [ -d "$t/o/checkpoints/step_$step" ] || { bad "$name: step_$step is gone"; return; }; done
-    for step in "$t"/o/checkpoints/step_*; do
-        timeout 30 "$program" --verify "$step" > "$t/verify" 2>&1 || { cp "$t/verify" "$t/err"; bad "$name: ${step##*/} does not verify"; return; }
+    for step in 1 2; do
+        [ -d "$t/o/checkpoints/step_$step" ] || {
+            bad "$name: step_$step is gone"
+            return
+        }
     done
-    run "$program" "${options[@]}" --steps $last --resume --out "$t/o" || { bad "$name: --resume afterwards"; return; }
-    [ "$(sums "$t/o")" = "$want" ] || { bad "$name: other weights after --resume"; return; }
-    python3 - "$t/o" $last > "$t/err" 2>&1 <<'P' || { bad "$name: log.jsonl or run.json"; return; }
-import json, sys
+    for step in "$t"/o/checkpoints/step_*; do
+        timeout 30 "$program" --verify "$step" > "$t/verify" 2>&1 || {
+            cp "$t/verify" "$t/err"
+            bad "$name: ${step##*/} does not verify"
+            return
+        }
+    done
+    run "$program" "${options[@]}" --steps $last --resume --out "$t/o" || {
+        bad "$name: --resume afterwards"
+        return
+    }
+    [ "$(sums "$t/o")" = "$want" ] || {
+        bad "$name: other weights after --resume"
+        return
+    }
+    python3 - "$t/o" $last > "$t/err" 2>&1 << 'P' || {
+import json
+import sys
+
 steps = [json.loads(line)["step"] for line in open(sys.argv[1] + "/log.jsonl")]
 assert steps == list(range(1, int(sys.argv[2]) + 1)), steps
 json.load(open(sys.argv[1] + "/run.json"))
 P
+        bad "$name: log.jsonl or run.json"
+        return
+    }
     passed=$((passed + 1))
 }
 while read -r kind n error; do
@@ -88,7 +162,8 @@ while read -r kind n error; do
         "$program" "${options[@]}" --steps $last --resume --out "$t/o" > "$t/out" 2> "$t/err"
     check $? "$kind $n $error"
 done < "$t/chosen"
-echo "faults: $total possible, $((passed + failed)) injected, $ended ended the run, $survived were survived"
+echo "faults: $total possible, $((passed + failed)) injected, $ended ended the run," \
+    "$survived were survived"
 cut -d' ' -f1 "$t/chosen" | sort | uniq -c | sed 's/^ */     /'
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

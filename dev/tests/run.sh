@@ -15,11 +15,14 @@ cd "$(dirname "$0")/../.." || exit 1
 what=${1:-test}
 case $what in
 test | full | nightly) ;;
-*) echo "usage: dev/tests/run.sh test|full|nightly" >&2; exit 2 ;;
+*)
+    echo "usage: dev/tests/run.sh test|full|nightly" >&2
+    exit 2
+    ;;
 esac
 jobs=$(nproc 2> /dev/null || echo 2)
 passed=0 failed=0
-log=$(mktemp) bad=$(mktemp)      # bad: what failed, said once more above the closing line
+log=$(mktemp) bad=$(mktemp) # bad: what failed, said once more above the closing line
 trap 'rm -f "$log" "$bad"' EXIT
 unset MAKEFLAGS MAKELEVEL MFLAGS
 cc=${CC:-cc}
@@ -46,7 +49,10 @@ count() {
     passed=$((passed + p)) failed=$((failed + f))
     echo "---- $1: $p passed, $f failed, $(($(seconds) - begin)) s"
     [ "$f" = 0 ] && return
-    { echo "---- $1: exit status $2"; grep FAIL "$log" || tail -15 "$log"; } >> "$bad"
+    {
+        echo "---- $1: exit status $2"
+        grep FAIL "$log" || tail -15 "$log"
+    } >> "$bad"
 }
 # suite TITLE LIMIT COMMAND...: one program, at most LIMIT seconds
 suite() {
@@ -68,7 +74,10 @@ suite() {
 prepare() {
     title=$1 variables='' targets='' ranks=''
     shift
-    while [ "$1" != -- ]; do variables="$variables $1"; shift; done
+    while [ "$1" != -- ]; do
+        variables="$variables $1"
+        shift
+    done
     shift
     # shellcheck disable=SC2086   variables and targets are words
     dir=$(mk $variables show-build)
@@ -81,13 +90,16 @@ prepare() {
         echo "---- build $title: $dir, $(($(seconds) - begin)) s"
         return 0
     fi
-    { echo "---- build $title FAILED:"; tail -30 "$log"; } | tee -a "$bad"
+    {
+        echo "---- build $title FAILED:"
+        tail -30 "$log"
+    } | tee -a "$bad"
     failed=$((failed + 1))
     return 1
 }
 launcher() { sh dev/mpirun.sh "$1"; }
-anyhow() { launcher "$1" | sed "s/ -np $1\$//"; }                 # a launcher without its -np
-soon() { GRACE=1 sh dev/mpirun.sh 2 | sed 's/ -np 2$//'; }        # one that kills after a second
+anyhow() { launcher "$1" | sed "s/ -np $1\$//"; }          # a launcher without its -np
+soon() { GRACE=1 sh dev/mpirun.sh 2 | sed 's/ -np 2$//'; } # one that kills after a second
 script=
 command -v python3 > /dev/null 2>&1 && script=data/tokenize.py
 
@@ -109,11 +121,11 @@ data() {
 checkpoint() { suite "$1 checkpoint" 600 "$dir/model/test_checkpoint"; }
 model() { suite "$1 model" 900 "$dir/test_moe"; }
 command_line() { suite "$1 command line" 1200 "$dir/dev/tests/test_cli" "$dir/train_moe"; }
-model_on() {    # model_on NAME RANKS
+model_on() { # model_on NAME RANKS
     # shellcheck disable=SC2046
     suite "$1 model on $2 ranks" 900 $(launcher "$2") "$dir/test_moe"
 }
-edges_on() {    # edges_on NAME RANKS [--quick]
+edges_on() { # edges_on NAME RANKS [--quick]
     # shellcheck disable=SC2046,SC2086
     suite "$1 edges on $2 ranks" 900 $(launcher "$2") "$dir/dev/tests/edge" $3
 }
@@ -121,19 +133,19 @@ command_line_ranks() {
     suite "$1 command line, several ranks" 300 "$dir/dev/tests/test_cli" "$dir/train_moe" \
         --mpirun "$(anyhow 4)"
 }
-communication() {   # communication NAME [quick]
+communication() { # communication NAME [quick]
     # shellcheck disable=SC2086
     suite "$1 communication" 1200 env MPIRUN="$(soon) --oversubscribe" \
         sh parallel/test_comm.sh "$dir/parallel/test_comm" $2
 }
-dispatchers() {     # dispatchers NAME RANKS...
+dispatchers() { # dispatchers NAME RANKS...
     name=$1
     shift
     suite "$name dispatchers" 900 sh parallel/test_dispatch.sh "$dir/parallel/test_dispatch" "$@"
 }
 
 # ---- make test ----------------------------------------------------------------------------------
-test_one() {        # everything, in one precision
+test_one() { # everything, in one precision
     # shellcheck disable=SC2086
     prepare "$1" PRECISION="$1" -- train_moe test_moe $KERNELS data/test_data \
         model/test_checkpoint dev/tests/test_cli || return
@@ -201,12 +213,12 @@ full_compilers() {
         # shellcheck disable=SC2086
         prepare clang WERROR=-Werror -- train_moe test_moe $KERNELS && kernels clang && model clang
         cc=$host
-        mk show-build > /dev/null       # what was detected is the usual compiler's again
+        mk show-build > /dev/null # what was detected is the usual compiler's again
     fi
     prepare "nothing optional" BLAS=off OPENMP=off MPI=off -- train_moe test_moe &&
         model "nothing optional"
 }
-full_bf16() {       # with what make test has of it: make test PRECISION=bf16
+full_bf16() { # with what make test has of it: make test PRECISION=bf16
     # shellcheck disable=SC2086
     prepare bf16 PRECISION=bf16 -- train_moe test_moe model/test_checkpoint dev/tests/test_cli \
         $RANKS || return
@@ -258,8 +270,8 @@ full_valgrind() {
 # ---- make test-nightly --------------------------------------------------------------------------
 nightly() {
     # shellcheck disable=SC2086
-    if prepare debug DEBUG=1 -- train_moe test_moe model/test_checkpoint dev/tests/test_cli $RANKS
-    then
+    if prepare debug DEBUG=1 -- train_moe test_moe model/test_checkpoint dev/tests/test_cli \
+        $RANKS; then
         export ASAN_OPTIONS=detect_leaks=0
         checkpoint debug
         model debug
@@ -292,6 +304,9 @@ full)
 nightly) nightly ;;
 esac
 [ -n "$LIST" ] && exit 0
-[ ! -s "$bad" ] || { echo "==== failed:"; cat "$bad"; }
+[ ! -s "$bad" ] || {
+    echo "==== failed:"
+    cat "$bad"
+}
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ] && [ "$passed" -gt 0 ]
