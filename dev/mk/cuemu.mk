@@ -23,16 +23,20 @@ CUEMU_CXX = g++
 # Flags by mode: those of dev/cuemu/Makefile, which explains them. Sanitized builds run blocks one
 # after another and without OpenMP, whose runtime ThreadSanitizer does not know.
 CUEMU_FLAGS_plain = -O2 -g1 -fopenmp
-CUEMU_FLAGS_asan = -O1 -g1 -DCUEMU_SEQ -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -DMOE_DEBUG
+CUEMU_FLAGS_asan = -O1 -g1 -DCUEMU_SEQ -fsanitize=address,undefined \
+    -fno-sanitize-recover=undefined -fno-omit-frame-pointer -DMOE_DEBUG
 CUEMU_FLAGS_tsan = -O1 -g1 -DCUEMU_SEQ -fsanitize=thread -DMOE_DEBUG
 CUEMU_COMMON = -DMOE_MPI $(CJSON_CFLAGS) $(MPI_CFLAGS) -DOMPI_SKIP_MPICXX -Wall -Wextra $(WERROR)
-CUEMU_EMULATE = -std=c++17 -x c++ -DCUEMU -include cuemu.h -I$(CUEMU_DIR)/include -isystem $(CUDA_INCLUDE) -fno-strict-aliasing -Wno-attributes -Wno-unknown-pragmas -Wno-sign-compare \
-    -Wno-unused-parameter -Wno-unused-function -Wno-psabi
-CUEMU_LIBRARY = $(filter-out kernels/cuda/%cudnn.cu kernels/cuda/%cudnn.c,$(CUDA_KERNELS)) $(filter-out model/test_%,$(wildcard model/*.c)) \
-    $(filter-out parallel/comm_% parallel/test_%,$(wildcard parallel/*.c)) $(TRANSPORT_nccl) data/loader.c data/shard.c data/tokens.c data/tokenizer_json.c
-CUEMU_STAGED = $(filter-out parallel/comm_nccl parallel/comm_join,$(basename $(CUEMU_LIBRARY))) parallel/comm_mpi
+CUEMU_EMULATE = -std=c++17 -x c++ -DCUEMU -include cuemu.h -I$(CUEMU_DIR)/include \
+    -isystem $(CUDA_INCLUDE) -fno-strict-aliasing -Wno-attributes -Wno-unknown-pragmas \
+    -Wno-sign-compare -Wno-unused-parameter -Wno-unused-function -Wno-psabi
+CUEMU_LIBRARY = $(filter-out kernels/cuda/%cudnn.cu kernels/cuda/%cudnn.c,$(CUDA_KERNELS)) \
+    $(MODEL) $(PARALLEL) $(TRANSPORT_nccl) $(DATA)
+CUEMU_STAGED = $(filter-out parallel/comm_nccl parallel/comm_join,$(basename $(CUEMU_LIBRARY))) \
+    parallel/comm_mpi
 CUEMU_HEADERS = $(patsubst %,$(CUEMU_BUILD)/source/%,$(wildcard kernels/cuda/*.cuh))
-CUEMU_PROGRAMS = train_moe test_moe parallel/test_comm parallel/test_join kernels/test_cuda kernels/test_offsets dev/bench_cuda
+CUEMU_PROGRAMS = train_moe test_moe parallel/test_comm parallel/test_join kernels/test_cuda \
+    kernels/test_offsets dev/bench_cuda
 
 # Launches and dynamic shared memory are rewritten to C++; the rewritten files keep their places
 # relative to one another, what was not rewritten is found beside the original.
@@ -45,44 +49,71 @@ $(CUEMU_BUILD)/source/%.cuh: %.cuh $(CUEMU_DIR)/tools/cuemu_pp.py
 	@$(PYTHON) $(CUEMU_DIR)/tools/cuemu_pp.py $< > $@.new && mv $@.new $@
 
 # The emulator, by its own Makefile.
-$(CUEMU_BUILD)/%/built: $(wildcard $(CUEMU_DIR)/src/* $(CUEMU_DIR)/include/* $(CUEMU_DIR)/include/*/*)
+CUEMU_SUBMAKE = --no-print-directory -C $(CUEMU_DIR) CUDA_HOME=$(CUDA_INCLUDE:/include=) \
+    BUILD=$(abspath $(CUEMU_BUILD))
+CUEMU_SOURCES = $(wildcard $(addprefix $(CUEMU_DIR)/,src/* include/* include/*/*))
+$(CUEMU_BUILD)/%/built: $(CUEMU_SOURCES)
 	@mkdir -p $(@D)
-	+$(MAKE) --no-print-directory -C $(CUEMU_DIR) CUDA_HOME=$(CUDA_INCLUDE:/include=) BUILD=$(abspath $(CUEMU_BUILD)) $(abspath $(@D)/libcuemu.a) $(abspath $(@D)/libcuemu_nccl.a)
+	+$(MAKE) $(CUEMU_SUBMAKE) $(abspath $(@D)/libcuemu.a) $(abspath $(@D)/libcuemu_nccl.a)
 	@touch $@
 
+CUEMU_LIBS = $(CJSON_LIBS) $(BLAS_LIBS) $(MPI_LIBS) -lpthread -lm
 # $(1) mode, $(2) precision
 define CUEMU_VARIANT
 .PRECIOUS: $(CUEMU_BUILD)/$(1)-$(2)/%.o
-$(CUEMU_BUILD)/$(1)-$(2)/%.o: $(CUEMU_BUILD)/source/%.cu $(ROOT_BUILD)/detected.mk | $(CUEMU_HEADERS)
+$(CUEMU_BUILD)/$(1)-$(2)/%.o: $(CUEMU_BUILD)/source/%.cu $(ROOT_BUILD)/detected.mk \
+    | $(CUEMU_HEADERS)
 	@mkdir -p $$(@D)
 	@echo "cuemu $(1) $(2) $$*.cu"
-	@$(CUEMU_CXX) $(CUEMU_FLAGS_$(1)) $(DEFINES_$(2)) $(CUEMU_COMMON) -I$$(dir $$*) -Ikernels/cuda $(CUEMU_EMULATE) -MMD -MP -c $$< -o $$@
+	@$(CUEMU_CXX) $(CUEMU_FLAGS_$(1)) $(DEFINES_$(2)) $(CUEMU_COMMON) -I$$(dir $$*) \
+	    -Ikernels/cuda $(CUEMU_EMULATE) -MMD -MP -c $$< -o $$@
 $(CUEMU_BUILD)/$(1)-$(2)/%.o: %.c $(ROOT_BUILD)/detected.mk
 	@mkdir -p $$(@D)
 	@echo "cuemu $(1) $(2) $$<"
-	@$(CC) -std=c11 $(CUEMU_FLAGS_$(1)) $(DEFINES_$(2)) $(CUEMU_COMMON) $$(EXTRA_$$(basename $$(notdir $$<))) -MMD -MP -c $$< -o $$@
-$(CUEMU_PROGRAMS:%=$(CUEMU_BUILD)/$(1)-$(2)/%): %: %.o $(patsubst %,$(CUEMU_BUILD)/$(1)-$(2)/%.o,$(basename $(CUEMU_LIBRARY))) $(CUEMU_BUILD)/$(1)/built
-	@$(CUEMU_CXX) $(CUEMU_FLAGS_$(1)) $$(filter %.o,$$^) $(CUEMU_BUILD)/$(1)/libcuemu_nccl.a $(CUEMU_BUILD)/$(1)/libcuemu.a $(CJSON_LIBS) $(BLAS_LIBS) $(MPI_LIBS) -lpthread -lm -o $$@
-$(CUEMU_BUILD)/$(1)-$(2)/%_staged: $(CUEMU_BUILD)/$(1)-$(2)/%.o $(CUEMU_STAGED:%=$(CUEMU_BUILD)/$(1)-$(2)/%.o) $(CUEMU_BUILD)/$(1)/built
-	@$(CUEMU_CXX) $(CUEMU_FLAGS_$(1)) $$(filter %.o,$$^) $(CUEMU_BUILD)/$(1)/libcuemu.a $(CJSON_LIBS) $(BLAS_LIBS) $(MPI_LIBS) -lpthread -lm -o $$@
--include $(wildcard $(CUEMU_BUILD)/$(1)-$(2)/*.d $(CUEMU_BUILD)/$(1)-$(2)/*/*.d $(CUEMU_BUILD)/$(1)-$(2)/*/*/*.d)
+	@$(CC) -std=c11 $(CUEMU_FLAGS_$(1)) $(DEFINES_$(2)) $(CUEMU_COMMON) \
+	    $$(EXTRA_$$(basename $$(notdir $$<))) -MMD -MP -c $$< -o $$@
+$(CUEMU_PROGRAMS:%=$(CUEMU_BUILD)/$(1)-$(2)/%): %: %.o \
+    $(patsubst %,$(CUEMU_BUILD)/$(1)-$(2)/%.o,$(basename $(CUEMU_LIBRARY))) \
+    $(CUEMU_BUILD)/$(1)/built
+	@$(CUEMU_CXX) $(CUEMU_FLAGS_$(1)) $$(filter %.o,$$^) $(CUEMU_BUILD)/$(1)/libcuemu_nccl.a \
+	    $(CUEMU_BUILD)/$(1)/libcuemu.a $(CUEMU_LIBS) -o $$@
+$(CUEMU_BUILD)/$(1)-$(2)/%_staged: $(CUEMU_BUILD)/$(1)-$(2)/%.o \
+    $(CUEMU_STAGED:%=$(CUEMU_BUILD)/$(1)-$(2)/%.o) $(CUEMU_BUILD)/$(1)/built
+	@$(CUEMU_CXX) $(CUEMU_FLAGS_$(1)) $$(filter %.o,$$^) $(CUEMU_BUILD)/$(1)/libcuemu.a \
+	    $(CUEMU_LIBS) -o $$@
+-include $(wildcard $(addprefix $(CUEMU_BUILD)/$(1)-$(2)/,*.d */*.d */*/*.d))
 endef
 $(foreach m,plain asan tsan,$(foreach p,bf16 fp32,$(eval $(call CUEMU_VARIANT,$(m),$(p)))))
 
 -include dev/mk/kernel_tests.mk
 
 # ---- tests --------------------------------------------------------------------------------------
-CUEMU_TESTED = $(foreach v,plain-fp32 plain-bf16 asan-bf16 tsan-bf16,$(CUEMU_BUILD)/$(v)/train_moe) $(foreach v,plain-fp32 plain-bf16,$(CUEMU_BUILD)/$(v)/test_moe) $(CUEMU_BUILD)/plain-fp32/parallel/test_comm $(CUEMU_BUILD)/plain-fp32/parallel/test_comm_staged $(CUEMU_BUILD)/asan-bf16/parallel/test_join
-.PHONY: test-cuemu test-cuemu-nightly test-cuemu-build test-cuemu-program test-cuemu-self test-cuemu-seeded
+CUEMU_TESTED = $(addprefix $(CUEMU_BUILD)/, \
+    plain-fp32/train_moe plain-bf16/train_moe asan-bf16/train_moe tsan-bf16/train_moe \
+    plain-fp32/test_moe plain-bf16/test_moe plain-fp32/parallel/test_comm \
+    plain-fp32/parallel/test_comm_staged asan-bf16/parallel/test_join)
+.PHONY: test-cuemu test-cuemu-nightly test-cuemu-build test-cuemu-program test-cuemu-self
+.PHONY: test-cuemu-seeded
 test-cuemu-program: $(CUEMU_TESTED)
-	@fp32=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=fp32)/train_moe; bf16=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=bf16)/train_moe; \
-	    $(MAKE) -s BACKEND=cpu PRECISION=fp32 $$fp32 && $(MAKE) -s BACKEND=cpu PRECISION=bf16 $$bf16 && \
-	    PYTHON="$(PYTHON)" sh dev/tests/test_cuemu_program.sh $(CUEMU_BUILD) $$fp32 $$bf16 $(if $(QUICK),quick,$(TIER))
+	@fp32=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=fp32)/train_moe; \
+	    bf16=$$($(MAKE) -s show-build BACKEND=cpu PRECISION=bf16)/train_moe; \
+	    $(MAKE) -s BACKEND=cpu PRECISION=fp32 $$fp32 && \
+	    $(MAKE) -s BACKEND=cpu PRECISION=bf16 $$bf16 && \
+	    PYTHON="$(PYTHON)" sh dev/tests/test_cuemu_program.sh $(CUEMU_BUILD) $$fp32 $$bf16 \
+	        $(if $(QUICK),quick,$(TIER))
 # The emulator's own tests, and the errors seeded in them.
 CUEMU_SELF = test test-asan test-tsan test-lazy test-mpi test-bugs
 test-cuemu-self:
-	@for t in $(CUEMU_SELF); do echo "---- dev/cuemu: $$t"; $(MAKE) -s --no-print-directory -j$(CUEMU_JOBS) -C $(CUEMU_DIR) CUDA_HOME=$(CUDA_INCLUDE:/include=) BUILD=$(abspath $(CUEMU_BUILD)) TIER=$(TIER) $$t; done | \
-	    awk '{ print } /^[0-9]+ passed, [0-9]+ failed$$/ { good += $$1; bad += $$3; n++ } END { bad += $(words $(CUEMU_SELF)) - n; print good + 0 " passed, " bad + 0 " failed"; exit bad > 0 }'
+	@for t in $(CUEMU_SELF); do \
+	    echo "---- dev/cuemu: $$t"; \
+	    $(MAKE) -s $(CUEMU_SUBMAKE) -j$(CUEMU_JOBS) TIER=$(TIER) $$t; \
+	done | awk '{ print } \
+	    /^[0-9]+ passed, [0-9]+ failed$$/ { good += $$1; bad += $$3; n++ } \
+	    END { \
+	        bad += $(words $(CUEMU_SELF)) - n; \
+	        print good + 0 " passed, " bad + 0 " failed"; \
+	        exit bad > 0 \
+	    }'
 # Some mistakes planted in the kernels, which must be found: all of them are make
 # test-mutations-cuda. test-cuemu-kernels shows that the unchanged kernels pass.
 test-cuemu-seeded:
@@ -90,18 +121,35 @@ test-cuemu-seeded:
 # All: first everything is built, then the parts run beside each other, the long ones first, each
 # into its log, and are told as they end; last their sum. A part that ends without its own closing
 # line is one failure.
-CUEMU_PARTS = test-cuemu-program test-cuemu-kernels test-cuemu-self test-cuemu-seeded test-cuemu-bench test-cuemu-ladder test-cudnn-graphs
+CUEMU_PARTS = test-cuemu-program test-cuemu-kernels test-cuemu-self test-cuemu-seeded \
+    test-cuemu-bench test-cuemu-ladder test-cudnn-graphs
+CUEMU_LOGS = $(CUEMU_PARTS:%=$(CUEMU_BUILD)/%.log)
 CUEMU_JOBS := $(shell nproc 2> /dev/null || echo 2)
-$(CUEMU_PARTS:%=$(CUEMU_BUILD)/%.log): FORCE
-	@begin=$$(date +%s); $(MAKE) -j1 --no-print-directory $(basename $(@F)) > $@ 2>&1; echo "==== $(basename $(@F)), $$(($$(date +%s) - begin)) s"; cat $@
-test-cuemu-build: $(CUEMU_TESTED) $(KERNEL_TESTS) $(CUEMU_BUILD)/plain-bf16/dev/bench_cuda $(CUEMU_BUILD)/plain-bf16/dev/kernels/ladder
+$(CUEMU_LOGS): FORCE
+	@begin=$$(date +%s); \
+	    $(MAKE) -j1 --no-print-directory $(basename $(@F)) > $@ 2>&1; \
+	    echo "==== $(basename $(@F)), $$(($$(date +%s) - begin)) s"; \
+	    cat $@
+test-cuemu-build: $(CUEMU_TESTED) $(KERNEL_TESTS) $(CUEMU_BUILD)/plain-bf16/dev/bench_cuda \
+    $(CUEMU_BUILD)/plain-bf16/dev/kernels/ladder
 test-cuemu:
 	@mkdir -p $(CUEMU_BUILD)
 	@$(MAKE) --no-print-directory -j$(CUEMU_JOBS) test-cuemu-build
-	@$(MAKE) --no-print-directory -j$(CUEMU_JOBS) $(CUEMU_PARTS:%=$(CUEMU_BUILD)/%.log)
-	@awk '/(^|: )[0-9]+ passed, [0-9]+ failed$$/ { passed[FILENAME] = $$(NF - 3); failed[FILENAME] = $$NF } \
-	    END { for (i = 1; i < ARGC; i++) { f = ARGV[i]; if (!(f in passed)) { print f ": no closing line"; bad++ } good += passed[f]; bad += failed[f] } \
-	          print good + 0 " passed, " bad + 0 " failed"; exit bad > 0 }' $(CUEMU_PARTS:%=$(CUEMU_BUILD)/%.log)
+	@$(MAKE) --no-print-directory -j$(CUEMU_JOBS) $(CUEMU_LOGS)
+	@awk '/(^|: )[0-9]+ passed, [0-9]+ failed$$/ { \
+	        passed[FILENAME] = $$(NF - 3); \
+	        failed[FILENAME] = $$NF \
+	    } \
+	    END { \
+	        for (i = 1; i < ARGC; i++) { \
+	            f = ARGV[i]; \
+	            if (!(f in passed)) { print f ": no closing line"; bad++ } \
+	            good += passed[f]; \
+	            bad += failed[f] \
+	        } \
+	        print good + 0 " passed, " bad + 0 " failed"; \
+	        exit bad > 0 \
+	    }' $(CUEMU_LOGS)
 
 test-cuemu-nightly:
 	@$(MAKE) --no-print-directory test-cuemu TIER=nightly

@@ -8,7 +8,8 @@
 #                            dev/costs.h is called; 'N passed, N failed'
 ifeq ($(BACKEND),cuda)
 $(BUILD)/kernels/test_cuda: $(TWINS)/ref_$(PRECISION).o $(TWINS)/true_fp32.o
-$(BUILD)/kernels/test_cuda $(BUILD)/kernels/test_offsets $(BUILD)/dev/bench_cuda: %: %.o $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(CUDA_KERNELS))))
+$(BUILD)/kernels/test_cuda $(BUILD)/kernels/test_offsets $(BUILD)/dev/bench_cuda: %: %.o \
+    $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(CUDA_KERNELS))))
 	@echo "  link $@"
 	$(QUIET)$(CC) $(CFLAGS) $(filter %.o,$^) $(CUDA_LIBS) $(BLAS_LIBS) -lm -lpthread -o $@
 -include $(BUILD)/kernels/test_cuda.d $(BUILD)/kernels/test_offsets.d $(BUILD)/dev/bench_cuda.d
@@ -16,8 +17,12 @@ endif
 
 .PHONY: bench-cuda test-cuemu-bench
 bench-cuda:
-	@dir=$$($(MAKE) -s show-build BACKEND=cuda); $(MAKE) BACKEND=cuda $$dir/dev/bench_cuda && $$dir/dev/bench_cuda $(ARGS) > $$dir/bench.jsonl && $(PYTHON) dev/bench_report.py $$dir/bench.jsonl
+	@dir=$$($(MAKE) -s show-build BACKEND=cuda); \
+	    $(MAKE) BACKEND=cuda $$dir/dev/bench_cuda && \
+	    $$dir/dev/bench_cuda $(ARGS) > $$dir/bench.jsonl && \
+	    $(PYTHON) dev/bench_report.py $$dir/bench.jsonl
 test-cuemu-bench: $(CUEMU_BUILD)/plain-bf16/dev/bench_cuda
-	@$< --tiny > $(CUEMU_BUILD)/bench.jsonl && $(PYTHON) dev/bench_report.py $(CUEMU_BUILD)/bench.jsonl --check
+	@$< --tiny > $(CUEMU_BUILD)/bench.jsonl && \
+	    $(PYTHON) dev/bench_report.py $(CUEMU_BUILD)/bench.jsonl --check
 
 include dev/mk/ladder.mk
