@@ -64,8 +64,11 @@ static double median(double *x, int n) {
 static void scale(Trainer *t, ParamId id, int layer, int64_t n, double factor) {
     const Param *p = model_param(t->m, id, layer);
     if (!p || factor == 1) return;
-    floatX *w = t->optimizer.state[p->block].param + p->offset;
+    const OptimizerState *state = t->optimizer.state + p->block;
+    floatX *w = state->param + p->offset;
     for (int64_t i = 0; i < n; i++) store(w + i, load(w + i) * (real)factor);
+    // The next update makes the weights from their fp32 masters, where there are any.
+    for (int64_t i = 0; state->master && i < n; i++) state->master[p->offset + i] *= (real)factor;
 }
 
 static Trainer *start(Model *m, Grid *grid, const Bench *b, const char *dir) {
