@@ -717,6 +717,9 @@ int main(int argc, char **argv) {
         RUN(experts_budget, 200, 2, 3, 136, 264);
         hopper_publish(false);
     }
+    RUN(shares, 11136); // two shares a multiprocessor
+    RUN(shares, 12672);
+    RUN(shares, 49152); // four
 #endif
     experts_select("auto");
 #ifdef MOE_DEBUG // sanitizers look at accesses, of which a few cases have all

@@ -295,6 +295,33 @@ static void test_experts_budget(int P, int K, int E, int C, int F) {
     for (int i = 0; i < 9; i++) exact_numbers(names[i], results[1][i], results[0][i]);
     end();
 }
+#if defined(MOE_BF16)
+// The time of a product in tiles, on the multiprocessors that NCCL does not hold: each takes the
+// next block when it is free.
+static int64_t tiles_of_longest(int64_t tiles, int64_t blocks, int free_ones) {
+    std::vector<int64_t> busy(free_ones);
+    for (int64_t b = 0; b < blocks; b++)
+        *std::min_element(busy.begin(), busy.end()) += (tiles - b + blocks - 1) / blocks;
+    return *std::max_element(busy.begin(), busy.end());
+}
+// 116 of 132 multiprocessors are the products'. With `held` ones beyond the 16, two waves would
+// take twice the time; and nothing is lost where none is.
+static void test_shares(int64_t tiles) {
+    char name[80];
+    snprintf(name, sizeof name, "shares of %lld tiles", (long long)tiles);
+    begin(name);
+    int64_t blocks = hopper_blocks(tiles, 132, 16), alone = (tiles + 115) / 116;
+    if (hopper_blocks(tiles, 132, 0) > 132) complain("one GPU", "more blocks than multiprocessors");
+    if (tiles_of_longest(tiles, blocks, 116) != alone) complain("nothing held", "takes longer");
+    for (int held = 1; held <= 24; held++) {
+        int64_t longest = tiles_of_longest(tiles, blocks, 116 - held);
+        if (longest > alone * 3 / 2 + 1) complain("held", "a second wave");
+        if (tiles_of_longest(tiles, 116, 116 - held) < 2 * (alone - 1))
+            complain("held", "a block a multiprocessor is no worse");
+    }
+    end();
+}
+#endif
 // Random routings over an ep group: the integers of the table, of the lists and of the row index
 // are those of the CPU, but for the rows that pad an expert.
 static std::vector<int> ints(const int *device, int64_t n) {

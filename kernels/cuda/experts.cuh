@@ -21,6 +21,8 @@ void experts_leave(int multiprocessors);
 // Tells whether the card has compute capability 9.x and this build has code for sm_90a.
 bool hopper_available();
 void hopper_leave(int multiprocessors);
+// Returns how many blocks share `tiles` where `left` multiprocessors are left to communication.
+int64_t hopper_blocks(int64_t tiles, int multiprocessors, int left);
 // Chooses how gathered stages are published (hopper.cuh).
 void hopper_publish(bool copies);
 void hopper_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, const RowIndex *plan,

@@ -495,14 +495,23 @@ static int multiprocessors() {
         CUDA_CHECK(cudaGetDevice(&device));
         CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
     }
-    return count - left_to_communication > 1 ? count - left_to_communication : 1;
+    return count;
 }
-// Runs a kernel with shared memory S on one block a multiprocessor, or fewer where there are fewer
-// tiles. The kernel is opted into its shared memory once.
+// With other ranks a multiprocessor gets up to MOST shares of the tiles, a block each: a block that
+// finds it held by communication goes to the next that is free. A share begins and ends with empty
+// stages, so it has at least LEAST tiles (of the worst routing; a fraction of them with ep).
+int64_t hopper_blocks(int64_t tiles, int multiprocessors, int left) {
+    enum { MOST = 4, LEAST = 48 };
+    int64_t room = multiprocessors - left > 1 ? multiprocessors - left : 1, shares = 1;
+    while (left > 0 && shares < MOST && tiles >= (shares + 1) * LEAST * room) shares++;
+    return tiles < shares * room ? tiles : shares * room;
+}
+// Runs a kernel with shared memory S, of which a multiprocessor holds one block. The kernel is
+// opted into it once.
 template <class S, auto kernel, class... Arguments>
 static void launch(int64_t tiles, const Arguments &...arguments) {
     opt_into_shared<kernel>(sizeof(S));
-    int64_t blocks = tiles < multiprocessors() ? tiles : multiprocessors();
+    int64_t blocks = hopper_blocks(tiles, multiprocessors(), left_to_communication);
     kernel<<<(unsigned)blocks, HOPPER_THREADS, sizeof(S), compute_stream()>>>(arguments...);
     LAUNCHED();
 }
