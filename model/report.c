@@ -88,10 +88,15 @@ static void log_line_end(Report *r) {
 }
 
 void report_sync(Report *r) {
+    struct stat ours, named;
     if (!r->log) return;
     write_log(r);
     int error = file_sync(r->log_fd);
     if (error) warn("%s/log.jsonl may not be on the disk: %s", r->folder->path, strerror(error));
+    int gone = fstatat(r->folder->fd, "log.jsonl", &named, AT_SYMLINK_NOFOLLOW);
+    if (fstat(r->log_fd, &ours) || (!gone && named.st_ino == ours.st_ino) || r->replaced++) return;
+    warn("%s/log.jsonl was removed or replaced under this run: its lines are lost from there on",
+         r->folder->path);
 }
 
 static void log_string(FILE *f, const char *text) {

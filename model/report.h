@@ -19,7 +19,7 @@ typedef struct {
     LogLine *line;     // its text
     char *held;        // complete lines that the disk has not taken yet
     size_t held_bytes;
-    int log_fd, warned;
+    int log_fd, warned, replaced;
     int64_t log_size;       // bytes of complete lines in the file
     double peak;            // FLOP/s of all ranks, 0 = unknown: then MFU is not printed
     double flops_per_token; // forward and backward, active parameters
@@ -32,7 +32,7 @@ typedef struct {
 Report report_open(const Trainer *t, RunFolder *folder, int64_t step, int64_t steps, int again,
                    double peak);
 // Makes the lines so far durable: called before a checkpoint is published, so that no checkpoint is
-// ahead of its log. Warns where the disk refuses.
+// ahead of its log. Warns where the disk refuses, or another file has taken the place of the log.
 void report_sync(Report *r);
 void report_close(Report *r);
 // Prints one line on what other programs cannot do with checkpoints of a model, if there is

@@ -10,23 +10,20 @@
 #include <string.h>
 
 // ---- what may change, and is said -----------------------------------------------------------
-static const char *const SAID[] = { "lr",           "schedule",  "warmup",    "decay",
-                                    "final-lr",     "momentum",  "beta1",     "beta2",
-                                    "eps",          "grad-clip", "update",    "weight-decay",
-                                    "aux-coef",     "aux-pool",  "z-coef",    "balance",
-                                    "balance-rate", "loss-mask", "documents", "document-end",
-                                    "ignore-target" };
-enum { N_SAID = sizeof SAID / sizeof *SAID };
+static const char SAID[] = "|lr|schedule|warmup|decay|final-lr|momentum|beta1|beta2|eps|grad-clip|"
+                           "update|weight-decay|aux-coef|aux-pool|z-coef|balance|balance-rate|"
+                           "loss-mask|documents|document-end|ignore-target|rounds|master|"
+                           "skip-nonfinite|expert-grad-scale|";
 
 static cJSON *said_json(const Options *o) {
     cJSON *all = options_json(o);
-    cJSON *said = cJSON_CreateObject();
-    for (int i = 0; i < N_SAID; i++) {
-        cJSON *v = cJSON_DetachItemFromObjectCaseSensitive(all, SAID[i]);
-        if (v) cJSON_AddItemToObject(said, SAID[i], v);
+    for (cJSON *v = all->child, *next; v; v = next) {
+        char *word = xasprintf("|%s|", v->string);
+        next = v->next;
+        if (!strstr(SAID, word)) cJSON_Delete(cJSON_DetachItemViaPointer(all, v));
+        free(word);
     }
-    cJSON_Delete(all);
-    return said;
+    return all;
 }
 
 static void say_changed(const cJSON *trainer, const Options *o, FILE *screen) {

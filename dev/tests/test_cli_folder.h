@@ -102,6 +102,12 @@ static void test_links(void) {
     check(!strcmp(victim, "keep\n") && run("rmdir $T/outside") == 0,
           "nothing was written through the links");
     free(victim);
+    pid_t writer = begin_as("taken_log", "eval exec $B $S --steps 100000 --out $T/lost");
+    int begun = wait_lines("lost", 3);
+    run("rm $T/lost/log.jsonl");
+    kill(writer, SIGTERM);
+    check(begun && end(writer) == 0 && said("taken_log.err", "log.jsonl was removed or replaced"),
+          "a log that is removed under its run is said");
     pid_t child = begin("eval exec $B $S --steps 100000 --out $T/moves");
     int seen = wait_lines("moves", 3);
     run("mv $T/moves $T/moved");
@@ -218,10 +224,11 @@ static void test_differences(void) {
          "--out $T/base3 --allow-changed data");
     bad("a permission that means nothing", "--allow-changed rate",
         "$S --steps 3 --resume --out $T/base --allow-changed rate");
-    good("cp -r $T/base $T/base4; eval exec $B $S --steps 3 --lr 1e-5 --schedule cosine --resume "
+    good("cp -r $T/base $T/base4; eval exec $B $S --steps 3 --lr 1e-5 --schedule cosine "
+         "--rounds 2 --resume "
          "--out $T/base4");
     check(said("stdout", "--lr is 1e-05, the checkpoint was trained with 0.0003") &&
-              said("stdout", "--schedule is \"cosine\""),
+              said("stdout", "--schedule is \"cosine\"") && said("stdout", "--rounds is 2"),
           "a changed rate and schedule are said, and accepted");
     good("exec $B --verify $T/base/checkpoints/latest");
     check(said("stdout", "every byte as it was written"), "--verify needs no model");
