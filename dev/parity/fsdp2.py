@@ -3,8 +3,10 @@
 
     torchrun --standalone --nproc-per-node N fsdp2.py FIXTURE [mean|global]
 
-mean, global: see hf_ep.py. aux and z are those of each rank's own tokens, averaged over the ranks, as a training loop has them.
+mean, global: see hf_ep.py. aux and z are those of each rank's own tokens, averaged over the ranks,
+as a training loop has them.
 """
+
 import sys
 
 import torch
@@ -20,7 +22,11 @@ dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()
 fixture = Fixture(sys.argv[1])
 loss_kind = sys.argv[2] if len(sys.argv) > 2 else "mean"
-model = transformers.AutoModelForCausalLM.from_pretrained(fixture.folder, attn_implementation="eager").float().train()
+model = (
+    transformers.AutoModelForCausalLM.from_pretrained(fixture.folder, attn_implementation="eager")
+    .float()
+    .train()
+)
 mesh = init_device_mesh("cpu", (ranks,))
 for layer in model.model.layers:
     fully_shard(layer, mesh=mesh)
@@ -41,6 +47,15 @@ got["logits"] = torch.cat(pieces)
 for name, p in model.named_parameters():
     got |= {f"grad.{n}": g for n, g in per_expert(name, gather(p, p.grad, 0))}
 if rank == 0:
-    report(judge(fixture, f"transformers {transformers.__version__} FSDP2 (torch {torch.__version__.split('+')[0]}), {loss_kind} loss", ranks, got), got)
+    report(
+        judge(
+            fixture,
+            f"transformers {transformers.__version__} FSDP2 (torch "
+            f"{torch.__version__.split('+')[0]}), {loss_kind} loss",
+            ranks,
+            got,
+        ),
+        got,
+    )
 dist.barrier()
 dist.destroy_process_group()

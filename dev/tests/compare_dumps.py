@@ -1,10 +1,15 @@
 #!/usr/bin/env python3
-"""compare_dumps.py WANT GOT LIMIT [NAIVE]: two --dump files (or any safetensors of the same fp32, fp64 and int32 tensors), tensor by tensor; or two log.jsonl, whose columns are the tensors.
+"""compare_dumps.py WANT GOT LIMIT [NAIVE]: two --dump files (or any safetensors of the same fp32,
+fp64 and int32 tensors), tensor by tensor; or two log.jsonl, whose columns are the tensors.
 
-The error of a tensor is |got - want| / |want| in the Euclidean norm; a tensor that is zero in WANT must be zero in GOT (I3, unused is zero). LIMIT bounds it. With NAIVE, a dump of the plain
-version of the same precision, a tensor may instead have twice the error of NAIVE's, or twice the median of NAIVE's errors where that is more (a tensor of a few numbers can be
-lucky), and LIMIT is what is allowed besides. Prints one line; exit status 1 where a tensor is over its bound, is missing or is not finite.
+The error of a tensor is |got - want| / |want| in the Euclidean norm; a tensor that is zero in WANT
+must be zero in GOT (I3, unused is zero). LIMIT bounds it. With NAIVE, a dump of the plain version
+of the same precision, a tensor may instead have twice the error of NAIVE's, or twice the median of
+NAIVE's errors where that is more (a tensor of a few numbers can be lucky), and LIMIT is what is
+allowed besides. Prints one line; exit status 1 where a tensor is over its bound, is missing or is
+not finite.
 """
+
 import array
 import json
 import math
@@ -30,7 +35,8 @@ def read(path):
 
 
 def error(got, want):
-    """Relative error; infinite where shapes differ, something is not finite, or a zero tensor is not zero."""
+    """Relative error; infinite where shapes differ, something is not finite, or a zero tensor is
+    not zero."""
     if got is None or len(got) != len(want) or None in got or not all(map(math.isfinite, got)):
         return math.inf
     size = math.sqrt(math.fsum(x * x for x in want))
@@ -50,8 +56,17 @@ def main():
     worst = max(want, key=lambda name: errors[name] / bounds[name])
     bad = [name for name in want if not errors[name] <= bounds[name]]
     extra = sorted(set(got) - set(want))
-    print('%d tensors, worst %s: %.2g of %.2g%s%s' % (len(want), worst, errors[worst], bounds[worst], ', over their bounds: ' + ', '.join(bad[:8]) if bad else '',
-                                                      ', not wanted: ' + ', '.join(extra[:4]) if extra else ''))
+    print(
+        '%d tensors, worst %s: %.2g of %.2g%s%s'
+        % (
+            len(want),
+            worst,
+            errors[worst],
+            bounds[worst],
+            ', over their bounds: ' + ', '.join(bad[:8]) if bad else '',
+            ', not wanted: ' + ', '.join(extra[:4]) if extra else '',
+        )
+    )
     return 1 if bad or extra else 0
 
 
