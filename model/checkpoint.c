@@ -535,7 +535,8 @@ struct cJSON *checkpoint_trainer(const char *dir) {
     int64_t bytes;
     int error = file_load(AT_FDCWD, path, 0, MAX_TRAINER, &text, &bytes);
     if (error)
-        die("%s: cannot read: %s|resume from a checkpoint of this program", path, file_why(error));
+        die("%s: cannot read: %s|is it a checkpoint of this program, and the disk in order?", path,
+            file_why(error));
     char why[JSON_WHY] = "not a JSON object";
     cJSON *root = json_parse(text, bytes, why);
     if (!cJSON_IsObject(root))
