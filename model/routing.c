@@ -18,8 +18,10 @@
 struct RoutingFiles {
     const char *record, *replay; // folders, or 0; replay may be a file: the first update's
     int replay_is_file, replay_done;
-    char *path;  // of this update's record, while it is written as path.partial
-    int fd;      // of that file
+    char *path; // of this update's record, while it is written as path.partial
+    int fd;     // of that file
+    int error;  // of this update's record, on this rank
+    int warned;
     int64_t at;  // its first byte of topk
     int *choice; // (n_micro * R, K) of one layer on its way
     int open;    // a replay of this update is in `file`
@@ -102,13 +104,6 @@ int routing_write(const Trainer *t, int fd, int64_t at) {
     return error;
 }
 
-static void die_record(const RoutingFiles *f, int error) MOE_NORETURN;
-static void die_record(const RoutingFiles *f, int error) {
-    die("cannot write the routing %s: %s|"
-        "choose a --routing-record folder with room that all ranks see",
-        f->path, strerror(error));
-}
-
 static void start_record(Trainer *t, int64_t update) {
     RoutingFiles *f = t->routing;
     SafeTensor topk = topk_tensor(t);
@@ -117,21 +112,29 @@ static void start_record(Trainer *t, int64_t update) {
     f->path = step_path(f->record, update);
     f->at = topk.at;
     char *partial = xasprintf("%s.partial", f->path);
-    int error = t->g->rank == 0 ? checkpoint_create_file(AT_FDCWD, partial, &file) : 0;
-    if (error) die_record(f, error);
+    f->error = t->g->rank == 0 ? checkpoint_create_file(AT_FDCWD, partial, &file) : 0;
     comm_barrier(t->g->all);
-    f->fd = open(partial, O_WRONLY | O_CLOEXEC);
-    if (f->fd < 0) die_record(f, errno);
+    f->fd = open(partial, O_WRONLY | O_CLOEXEC | O_NONBLOCK);
+    if (f->fd < 0 && !f->error) f->error = errno;
     free(partial);
     free(file.header);
 }
 
+// A record is not worth a run: an update that cannot be written has no file, which a replay says
+// before its first update.
 static void finish_record(Trainer *t) {
     RoutingFiles *f = t->routing;
-    if (fsync(f->fd) || close(f->fd)) die_record(f, errno);
-    comm_barrier(t->g->all);
     char *partial = xasprintf("%s.partial", f->path);
-    if (t->g->rank == 0 && rename(partial, f->path)) die_record(f, errno);
+    if (f->fd >= 0 && fsync(f->fd) && !f->error) f->error = errno;
+    if (f->fd >= 0 && close(f->fd) && !f->error) f->error = errno;
+    int whole = comm_max(t->g->all, f->error != 0) == 0;
+    if (whole && t->g->rank == 0 && rename(partial, f->path)) f->error = errno;
+    if (!whole && t->g->rank == 0) {
+        unlink(partial);
+        unlink(f->path); // of a run before
+    }
+    if (f->error && !f->warned++)
+        warn("cannot write the routing %s: %s: it is left out", f->path, file_why(f->error));
     free(partial);
     free(f->path);
 }
@@ -206,8 +209,8 @@ int routing_given(Trainer *t) {
 void routing_made(Trainer *t) {
     if (t->dump) dump_routing(t->dump, t);
     if (!t->routing || !t->routing->record) return;
-    int error = routing_write(t, t->routing->fd, t->routing->at);
-    if (error) die_record(t->routing, error);
+    RoutingFiles *f = t->routing;
+    if (!f->error) f->error = routing_write(t, f->fd, f->at);
 }
 
 void routing_finish(Trainer *t) {

@@ -362,6 +362,11 @@ static void bad_routing(void) {
         "$S --steps 1 --batch 8 --routing-replay $T/routing");
     bad("a routing that is something else", "not a tensor topk of int32",
         "$S --steps 1 --routing-replay $F/gqa/model.safetensors");
+    good("mkdir -p $T/holes/step_2.safetensors.partial; touch $T/holes/step_2.safetensors; eval "
+         "exec $B $S --steps 3 --routing-record $T/holes");
+    check(said("stderr", "cannot write the routing") && exists(at("holes/step_1.safetensors")) &&
+              exists(at("holes/step_3.safetensors")) && !exists(at("holes/step_2.safetensors")),
+          "a routing that cannot be written is said and left out; the run goes on");
     bad("a record that cannot be made", "cannot", "$S --steps 1 --routing-record /dev/null/x");
     size_t n;
     char *text = slurp(at("routing/step_1.safetensors"), &n);
