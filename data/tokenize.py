@@ -1,42 +1,46 @@
 #!/usr/bin/env python3
-"""Text or conversations -> token shards for train_moe: python3 data/tokenize.py --out PREFIX FILE...
+"""Text or conversations -> token shards for train_moe:
 
-Writes PREFIX_train_000000.bin, ... (and PREFIX_val_*.bin with --val-fraction) in llm.c's shard format, and PREFIX.vocab, the decode table
-that samples are printed with. data/README.md has both formats byte by byte.
+    python3 data/tokenize.py --out PREFIX FILE...
 
-Without --tokenizer a token is a byte (0..255) and 256 is the end of text: vocabulary 257, nothing to install. With --tokenizer it is any
-Hugging Face tokenizer.json, through the `tokenizers` package. One file is one document, and so is one line of a .jsonl file, one element
-of a .json array and one row of a .parquet file; any of them may be compressed (.gz, .bz2, .xz, .zst). The end-of-text id follows every
-document. Files of any size: only a few MiB of text are held at a time.
+Writes PREFIX_train_000000.bin, ... (and PREFIX_val_*.bin with --val-fraction) in llm.c's shard
+format, and PREFIX.vocab, the decode table that samples are printed with. data/README.md has both
+formats byte by byte.
 
-With --chat every record is a conversation, {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "completion": ...}, or
-a plain {"text": ...}. It is rendered with the chat template that stands beside the tokenizer, and PREFIX_train_000000.mask, ... say
-which tokens count in training: those that the assistant wrote, and the end-of-turn token after them. Needs Jinja2.
+Without --tokenizer a token is a byte (0..255) and 256 is the end of text: vocabulary 257, nothing
+to install. With --tokenizer it is any Hugging Face tokenizer.json, through the `tokenizers`
+package. One file is one document, and so is one line of a .jsonl file, one element of a .json array
+and one row of a .parquet file; any of them may be compressed (.gz, .bz2, .xz, .zst). The
+end-of-text id follows every document. Files of any size: only a few MiB of text are held at a time.
+
+With --chat every record is a conversation, {"messages": [{"role": ..., "content": ...}, ...]} or
+{"prompt": ..., "completion": ...}, or a plain {"text": ...}. It is rendered with the chat template
+that stands beside the tokenizer, and PREFIX_train_000000.mask, ... say which tokens count in
+training: those that the assistant wrote, and the end-of-turn token after them. Needs Jinja2.
 """
+
 import os
 import sys
-if __name__ == "__main__" and sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
-    sys.path.append(sys.path.pop(0))    # a script's folder comes first in the search path, but the standard library has its own `tokenize`
+
+# A script's folder comes first in the search path, but the standard library has its own `tokenize`.
+here = os.path.dirname(os.path.abspath(__file__))
+if __name__ == "__main__" and sys.path and os.path.abspath(sys.path[0]) == here:
+    sys.path.append(sys.path.pop(0))
 import argparse
 import array
 import codecs
 import glob
-import importlib
 import json
 import time
 
+from text_files import MAGIC_MASK, MAGIC_TABLE, MAGIC_UINT16, MAGIC_UINT32, Input, fail
+
 HEADER_WORDS = 256
-MAGIC_UINT16, VERSION_UINT16 = 20240520, 1
-MAGIC_UINT32, VERSION_UINT32 = 20240801, 7
-MAGIC_TABLE, NO_EOT = 20240328, 0xFFFFFFFF
-MAGIC_MASK, VERSION_MASK = 20260520, 1
-PIECE = 256 << 10           # bytes of text in one call of a tokenizer, about
-BATCH = PIECE * max(8, 2 * (os.cpu_count() or 1))       # bytes of text in one batch of calls, which run in parallel
+VERSION_UINT16, VERSION_UINT32, VERSION_MASK, NO_EOT = 1, 7, 1, 0xFFFFFFFF
+PIECE = 256 << 10  # bytes of text in one call of a tokenizer, about
+# bytes of text in one batch of calls, which run in parallel
+BATCH = PIECE * max(8, 2 * (os.cpu_count() or 1))
 EOT_NAMES = ["<|endoftext|>", "<|end_of_text|>", "<|eot|>", "</s>", "<eos>"]
-
-
-def fail(what, hint):
-    sys.exit(f"error: {what}  hint: {hint}")
 
 
 def little_endian(words):
@@ -51,9 +55,10 @@ def header(*fields):
     return little_endian(array.array("I", list(fields) + [0] * (HEADER_WORDS - len(fields))))
 
 
-# ------------------------------------------------------------------------------------------------------------- tokenizers
+# ---- tokenizers ----------------------------------------------------------------------------------
 class Bytes:
     """A token is a byte."""
+
     vocab, eot, added, name = 257, 256, 257, "bytes"
 
     def entries(self):
@@ -63,42 +68,57 @@ class Bytes:
         for piece in pieces:
             ids = bytearray(2 * len(piece))
             ids[::2] = piece
-            yield bytes(ids), next((b for b in range(255, -1, -1) if b in piece), 0)       # ten times as fast as max(piece)
+            # ten times as fast as max(piece)
+            yield bytes(ids), next((b for b in range(255, -1, -1) if b in piece), 0)
 
 
 class HuggingFace:
-    """A tokenizer.json. vocab counts ids up to the largest, added tokens included; ids between may be unused."""
+    """A tokenizer.json. vocab counts ids up to the largest, added tokens included; ids between may
+    be unused."""
 
     def __init__(self, path, eot):
         try:
             import tokenizers
         except ImportError:
-            fail(f"--tokenizer {path} needs the Python package `tokenizers`",
-                 "python3 -m pip install tokenizers, or leave --tokenizer out for byte-level tokens")
+            fail(
+                f"--tokenizer {path} needs the Python package `tokenizers`",
+                "python3 -m pip install tokenizers, or leave --tokenizer out for byte-level tokens",
+            )
         try:
             with open(path, encoding="utf-8") as f:
                 self.spec = json.load(f)
             self.tokenizer = tokenizers.Tokenizer.from_file(path)
-        except Exception as e:      # the package raises bare Exception
-            fail(f"{path}: not a readable tokenizer.json: {e}", "give the file of that name from a Hugging Face checkpoint")
-        self.tokenizer.no_truncation()      # a file may carry the settings it was last used with
+        except Exception as e:  # the package raises bare Exception
+            fail(
+                f"{path}: not a readable tokenizer.json: {e}",
+                "give the file of that name from a Hugging Face checkpoint",
+            )
+        self.tokenizer.no_truncation()  # a file may carry the settings it was last used with
         self.tokenizer.no_padding()
         self.name = path
         self.ids = self.tokenizer.get_vocab(with_added_tokens=True)
         self.vocab = max(self.ids.values()) + 1
         self.special = {t["id"] for t in self.spec.get("added_tokens") or []}
         self.added = max((i for i in self.ids.values() if i not in self.special), default=-1) + 1
-        self.eot = eot if eot is not None else next((self.ids[n] for n in EOT_NAMES if n in self.ids), None)
+        self.eot = (
+            eot
+            if eot is not None
+            else next((self.ids[n] for n in EOT_NAMES if n in self.ids), None)
+        )
         if self.eot is None:
-            fail(f"{path}: none of {' '.join(EOT_NAMES)} is in its vocabulary", "name the id that ends a document: --eot ID")
-        self.run = getattr(self.tokenizer, "encode_batch_fast", self.tokenizer.encode_batch)     # _fast: without offsets
+            fail(
+                f"{path}: none of {' '.join(EOT_NAMES)} is in its vocabulary",
+                "name the id that ends a document: --eot ID",
+            )
+        # _fast: without offsets
+        self.run = getattr(self.tokenizer, "encode_batch_fast", self.tokenizer.encode_batch)
         self.code = "H" if self.vocab <= 65536 else "I"
 
     def entries(self):
         """Bytes of every id, as in the middle of a text."""
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         hidden = [b for b in range(256) if b not in printable]
-        byte_of = {chr(b): b for b in printable}                        # GPT-2's map of bytes to printable characters
+        byte_of = {chr(b): b for b in printable}  # GPT-2's map of bytes to printable characters
         byte_of.update({chr(256 + i): b for i, b in enumerate(hidden)})
         text = json.dumps([self.spec.get("pre_tokenizer"), self.spec.get("decoder")])
         byte_level, word_piece = '"ByteLevel"' in text, '"WordPiece"' in text
@@ -108,7 +128,8 @@ class HuggingFace:
                 entries[i] = token.encode()
             elif byte_level and all(c in byte_of for c in token):
                 entries[i] = bytes(byte_of[c] for c in token)
-            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):       # SentencePiece's byte fall-back
+            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                # SentencePiece's byte fall-back
                 entries[i] = bytes([int(token[3:5], 16)])
             elif word_piece:
                 entries[i] = token[2:].encode() if token.startswith("##") else b" " + token.encode()
@@ -122,87 +143,28 @@ class HuggingFace:
             yield little_endian(ids), max(ids, default=0)
 
     def encode_chats(self, chats):
-        """Ids of each (text, spans) and one byte a token, 1 inside the spans; spans None: everything counts."""
+        """Ids of each (text, spans) and one byte a token, 1 inside the spans; spans None:
+        everything counts."""
         import chat_template
-        for (_, spans), encoding in zip(chats, self.tokenizer.encode_batch([text for text, _ in chats], add_special_tokens=False)):
+
+        for (_, spans), encoding in zip(
+            chats,
+            self.tokenizer.encode_batch([text for text, _ in chats], add_special_tokens=False),
+        ):
             n = len(encoding.ids)
-            yield array.array(self.code, encoding.ids), bytes([1]) * n if spans is None else chat_template.mark(encoding.offsets, spans, n)
+            yield array.array(self.code, encoding.ids), (
+                bytes([1]) * n if spans is None else chat_template.mark(encoding.offsets, spans, n)
+            )
 
 
-# ------------------------------------------------------------------------------------------------------------------- input
-SIGNATURES = [(b"PK\x03\x04", "a zip archive"), (b"%PDF", "a PDF"), (b"\x93NUMPY", "a numpy array"), (b"ARROW1", "an arrow file"),
-              (b"7z\xbc\xaf", "a 7z archive"), (b"GGUF", "a GGUF model"), (b"\x7fELF", "a program"), (b"\x89PNG", "a picture"), (b"SQLite", "a database"),
-              (MAGIC_UINT16.to_bytes(4, "little"), "a token shard"), (MAGIC_UINT32.to_bytes(4, "little"), "a token shard"),
-              (MAGIC_MASK.to_bytes(4, "little"), "a loss mask"), (MAGIC_TABLE.to_bytes(4, "little"), "a decode table")]
-PACKED = [(b"\x1f\x8b", "gzip"), (b"BZh", "bz2"), (b"\xfd7zXZ\0", "lzma"), (b"\x28\xb5\x2f\xfd", "zstandard")]
-
-
-class Input:
-    """A file by what is in it: kind text, lines, array or parquet, `size` in bytes (unpacked) or records."""
-
-    def __init__(self, path, lines):
-        self.path, self.packed = path, None
-        with open(path, "rb") as f:
-            head = f.read(512)
-        name = path
-        for signature, module in PACKED:
-            if head.startswith(signature):
-                self.packed = needs(module, path)
-                name = os.path.splitext(path)[0]
-                try:
-                    with self.open() as f:
-                        head = f.read(512)
-                    self.bytes = self.count()
-                except Exception as e:          # each library has errors of its own
-                    fail(f"{path}: cannot be unpacked, it may be damaged: {e}", "copy or pack it again")
-        for signature, what in SIGNATURES + [(s, "a packed file inside a packed file") for s, _ in PACKED]:
-            if head.startswith(signature):
-                fail(f"{path}: is {what}, not text", "give text, .jsonl, .json or .parquet, plain or packed with gzip, bz2, xz or zstd")
-        if head[257:262] == b"ustar":
-            fail(f"{path}: is a tar archive, not text", "unpack it first")
-        if head.startswith(b"PAR1"):
-            if self.packed:
-                fail(f"{path}: is a packed parquet file", "unpack it first")
-            self.kind = "parquet"
-            parquet = needs("pyarrow.parquet", path)
-            try:
-                self.table = parquet.ParquetFile(path)
-            except Exception as e:
-                fail(f"{path}: not a readable parquet file: {e}", "copy or write it again")
-            self.size = self.table.metadata.num_rows
-        elif name.endswith(".json") and head.lstrip().startswith(b"["):
-            self.kind = "array"
-            with self.open() as f:
-                try:
-                    self.records = json.load(f)
-                except ValueError as e:
-                    fail(f"{path}: no JSON array: {e}", "give valid JSON, or name it .txt to read it as text")
-            self.size = len(self.records)
-        else:
-            self.kind = "lines" if lines or name.endswith((".jsonl", ".json", ".ndjson")) else "text"
-            self.size = self.bytes if self.packed else os.path.getsize(path)
-
-    def open(self):
-        return self.packed.open(self.path, "rb") if self.packed else open(self.path, "rb")
-
-    def count(self):
-        with self.open() as f:
-            return sum(map(len, iter(lambda: f.read(1 << 20), b"")))
-
-
-def needs(module, path):
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        fail(f"{path}: reading a file of this kind ({module}) needs the Python package {module.split('.')[0]}", f"python3 -m pip install {module.split('.')[0]}, or unpack it first")
-
-
+# ---- input ---------------------------------------------------------------------------------------
 class Reader:
-    """Documents of the files as pieces: yields (split, piece in bytes or None at the end of a document)."""
+    """Documents of the files as pieces: yields (split, piece in bytes or None at the end of a
+    document)."""
 
     def __init__(self, args, as_text, progress, chat):
-        self.args, self.as_text, self.progress, self.repaired, self.documents = args, as_text, progress, set(), 0
-        self.chat = chat
+        self.args, self.as_text, self.progress, self.chat = args, as_text, progress, chat
+        self.repaired, self.documents = set(), 0
 
     def documents_of(self, file):
         if file.kind != "text" or self.chat:
@@ -236,7 +198,10 @@ class Reader:
             while begin < end:
                 data = f.read(min(PIECE, end - begin))
                 if not data:
-                    fail(f"{path}: became shorter while it was read", "tokenize files that nobody writes to")
+                    fail(
+                        f"{path}: became shorter while it was read",
+                        "tokenize files that nobody writes to",
+                    )
                 begin += len(data)
                 self.progress.add(len(data))
                 if not decoder:
@@ -255,8 +220,10 @@ class Reader:
 
     @staticmethod
     def boundary(text):
-        """Where a long text may be cut: between a line end and a character that is no white space, which the patterns of GPT-2, Llama 3
-        and Qwen never join to one word, so the ids are those of the whole text. 0: read on; but at 64 pieces, anywhere."""
+        """Where a long text may be cut: between a line end and a character that is no white space,
+        which the patterns of GPT-2, Llama 3 and Qwen never join to one word, so the ids are those
+        of the whole text. 0: read on; but at 64 pieces, anywhere.
+        """
         at = len(text)
         while True:
             at = text.rfind("\n", 0, at)
@@ -279,13 +246,22 @@ class Reader:
                     try:
                         record = json.loads(line)
                     except ValueError as e:
-                        fail(f"{file.path}: line {number}: not JSON: {e}", "every line must be one JSON object")
+                        fail(
+                            f"{file.path}: line {number}: not JSON: {e}",
+                            "every line must be one JSON object",
+                        )
                     yield f"line {number}", split, record
             return
-        rows = file.records if file.kind == "array" else (row for batch in file.table.iter_batches(1000) for row in batch.to_pylist())
+        rows = (
+            file.records
+            if file.kind == "array"
+            else (row for batch in file.table.iter_batches(1000) for row in batch.to_pylist())
+        )
         for number, record in enumerate(rows, 1):
             self.progress.add(1)
-            yield f"{'element' if file.kind == 'array' else 'row'} {number}", "val" if number > cut else "train", record
+            yield f"{'element' if file.kind == 'array' else 'row'} {number}", (
+                "val" if number > cut else "train"
+            ), record
 
     def records(self, file):
         key = self.args.key
@@ -299,8 +275,10 @@ class Reader:
                 text = record if isinstance(record, str) else record[key]
                 data = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace").encode()
             except (KeyError, TypeError, AttributeError) as e:
-                fail(f"{file.path}: {where}: no object with a text under \"{key}\": {e!r}",
-                     "name the key with --key, or use --chat for conversations")
+                fail(
+                    f"{file.path}: {where}: no object with a text under \"{key}\": {e!r}",
+                    "name the key with --key, or use --chat for conversations",
+                )
             if data:
                 self.documents += 1
                 yield split, data
@@ -308,25 +286,42 @@ class Reader:
 
 
 class Conversations:
-    """Reads records as conversations: (text, spans of the assistant's turns; None where all of it counts)."""
+    """Reads records as conversations: (text, spans of the assistant's turns; None where all of it
+    counts)."""
 
     def __init__(self, args, tokenizer):
         import chat_template
+
         self.module, self.silent = chat_template, 0
         try:
-            text, special = chat_template.load_template(os.path.dirname(os.path.abspath(args.tokenizer)), args.chat_template)
+            text, special = chat_template.load_template(
+                os.path.dirname(os.path.abspath(args.tokenizer)), args.chat_template
+            )
         except (OSError, ValueError, KeyError) as e:
-            fail(f"the chat template cannot be read: {e}", "check chat_template.jinja or tokenizer_config.json beside the tokenizer")
+            fail(
+                f"the chat template cannot be read: {e}",
+                "check chat_template.jinja or tokenizer_config.json beside the tokenizer",
+            )
         if not isinstance(text, str):
-            fail(f"no chat template beside {args.tokenizer}", "put chat_template.jinja or tokenizer_config.json there, or use --chat-template FILE")
+            fail(
+                f"no chat template beside {args.tokenizer}",
+                "put chat_template.jinja or tokenizer_config.json there, or use --chat-template "
+                "FILE",
+            )
         try:
-            self.chat = chat_template.Chat(text, special, [t["content"] for t in tokenizer.spec.get("added_tokens") or []])
+            self.chat = chat_template.Chat(
+                text, special, [t["content"] for t in tokenizer.spec.get("added_tokens") or []]
+            )
         except ImportError:
             fail("--chat needs the Python package jinja2", "python3 -m pip install jinja2")
-        except Exception as e:          # a template that does not compile raises what it likes
+        except Exception as e:  # a template that does not compile raises what it likes
             fail(f"the chat template does not work: {e}", "check it with transformers")
         if not self.chat.end:
-            print("warning: the chat template ends no assistant turn with an added token: the end of a turn is not learnt", file=sys.stderr)
+            print(
+                "warning: the chat template ends no assistant turn with an added token: the end of "
+                "a turn is not learnt",
+                file=sys.stderr,
+            )
 
     def read(self, path, where, record):
         try:
@@ -354,22 +349,43 @@ class Progress:
             share, seconds = min(1.0, self.done / self.total), now - self.start
             bar = "#" * int(30 * share)
             left = seconds / share - seconds if share else 0
-            print(f"{chr(13) if self.live else ''}[{bar:<30}] {100 * share:5.1f} %  {self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB  "
-                  f"{self.tokens:,} tokens  {self.done / 1e6 / max(seconds, 1e-9):.1f} MB/s  {left:,.0f} s left ",
-                  end="" if self.live else "\n", file=sys.stderr, flush=True)
+            print(
+                f"{chr(13) if self.live else ''}[{bar:<30}] {100 * share:5.1f} %  "
+                f"{self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB  "
+                f"{self.tokens:,} tokens  {self.done / 1e6 / max(seconds, 1e-9):.1f} MB/s  "
+                f"{left:,.0f} s left ",
+                end="" if self.live else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def end(self):
         if self.live:
             print("\r" + " " * 120 + "\r", end="", file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------ output
+# ---- output --------------------------------------------------------------------------------------
 class Shards:
-    """One split's shards, and with `masked` their loss masks, under temporary names; each header is written when its counts are known."""
+    """One split's shards, and with `masked` their loss masks, under temporary names; each header is
+    written when its counts are known."""
 
     def __init__(self, prefix, split, width, vocab, limit, masked):
-        self.prefix, self.split, self.width, self.vocab, self.limit, self.masked = prefix, split, width, vocab, limit, masked
-        self.file, self.mask, self.names, self.counts, self.largest, self.targets = None, None, [], [], [], 0
+        self.prefix, self.split, self.width, self.vocab, self.limit, self.masked = (
+            prefix,
+            split,
+            width,
+            vocab,
+            limit,
+            masked,
+        )
+        self.file, self.mask, self.names, self.counts, self.largest, self.targets = (
+            None,
+            None,
+            [],
+            [],
+            [],
+            0,
+        )
 
     def write(self, data, largest, marks=None):
         at = 0
@@ -384,24 +400,33 @@ class Shards:
                     self.mask = open(mask_name(self.names[-1]) + ".tmp", "wb")
                     self.mask.write(bytes(4 * HEADER_WORDS))
             room = (self.limit - self.counts[-1]) * self.width
-            part = data[at:at + room]
+            part = data[at : at + room]
             self.file.write(part)
             if self.masked:
-                piece = marks[at // self.width:(at + len(part)) // self.width]
+                piece = marks[at // self.width : (at + len(part)) // self.width]
                 self.mask.write(piece)
                 self.targets += sum(piece)
             self.counts[-1] += len(part) // self.width
-            # a piece that is cut between two shards states its own largest id in both: an upper bound would refuse a good shard
+            # a piece that is cut between two shards states its own largest id in both: an upper
+            # bound would refuse a good shard
             whole = len(part) == len(data)
-            self.largest[-1] = max(self.largest[-1], largest if whole else max(numbers(part, self.width)))
+            self.largest[-1] = max(
+                self.largest[-1], largest if whole else max(numbers(part, self.width))
+            )
             at += len(part)
             if self.counts[-1] == self.limit:
                 self.close()
 
     def close(self):
         if self.file:
-            magic, version = (MAGIC_UINT16, VERSION_UINT16) if self.width == 2 else (MAGIC_UINT32, VERSION_UINT32)
-            self.finish(self.file, header(magic, version, self.counts[-1], self.vocab, self.largest[-1]))
+            magic, version = (
+                (MAGIC_UINT16, VERSION_UINT16)
+                if self.width == 2
+                else (MAGIC_UINT32, VERSION_UINT32)
+            )
+            self.finish(
+                self.file, header(magic, version, self.counts[-1], self.vocab, self.largest[-1])
+            )
             if self.mask:
                 self.finish(self.mask, header(MAGIC_MASK, VERSION_MASK, self.counts[-1]))
             self.file = self.mask = None
@@ -419,7 +444,7 @@ class Shards:
 
 
 def mask_name(shard):
-    return shard[:-len(".bin")] + ".mask"
+    return shard[: -len(".bin")] + ".mask"
 
 
 def numbers(data, width):
@@ -446,7 +471,10 @@ def verify(name, count, largest, width, entries):
             first = first or b"".join(entries[i] for i in ids[:64] if i < len(entries))
             seen = max(seen, max(ids))
     if not good or seen != largest:
-        fail(f"{name}: reading it back gave something else than was written", "check the disk, then run again with --force")
+        fail(
+            f"{name}: reading it back gave something else than was written",
+            "check the disk, then run again with --force",
+        )
     return first.decode("utf-8", "replace")
 
 
@@ -460,42 +488,118 @@ def write_table(name, entries, eot, added):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("files", nargs="*", metavar="FILE", help="text (UTF-8), .jsonl, .json or .parquet, also packed; none: write the decode table only")
-    p.add_argument("--out", required=True, metavar="PREFIX", help="what the names of all written files begin with")
-    p.add_argument("--tokenizer", metavar="FILE", help="a Hugging Face tokenizer.json (default: bytes)")
-    p.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="tokens in a shard (default 100,000,000)")
-    p.add_argument("--val-fraction", type=float, default=0.0, metavar="F",
-                   help="hold out the last part of every file, F of its bytes, cut at a line (default 0: no validation shards)")
-    p.add_argument("--eot", type=int, metavar="ID", help="end-of-text id (default: the tokenizer's <|endoftext|>, ...; bytes: 256)")
-    p.add_argument("--jsonl", action="store_true", help="every FILE is JSON lines, whatever its name")
-    p.add_argument("--key", default="text", help="where a line of .jsonl has its text (default: text)")
-    p.add_argument("--chat", action="store_true", help="records are conversations; the assistant's tokens are what counts in training")
-    p.add_argument("--chat-template", metavar="FILE", help="with --chat: the Jinja template (default: the one beside the tokenizer)")
-    p.add_argument("--max-len", type=int, metavar="N", help="with --chat: conversations of more than N tokens are too long")
-    p.add_argument("--too-long", choices=["drop", "cut"], default="drop", help="what happens to them (default: drop)")
-    p.add_argument("--force", action="store_true", help="replace the files of an earlier run with this PREFIX")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "files",
+        nargs="*",
+        metavar="FILE",
+        help="text (UTF-8), .jsonl, .json or .parquet, also packed; "
+        "none: write the decode table only",
+    )
+    p.add_argument(
+        "--out",
+        required=True,
+        metavar="PREFIX",
+        help="what the names of all written files begin with",
+    )
+    p.add_argument(
+        "--tokenizer", metavar="FILE", help="a Hugging Face tokenizer.json (default: bytes)"
+    )
+    p.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=100_000_000,
+        metavar="N",
+        help="tokens in a shard (default 100,000,000)",
+    )
+    p.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="hold out the last part of every file, F of its bytes, cut at a line "
+        "(default 0: no validation shards)",
+    )
+    p.add_argument(
+        "--eot",
+        type=int,
+        metavar="ID",
+        help="end-of-text id (default: the tokenizer's <|endoftext|>, ...; bytes: 256)",
+    )
+    p.add_argument(
+        "--jsonl", action="store_true", help="every FILE is JSON lines, whatever its name"
+    )
+    p.add_argument(
+        "--key", default="text", help="where a line of .jsonl has its text (default: text)"
+    )
+    p.add_argument(
+        "--chat",
+        action="store_true",
+        help="records are conversations; the assistant's tokens are what counts in training",
+    )
+    p.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="with --chat: the Jinja template (default: the one beside the tokenizer)",
+    )
+    p.add_argument(
+        "--max-len",
+        type=int,
+        metavar="N",
+        help="with --chat: conversations of more than N tokens are too long",
+    )
+    p.add_argument(
+        "--too-long",
+        choices=["drop", "cut"],
+        default="drop",
+        help="what happens to them (default: drop)",
+    )
+    p.add_argument(
+        "--force", action="store_true", help="replace the files of an earlier run with this PREFIX"
+    )
     args = p.parse_args()
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):      # text that the terminal cannot show must not end the run
+        if hasattr(
+            stream, "reconfigure"
+        ):  # text that the terminal cannot show must not end the run
             stream.reconfigure(errors="backslashreplace")
 
     if not 0 <= args.val_fraction < 1:
         fail(f"--val-fraction {args.val_fraction} is not in [0, 1)", "0.1 holds out a tenth")
     if not 1 <= args.shard_tokens < 1 << 31:
-        fail(f"--shard-tokens {args.shard_tokens} is not in [1, 2^31)", "the header's count is an int32; the default is 100000000")
+        fail(
+            f"--shard-tokens {args.shard_tokens} is not in [1, 2^31)",
+            "the header's count is an int32; the default is 100000000",
+        )
     if args.chat and not args.tokenizer:
-        fail("--chat without --tokenizer", "conversations need the tokenizer.json whose chat template renders them")
+        fail(
+            "--chat without --tokenizer",
+            "conversations need the tokenizer.json whose chat template renders them",
+        )
     if (args.max_len is not None or args.chat_template) and not args.chat:
         fail("--max-len and --chat-template belong to --chat", "add --chat, or leave them out")
     if args.max_len is not None and args.max_len < 2:
-        fail(f"--max-len {args.max_len} is below 2", "give the longest conversation in tokens, such as --seq-len's value")
+        fail(
+            f"--max-len {args.max_len} is below 2",
+            "give the longest conversation in tokens, such as --seq-len's value",
+        )
     for path in args.files:
         if not os.path.isfile(path):
             fail(f"{path}: no such file", "name text files or .jsonl files")
     prefix = glob.escape(args.out)
-    old = [name for end in ("_train_[0-9]*.bin", "_val_[0-9]*.bin", "_train_[0-9]*.mask", "_val_[0-9]*.mask", ".vocab")
-           for name in sorted(glob.glob(prefix + end))]
+    old = [
+        name
+        for end in (
+            "_train_[0-9]*.bin",
+            "_val_[0-9]*.bin",
+            "_train_[0-9]*.mask",
+            "_val_[0-9]*.mask",
+            ".vocab",
+        )
+        for name in sorted(glob.glob(prefix + end))
+    ]
     if not args.files:
         old = [name for name in old if name.endswith(".vocab")]
     if old and not args.force:
@@ -511,12 +615,18 @@ def main():
             fail(f"--eot {args.eot} is not in 0..256", "byte-level tokens end a text with 256")
         tokenizer.eot = args.eot
     if not 0 <= tokenizer.eot < tokenizer.vocab:
-        fail(f"--eot {tokenizer.eot} is not in the vocabulary of {tokenizer.vocab} ids", "name the id that ends a document")
+        fail(
+            f"--eot {tokenizer.eot} is not in the vocabulary of {tokenizer.vocab} ids",
+            "name the id that ends a document",
+        )
     chat = Conversations(args, tokenizer) if args.chat else None
     width = 2 if tokenizer.vocab <= 65536 else 4
     entries = tokenizer.entries()
     eot = tokenizer.eot.to_bytes(width, "little")
-    shards = {split: Shards(args.out, split, width, tokenizer.vocab, args.shard_tokens, args.chat) for split in ("train", "val")}
+    shards = {
+        split: Shards(args.out, split, width, tokenizer.vocab, args.shard_tokens, args.chat)
+        for split in ("train", "val")
+    }
     inputs = [Input(path, args.jsonl) for path in args.files]
     progress = Progress(sum(file.size for file in inputs))
     reader = Reader(args, as_text=bool(args.tokenizer), progress=progress, chat=chat)
@@ -525,15 +635,18 @@ def main():
     def flush_chats():
         nonlocal dropped, shortened
         chats = [(split, piece) for split, piece in pending if piece is not None]
-        for (split, (_, spans)), (ids, marks) in zip(chats, tokenizer.encode_chats([piece for _, piece in chats])):
+        for (split, (_, spans)), (ids, marks) in zip(
+            chats, tokenizer.encode_chats([piece for _, piece in chats])
+        ):
             if args.max_len and len(ids) > args.max_len:
                 if args.too_long == "drop":
                     dropped += 1
                     continue
                 shortened += 1
-                ids, marks = ids[:args.max_len], marks[:args.max_len]
+                ids, marks = ids[: args.max_len], marks[: args.max_len]
             shards[split].write(little_endian(ids), max(ids, default=0), marks)
-            # the end of a text is to be learnt; after a conversation it only divides it from the next one
+            # the end of a text is to be learnt; after a conversation it only divides it from the
+            # next one
             shards[split].write(eot, tokenizer.eot, bytes([spans is None]))
             progress.tokens += len(ids) + 1
 
@@ -565,16 +678,26 @@ def main():
         if args.files:
             for split in ["train"] + (["val"] if args.val_fraction else []):
                 if not shards[split].names:
-                    fail(f"no text for {split}: {len(args.files)} files, {reader.documents} documents, {dropped} of them too long",
-                         "give more text" if split == "train" else "a larger --val-fraction or more text")
+                    fail(
+                        f"no text for {split}: {len(args.files)} files, {reader.documents} "
+                        f"documents, {dropped} of them too long",
+                        (
+                            "give more text"
+                            if split == "train"
+                            else "a larger --val-fraction or more text"
+                        ),
+                    )
         write_table(written[0] + ".tmp", entries, tokenizer.eot, tokenizer.added)
         written += shards["train"].all_names() + shards["val"].all_names()
-        for name in old:                # only now: a run that fails leaves the earlier files alone
+        for name in old:  # only now: a run that fails leaves the earlier files alone
             os.remove(name)
         for name in written:
             os.replace(name + ".tmp", name)
     except OSError as e:
-        fail(f"cannot read or write {e.filename or args.out}: {e.strerror}", "check the folder, its permissions and the free space")
+        fail(
+            f"cannot read or write {e.filename or args.out}: {e.strerror}",
+            "check the folder, its permissions and the free space",
+        )
     finally:
         for s in shards.values():
             for file in (s.file, s.mask):
@@ -585,21 +708,41 @@ def main():
                 os.remove(name + ".tmp")
 
     for path in sorted(reader.repaired):
-        print(f"warning: {path} has U+FFFD or bytes that are not UTF-8 (read as U+FFFD)", file=sys.stderr)
+        print(
+            f"warning: {path} has U+FFFD or bytes that are not UTF-8 (read as U+FFFD)",
+            file=sys.stderr,
+        )
     for split, s in shards.items():
         for i, name in enumerate(s.names):
             text = verify(name, s.counts[i], s.largest[i], width, entries)
             mask = "  and its mask" if s.masked else ""
-            print(f"{name}{mask}  {s.counts[i]:,} tokens  uint{8 * width}  largest id {s.largest[i]}  {json.dumps(text[:60], ensure_ascii=False)}")
-    print(f"{written[0]}  decode table of {tokenizer.vocab:,} ids, end of text {tokenizer.eot}, tokenizer {tokenizer.name}")
+            print(
+                f"{name}{mask}  {s.counts[i]:,} tokens  uint{8 * width}  largest id {s.largest[i]} "
+                f" {json.dumps(text[:60], ensure_ascii=False)}"
+            )
+    print(
+        f"{written[0]}  decode table of {tokenizer.vocab:,} ids, end of text {tokenizer.eot}, "
+        f"tokenizer {tokenizer.name}"
+    )
     if args.files:
         total = sum(sum(s.counts) for s in shards.values())
         if chat:
             targets = sum(s.targets for s in shards.values())
-            long = f"{dropped:,} conversations of more than {args.max_len} tokens dropped, {shortened:,} cut; " if args.max_len else ""
-            print(f"{targets:,} tokens count ({100 * targets / total:.1f} %); {long}{chat.silent:,} without a turn that counts")
-        print(f"{reader.documents:,} documents, {total:,} tokens in {time.time() - progress.start:.1f} s; "
-              f"the model's vocab_size must be at least {tokenizer.vocab:,}")
+            long = (
+                f"{dropped:,} conversations of more than {args.max_len} tokens dropped, "
+                f"{shortened:,} cut; "
+                if args.max_len
+                else ""
+            )
+            print(
+                f"{targets:,} tokens count ({100 * targets / total:.1f} %); {long}{chat.silent:,} "
+                "without a turn that counts"
+            )
+        print(
+            f"{reader.documents:,} documents, {total:,} tokens in "
+            f"{time.time() - progress.start:.1f} s; "
+            f"the model's vocab_size must be at least {tokenizer.vocab:,}"
+        )
         val = f" --val '{args.out}_val_*.bin'" if shards["val"].names else ""
         print(f"use: --train '{args.out}_train_*.bin'{val}")
 

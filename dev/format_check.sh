@@ -12,9 +12,6 @@ command -v "$formatter" > /dev/null || {
     echo "0 passed, 1 failed"
     exit 1
 }
-# Files whose lines are not yet within 100 columns
-later=" data/tokenize.py data/test_tokenize.py "
-
 # narrow FILE: says which lines are above 100 columns; status 1 where there is one
 narrow() {
     awk 'length > 100 {
