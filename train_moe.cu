@@ -84,7 +84,8 @@ typedef struct {
 // it may look at one that is training.
 static int64_t open_out(Run *r) {
     const Options *o = r->o;
-    int empty = 1, looks = 0;
+    int empty = 1;
+    int looks = 0;
     r->folder = run_folder_look("");
     if (!*o->out) return -1;
     if (comm_world_rank() == 0) {
@@ -133,7 +134,9 @@ static void save(Run *r, int64_t step) {
 static int evaluate(Run *r, int64_t step, Fault *fault) {
     int n = loader_sources(r->val);
     double *loss = (double *)xmalloc(n * sizeof(double), "validation losses");
-    double sum = 0, all = 0, targets;
+    double sum = 0;
+    double all = 0;
+    double targets;
     for (int i = 0; i < n; i++) {
         int64_t wanted = r->o->eval_batches * r->o->batch;
         int64_t have = loader_source(r->val, i)->windows;
@@ -188,7 +191,8 @@ static int64_t train(Run *r) {
     for (int64_t step = r->first + 1; step <= o->steps; step++) {
         double begin = now_seconds();
         StepResult s = update(r, step, o->lr * schedule_factor(&schedule, step));
-        int show = due(step, o->router_every), last = step == o->steps;
+        int show = due(step, o->router_every);
+        int last = step == o->steps;
         report_step(&r->report, t, step, &s, now_seconds() - begin, show);
         if (s.nonfinite && !o->skip_nonfinite) trainer_die_nonfinite(t, step);
         if (show && t->g->rank == 0 && t->m->c.n_moe) report_heat_map(t, stdout);
@@ -198,7 +202,8 @@ static int64_t train(Run *r) {
         int asks = signal_asked();
         if (!last && !trainer_read(t, r->data, step + 1, &fault)) asks = DATA_CHANGED;
         if (r->folder.moved) asks = FOLDER_MOVED;
-        int asked = (int)comm_max(t->g->all, asks), ends = asked >= SIGNAL_END;
+        int asked = (int)comm_max(t->g->all, asks);
+        int ends = asked >= SIGNAL_END;
         if (r->val && !ends && (last || due(step, o->eval_every)) && !evaluate(r, step, &fault)) {
             asked = DATA_CHANGED;
             ends = 1;

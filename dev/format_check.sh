@@ -1,8 +1,8 @@
 #!/bin/sh
 # Checks the layout of the sources. C and CUDA: what clang-format would change, lines that it cannot
-# break, expressions with more than one `?:`, and invariants (README.md, "What holds it together")
-# that are cited without their word. Other files, which are scripts and make files: no line above
-# 100 columns.
+# break, expressions with more than one `?:`, lines with two declarations and a value, invariants
+# (README.md, "What holds it together") that are cited without their word. Other files, which are
+# scripts and make files: no line above 100 columns.
 #   dev/format_check.sh CLANG_FORMAT FILE...
 # The last line is 'N passed, N failed', one check a file.
 formatter=$1
@@ -26,7 +26,9 @@ formatted() {
         echo "FAIL $1: differs from its layout  hint: make format"
         return 1
     fi
-    narrow "$1" && awk -f "$(dirname "$0")/conditionals.awk" "$1" || return 1
+    narrow "$1" || return 1
+    awk -f "$(dirname "$0")/conditionals.awk" "$1" || return 1
+    awk -f "$(dirname "$0")/declarations.awk" "$1" || return 1
     ! grep -nE '\bI(1[01]|[1-9])\b' "$1" | grep -vE '\bI(1[01]|[1-9]),( |$)' |
         sed "s|^|FAIL $1: an invariant without its word: |" | grep .
 }

@@ -205,9 +205,15 @@ static void complain(const char *what, const char *text) {
 }
 static void compare_numbers(const char *what, const Numbers &mine, const Numbers &same,
                             const Numbers &truth) {
-    double square = 0, square_same = 0, size = 0, most = 0, most_same = 0, largest = 0;
+    double square = 0;
+    double square_same = 0;
+    double size = 0;
+    double most = 0;
+    double most_same = 0;
+    double largest = 0;
     for (size_t i = 0; i < truth.size(); i++) {
-        double e = fabs(mine[i] - truth[i]), f = fabs(same[i] - truth[i]);
+        double e = fabs(mine[i] - truth[i]);
+        double f = fabs(same[i] - truth[i]);
         square += e * e;
         square_same += f * f;
         size += truth[i] * truth[i];
@@ -260,9 +266,12 @@ static void test_embedding(int R, int V, int C, int pad) {
     begin("embedding");
     Numbers id(R);
     for (int i = 0; i < R; i++) id[i] = i % 3 ? below(V) : V / 2; // one frequent id
-    Buffer ids = input(INT, id), W = random_input(X, (size_t)V * C), out = output(X, (size_t)R * C),
-           dx = random_input(X, (size_t)R * C);
-    Buffer fresh = output(REAL, (size_t)V * C), sum = random_input(REAL, (size_t)V * C);
+    Buffer ids = input(INT, id);
+    Buffer W = random_input(X, (size_t)V * C);
+    Buffer out = output(X, (size_t)R * C);
+    Buffer dx = random_input(X, (size_t)R * C);
+    Buffer fresh = output(REAL, (size_t)V * C);
+    Buffer sum = random_input(REAL, (size_t)V * C);
     for (int w = CUDA; w < WORLDS; w++) {
         CALL(w, embed_forward, out.x(w), ids.i(w), W.x(w), R, C);
         CALL(w, embed_backward, fresh.g(w), dx.x(w), ids.i(w), 0, pad, R, V, C);
@@ -279,9 +288,11 @@ static void test_cross_entropy(int N, int V) {
     Numbers target(N);
     for (int i = 0; i < N; i++) target[i] = i % 4 == 2 ? V - 1 : below(V);
     for (int i = 3; i < N; i += 4) target[i] = -1;
-    Buffer targets = input(INT, target), logits = random_input(X, (size_t)N * V, 8),
-           again = random_input(X, (size_t)N * V), loss = zeros(DOUBLE, 1),
-           loss2 = zeros(DOUBLE, 1);
+    Buffer targets = input(INT, target);
+    Buffer logits = random_input(X, (size_t)N * V, 8);
+    Buffer again = random_input(X, (size_t)N * V);
+    Buffer loss = zeros(DOUBLE, 1);
+    Buffer loss2 = zeros(DOUBLE, 1);
     for (int w = CUDA; w < WORLDS; w++) {
         CALL(w, cross_entropy, logits.x(w), loss.d(w), targets.i(w), 0.125f, 1, N, V);
         CALL(w, cross_entropy, again.x(w), loss2.d(w), targets.i(w), 0.125f, 0, N, V);
@@ -296,11 +307,16 @@ static void test_cross_entropy(int N, int V) {
 // ---- dense ----------------------------------------------------------------------------------
 static void test_rmsnorm(int R, int C) {
     begin("rmsnorm");
-    Buffer x = random_input(X, (size_t)R * C, 3), w_ = random_input(X, C, 2),
-           y = output(X, (size_t)R * C), y2 = output(X, (size_t)R * C), rstd = output(REAL, R);
-    Buffer dy = random_input(X, (size_t)R * C), dx = output(X, (size_t)R * C),
-           inplace = random_input(X, (size_t)R * C), dw = output(REAL, C),
-           dw2 = random_input(REAL, C);
+    Buffer x = random_input(X, (size_t)R * C, 3);
+    Buffer w_ = random_input(X, C, 2);
+    Buffer y = output(X, (size_t)R * C);
+    Buffer y2 = output(X, (size_t)R * C);
+    Buffer rstd = output(REAL, R);
+    Buffer dy = random_input(X, (size_t)R * C);
+    Buffer dx = output(X, (size_t)R * C);
+    Buffer inplace = random_input(X, (size_t)R * C);
+    Buffer dw = output(REAL, C);
+    Buffer dw2 = random_input(REAL, C);
     for (int w = CUDA; w < WORLDS; w++) {
         CALL(w, rmsnorm_forward, y.x(w), rstd.r(w), x.x(w), w_.x(w), 1e-6f, R, C);
         CALL(w, rmsnorm_forward, y2.x(w), 0, x.x(w), w_.x(w), 1e-6f, R, C);
@@ -320,11 +336,15 @@ static void test_rmsnorm(int R, int C) {
 }
 static void test_linear(int R, int O, int N) {
     begin("linear and add");
-    Buffer x = random_input(X, (size_t)R * N), W = random_input(X, (size_t)O * N),
-           y = output(X, (size_t)R * O), dy = random_input(X, (size_t)R * O);
-    Buffer dx = output(X, (size_t)R * N), dx2 = random_input(X, (size_t)R * N),
-           dW = output(REAL, (size_t)O * N), dW2 = random_input(REAL, (size_t)O * N),
-           sum = random_input(X, R * N);
+    Buffer x = random_input(X, (size_t)R * N);
+    Buffer W = random_input(X, (size_t)O * N);
+    Buffer y = output(X, (size_t)R * O);
+    Buffer dy = random_input(X, (size_t)R * O);
+    Buffer dx = output(X, (size_t)R * N);
+    Buffer dx2 = random_input(X, (size_t)R * N);
+    Buffer dW = output(REAL, (size_t)O * N);
+    Buffer dW2 = random_input(REAL, (size_t)O * N);
+    Buffer sum = random_input(X, R * N);
     for (int w = CUDA; w < WORLDS; w++) {
         CALL(w, linear_forward, y.x(w), x.x(w), W.x(w), R, O, N);
         CALL(w, linear_backward_input, dx.x(w), dy.x(w), W.x(w), R, O, N);
@@ -360,12 +380,25 @@ static void test_qk_norm_rope(int B, int T, int H, int KV, int D, bool documents
     begin(documents ? "q/k norm and RoPE of documents" : "q/k norm and RoPE");
     Buffer positions = random_positions(B, T);
     int R = B * T;
-    size_t nq = (size_t)R * H * D, nk = (size_t)R * KV * D, table = (size_t)T * D / 2;
-    Buffer cosines = output(REAL, table), sines = output(REAL, table), q = random_input(X, nq, 2),
-           k = random_input(X, nk, 2), wq = random_input(X, D), wk = random_input(X, D);
-    Buffer qn = output(X, nq), kn = output(X, nk), dq = random_input(X, nq), dk = output(X, nk),
-           dkn = random_input(X, nk), dwq = output(REAL, D), dwk = random_input(REAL, D);
-    Buffer unused = output(REAL, D), dq2 = output(X, nq), dk2 = output(X, nk);
+    size_t nq = (size_t)R * H * D;
+    size_t nk = (size_t)R * KV * D;
+    size_t table = (size_t)T * D / 2;
+    Buffer cosines = output(REAL, table);
+    Buffer sines = output(REAL, table);
+    Buffer q = random_input(X, nq, 2);
+    Buffer k = random_input(X, nk, 2);
+    Buffer wq = random_input(X, D);
+    Buffer wk = random_input(X, D);
+    Buffer qn = output(X, nq);
+    Buffer kn = output(X, nk);
+    Buffer dq = random_input(X, nq);
+    Buffer dk = output(X, nk);
+    Buffer dkn = random_input(X, nk);
+    Buffer dwq = output(REAL, D);
+    Buffer dwk = random_input(REAL, D);
+    Buffer unused = output(REAL, D);
+    Buffer dq2 = output(X, nq);
+    Buffer dk2 = output(X, nk);
     for (int w = CUDA; w < WORLDS; w++) {
         CALL(w, rope_table, cosines.r(w), sines.r(w), 1e6, T, D);
         CALL(w, qk_norm_rope_forward, qn.x(w), kn.x(w), q.x(w), k.x(w), wq.x(w), wk.x(w),
@@ -400,14 +433,23 @@ static void test_attention(const char *kernel, int B, int T, int H, int KV, int 
     Buffer positions = random_positions(B, T);
     attention_select(kernel);
     begin(name);
-    size_t nq = (size_t)B * T * H * D, nk = (size_t)B * T * KV * D;
-    Buffer q = random_input(X, nq, 2), k = random_input(X, nk, 2), v = random_input(X, nk),
-           o = output(X, nq), lse = output(REAL, (size_t)B * H * T), d_o = random_input(X, nq);
-    Buffer dq = output(X, nq), dk = output(X, nk), dv = output(X, nk), again_q = output(X, nq),
-           again_k = output(X, nk), again_v = output(X, nk);
-    size_t bytes = attention_workspace(B, T, H, KV, D),
-           other = ref_attention_workspace(B, T, H, KV, D),
-           largest = true_attention_workspace(B, T, H, KV, D);
+    size_t nq = (size_t)B * T * H * D;
+    size_t nk = (size_t)B * T * KV * D;
+    Buffer q = random_input(X, nq, 2);
+    Buffer k = random_input(X, nk, 2);
+    Buffer v = random_input(X, nk);
+    Buffer o = output(X, nq);
+    Buffer lse = output(REAL, (size_t)B * H * T);
+    Buffer d_o = random_input(X, nq);
+    Buffer dq = output(X, nq);
+    Buffer dk = output(X, nk);
+    Buffer dv = output(X, nk);
+    Buffer again_q = output(X, nq);
+    Buffer again_k = output(X, nk);
+    Buffer again_v = output(X, nk);
+    size_t bytes = attention_workspace(B, T, H, KV, D);
+    size_t other = ref_attention_workspace(B, T, H, KV, D);
+    size_t largest = true_attention_workspace(B, T, H, KV, D);
     if (other > bytes) bytes = other;
     if (largest > bytes) bytes = largest;
     Buffer workspace = output(BYTE, bytes);
@@ -429,7 +471,9 @@ static void test_attention(const char *kernel, int B, int T, int H, int KV, int 
     exact_numbers("dk again (I8, deterministic)", read(again_k, CUDA), read(dk, CUDA));
     exact_numbers("dv again (I8, deterministic)", read(again_v, CUDA), read(dv, CUDA));
     if (documents && B > 0) { // other numbers in the first document change no bit of the others
-        Numbers at = read(positions, CUDA), before = read(o, CUDA), changed = read(k, CUDA);
+        Numbers at = read(positions, CUDA);
+        Numbers before = read(o, CUDA);
+        Numbers changed = read(k, CUDA);
         size_t length = 1;
         while (length < (size_t)T && at[length] > 0) length++;
         for (size_t i = 0; i < length * KV * D; i++) changed[i] = on_grid(changed[i] + 1);
@@ -446,117 +490,8 @@ static void test_attention(const char *kernel, int B, int T, int H, int KV, int 
 
 #include "test_cuda_experts.h"
 
-// ---- optimizer ------------------------------------------------------------------------------
-static std::vector<Segment> make_segments(int n, int64_t *total, bool anywhere) {
-    std::vector<Segment> s(n);
-    int64_t offset = 0, block = 0;
-    for (int i = 0; i < n; i++) {
-        int count = i == 1 ? 1000 : 1 + below(700);
-        if (i == 2) count = 0;
-        Segment g = { 0x1234567u + (uint64_t)i * 77,
-                      anywhere && i % 2 ? 3 + 100 * i : 256 * i,
-                      count,
-                      offset,
-                      block,
-                      (float)(i % 2) };
-        s[i] = g;
-        offset += g.count + (anywhere ? 1 : 0);
-        block += g.count / 256 + 2;
-    }
-    *total = offset;
-    return s;
-}
-static void test_optimizer(OptimizerKind kind, bool master, bool anywhere, int n_segments) {
-    static const char *names[] = { "sgd", "adamw", "adamw8" };
-    char name[80];
-    snprintf(name, sizeof name, "optimizer %s%s%s, %d segments", names[kind],
-             master ? " master" : "", anywhere ? " cut anywhere" : "", n_segments);
-    begin(name);
-    int64_t n;
-    std::vector<Segment> segments = make_segments(n_segments, &n, anywhere);
-    int blocks = (int)(segments.back().qblock + segments.back().count / 256 + 2);
-    Buffer param = random_input(X, n), copy = random_input(REAL, n), grad = random_input(REAL, n),
-           m = zeros(REAL, n), v = zeros(REAL, n), m8 = zeros(BYTE, n), v8 = zeros(BYTE, n);
-    Buffer m_scale = zeros(REAL, blocks), v_scale = zeros(REAL, blocks),
-           scale = input(REAL, Numbers(1, 0.5)), infinite = input(REAL, Numbers(1, INFINITY));
-    // without a master, bf16 builds round stochastically: only the other backend in the same
-    // precision has the same noise
-    bool stochastic = !master && sizeof(floatX) == 2;
-    for (int w = CUDA; w < WORLDS; w++) {
-        OptimizerState s = {
-            param.x(w), master ? copy.r(w) : 0, grad.g(w),   m.r(w), v.r(w), m8.b(w),
-            v8.b(w),    m_scale.r(w),           v_scale.r(w)
-        };
-        for (int t = 1; t <= 3; t++) {
-            OptimizerStep o = { kind, 1e-2, 0.9, 0.9, 0.99, 1e-8, 0.1, t, 7, t, 0.75 };
-            CALL(w, optimizer_update, &s, segments.data(), n_segments, &o, scale.r(w));
-            CALL(w, optimizer_update, &s, segments.data(), n_segments, &o, infinite.r(w));
-        }
-    }
-    Numbers mine = read(param, CUDA), same = read(param, SAME);
-    if (kind == OPT_ADAMW8) {
-        if (mine != same || read(copy, CUDA) != read(copy, SAME)) complain("param", "other bits");
-        if (read(v8, CUDA) != read(v8, SAME)) complain("codes of v", "differ from the CPU's");
-        if (read(m8, CUDA) != read(m8, SAME)) complain("codes of m", "differ from the CPU's");
-        if (read(v_scale, CUDA) != read(v_scale, SAME) ||
-            read(m_scale, CUDA) != read(m_scale, SAME))
-            complain("scales", "differ from the CPU's");
-    } else if (stochastic) {
-        // an fp32 number in the last bit elsewhere may round the other way, rarely
-        size_t other = 0;
-        for (size_t i = 0; i < mine.size(); i++) {
-            if (!(fabs(mine[i] - same[i]) <= 0.02 * (fabs(same[i]) + 0.02)))
-                complain("param", "far from the CPU's");
-            other += fabs(mine[i] - same[i]) > 1e-5;
-        }
-        if (other > mine.size() / 100) complain("param", "more than 1 % differ from the CPU's");
-    } else {
-        compare("param", param);
-        compare("master", copy);
-    }
-    if (kind == OPT_ADAMW) {
-        compare("m", m);
-        compare("v", v);
-    } else
-        compare("momentum", m);
-    end();
-}
-static void test_norms(int n_segments) {
-    begin("gradient squares, scales, clip, initial weights");
-    int64_t n;
-    std::vector<Segment> segments = make_segments(n_segments, &n, true);
-    // more than one piece
-    segments.back().count = 70000;
-    n += 70000;
-    Buffer grad = random_input(REAL, n), sums = output(DOUBLE, n_segments),
-           total = output(DOUBLE, 1), factor = random_input(REAL, n_segments),
-           norm = output(REAL, 1), clip = output(REAL, 1);
-    Buffer param = zeros(X, n), master = zeros(REAL, n), ones = zeros(X, n),
-           norm2 = output(REAL, 1), clip2 = output(REAL, 1), bad = input(DOUBLE, { 1.0, INFINITY });
-    Buffer many = random_input(DOUBLE, 2500), total_many = output(DOUBLE, 1);
-    for (int w = CUDA; w < WORLDS; w++) {
-        CALL(w, gradient_squares, sums.d(w), grad.g(w), segments.data(), n_segments);
-        CALL(w, sum_in_order, total.d(w), sums.d(w), n_segments);
-        CALL(w, sum_in_order, total_many.d(w), many.d(w), 2500); // fetched in pieces of 1024
-        CALL(w, clip_scale, norm.r(w), clip.r(w), sums.d(w), n_segments, 1.0);
-        CALL(w, clip_scale, norm2.r(w), clip2.r(w), bad.d(w), 2, 1.0);
-        CALL(w, gradient_scale, grad.g(w), segments.data(), n_segments, factor.r(w));
-        CALL(w, init_segments, param.x(w), master.r(w), segments.data(), n_segments, 42, 0.02);
-        CALL(w, init_segments, ones.x(w), 0, segments.data(), n_segments, 42, -1.0);
-    }
-    compare("squares", sums);
-    compare("sum", total);
-    exact("sum in order", total_many);
-    compare("norm", norm);
-    compare("scale", clip);
-    exact("scaled gradients", grad);
-    exact("weights", param);
-    exact("masters", master);
-    exact("ones", ones);
-    exact("norm of infinity", norm2);
-    exact("scale of infinity", clip2);
-    end();
-}
+#include "test_cuda_optimizer.h"
+
 static void test_convert(size_t n) {
     begin("conversions");
     static const Dtype types[] = { DTYPE_F32, DTYPE_BF16, DTYPE_F16, DTYPE_F64 };
@@ -565,7 +500,9 @@ static void test_convert(size_t n) {
     for (size_t i = 0; i < n; i++) v[i] = uniform() * size[i % 5];
     if (n > 4)
         v[n % 8 ? n - 1 : 0] = INFINITY, v[1] = -0.0, v[2] = 65519.999, v[3] = 1 + 0x1p-8 + 0x1p-40;
-    Buffer wide = input(DOUBLE, v), from = output(BYTE, n * 8), to = output(BYTE, n * 8);
+    Buffer wide = input(DOUBLE, v);
+    Buffer from = output(BYTE, n * 8);
+    Buffer to = output(BYTE, n * 8);
     for (int a = 0; a < 4; a++)
         for (int b = 0; b < 4; b++) {
             for (int w = CUDA; w <= SAME; w++) {
@@ -584,8 +521,8 @@ static void test_device() {
     arena_take(&a, 17u << 20, "two");
     size_t counted = a.used;
     arena_commit(&a);
-    char *one = (char *)arena_take(&a, 1000, "one"),
-         *two = (char *)arena_take(&a, 17u << 20, "two");
+    char *one = (char *)arena_take(&a, 1000, "one");
+    char *two = (char *)arena_take(&a, 17u << 20, "two");
     if (a.used != counted || (size_t)two % 256 || two != one + 1024)
         complain("arena", "the second pass differs from the first");
     std::vector<char> host(17u << 20), back(17u << 20);

@@ -9,7 +9,8 @@ static double closest_choice(const Numbers &logits, const Numbers &bias, int R, 
     double closest = 1;
     for (int r = 0; r < R && K < E; r++) {
         Numbers value(logits.begin() + (ptrdiff_t)r * E, logits.begin() + (ptrdiff_t)(r + 1) * E);
-        double top = *std::max_element(value.begin(), value.end()), sum = 0;
+        double top = *std::max_element(value.begin(), value.end());
+        double sum = 0;
         for (double &v : value) sum += v = exp(v - top);
         for (int e = 0; e < E; e++) value[e] = value[e] / sum + bias[e];
         std::sort(value.rbegin(), value.rend());
@@ -23,17 +24,24 @@ static void test_router(int R, int C, int E, int K, int normalize, int ties) {
     snprintf(name, sizeof name, "router R %d E %d K %d%s%s", R, E, K,
              normalize ? " normalised" : "", ties ? " ties" : "");
     begin(name);
-    Buffer u = random_input(X, (size_t)R * C),
-           W = ties ? zeros(X, (size_t)E * C) : random_input(X, (size_t)E * C, 0.5),
-           bias = random_input(REAL, E, 0.1);
-    Buffer logits = output(REAL, (size_t)R * E), topk = output(INT, (size_t)R * K),
-           score = output(REAL, (size_t)R * K), count = input(INT64, Numbers(E, 3)),
-           prob = zeros(DOUBLE, E);
-    Buffer z = zeros(DOUBLE, 2), f = output(DOUBLE, E), du = random_input(X, (size_t)R * C),
-           dW = output(REAL, (size_t)E * C), dW2 = random_input(REAL, (size_t)E * C);
-    Buffer dz = output(REAL, (size_t)R * E), dscore = random_input(REAL, (size_t)R * K),
-           biased = output(INT, (size_t)R * K), score2 = output(REAL, (size_t)R * K),
-           given = output(REAL, (size_t)R * K);
+    Buffer u = random_input(X, (size_t)R * C);
+    Buffer W = ties ? zeros(X, (size_t)E * C) : random_input(X, (size_t)E * C, 0.5);
+    Buffer bias = random_input(REAL, E, 0.1);
+    Buffer logits = output(REAL, (size_t)R * E);
+    Buffer topk = output(INT, (size_t)R * K);
+    Buffer score = output(REAL, (size_t)R * K);
+    Buffer count = input(INT64, Numbers(E, 3));
+    Buffer prob = zeros(DOUBLE, E);
+    Buffer z = zeros(DOUBLE, 2);
+    Buffer f = output(DOUBLE, E);
+    Buffer du = random_input(X, (size_t)R * C);
+    Buffer dW = output(REAL, (size_t)E * C);
+    Buffer dW2 = random_input(REAL, (size_t)E * C);
+    Buffer dz = output(REAL, (size_t)R * E);
+    Buffer dscore = random_input(REAL, (size_t)R * K);
+    Buffer biased = output(INT, (size_t)R * K);
+    Buffer score2 = output(REAL, (size_t)R * K);
+    Buffer given = output(REAL, (size_t)R * K);
     RouterStats none = {};
     for (int w = CUDA; w < WORLDS; w++) {
         RouterStats stats = { count.l(w), prob.d(w), z.d(w) };
@@ -310,7 +318,8 @@ static void test_shares(int64_t tiles) {
     char name[80];
     snprintf(name, sizeof name, "shares of %lld tiles", (long long)tiles);
     begin(name);
-    int64_t blocks = hopper_blocks(tiles, 132, 16), alone = (tiles + 115) / 116;
+    int64_t blocks = hopper_blocks(tiles, 132, 16);
+    int64_t alone = (tiles + 115) / 116;
     if (hopper_blocks(tiles, 132, 0) > 132) complain("one GPU", "more blocks than multiprocessors");
     if (tiles_of_longest(tiles, blocks, 116) != alone) complain("nothing held", "takes longer");
     for (int held = 1; held <= 24; held++) {

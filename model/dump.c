@@ -113,7 +113,8 @@ void dump_gradient(Dump *d, const Trainer *t, int block, const gradX *grad) {
 void dump_routing(Dump *d, const Trainer *t) {
     if (!t->m->c.n_moe) return;
     int topk = GRADIENTS + d->checkpoint->n;
-    int64_t E = t->m->c.E, first = routing_token(t);
+    int64_t E = t->m->c.E;
+    int64_t first = routing_token(t);
     int error = routing_write(t, d->fd, d->at[topk]);
     if (error) die_dump(d, error);
     for (int l = 0; l < t->m->c.L && routing_writer(t); l++)

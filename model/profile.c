@@ -145,7 +145,8 @@ void profile_trace(const Profile *p, const RunFolder *folder, int64_t step) {
     size_t bytes;
     char *mine = rank_events(p, &bytes);
     int ranks = comm_size(p->all);
-    size_t most = comm_max(p->all, (int64_t)bytes) + 1, used = 0;
+    size_t most = comm_max(p->all, (int64_t)bytes) + 1;
+    size_t used = 0;
     char *padded = (char *)xcalloc(most, 1, "profile");
     char *all = (char *)xmalloc(ranks * most, "profile");
     memcpy(padded, mine, bytes);

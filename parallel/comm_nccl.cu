@@ -68,7 +68,9 @@ typedef struct {
 
 static ncclComm_t world_nccl;
 static Comm **groups; // (n_groups) with a communicator, in the order of their building
-static int n_groups, sums_by = SUMS_AUTO, device = -1;
+static int n_groups;
+static int sums_by = SUMS_AUTO;
+static int device = -1;
 static int one_at_a_time; // no two communicators at work together: each operation waits for the
                           // latest one of any group
 static Group *latest;
@@ -130,7 +132,8 @@ static void publish(const Flight *stuck) {
 // is who has entered its call and who has not.
 static int report_stuck(char *text, size_t size) {
     static double since;
-    int stuck = 0, ranks = joined()->size;
+    int stuck = 0;
+    int ranks = joined()->size;
     join_collect(presences, sizeof *presences);
     while (stuck < ranks && !presences[stuck].stuck) stuck++;
     if (stuck == ranks)
@@ -252,7 +255,8 @@ const char *transport_describe(void) {
 static void join_world(void) {
     const Joined *j = joined();
     const char *order = getenv("NCCL_LAUNCH_ORDER_IMPLICIT");
-    int version = 0, mine = -1;
+    int version = 0;
+    int mine = -1;
     ncclUniqueId id;
     memset(&id, 0, sizeof id);
     CUDA_CHECK(cudaGetDevice(&mine));
@@ -306,11 +310,14 @@ static void connect_members(Comm *g) {
     char text[96];
     snprintf(text, sizeof text, "connecting the members of group %s", g->name);
 #ifdef CUEMU // which has one algorithm
-    size_t n = g->n, part = 64;
+    size_t part = 64;
 #else
-    size_t n = g->n, part = ((size_t)32 << 20) / n;
+    size_t part = ((size_t)32 << 20) / g->n;
 #endif
-    char *all = room(n + 1), *mine = all + n, *large;
+    size_t n = g->n;
+    char *all = room(n + 1);
+    char *mine = all + n;
+    char *large;
     ncclComm_t nccl = group_of(g)->nccl;
     cudaStream_t s = group_stream(g, STREAM_EXCHANGE);
     CUDA_CHECK(cudaMalloc((void **)&large, part * n));
@@ -362,7 +369,8 @@ void transport_group(Comm *g, const char *name) {
     own->nccl = nccl;
     own->across = crosses_machines(g);
     if (!nccl) return;
-    int size = 0, mine = -1;
+    int size = 0;
+    int mine = -1;
     NCCL_CHECK(ncclCommCount(nccl, &size));
     NCCL_CHECK(ncclCommUserRank(nccl, &mine));
     if (size != g->n || mine != g->rank)
@@ -409,7 +417,8 @@ void transport_host(Comm *g, const CallRecord *r, void *recv, const void *send, 
     if (!bytes) return;
     char text[256];
     size_t n = root < 0 ? g->n : 1;
-    char *all = room((n + 1) * bytes), *mine = all + n * bytes;
+    char *all = room((n + 1) * bytes);
+    char *mine = all + n * bytes;
     ncclComm_t nccl = group_of(g)->nccl;
     cudaStream_t s = group_stream(g, STREAM_EXCHANGE);
     call_text(r, g->name, text, sizeof text);
@@ -509,7 +518,8 @@ static size_t round_length(size_t total, size_t piece, int j, size_t skip, size_
 static void sum_pieces(const Call *c, char *out, size_t total, size_t piece, cudaStream_t s) {
     Comm *g = c->g;
     Dtype type = (Dtype)c->record.type;
-    size_t w = c->width, others = g->n > 1 ? (size_t)g->n - 1 : 1;
+    size_t w = c->width;
+    size_t others = g->n > 1 ? (size_t)g->n - 1 : 1;
     Group *own = group_of(g);
     size_t room = piece * w * others <= g->stage_bytes ? g->stage_bytes : g->stage_bytes / 2;
     // NCCL copies 16 bytes at a time only where both ends are aligned, else single ones.
@@ -521,7 +531,8 @@ static void sum_pieces(const Call *c, char *out, size_t total, size_t piece, cud
         if (skip >= 2 * most) CUDA_CHECK(cudaStreamWaitEvent(s, own->added[turn], 0));
         NCCL_CHECK(ncclGroupStart());
         for (int t = first_turn(g); t < g->n; t++) {
-            int from = receive_peer(g, t), to = send_peer(g, t);
+            int from = receive_peer(g, t);
+            int to = send_peer(g, t);
             int place = from > g->rank ? from - 1 : from;
             // A group of one sends its own part, which an in-place destination may have moved.
             const char *send = g->n == 1 ? c->own : c->src + (size_t)to * piece * w;
@@ -567,7 +578,8 @@ static void post_all_reduce(const Call *c, cudaStream_t s) {
         NCCL_CHECK(ncclAllReduce(c->dst, c->dst, c->count, type, ncclSum, nccl, s));
         return;
     }
-    size_t piece = (c->count + (size_t)g->n - 1) / g->n, mine, length;
+    size_t piece = (c->count + (size_t)g->n - 1) / g->n;
+    size_t mine, length;
     size_t begin = piece_of(c->count, piece, g->rank, &mine);
     sum_pieces(c, c->dst + begin * c->width, c->count, piece, s);
     NCCL_CHECK(ncclGroupStart());
@@ -588,7 +600,8 @@ static void post_all_to_all(const Call *c, cudaStream_t s) {
     NCCL_CHECK(ncclGroupStart());
     // Empty messages too (NCCL 2.12): ranks that disagree about one are then noticed.
     for (int j = 0; j < g->n; j++) {
-        size_t to = (size_t)c->to_rows[j] * c->count, from = (size_t)c->from_rows[j] * c->count;
+        size_t to = (size_t)c->to_rows[j] * c->count;
+        size_t from = (size_t)c->from_rows[j] * c->count;
         if (j != g->rank || g->n == 1) {
             NCCL_CHECK(ncclRecv(dst, from, ncclUint8, j, nccl, s));
             NCCL_CHECK(ncclSend(src, to, ncclUint8, j, nccl, s));

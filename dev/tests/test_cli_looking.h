@@ -3,12 +3,15 @@
 // Tokens of a dump whose topk is not that of its router logits; -1 where shapes are not as they
 // should be.
 static int other_choices(const SafeTensors *d) {
-    const SafeTensor *topk = safetensors_find(d, "topk"), *router = safetensors_find(d, "router");
+    const SafeTensor *topk = safetensors_find(d, "topk");
+    const SafeTensor *router = safetensors_find(d, "router");
     if (!topk || !router || topk->n_dims != 4 || router->n_dims != 4) return -1;
     for (int i = 0; i < 3; i++)
         if (topk->shape[i] != router->shape[i]) return -1;
-    int64_t K = topk->shape[3], E = router->shape[3], n = topk->bytes / (K * 4);
-    int *id = (int *)xmalloc(topk->bytes, "choices"), differ = 0;
+    int64_t K = topk->shape[3], E = router->shape[3];
+    int64_t n = topk->bytes / (K * 4);
+    int *id = (int *)xmalloc(topk->bytes, "choices");
+    int differ = 0;
     float *logit = (float *)xmalloc(router->bytes, "router logits");
     safetensors_read(d, topk, 0, id, topk->bytes);
     safetensors_read(d, router, 0, logit, router->bytes);

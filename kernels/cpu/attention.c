@@ -44,7 +44,8 @@ typedef struct {
 } Work;
 // Lays the pieces out from `base` on. Returns the bytes of one thread.
 static int64_t work_layout(Work *w, void *base, int64_t T, int64_t H, int64_t KV, int64_t D) {
-    int64_t rows = queries_per_block(H, KV) * (H / KV), at = 0;
+    int64_t rows = queries_per_block(H, KV) * (H / KV);
+    int64_t at = 0;
     int64_t rounded = sizeof(floatX) == sizeof(real) ? 0 : rows * KEYS;
     struct {
         void *piece;
@@ -118,7 +119,8 @@ typedef struct {
     int64_t from, to;
 } Seen;
 static Seen seen_in_block(const Head *h, int64_t t, int64_t j0, int64_t nj) {
-    int64_t from = first_key(h, t) - j0, to = lesser(t + 1 - j0, nj);
+    int64_t from = first_key(h, t) - j0;
+    int64_t to = lesser(t + 1 - j0, nj);
     if (from < 0) from = 0;
     return from < to ? (Seen){ from, to } : (Seen){ 0, 0 };
 }
@@ -131,23 +133,29 @@ void attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, c
                        const int *position, void *workspace, int64_t B, int64_t T, int64_t H,
                        int64_t KV, int64_t D) {
     kernel_begin("attention_forward", 2.0 * B * T * T * H * D);
-    int64_t G = H / KV, queries = queries_per_block(H, KV), blocks = div_up(T, queries);
+    int64_t G = H / KV;
+    int64_t queries = queries_per_block(H, KV);
+    int64_t blocks = div_up(T, queries);
     real scale = 1 / square_root((real)D);
     PARALLEL_TILES
     for (int64_t item = 0; item < B * KV * blocks; item++) {
         // The last block of queries sees most keys: it comes first.
-        int64_t block = blocks - 1 - item / (B * KV), t0 = block * queries;
-        int64_t n = lesser(queries, T - t0), rows = n * G;
+        int64_t block = blocks - 1 - item / (B * KV);
+        int64_t t0 = block * queries;
+        int64_t n = lesser(queries, T - t0);
+        int64_t rows = n * G;
         Head h = head_of(position, item % (B * KV) / KV, item % KV, T, H, KV, D);
         Work w = work_of_thread(workspace, T, H, KV, D);
         stack(w.q, q + h.q, t0, n, H, G, D);
         int64_t first = first_key(&h, t0);
         for (int64_t j0 = first; j0 < t0 + n; j0 += KEYS) {
             int64_t nj = lesser(KEYS, t0 + n - j0);
-            const floatX *kj = k + h.k + j0 * KV * D, *vj = v + h.k + j0 * KV * D;
+            const floatX *kj = k + h.k + j0 * KV * D;
+            const floatX *vj = v + h.k + j0 * KV * D;
             gemm_x(0, 1, rows, nj, D, w.q, D, kj, KV * D, 0, w.s, nj);
             for (int64_t r = 0; r < rows; r++) {
-                real *s = w.s + r * nj, *out = w.o + r * D;
+                real *s = w.s + r * nj;
+                real *out = w.o + r * D;
                 real before = j0 > first ? w.most[r] : -(real)INFINITY;
                 Seen seen = seen_in_block(&h, t0 + r / G, j0, nj);
                 int empty = seen.to == seen.from;
@@ -170,7 +178,8 @@ void attention_forward(floatX *o, real *lse, const floatX *q, const floatX *k, c
             gemm_x(0, 0, rows, D, nj, p, nj, vj, KV * D, j0 > first ? 1 : 0, w.o, D);
         }
         for (int64_t r = 0; r < rows; r++) {
-            real inverse = 1 / w.sum[r], *out = w.o + r * D;
+            real inverse = 1 / w.sum[r];
+            real *out = w.o + r * D;
             for (int64_t i = 0; i < D; i++) out[i] *= inverse;
             lse[h.lse + r % G * T + t0 + r / G] = w.most[r] + (real)log((double)w.sum[r]);
         }
@@ -183,7 +192,8 @@ void attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o, c
                         const int *position, void *workspace, int64_t B, int64_t T, int64_t H,
                         int64_t KV, int64_t D) {
     kernel_begin("attention_backward", 5.0 * B * T * T * H * D);
-    int64_t G = H / KV, queries = queries_per_block(H, KV);
+    int64_t G = H / KV;
+    int64_t queries = queries_per_block(H, KV);
     real scale = 1 / square_root((real)D);
     PARALLEL_TILES
     for (int64_t item = 0; item < B * KV; item++) {
@@ -191,10 +201,13 @@ void attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o, c
         Work w = work_of_thread(workspace, T, H, KV, D);
         for (int64_t i = 0; i < T * D; i++) w.dk[i] = w.dv[i] = 0;
         for (int64_t t0 = 0; t0 < T; t0 += queries) {
-            int64_t n = lesser(queries, T - t0), rows = n * G, first = first_key(&h, t0);
+            int64_t n = lesser(queries, T - t0);
+            int64_t rows = n * G;
+            int64_t first = first_key(&h, t0);
             stack(w.q, q + h.q, t0, n, H, G, D);
             stack(w.d_o, d_o + h.q, t0, n, H, G, D);
-            real *row_lse = w.most, *delta = w.sum;
+            real *row_lse = w.most;
+            real *delta = w.sum;
             for (int64_t r = 0; r < rows; r++) {
                 row_lse[r] = lse[h.lse + r % G * T + t0 + r / G];
                 const floatX * or = o + h.q + ((t0 + r / G) * H + r % G) * D;
@@ -202,11 +215,14 @@ void attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o, c
             }
             for (int64_t j0 = first; j0 < t0 + n; j0 += KEYS) {
                 int64_t nj = lesser(KEYS, t0 + n - j0);
-                const floatX *kj = k + h.k + j0 * KV * D, *vj = v + h.k + j0 * KV * D;
+                const floatX *kj = k + h.k + j0 * KV * D;
+                const floatX *vj = v + h.k + j0 * KV * D;
                 gemm_x(0, 1, rows, nj, D, w.q, D, kj, KV * D, 0, w.s, nj);
                 gemm_x(0, 1, rows, nj, D, w.d_o, D, vj, KV * D, 0, w.ds, nj);
                 for (int64_t r = 0; r < rows; r++) {
-                    real *p = w.s + r * nj, *ds = w.ds + r * nj, shift = row_lse[r];
+                    real *p = w.s + r * nj;
+                    real *ds = w.ds + r * nj;
+                    real shift = row_lse[r];
                     real center = delta[r];
                     Seen seen = seen_in_block(&h, t0 + r / G, j0, nj);
                     for (int64_t j = seen.from; j < seen.to; j++) {
@@ -216,7 +232,8 @@ void attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o, c
                     fill_outside(p, seen, nj, 0);
                     fill_outside(ds, seen, nj, 0);
                 }
-                floatX *p = operand(w.s, w.p, rows * nj), *dp = operand(w.ds, w.dp, rows * nj);
+                floatX *p = operand(w.s, w.p, rows * nj);
+                floatX *dp = operand(w.ds, w.dp, rows * nj);
                 gemm_x(1, 0, nj, D, rows, p, nj, w.d_o, D, 1, w.dv + j0 * D, D);
                 gemm_x(1, 0, nj, D, rows, dp, nj, w.q, D, 1, w.dk + j0 * D, D);
                 gemm_x(0, 0, rows, D, nj, dp, nj, kj, KV * D, j0 > first ? 1 : 0, w.dq, D);

@@ -11,7 +11,8 @@ enum { BLOCK = 1024 };
 // read as 2^-112 times the value, subnormals included; the product with 2^112 is exact. All ones in
 // the exponent stay all ones.
 static inline float half_to_float(uint16_t h) {
-    uint32_t bits = (uint32_t)(h & 0x7fffu) << 13, sign = (uint32_t)(h & 0x8000u) << 16;
+    uint32_t bits = (uint32_t)(h & 0x7fffu) << 13;
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16;
     float f;
     memcpy(&f, &bits, 4);
     f *= 0x1p112f;
@@ -26,7 +27,8 @@ static inline float half_to_float(uint16_t h) {
 static inline uint16_t float_to_half(float f) {
     uint32_t bits, small_bits;
     memcpy(&bits, &f, 4);
-    uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    uint32_t sign = bits >> 16 & 0x8000u;
+    uint32_t magnitude = bits & 0x7fffffffu;
     float small;
     memcpy(&small, &magnitude, 4);
     small = (magnitude < 0x38800000u ? small : 0.0f) + 0.5f;

@@ -92,7 +92,10 @@ double device_peak_flops(void) {
     PARALLEL_FOR
     for (int t = 0; t < threads; t++)
         for (size_t i = 0; i < 3 * size; i++) all[3 * size * t + i] = (real)(i % 7) * (real)0.125;
-    double start = now_seconds(), best = 0, before, now = start;
+    double start = now_seconds();
+    double best = 0;
+    double before;
+    double now = start;
     do {
         before = now;
         PARALLEL_FOR
@@ -141,7 +144,8 @@ size_t device_memory(void) {
     if (f) fclose(f);
     if (kib) return kib * 1024;
     // Not Linux: all physical memory is the best known bound.
-    long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+    long pages = sysconf(_SC_PHYS_PAGES);
+    long page = sysconf(_SC_PAGESIZE);
     return pages > 0 && page > 0 ? pages * page : 0;
 }
 

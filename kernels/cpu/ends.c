@@ -37,12 +37,14 @@ static double cross_entropy_row(floatX *x, int target, real seed, int backward, 
     }
     real *e = SCRATCH(SCRATCH_LOCAL, real, V);
     const real *logits = view_row(x, e, V);
-    real most = row_max(logits, V), at_target = logits[target];
+    real most = row_max(logits, V);
+    real at_target = logits[target];
     for (int64_t i = 0; i < V; i++) e[i] = exp_real(logits[i] - most);
     // Pieces in double: beside the 1 of a sure target, 1e5 terms of 1e-9 would not move a float.
     double total = 0;
     for (int64_t i = 0; i < V; i += 1024) total += (double)row_sum(e + i, lesser(1024, V - i));
-    real sum = (real)total, scale = seed / sum;
+    real sum = (real)total;
+    real scale = seed / sum;
     if (backward) {
         for (int64_t i = 0; i < V; i++) store(x + i, e[i] * scale);
         store(x + target, (e[target] / sum - 1) * seed);
@@ -52,7 +54,8 @@ static double cross_entropy_row(floatX *x, int target, real seed, int backward, 
 void cross_entropy(floatX *logits, double *loss_sum, const int *targets, real seed, int backward,
                    int64_t N, int64_t V) {
     kernel_begin("cross_entropy", 0);
-    double *loss = SCRATCH(SCRATCH_SHARED, double, N), sum = 0;
+    double *loss = SCRATCH(SCRATCH_SHARED, double, N);
+    double sum = 0;
     PARALLEL_FOR_BYTES(N * V * sizeof *logits)
     for (int64_t r = 0; r < N; r++)
         loss[r] = cross_entropy_row(logits + r * V, targets[r], seed, backward, V);

@@ -27,7 +27,8 @@ typedef struct {
 
 static int compare_numbers(int64_t a, int64_t b) { return (a > b) - (a < b); }
 static int longer_first(const void *a, const void *b) {
-    const Task *x = (const Task *)a, *y = (const Task *)b;
+    const Task *x = (const Task *)a;
+    const Task *y = (const Task *)b;
     int by_size = compare_numbers(y->rows * y->columns, x->rows * x->columns);
     if (by_size) return by_size;
     if (x->expert != y->expert) return compare_numbers(x->expert, y->expert);
@@ -38,7 +39,8 @@ static int longer_first(const void *a, const void *b) {
 // memory, which last until the calling thread asks for it again.
 static Task *row_tasks(const RowIndex *index, int64_t *count) {
     const int *start = index->expert_row;
-    int64_t n = 0, chunk = start[index->E] / CHUNKS;
+    int64_t n = 0;
+    int64_t chunk = start[index->E] / CHUNKS;
     if (chunk < CHUNK_MIN) chunk = CHUNK_MIN;
     if (chunk > CHUNK_MAX) chunk = CHUNK_MAX;
     for (int64_t e = 0; e < index->E; e++) n += div_up(start[e + 1] - start[e], chunk);
@@ -46,9 +48,11 @@ static Task *row_tasks(const RowIndex *index, int64_t *count) {
     *count = n;
     n = 0;
     for (int64_t e = 0; e < index->E; e++) {
-        int64_t rows = start[e + 1] - start[e], pieces = div_up(rows, chunk);
+        int64_t rows = start[e + 1] - start[e];
+        int64_t pieces = div_up(rows, chunk);
         for (int64_t i = 0; i < pieces; i++) {
-            int64_t first = rows * i / pieces, last = rows * (i + 1) / pieces;
+            int64_t first = rows * i / pieces;
+            int64_t last = rows * (i + 1) / pieces;
             task[n++] = (Task){ e, start[e] + first, last - first, 0, 1 };
         }
     }
@@ -63,7 +67,8 @@ static Task *column_tasks(const RowIndex *index, int64_t C, int64_t *count) {
     Task *task = SCRATCH(SCRATCH_SHARED, Task, index->E * div_up(C, 64) + 1);
     int64_t n = 0;
     for (int64_t e = 0; e < index->E; e++) {
-        int64_t rows = start[e + 1] - start[e], width = rows > start[index->E] / 8 ? 64 : 512;
+        int64_t rows = start[e + 1] - start[e];
+        int64_t width = rows > start[index->E] / 8 ? 64 : 512;
         for (int64_t c = 0; c < C; c += width)
             task[n++] = (Task){ e, start[e], rows, c, lesser(width, C - c) };
     }
@@ -92,7 +97,8 @@ void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, cons
     PARALLEL_TILES
     for (int64_t i = 0; i < count; i++) {
         Task t = tasks[i];
-        floatX *X = SCRATCH(SCRATCH_LOCAL, floatX, t.rows * C), *h = H + t.row * 2 * F;
+        floatX *X = SCRATCH(SCRATCH_LOCAL, floatX, t.rows * C);
+        floatX *h = H + t.row * 2 * F;
         const floatX *w = W1 + t.expert * 2 * F * C;
         gather(X, pool, index->row_token + t.row, t.rows, C, 0, C);
         if (2 * F <= MAX_COLUMNS) gemm_xx(0, 1, t.rows, 2 * F, C, X, C, w, C, 0, h, 2 * F);
@@ -100,12 +106,14 @@ void experts_up(floatX *H, floatX *A, const floatX *pool, const floatX *W1, cons
             int64_t width = lesser(MAX_COLUMNS / 2, F - f);
             // A wide expert: gate and up columns of one block, so that SwiGLU finds both in cache.
             if (2 * F > MAX_COLUMNS) {
-                floatX *gate = h + f, *up = h + F + f;
+                floatX *gate = h + f;
+                floatX *up = h + F + f;
                 gemm_xx(0, 1, t.rows, width, C, X, C, w + f * C, C, 0, gate, 2 * F);
                 gemm_xx(0, 1, t.rows, width, C, X, C, w + (F + f) * C, C, 0, up, 2 * F);
             }
             for (int64_t r = 0; A && r < t.rows; r++) {
-                const floatX *gate = h + r * 2 * F + f, *up = gate + F;
+                const floatX *gate = h + r * 2 * F + f;
+                const floatX *up = gate + F;
                 floatX *a = A + (t.row + r) * F + f;
                 for (int64_t j = 0; j < width; j++)
                     store(a + j, silu(load(gate + j)) * load(up + j));
@@ -147,7 +155,10 @@ static real swiglu_backward(floatX *dH, floatX *sA, real *g, const floatX *H, re
         load_row(gate, H + f, n);
         load_row(up, H + F + f, n);
         for (int j = 0; j < n; j++) {
-            real x = gate[j], y = up[j], s = sigmoid(x), a = round_x(x * s * y);
+            real x = gate[j];
+            real y = up[j];
+            real s = sigmoid(x);
+            real a = round_x(x * s * y);
             real dA = score * g[f + j];
             g[f + j] *= a;
             weighted[j] = score * a;
@@ -164,7 +175,9 @@ void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *d
                            const floatX *H, const floatX *W2, const real *score,
                            const RowIndex *index, int64_t C, int64_t F) {
     kernel_begin("experts_down_backward", expert_flops(index, C, F));
-    int64_t count, K = index->K, block = lesser(F, MAX_COLUMNS / 2);
+    int64_t count;
+    int64_t K = index->K;
+    int64_t block = lesser(F, MAX_COLUMNS / 2);
     Task *tasks = row_tasks(index, &count);
     if (dscore) {
         PARALLEL_FOR_BYTES(index->P * K * sizeof *dscore)
@@ -182,7 +195,8 @@ void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *d
             gemm_x(0, 0, t.rows, width, C, dY, C, W2 + t.expert * C * F + f, F, 0, g, width);
             for (int64_t r = 0; r < t.rows; r++) {
                 int64_t row = t.row + r;
-                floatX *dh = dH + row * 2 * F + f, *sa = sA + row * F + f;
+                floatX *dh = dH + row * 2 * F + f;
+                floatX *sa = sA + row * F + f;
                 // A padding row gets zeros: what H holds there is not read.
                 if (token[r] < 0) {
                     memset(dh, 0, width * sizeof *dh);

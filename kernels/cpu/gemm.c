@@ -25,7 +25,8 @@ const char *gemm_library(void) {
     if (!openblas_get_config || !openblas_get_corename) return "cblas";
     // The first two words of "OpenBLAS 0.3.21 NO_LAPACKE DYNAMIC_ARCH ...".
     char name[48] = "OpenBLAS";
-    const char *config = openblas_get_config(), *end = strchr(config, ' ');
+    const char *config = openblas_get_config();
+    const char *end = strchr(config, ' ');
     if (end) end = strchr(end + 1, ' ');
     if (end && end - config < (int)sizeof name)
         snprintf(name, sizeof name, "%.*s", (int)(end - config), config);
@@ -41,8 +42,8 @@ void gemm(int ta, int tb, int64_t m, int64_t n, int64_t k, const real *A, int64_
     }
     // A reference BLAS multiplies C by beta even where beta is 0; OpenBLAS and the standard do not
     // read C then.
-    CBLAS_TRANSPOSE transpose_a = ta ? CblasTrans : CblasNoTrans,
-                    transpose_b = tb ? CblasTrans : CblasNoTrans;
+    CBLAS_TRANSPOSE transpose_a = ta ? CblasTrans : CblasNoTrans;
+    CBLAS_TRANSPOSE transpose_b = tb ? CblasTrans : CblasNoTrans;
 #if defined(MOE_FP64)
     cblas_dgemm(CblasRowMajor, transpose_a, transpose_b, (int)m, (int)n, (int)k, 1, A, (int)lda, B,
                 (int)ldb, beta, C, (int)ldc);
@@ -104,7 +105,8 @@ static void micro_kernel(real *c, const real *a, const real *b, int64_t k) {
     Vector c0[MR], c1[MR];
     for (int64_t i = 0; i < MR; i++) c0[i] = c1[i] = (Vector){ 0 };
     for (int64_t p = 0; p < k; p++, a += MR, b += NR) {
-        Vector b0 = *(const Vector *)b, b1 = *(const Vector *)(b + LANES);
+        Vector b0 = *(const Vector *)b;
+        Vector b1 = *(const Vector *)(b + LANES);
 #pragma GCC unroll 12
         for (int64_t i = 0; i < MR; i++) {
             c0[i] += a[i] * b0;
@@ -120,11 +122,14 @@ void gemm(int ta, int tb, int64_t m, int64_t n, int64_t k, const real *A, int64_
           const real *B, int64_t ldb, real beta, real *C, int64_t ldc) {
     if (m == 0 || n == 0) return;
     if (beta == 0) clear(C, ldc, m, n);
-    int64_t kc = lesser(KC, k), nc = div_up(lesser(NC, n), NR) * NR;
-    real *packed_b = SCRATCH(SCRATCH_PACK, real, kc * (nc + MC)), *packed_a = packed_b + kc * nc;
+    int64_t kc = lesser(KC, k);
+    int64_t nc = div_up(lesser(NC, n), NR) * NR;
+    real *packed_b = SCRATCH(SCRATCH_PACK, real, kc * (nc + MC));
+    real *packed_a = packed_b + kc * nc;
     for (int64_t j0 = 0; j0 < n; j0 += NC)
         for (int64_t p0 = 0; p0 < k; p0 += KC) {
-            int64_t nj = lesser(NC, n - j0), kp = lesser(KC, k - p0);
+            int64_t nj = lesser(NC, n - j0);
+            int64_t kp = lesser(KC, k - p0);
             pack(packed_b, at(B, ldb, tb, p0, j0), ldb, !tb, nj, kp, NR);
             for (int64_t i0 = 0; i0 < m; i0 += MC) {
                 int64_t mi = lesser(MC, m - i0);
@@ -133,7 +138,8 @@ void gemm(int ta, int tb, int64_t m, int64_t n, int64_t k, const real *A, int64_
                     for (int64_t i = 0; i < mi; i += MR) {
                         real c[MR * NR];
                         micro_kernel(c, packed_a + i * kp, packed_b + j * kp, kp);
-                        int64_t rows = lesser(MR, mi - i), columns = lesser(NR, nj - j);
+                        int64_t rows = lesser(MR, mi - i);
+                        int64_t columns = lesser(NR, nj - j);
                         real *out = C + (i0 + i) * ldc + j0 + j;
                         for (int64_t r = 0; r < rows; r++)
                             for (int64_t s = 0; s < columns; s++) out[r * ldc + s] += c[r * NR + s];
@@ -150,22 +156,27 @@ enum { BLOCK_M = 256, BLOCK_N = 512, BLOCK_K = 512 };
 static void widen(real *out, const floatX *A, int64_t lda, int transposed, int64_t row,
                   int64_t column, int64_t rows, int64_t columns) {
     const floatX *from = A + (transposed ? column * lda + row : row * lda + column);
-    int64_t lines = transposed ? columns : rows, length = transposed ? rows : columns;
+    int64_t lines = transposed ? columns : rows;
+    int64_t length = transposed ? rows : columns;
     for (int64_t i = 0; i < lines; i++) load_row(out + i * length, from + i * lda, length);
 }
 // real result in C, or floatX result in X
 static void gemm_blocks(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A,
                         int64_t lda, const floatX *B, int64_t ldb, real beta, real *C, floatX *X,
                         int64_t ldc) {
-    size_t a_size = (size_t)BLOCK_M * BLOCK_K, b_size = (size_t)BLOCK_K * BLOCK_N,
-           c_size = X ? (size_t)BLOCK_M * BLOCK_N : 0;
-    real *a = SCRATCH(SCRATCH_PANEL, real, a_size + b_size + c_size), *b = a + a_size,
-         *c = b + b_size;
+    size_t a_size = (size_t)BLOCK_M * BLOCK_K;
+    size_t b_size = (size_t)BLOCK_K * BLOCK_N;
+    size_t c_size = X ? (size_t)BLOCK_M * BLOCK_N : 0;
+    real *a = SCRATCH(SCRATCH_PANEL, real, a_size + b_size + c_size);
+    real *b = a + a_size;
+    real *c = b + b_size;
     GemmBf16 kind = gemm_bf16_kind();
-    uint16_t *packed_a = (uint16_t *)a, *packed_b = (uint16_t *)b; // smaller than the widened ones
+    uint16_t *packed_a = (uint16_t *)a; // packed panels are smaller than widened ones
+    uint16_t *packed_b = (uint16_t *)b;
     for (int64_t j = 0; j < n; j += BLOCK_N)
         for (int64_t i = 0; i < m; i += BLOCK_M) {
-            int64_t mi = lesser(BLOCK_M, m - i), nj = lesser(BLOCK_N, n - j);
+            int64_t mi = lesser(BLOCK_M, m - i);
+            int64_t nj = lesser(BLOCK_N, n - j);
             real *out = X ? c : C + i * ldc + j;
             int64_t ldo = X ? nj : ldc;
             if (X && beta != 0)
@@ -223,10 +234,12 @@ static const double TILE_MIN_FLOP = 2e6; // some 20 microseconds: less is not wo
 // Multiples of 16 keep the micro-kernels' edges rare.
 static int64_t halved(int64_t side) { return div_up(div_up(side, 2), 16) * 16; }
 void gemm_tile(int64_t m, int64_t n, int64_t k, int64_t *tile_m, int64_t *tile_n) {
-    int64_t tm = lesser(TILE_LARGE, m > 0 ? m : 1), tn = lesser(TILE_LARGE, n > 0 ? n : 1);
+    int64_t tm = lesser(TILE_LARGE, m > 0 ? m : 1);
+    int64_t tn = lesser(TILE_LARGE, n > 0 ? n : 1);
     for (;;) {
         int64_t tiles = div_up(m, tm) * div_up(n, tn);
-        int64_t side = tm >= tn ? tm : tn, least = TILE_LARGE;
+        int64_t side = tm >= tn ? tm : tn;
+        int64_t least = TILE_LARGE;
         if (tiles < TILES_WANTED) least = TILE_MEDIUM;
         if (tiles < TILES_NEEDED) least = TILE_SMALL;
         if (side <= least || 1.0 * tm * tn * k < TILE_MIN_FLOP) break;
@@ -243,12 +256,16 @@ static void gemm_parallel(int ta, int tb, int64_t m, int64_t n, int64_t k, const
                           int64_t ldc) {
     int64_t tm, tn;
     gemm_tile(m, n, k, &tm, &tn);
-    int64_t rows = div_up(m, tm), columns = div_up(n, tn);
+    int64_t rows = div_up(m, tm);
+    int64_t columns = div_up(n, tn);
     OMP(parallel for schedule(dynamic, 1) if (rows * columns > 1))
     for (int64_t t = 0; t < rows * columns; t++) {
-        int64_t i = t % rows * tm, j = t / rows * tn, mi = lesser(tm, m - i),
-                nj = lesser(tn, n - j);
-        const floatX *a = A + (ta ? i : i * lda), *b = B + (tb ? j * ldb : j);
+        int64_t i = t % rows * tm;
+        int64_t j = t / rows * tn;
+        int64_t mi = lesser(tm, m - i);
+        int64_t nj = lesser(tn, n - j);
+        const floatX *a = A + (ta ? i : i * lda);
+        const floatX *b = B + (tb ? j * ldb : j);
         if (X)
             gemm_xx(ta, tb, mi, nj, k, a, lda, b, ldb, beta, X + i * ldc + j, ldc);
         else

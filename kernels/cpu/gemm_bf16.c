@@ -76,7 +76,8 @@ TARGET_AVX512 static inline void transpose(__m512i x[16]) {
             upper[j] = j & s ? 16 + j - s : j;
             lower[j] = j & s ? 16 + j : j + s;
         }
-        __m512i u = _mm512_loadu_si512(upper), l = _mm512_loadu_si512(lower);
+        __m512i u = _mm512_loadu_si512(upper);
+        __m512i l = _mm512_loadu_si512(lower);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
             if (i & s) continue;
@@ -91,7 +92,8 @@ TARGET_AVX512 static inline void transpose(__m512i x[16]) {
 // copied into zeros first.
 TARGET_AVX512 void gemm_bf16_pack(uint16_t *out, const uint16_t *X, int64_t ld, int lines_first,
                                   int64_t lines, int64_t k, int is_a) {
-    int64_t padded = gemm_bf16_padded(k), step = is_a ? padded : 2 * BLOCK;
+    int64_t padded = gemm_bf16_padded(k);
+    int64_t step = is_a ? padded : 2 * BLOCK;
     uint16_t edge[BLOCK * BLOCK], pairs[2][BLOCK];
     for (int j = 0; j < BLOCK; j++) {
         pairs[0][j] = (uint16_t)(j / 2 + j % 2 * BLOCK);
@@ -100,8 +102,9 @@ TARGET_AVX512 void gemm_bf16_pack(uint16_t *out, const uint16_t *X, int64_t ld, 
     for (int64_t line = 0; line < lines; line += BLOCK)
         for (int64_t p = 0; p < k; p += BLOCK) {
             const uint16_t *from = X + (lines_first ? line * ld + p : p * ld + line);
-            int64_t rows = lesser(BLOCK, lines_first ? lines - line : k - p), from_ld = ld,
-                    width = lesser(BLOCK, lines_first ? k - p : lines - line);
+            int64_t rows = lesser(BLOCK, lines_first ? lines - line : k - p);
+            int64_t from_ld = ld;
+            int64_t width = lesser(BLOCK, lines_first ? k - p : lines - line);
             if (rows < BLOCK || width < BLOCK) {
                 memset(edge, 0, sizeof edge);
                 for (int64_t r = 0; r < rows; r++)
@@ -111,7 +114,8 @@ TARGET_AVX512 void gemm_bf16_pack(uint16_t *out, const uint16_t *X, int64_t ld, 
             }
             uint16_t *to = out + line * padded + (is_a ? p : p * BLOCK);
             for (int half = 0; half < 2; half++) {
-                __m512i x[16], order = _mm512_loadu_si512(pairs[half]);
+                __m512i x[16];
+                __m512i order = _mm512_loadu_si512(pairs[half]);
 #pragma GCC unroll 16
                 for (int i = 0; i < 16; i++)
                     x[i] = lines_first ? _mm512_loadu_si512(from + (half * 16 + i) * from_ld)
@@ -134,7 +138,8 @@ TARGET_AVX512 static void product_avx512(float *c, const uint16_t *a, const uint
     __m512 c0[ROWS], c1[ROWS];
     for (int i = 0; i < ROWS; i++) c0[i] = c1[i] = _mm512_setzero_ps();
     for (int64_t p = 0; p < padded; p += 2, b += 2 * STRIP) {
-        __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + STRIP);
+        __m512i b0 = _mm512_loadu_si512(b);
+        __m512i b1 = _mm512_loadu_si512(b + STRIP);
 #pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++) {
             int pair;
@@ -208,7 +213,8 @@ TARGET_AVX512 static void put_strip(float *C, int64_t ldc, uint16_t *X, int64_t 
 }
 void gemm_bf16(GemmBf16 kind, float *C, int64_t ldc, uint16_t *X, int64_t ldx, const uint16_t *a,
                const uint16_t *b, int64_t m, int64_t n, int64_t k, int beta) {
-    int64_t padded = gemm_bf16_padded(k), step = kind == GEMM_AMX ? TILE_M : ROWS;
+    int64_t padded = gemm_bf16_padded(k);
+    int64_t step = kind == GEMM_AMX ? TILE_M : ROWS;
     float c[TILE_M * STRIP];
     if (kind == GEMM_AMX) tiles_begin();
     for (int64_t j = 0; j < n; j += STRIP)
@@ -230,11 +236,26 @@ void gemm_bf16(GemmBf16 kind, float *C, int64_t ldc, uint16_t *X, int64_t ldx, c
 #else
 void gemm_bf16_pack(uint16_t *out, const uint16_t *X, int64_t ld, int lines_first, int64_t lines,
                     int64_t k, int is_a) {
-    (void)out, (void)X, (void)ld, (void)lines_first, (void)lines, (void)k, (void)is_a;
+    (void)out;
+    (void)X;
+    (void)ld;
+    (void)lines_first;
+    (void)lines;
+    (void)k;
+    (void)is_a;
 }
 void gemm_bf16(GemmBf16 kind, float *C, int64_t ldc, uint16_t *X, int64_t ldx, const uint16_t *a,
                const uint16_t *b, int64_t m, int64_t n, int64_t k, int beta) {
-    (void)kind, (void)C, (void)ldc, (void)X, (void)ldx, (void)a, (void)b, (void)m, (void)n;
-    (void)k, (void)beta;
+    (void)kind;
+    (void)C;
+    (void)ldc;
+    (void)X;
+    (void)ldx;
+    (void)a;
+    (void)b;
+    (void)m;
+    (void)n;
+    (void)k;
+    (void)beta;
 }
 #endif

@@ -117,9 +117,12 @@ static inline float exp_polynomial(float r) {
     return p * (r * r) + r + 1.0f;
 }
 static inline real exp_real(real x) {
-    const float MAGIC = 12582912.0f, LOG2E = 1.44269504088896341f, LN2_HIGH = 0.693359375f,
-                LN2_LOW = -2.12194440e-4f;
-    const int32_t LIMIT = 0x42d20000, INFINITE = 0x7f800000; // the bits of 105 and of infinity
+    const float MAGIC = 12582912.0f;
+    const float LOG2E = 1.44269504088896341f;
+    const float LN2_HIGH = 0.693359375f;
+    const float LN2_LOW = -2.12194440e-4f;
+    const int32_t LIMIT = 0x42d20000;    // the bits of 105
+    const int32_t INFINITE = 0x7f800000; // and of infinity
     int32_t bits, magnitude;
     memcpy(&bits, &x, 4);
     magnitude = bits & 0x7fffffff;
@@ -127,10 +130,14 @@ static inline real exp_real(real x) {
     bits ^= ((magnitude > LIMIT) & (magnitude <= INFINITE)) ? magnitude ^ LIMIT : 0;
     float c;
     memcpy(&c, &bits, 4);
-    float shifted = c * LOG2E + MAGIC, n = shifted - MAGIC, r = (c - n * LN2_HIGH) - n * LN2_LOW;
+    float shifted = c * LOG2E + MAGIC;
+    float n = shifted - MAGIC;
+    float r = (c - n * LN2_HIGH) - n * LN2_LOW;
     memcpy(&bits, &shifted, 4);
-    int32_t k = (int32_t)((uint32_t)bits - 0x4b400000u), half = k >> 1;
-    uint32_t u1 = ((uint32_t)half + 127u) << 23, u2 = ((uint32_t)k - (uint32_t)half + 127u) << 23;
+    int32_t k = (int32_t)((uint32_t)bits - 0x4b400000u);
+    int32_t half = k >> 1;
+    uint32_t u1 = ((uint32_t)half + 127u) << 23;
+    uint32_t u2 = ((uint32_t)k - (uint32_t)half + 127u) << 23;
     float s1, s2;
     memcpy(&s1, &u1, 4);
     memcpy(&s2, &u2, 4);
@@ -168,7 +175,8 @@ static inline real row_dot(const real *x, const real *y, int64_t n) {
 // -inf for n = 0; a NaN may or may not be seen.
 static inline real row_max(const real *x, int64_t n) {
     enum { LANES = 2 * REDUCE_LANES }; // wide enough for gcc 12 to keep them in vectors
-    real part[LANES], most = -(real)INFINITY;
+    real part[LANES];
+    real most = -(real)INFINITY;
     int64_t i = 0;
     for (int l = 0; l < LANES; l++) part[l] = most;
     for (; i + LANES <= n; i += LANES)

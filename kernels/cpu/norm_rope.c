@@ -38,7 +38,8 @@ void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const float
         for (int64_t r0 = 0; r0 < R; r0 += ROWS) {
             real part[STRIP] = { 0 };
             for (int64_t row = r0; row < lesser(R, r0 + ROWS); row++) {
-                const floatX *d = dy + row * C + c0, *v = x + row * C + c0;
+                const floatX *d = dy + row * C + c0;
+                const floatX *v = x + row * C + c0;
                 for (int j = 0; j < n; j++) part[j] += load(d + j) * (load(v + j) * rstd[row]);
             }
             for (int j = 0; j < n; j++) total[j] += part[j];
@@ -48,7 +49,8 @@ void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const float
     PARALLEL_FOR_BYTES(R * C * sizeof *dx)
     for (int64_t row = 0; row < R; row++) {
         int64_t at = row * C;
-        real *t = SCRATCH(SCRATCH_LOCAL, real, 2 * C), r = rstd[row];
+        real *t = SCRATCH(SCRATCH_LOCAL, real, 2 * C);
+        real r = rstd[row];
         const real *xr = view_row(x + at, t + C, C);
         for (int64_t j = 0; j < C; j++) t[j] = load(dy + at + j) * load(w + j);
         real mean = row_dot(t, xr, C) * r / (real)C;
@@ -77,7 +79,8 @@ void rope_table(real *cos_table, real *sin_table, double theta, int64_t T, int64
     for (int64_t t = 0; t < T; t++)
         for (int j = 0; j < half; j++) {
             // Both are rounded to fp32 where real is, as those of transformers are.
-            real frequency = (real)pow(theta, -2.0 * j / D), angle = (real)t * frequency;
+            real frequency = (real)pow(theta, -2.0 * j / D);
+            real angle = (real)t * frequency;
             cos_table[t * half + j] = (real)cos((double)angle);
             sin_table[t * half + j] = (real)sin((double)angle);
         }
@@ -90,7 +93,8 @@ static void head_forward(floatX *y, const floatX *x, const real *w, const real *
     const real *v = view_row(x, buffer, D);
     real r = inverse_rms(v, eps, D);
     for (int j = 0; j < half; j++) {
-        real a = v[j] * r * w[j], b = v[j + half] * r * w[j + half];
+        real a = v[j] * r * w[j];
+        real b = v[j + half] * r * w[j + half];
         store(y + j, a * c[j] - b * s[j]);
         store(y + j + half, b * c[j] + a * s[j]);
     }
@@ -99,12 +103,14 @@ static void head_forward(floatX *y, const floatX *x, const real *w, const real *
 static void head_backward(floatX *dx, real *dw, const floatX *dy, const floatX *x, const real *w,
                           const real *c, const real *s, real eps, int64_t D, real *buffer) {
     int half = D / 2;
-    real *n = buffer + D, *t = buffer + 2 * D;
+    real *n = buffer + D;
+    real *t = buffer + 2 * D;
     const real *v = view_row(x, buffer, D);
     real r = inverse_rms(v, eps, D);
     for (int j = 0; j < D; j++) n[j] = v[j] * r;
     for (int j = 0; j < half; j++) {
-        real a = load(dy + j), b = load(dy + j + half);
+        real a = load(dy + j);
+        real b = load(dy + j + half);
         t[j] = a * c[j] + b * s[j];
         t[j + half] = b * c[j] - a * s[j];
     }
@@ -124,9 +130,10 @@ void qk_norm_rope_forward(floatX *qn, floatX *kn, const floatX *q, const floatX 
     for (int64_t row = 0; row < R; row++) {
         real *buffer = SCRATCH(SCRATCH_LOCAL, real, 3 * D);
         int64_t t = position ? position[row] : row % T;
-        const real *c = cos_table + t * (D / 2), *s = sin_table + t * (D / 2);
-        const real *weight_q = view_row(wq, buffer + D, D),
-                   *weight_k = view_row(wk, buffer + 2 * D, D);
+        const real *c = cos_table + t * (D / 2);
+        const real *s = sin_table + t * (D / 2);
+        const real *weight_q = view_row(wq, buffer + D, D);
+        const real *weight_k = view_row(wk, buffer + 2 * D, D);
         for (int h = 0; h < H; h++) {
             int64_t at = (row * H + h) * D;
             head_forward(qn + at, q + at, weight_q, c, s, eps, D, buffer);
@@ -149,14 +156,16 @@ void qk_norm_rope_backward(floatX *dq, floatX *dk, gradX *dwq, gradX *dwk, const
     real *sums = SCRATCH(SCRATCH_SHARED, real, 2 * SLICES * D);
     PARALLEL_FOR_BYTES(R * (H + KV) * D * sizeof *dq)
     for (int64_t slice = 0; slice < SLICES; slice++) {
-        real *buffer = SCRATCH(SCRATCH_LOCAL, real, 5 * D), *sum_q = sums + 2 * slice * D,
-             *sum_k = sum_q + D;
-        const real *weight_q = view_row(wq, buffer + 3 * D, D),
-                   *weight_k = view_row(wk, buffer + 4 * D, D);
+        real *buffer = SCRATCH(SCRATCH_LOCAL, real, 5 * D);
+        real *sum_q = sums + 2 * slice * D;
+        real *sum_k = sum_q + D;
+        const real *weight_q = view_row(wq, buffer + 3 * D, D);
+        const real *weight_k = view_row(wk, buffer + 4 * D, D);
         memset(sum_q, 0, 2 * D * sizeof(real));
         for (int64_t row = R * slice / SLICES; row < R * (slice + 1) / SLICES; row++) {
             int64_t t = position ? position[row] : row % T;
-            const real *c = cos_table + t * (D / 2), *s = sin_table + t * (D / 2);
+            const real *c = cos_table + t * (D / 2);
+            const real *s = sin_table + t * (D / 2);
             for (int h = 0; h < H; h++) {
                 int64_t at = (row * H + h) * D;
                 head_backward(dq + at, sum_q, dqn + at, q + at, weight_q, c, s, eps, D, buffer);
@@ -168,7 +177,8 @@ void qk_norm_rope_backward(floatX *dq, floatX *dk, gradX *dwq, gradX *dwk, const
         }
     }
     for (int j = 0; j < D; j++) {
-        real sq = 0, sk = 0;
+        real sq = 0;
+        real sk = 0;
         for (int64_t slice = 0; slice < SLICES; slice++) {
             sq += sums[2 * slice * D + j];
             sk += sums[2 * slice * D + D + j];

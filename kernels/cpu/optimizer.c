@@ -29,7 +29,8 @@ static int64_t until(const Segment *segment, int64_t at, int64_t end, int64_t st
     return lesser(end - at, step - (segment->first + at) % step);
 }
 static Piece *cut_pieces(const Segment *segments, int n_segments, int64_t *count) {
-    int64_t n = 0, size = (int64_t)PIECE * BLOCK;
+    int64_t n = 0;
+    int64_t size = (int64_t)PIECE * BLOCK;
     for (int s = 0; s < n_segments; s++) n += segments[s].count / size + 2;
     Piece *piece = SCRATCH(SCRATCH_SHARED, Piece, n + 1);
     n = 0;
@@ -81,7 +82,8 @@ static void adamw_block(real *restrict p, const real *restrict g, real *restrict
                         real *restrict v, const Coefficients *c) {
     Coefficients k = *c;
     for (int i = 0; i < BLOCK; i++) {
-        real d = g[i] * k.scale, m1 = m[i] + k.lerp * (d - m[i]);
+        real d = g[i] * k.scale;
+        real m1 = m[i] + k.lerp * (d - m[i]);
         real v1 = k.beta2 * v[i] + k.square * d * d;
         real root = square_root(v1);
         m[i] = m1;
@@ -102,7 +104,8 @@ static void sgd_block(real *restrict p, const real *restrict g, real *restrict b
 // The largest of BLOCK floats >= 0: their bits are ordered as integers are, and an integer maximum
 // is one vector instruction.
 static float largest(const float *x) {
-    int32_t top = 0, bits;
+    int32_t top = 0;
+    int32_t bits;
     for (int i = 0; i < BLOCK; i++) {
         memcpy(&bits, x + i, 4);
         top = bits > top ? bits : top;
@@ -115,8 +118,11 @@ static float largest(const float *x) {
 // compilers turn into vectors.
 static void encode_block(uint8_t *m8, uint8_t *v8, float *m_scale, float *v_scale, const float *m,
                          const float *v, float bound, Noise noise, int n) {
-    float u[BLOCK], size[BLOCK], top = largest(v);
-    float inverse_top = 1 / top, root = sqrtf(top), limit = bound * root;
+    float u[BLOCK], size[BLOCK];
+    float top = largest(v);
+    float inverse_top = 1 / top;
+    float root = sqrtf(top);
+    float limit = bound * root;
     uint32_t bits[BLOCK];
     uint8_t code[BLOCK];
     for (int i = 0; i < BLOCK; i++) bits[i] = noise_bits(noise, 0, (uint32_t)i);
@@ -129,7 +135,8 @@ static void encode_block(uint8_t *m8, uint8_t *v8, float *m_scale, float *v_scal
         size[i] = fabsf(u[i]);
     }
     memcpy(v8, code, n);
-    float most = largest(size), inverse = m8_inverse(most);
+    float most = largest(size);
+    float inverse = m8_inverse(most);
     *v_scale = top;
     *m_scale = most > 0 ? most / root : 0;
     for (int i = 0; i < BLOCK; i++) code[i] = m8_encode(u[i], inverse, bits[i]);
@@ -139,8 +146,10 @@ static void adamw8_block(real *restrict p, const real *restrict g, uint8_t *m8, 
                          float *m_scale, float *v_scale, const Coefficients *c, Noise noise,
                          int n) {
     Coefficients k = *c;
-    float m[BLOCK] = { 0 }, v[BLOCK] = { 0 };
-    float unit = k.beta1 * m8_unit(*m_scale, *v_scale), kept = (float)k.beta2 * *v_scale;
+    float m[BLOCK] = { 0 };
+    float v[BLOCK] = { 0 };
+    float unit = k.beta1 * m8_unit(*m_scale, *v_scale);
+    float kept = (float)k.beta2 * *v_scale;
     for (int i = 0; i < n; i++) {
         v[i] = v8_decode(v8[i], kept);
         m[i] = (float)(int8_t)m8[i] * (unit * sqrtf(v8_decode(v8[i], 1)));
@@ -181,9 +190,12 @@ static void give_back(real *x, const real *block, int n) {
 }
 static void update_block(const OptimizerState *s, const OptimizerStep *o, const Coefficients *c,
                          const Segment *segment, int64_t at, int n) {
-    int64_t i = segment->offset + at, q = segment->qblock + at / BLOCK;
+    int64_t i = segment->offset + at;
+    int64_t q = segment->qblock + at / BLOCK;
     int64_t element = segment->first + at;
-    real p_copy[BLOCK], g_copy[BLOCK], m_copy[BLOCK] = { 0 }, v_copy[BLOCK] = { 0 };
+    real p_copy[BLOCK], g_copy[BLOCK];
+    real m_copy[BLOCK] = { 0 };
+    real v_copy[BLOCK] = { 0 };
     Noise noise = { { 0, 0, 0, 0 } };
     if (o->kind == OPT_ADAMW8 || (sizeof(floatX) < sizeof(real) && !s->master))
         noise =
@@ -201,7 +213,8 @@ static void update_block(const OptimizerState *s, const OptimizerStep *o, const 
         p = whole(&s->param[i].v, p_copy, n);
 #endif
     }
-    real *m = m_copy, *v = v_copy;
+    real *m = m_copy;
+    real *v = v_copy;
     switch (o->kind) {
     case OPT_SGD:
         // Without momentum the buffer is the gradient and need not be kept.
@@ -228,7 +241,8 @@ void optimizer_update(const OptimizerState *s, const Segment *segments, int n_se
     kernel_begin("optimizer_update", 0);
     real factor = (real)(scale[0] * o->grad_scale);
     if (!isfinite(factor)) return;
-    Coefficients with_decay = coefficients(o, factor, 1), without = coefficients(o, factor, 0);
+    Coefficients with_decay = coefficients(o, factor, 1);
+    Coefficients without = coefficients(o, factor, 0);
     for (int i = 0; o->kind == OPT_ADAMW8 && i < n_segments; i++)
         if (segments[i].first % BLOCK)
             die("a shard starts at element %lld of a tensor, inside a block of 8-bit "
@@ -310,7 +324,8 @@ void init_segments(floatX *param, real *master, const Segment *segments, int n_s
     PARALLEL_TILES
     for (int64_t j = 0; j < pieces; j++) {
         const Segment *segment = segments + piece[j].segment;
-        int64_t i = piece[j].first, end = i + piece[j].count;
+        int64_t i = piece[j].first;
+        int64_t end = i + piece[j].count;
         while (i < end) { // one Philox gives two neighbours
             int64_t element = segment->first + i;
             Random128 bits = random_normal_block(seed, segment->tensor, (uint64_t)element);

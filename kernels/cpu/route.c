@@ -8,8 +8,11 @@
 
 void route_table(int *table, const int *ids, RouteShape s) {
     kernel_begin("route_table", 0);
-    const int local = (int)(s.E / s.ranks), tile = device_row_tile(), E = (int)s.E;
-    int *count = SCRATCH(SCRATCH_SHARED, int, s.E), *rows = table + s.sources * s.ranks;
+    const int local = (int)(s.E / s.ranks);
+    const int tile = device_row_tile();
+    const int E = (int)s.E;
+    int *count = SCRATCH(SCRATCH_SHARED, int, s.E);
+    int *rows = table + s.sources * s.ranks;
     memset(table, 0, route_table_size(s) * sizeof *table);
     memset(count, 0, s.E * sizeof *count);
     for (int64_t i = 0; i < s.sources; i++, table += s.ranks)
@@ -32,14 +35,16 @@ void route_table(int *table, const int *ids, RouteShape s) {
 
 void route_lists(int *send_token, int *sum_row, int *choice, const int *ids, int me, RouteShape s) {
     kernel_begin("route_lists", 0);
-    const int local = (int)(s.E / s.ranks), first = me * local;
+    const int local = (int)(s.E / s.ranks);
+    const int first = me * local;
     const int64_t J = s.ranks < s.K ? s.ranks : s.K;
     const int *mine = ids + me * s.R * s.K;
     int *row = SCRATCH(SCRATCH_SHARED, int, s.ranks + 1); // the next row to each rank
     memset(row, 0, (s.ranks + 1) * sizeof *row);
     for (int counted = 0; counted < 2; counted++) { // how many rows to each rank, then which
         for (int64_t r = 0; r < s.R; r++) {
-            int end = 0, j = 0;
+            int end = 0;
+            int j = 0;
             for (int64_t k = 0; k < s.K; k++) {
                 int id = mine[r * s.K + k];
                 if (id < end || id >= s.E) continue;

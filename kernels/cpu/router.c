@@ -41,7 +41,8 @@ static void select_top(int *topk, real *value, const real *p, const real *bias, 
         topk[at] = e;
     }
     for (int i = 1; i < K; i++) {
-        int id = topk[i], at = i;
+        int id = topk[i];
+        int at = i;
         for (; at > 0 && topk[at - 1] > id; at--) topk[at] = topk[at - 1];
         topk[at] = id;
     }
@@ -51,19 +52,24 @@ void router_forward(real *logits, int *topk, real *score, RouterStats stats, con
                     int64_t C, int64_t E, int64_t K) {
     kernel_begin("router_forward", 2.0 * R * C * E);
     // Statistics of a chunk: E probabilities, E counts, lse^2, entropy.
-    int64_t chunks = div_up(R, CHUNK), width = 2 * E + 2;
+    int64_t chunks = div_up(R, CHUNK);
+    int64_t width = 2 * E + 2;
     double *partial = SCRATCH(SCRATCH_SHARED, double, chunks *width + 1);
     PARALLEL_TILES
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        int64_t first = chunk * CHUNK, rows = lesser(CHUNK, R - first);
+        int64_t first = chunk * CHUNK;
+        int64_t rows = lesser(CHUNK, R - first);
         double *sum = partial + chunk * width;
         for (int64_t i = 0; i < width; i++) sum[i] = 0;
         gemm_x(0, 1, rows, E, C, u + first * C, C, W, C, 0, logits + first * E, E);
-        real *p = SCRATCH(SCRATCH_LOCAL, real, 2 * E + K), *entropy = p + E, *value = p + 2 * E;
+        real *p = SCRATCH(SCRATCH_LOCAL, real, 2 * E + K);
+        real *entropy = p + E;
+        real *value = p + 2 * E;
         for (int64_t r = first; r < first + rows; r++) {
             const real *z = logits + r * E;
             int *ids = topk + r * K;
-            real lse = softmax(p, z, E), total = 0;
+            real lse = softmax(p, z, E);
+            real total = 0;
             if (!given) select_top(ids, value, p, bias, E, K);
             for (int k = 0; k < K; k++) total += p[ids[k]];
             for (int k = 0; k < K; k++)
@@ -88,7 +94,9 @@ void router_forward(real *logits, int *topk, real *score, RouterStats stats, con
 static void logits_backward(real *dz, real *p, real *fp, const real *dscore, const real *z,
                             const int *ids, const real *score, const double *f, double aux_scale,
                             double z_scale, int normalize, int64_t E, int64_t K) {
-    real lse = softmax(p, z, E), c = 0, mean = 0;
+    real lse = softmax(p, z, E);
+    real c = 0;
+    real mean = 0;
     for (int k = 0; k < K; k++) c += (normalize ? score[k] : p[ids[k]]) * dscore[k];
     real common = (real)(2 * z_scale * lse) - (normalize ? 0 : c);
     if (aux_scale != 0) {
@@ -136,7 +144,8 @@ void router_backward_add(floatX *du, gradX *dW, real *dz, const real *dscore, co
     PARALLEL_TILES
     for (int64_t c = 0; c < C; c += COLUMNS) {
         int64_t width = lesser(COLUMNS, C - c);
-        real *panel = SCRATCH(SCRATCH_LOCAL, real, REDUCE * COLUMNS), beta = accumulate ? 1 : 0;
+        real *panel = SCRATCH(SCRATCH_LOCAL, real, REDUCE * COLUMNS);
+        real beta = accumulate ? 1 : 0;
         // r == 0: without rows the zeros are still written (I3, unused is zero).
         for (int64_t r = 0; r < R || r == 0; r += REDUCE, beta = 1) {
             int64_t rows = lesser(REDUCE, R - r);

@@ -13,7 +13,8 @@
 // spend what is left in pieces of `tile`, at most floor((P-1)/tile) for an expert. With tile 1 this
 // is N.
 int64_t row_index_bound(int64_t P, int64_t K, int64_t E_local) {
-    int64_t tile = device_row_tile(), choices = P * lesser(K, E_local);
+    int64_t tile = device_row_tile();
+    int64_t choices = P * lesser(K, E_local);
     int64_t experts = lesser(E_local, choices);
     if (choices <= 0) return 0;
     int64_t further = lesser((choices - experts) / tile, experts * ((P - 1) / tile));
@@ -32,8 +33,12 @@ static int local_expert(int choice, int first_expert, int64_t E) {
 // rows in pool order.
 void row_index_build(RowIndex *index, const int *choice, int first_expert) {
     kernel_begin("row_index_build", 0);
-    int64_t E = index->E, n = index->P * index->K, tile = device_row_tile(), row = 0;
-    int *start = index->expert_row, *next = SCRATCH(SCRATCH_SHARED, int, E + 1);
+    int64_t E = index->E;
+    int64_t n = index->P * index->K;
+    int64_t tile = device_row_tile();
+    int64_t row = 0;
+    int *start = index->expert_row;
+    int *next = SCRATCH(SCRATCH_SHARED, int, E + 1);
     for (int64_t e = 0; e < E; e++) next[e] = 0;
     for (int64_t i = 0; i < n; i++) {
         int e = local_expert(choice[i], first_expert, E);

@@ -123,10 +123,11 @@ static Layout transposed(Layout l) {
 
 static Desc tensor(Graph *g, int64_t name, cudnnDataType_t type, Layout l) {
     Desc d = make(g, CUDNN_BACKEND_TENSOR_DESCRIPTOR);
-    int64_t alignment = type == CUDNN_DATA_BFLOAT16 ? 16 : 4,
-            id = name ? name
-                      : g->next++; // heads start at multiples of D, rows of statistics anywhere
-    bool is_virtual = name == VIRTUAL, by_value = name >= SCALE;
+    int64_t alignment = type == CUDNN_DATA_BFLOAT16 ? 16 : 4;
+    int64_t id =
+        name ? name : g->next++; // heads start at multiples of D, rows of statistics anywhere
+    bool is_virtual = name == VIRTUAL;
+    bool by_value = name >= SCALE;
     set(g, d, CUDNN_ATTR_TENSOR_UNIQUE_ID, CUDNN_TYPE_INT64, 1, &id);
     set(g, d, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &type);
     set(g, d, CUDNN_ATTR_TENSOR_DIMENSIONS, CUDNN_TYPE_INT64, 4, l.dim);
@@ -149,8 +150,8 @@ static Desc operation(Graph *g, Desc op, Desc output, const char *what) {
 }
 static Desc pointwise_to(Graph *g, Desc to, cudnnPointwiseMode_t mode, int axis,
                          cudnnDataType_t compute, Desc x, Desc b, Desc t) {
-    Desc how = make(g, CUDNN_BACKEND_POINTWISE_DESCRIPTOR),
-         op = make(g, CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR);
+    Desc how = make(g, CUDNN_BACKEND_POINTWISE_DESCRIPTOR);
+    Desc op = make(g, CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR);
     int64_t a = axis;
     set(g, how, CUDNN_ATTR_POINTWISE_MODE, CUDNN_TYPE_POINTWISE_MODE, 1, &mode);
     set(g, how, CUDNN_ATTR_POINTWISE_MATH_PREC, CUDNN_TYPE_DATA_TYPE, 1, &compute);
@@ -168,8 +169,8 @@ static Desc pointwise(Graph *g, Layout l, cudnnPointwiseMode_t mode, Desc x, Des
                         b, 0);
 }
 static Desc product(Graph *g, Desc to, Desc a, Desc b) {
-    Desc how = make(g, CUDNN_BACKEND_MATMUL_DESCRIPTOR),
-         op = make(g, CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR);
+    Desc how = make(g, CUDNN_BACKEND_MATMUL_DESCRIPTOR);
+    Desc op = make(g, CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR);
     cudnnDataType_t compute = CUDNN_DATA_FLOAT;
     set(g, how, CUDNN_ATTR_MATMUL_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &compute);
     finalize(g, how, "a product's mode");
@@ -180,8 +181,8 @@ static Desc product(Graph *g, Desc to, Desc a, Desc b) {
     return operation(g, op, to, "a product");
 }
 static Desc reduce(Graph *g, Desc to, cudnnReduceTensorOp_t mode, Desc x) {
-    Desc how = make(g, CUDNN_BACKEND_REDUCTION_DESCRIPTOR),
-         op = make(g, CUDNN_BACKEND_OPERATION_REDUCTION_DESCRIPTOR);
+    Desc how = make(g, CUDNN_BACKEND_REDUCTION_DESCRIPTOR);
+    Desc op = make(g, CUDNN_BACKEND_OPERATION_REDUCTION_DESCRIPTOR);
     cudnnDataType_t compute = CUDNN_DATA_FLOAT;
     set(g, how, CUDNN_ATTR_REDUCTION_OPERATOR, CUDNN_TYPE_REDUCTION_OPERATOR_TYPE, 1, &mode);
     set(g, how, CUDNN_ATTR_REDUCTION_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &compute);
@@ -193,8 +194,8 @@ static Desc reduce(Graph *g, Desc to, cudnnReduceTensorOp_t mode, Desc x) {
 }
 // The same elements under another layout: how a graph says "transposed".
 static Desc reshape(Graph *g, Layout l, Desc x) {
-    Desc op = make(g, CUDNN_BACKEND_OPERATION_RESHAPE_DESCRIPTOR),
-         to = tensor(g, VIRTUAL, CUDNN_DATA_BFLOAT16, l);
+    Desc op = make(g, CUDNN_BACKEND_OPERATION_RESHAPE_DESCRIPTOR);
+    Desc to = tensor(g, VIRTUAL, CUDNN_DATA_BFLOAT16, l);
     set_desc(g, op, CUDNN_ATTR_OPERATION_RESHAPE_XDESC, x);
     set_desc(g, op, CUDNN_ATTR_OPERATION_RESHAPE_YDESC, to);
     return operation(g, op, to, "a reshape");
@@ -216,9 +217,11 @@ static Desc causal(Graph *g, Desc s) {
 static void build_forward(Graph *g) {
     const Shape *s = &g->shape;
     const cudnnDataType_t X = CUDNN_DATA_BFLOAT16, F = CUDNN_DATA_FLOAT;
-    Layout square = scores(s), row = per_row(s);
-    Desc q = tensor(g, Q, X, of_q(s)), kt = tensor(g, K, X, transposed(of_k(s))),
-         v = tensor(g, V, X, of_k(s));
+    Layout square = scores(s);
+    Layout row = per_row(s);
+    Desc q = tensor(g, Q, X, of_q(s));
+    Desc kt = tensor(g, K, X, transposed(of_k(s)));
+    Desc v = tensor(g, V, X, of_k(s));
     Desc raw = product(g, tensor(g, VIRTUAL, F, square), q, kt);
     Desc masked = causal(g, pointwise(g, square, CUDNN_POINTWISE_MUL, raw, scalar(g, SCALE)));
     Desc most = reduce(g, tensor(g, VIRTUAL, F, row), CUDNN_REDUCE_TENSOR_MAX, masked);
@@ -233,12 +236,19 @@ static void build_forward(Graph *g) {
 static void build_backward(Graph *g) {
     const Shape *s = &g->shape;
     const cudnnDataType_t X = CUDNN_DATA_BFLOAT16, F = CUDNN_DATA_FLOAT;
-    Layout square = scores(s), row = per_row(s), wide = per_head(s);
+    Layout square = scores(s);
+    Layout row = per_row(s);
+    Layout wide = per_head(s);
     Layout flipped = layout(s->B, s->h, s->T, s->T, square.stride[0], square.stride[1], 1, s->T);
-    Desc q = tensor(g, Q, X, of_q(s)), kt = tensor(g, K, X, transposed(of_k(s))),
-         vt = tensor(g, V, X, transposed(of_k(s))), o = tensor(g, O, X, of_q(s));
-    Desc d_o = tensor(g, DO, X, of_q(s)), lse = tensor(g, LSE, F, row), scale = scalar(g, SCALE),
-         dk = tensor(g, DK, X, of_k(s)), dv = tensor(g, DV, X, of_k(s));
+    Desc q = tensor(g, Q, X, of_q(s));
+    Desc kt = tensor(g, K, X, transposed(of_k(s)));
+    Desc vt = tensor(g, V, X, transposed(of_k(s)));
+    Desc o = tensor(g, O, X, of_q(s));
+    Desc d_o = tensor(g, DO, X, of_q(s));
+    Desc lse = tensor(g, LSE, F, row);
+    Desc scale = scalar(g, SCALE);
+    Desc dk = tensor(g, DK, X, of_k(s));
+    Desc dv = tensor(g, DV, X, of_k(s));
     // delta; the factor is where dropout would stand, and the kernels' pattern has it
     Desc sum = reduce(g, tensor(g, VIRTUAL, F, row), CUDNN_REDUCE_TENSOR_ADD,
                       pointwise(g, wide, CUDNN_POINTWISE_MUL, d_o, o));
@@ -248,8 +258,8 @@ static void build_backward(Graph *g) {
     Desc raw = product(g, tensor(g, VIRTUAL, F, square), q, kt);
     Desc shifted = pointwise(g, square, CUDNN_POINTWISE_SUB,
                              pointwise(g, square, CUDNN_POINTWISE_MUL, raw, scale), lse);
-    Desc p = pointwise(g, square, CUDNN_POINTWISE_EXP, causal(g, shifted), 0),
-         pt = reshape(g, flipped, p);
+    Desc p = pointwise(g, square, CUDNN_POINTWISE_EXP, causal(g, shifted), 0);
+    Desc pt = reshape(g, flipped, p);
     if (s->h == s->kv)
         product(g, dv, pt, d_o);
     else
@@ -258,8 +268,8 @@ static void build_backward(Graph *g) {
     Desc dp = product(g, tensor(g, VIRTUAL, F, square), d_o, vt);
     Desc product_rule = pointwise(g, square, CUDNN_POINTWISE_MUL,
                                   pointwise(g, square, CUDNN_POINTWISE_SUB, dp, delta), p);
-    Desc ds = pointwise(g, square, CUDNN_POINTWISE_MUL, product_rule, scale),
-         dst = reshape(g, flipped, ds);
+    Desc ds = pointwise(g, square, CUDNN_POINTWISE_MUL, product_rule, scale);
+    Desc dst = reshape(g, flipped, ds);
     if (s->h == s->kv)
         product(g, dk, dst, q);
     else
@@ -317,8 +327,8 @@ static int configurations(Graph *g, Desc config[CONFIGS]) {
         build_backward(g);
     else
         build_forward(g);
-    Desc graph = make(g, CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR),
-         rank = make(g, CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR);
+    Desc graph = make(g, CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR);
+    Desc rank = make(g, CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR);
     set(g, graph, CUDNN_ATTR_OPERATIONGRAPH_OPS, CUDNN_TYPE_BACKEND_DESCRIPTOR, g->n_ops, g->op);
     if (handle) set(g, graph, CUDNN_ATTR_OPERATIONGRAPH_HANDLE, CUDNN_TYPE_HANDLE, 1, &handle);
     finalize(g, graph, "the graph");
@@ -338,7 +348,8 @@ static int configurations(Graph *g, Desc config[CONFIGS]) {
 }
 // A number of a descriptor, -1 where cuDNN does not say.
 static int64_t number_of(Desc d, cudnnBackendAttributeName_t name) {
-    int64_t value = -1, n = 0;
+    int64_t value = -1;
+    int64_t n = 0;
     return cudnnBackendGetAttribute(d, name, CUDNN_TYPE_INT64, 1, &n, &value) ==
                        CUDNN_STATUS_SUCCESS &&
                    n == 1
@@ -395,9 +406,11 @@ void cudnn_attention_finish(void) {
 // ---- execution ------------------------------------------------------------------------------
 // memory: by name of the tensor, 0 where the graph has none.
 static void execute(AttentionPlan *p, void *memory[NAMES], void *workspace, cudaStream_t stream) {
-    float scale = 1 / sqrtf((float)p->g.shape.D),
-          hidden = cudnnGetVersion() < 91000 ? -FLT_MAX : -INFINITY, one = 1;
-    int64_t name[NAMES], n = 0;
+    float scale = 1 / sqrtf((float)p->g.shape.D);
+    float hidden = cudnnGetVersion() < 91000 ? -FLT_MAX : -INFINITY;
+    float one = 1;
+    int64_t name[NAMES];
+    int64_t n = 0;
     void *pointer[NAMES];
     Graph pack = { 0 };
     memory[SCALE] = &scale;
@@ -430,7 +443,8 @@ static size_t delta_bytes(int B, int T, int H) {
 }
 
 size_t cudnn_attention_workspace(int B, int T, int H, int KV, int D) {
-    Shape forward = forward_call(B, T, H, KV, D), backward = backward_call(B, T, H, KV, D);
+    Shape forward = forward_call(B, T, H, KV, D);
+    Shape backward = backward_call(B, T, H, KV, D);
     if (B == 0 || T == 0 || workspace_bound(&backward) > GROUP_BYTES)
         return workspace_bound(&forward);
     return delta_bytes(B, T, H) + workspace_bound(&backward);
@@ -458,8 +472,9 @@ int cudnn_attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d
         AttentionPlan *p = plan_for(&s);
         if (!p->plan) return 0;
         for (int n = 0; n < KV; n += s.kv) {
-            size_t h = n * (size_t)(H / KV), at_q = (b * (size_t)T * H + h) * D,
-                   at_k = (b * (size_t)T * KV + n) * D;
+            size_t h = n * (size_t)(H / KV);
+            size_t at_q = (b * (size_t)T * H + h) * D;
+            size_t at_k = (b * (size_t)T * KV + n) * D;
             size_t at_row = (b * (size_t)H + h) * T;
             void *memory[NAMES] = { [Q] = (void *)(q + at_q),
                                     [K] = (void *)(k + at_k),
@@ -488,7 +503,8 @@ int cudnn_attention_check(const char *device, int major, int backward, int B, in
     set(&g, g.device, CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION, CUDNN_TYPE_CHAR,
         (int64_t)strlen(device), device);
     finalize(&g, g.device, "the device's description");
-    int n = g.failed ? 0 : configurations(&g, config), kept = 0;
+    int n = g.failed ? 0 : configurations(&g, config);
+    int kept = 0;
     *workspace = -1;
     *why = g.failed;
     for (int i = 0; i < n && !kept; i++) {

@@ -24,7 +24,8 @@
 // Rows of the tile that a block owns (16 for each of 4 warps) and of the tile that walks by.
 enum { OWNED = 64, WALKED = sizeof(floatX) == 2 ? 64 : 32, WALKED_BACKWARD = 32 };
 enum { ATTENTION_THREADS = 128 };
-static const float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
+static const float LOG2E = 1.44269504088896341f;
+static const float LN2 = 0.69314718055994531f;
 
 // ---- pieces ---------------------------------------------------------------------------------
 // Rows of shared tiles are LD elements apart, an odd multiple of 16 bytes (mma.cuh).
@@ -38,7 +39,8 @@ static __device__ __forceinline__ void load_rows(floatX *tile, const floatX *x, 
                                                  int first, int T) {
 #pragma unroll 4
     for (int id = threadIdx.x; id < N * Head<D>::PACKS; id += ATTENTION_THREADS) {
-        int row = id / Head<D>::PACKS, column = id % Head<D>::PACKS * PACK;
+        int row = id / Head<D>::PACKS;
+        int column = id % Head<D>::PACKS * PACK;
         bool valid = first + row < T;
         copy_pack(tile + row * Head<D>::LD + column,
                   valid ? x + (first + row) * stride + column : x, valid);
@@ -75,7 +77,10 @@ template <int D>
 static __device__ __forceinline__ void store_rows(floatX *x, int64_t stride, int first, int T,
                                                   floatX *tile, const float (&acc)[D / 8][4],
                                                   const float (&factor)[2]) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    int lane = threadIdx.x % 32;
+    int warp = threadIdx.x / 32;
+    int g = lane / 4;
+    int t = lane % 4;
     floatX *mine = tile + 16 * warp * Head<D>::LD;
 #pragma unroll
     for (int j = 0; j < D / 8; j++)
@@ -84,8 +89,9 @@ static __device__ __forceinline__ void store_rows(floatX *x, int64_t stride, int
                   acc[j][l] * factor[l / 2]);
     __syncwarp();
     for (int id = lane; id < 16 * Head<D>::PACKS; id += 32) {
-        int row = id / Head<D>::PACKS, column = id % Head<D>::PACKS * PACK,
-            at = first + 16 * warp + row;
+        int row = id / Head<D>::PACKS;
+        int column = id % Head<D>::PACKS * PACK;
+        int at = first + 16 * warp + row;
         if (at < T)
             *(int4 *)(x + at * stride + column) =
                 *(const int4 *)(mine + row * Head<D>::LD + column);
@@ -109,7 +115,8 @@ static __device__ __forceinline__ void probabilities(float (&p)[N][4], const flo
 #pragma unroll
     for (int j = 0; j < N; j++)
         for (int l = 0; l < 4; l++) {
-            int r = l / 2, column = 8 * j + 2 * t + l % 2;
+            int r = l / 2;
+            int column = 8 * j + 2 * t + l % 2;
             p[j][l] = visible(r, column) ? exp2f(p[j][l] * c - lse(r, column)) : 0;
         }
 }
@@ -134,16 +141,27 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     attention_kernel(floatX *o, real *lse, const floatX *q, const floatX *k, const floatX *v,
                      const int *position, int T, int H, int KV, float scale) {
     extern __shared__ __align__(16) floatX shared[];
-    floatX *tile_q = shared, *ring = tile_q + OWNED * Head<D>::LD; // (2, {k, v}, WALKED, LD)
-    const int SIZE = WALKED * Head<D>::LD, N = WALKED / 8;
-    int q0 = (int)(gridDim.x - 1 - blockIdx.x) * OWNED, h = blockIdx.y, b = blockIdx.z;
-    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    int64_t row_q = (int64_t)H * D, row_k = (int64_t)KV * D;
-    int64_t at_q = (int64_t)b * T * row_q + h * D, at_k = (int64_t)b * T * row_k + h / (H / KV) * D;
+    floatX *tile_q = shared;
+    floatX *ring = tile_q + OWNED * Head<D>::LD; // (2, {k, v}, WALKED, LD)
+    const int SIZE = WALKED * Head<D>::LD;
+    const int N = WALKED / 8;
+    int q0 = (int)(gridDim.x - 1 - blockIdx.x) * OWNED;
+    int h = blockIdx.y;
+    int b = blockIdx.z;
+    int warp = threadIdx.x / 32;
+    int g = threadIdx.x % 32 / 4;
+    int t = threadIdx.x % 4;
+    int64_t row_q = (int64_t)H * D;
+    int64_t row_k = (int64_t)KV * D;
+    int64_t at_q = (int64_t)b * T * row_q + h * D;
+    int64_t at_k = (int64_t)b * T * row_k + h / (H / KV) * D;
     if (position) position += (int64_t)b * T;
-    int end = q0 + OWNED < T ? q0 + OWNED : T, tiles = (end + WALKED - 1) / WALKED;
+    int end = q0 + OWNED < T ? q0 + OWNED : T;
+    int tiles = (end + WALKED - 1) / WALKED;
     int begin = first_key(position, q0, T) / WALKED;
-    float out[D / 8][4] = {}, most[2] = { -INFINITY, -INFINITY }, sum[2] = { 0, 0 };
+    float out[D / 8][4] = {};
+    float most[2] = { -INFINITY, -INFINITY };
+    float sum[2] = { 0, 0 };
     float c = scale * LOG2E;
     int row[2], first[2]; // this thread's queries, and the first key of each
     for (int r = 0; r < 2; r++) {
@@ -164,7 +182,8 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
         load(i + 1);
         ptx_cp_async_wait<1>();
         __syncthreads();
-        const floatX *tile_k = ring + i % 2 * 2 * SIZE, *tile_v = tile_k + SIZE;
+        const floatX *tile_k = ring + i % 2 * 2 * SIZE;
+        const floatX *tile_v = tile_k + SIZE;
         float p[N][4];
         scores<D, N>(p, tile_q, 16 * warp, tile_k);
         if (position || (i + 1) * WALKED > q0 + 1)
@@ -175,7 +194,8 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
                 }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float top = most[r], total = 0;
+            float top = most[r];
+            float total = 0;
             for (int j = 0; j < N; j++) top = fmaxf(top, fmaxf(p[j][2 * r], p[j][2 * r + 1]));
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
@@ -213,7 +233,9 @@ static __global__ void delta_kernel(float *delta, const floatX *d_o, const float
     int lanes = D / PACK;
     int64_t row = (int64_t)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
     int64_t at = row * D + threadIdx.x % lanes * PACK;
-    float x[PACK] = {}, y[PACK] = {}, sum = 0;
+    float x[PACK] = {};
+    float y[PACK] = {};
+    float sum = 0;
     if (row < rows) {
         load_n(x, d_o + at);
         load_n(y, o + at);
@@ -227,7 +249,8 @@ static __global__ void delta_kernel(float *delta, const floatX *d_o, const float
 // contiguous, so halving finds it.
 static __device__ __forceinline__ int last_query(const int *position, int key, int T) {
     if (!position) return T;
-    int low = key + 1, high = T;
+    int low = key + 1;
+    int high = T;
     while (low < high) {
         int middle = (low + high) / 2;
         if (middle - position[middle] > key)
@@ -246,26 +269,37 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
                         const real *lse, const floatX *q, const floatX *k, const floatX *v,
                         const int *position, int T, int H, int KV, float scale) {
     extern __shared__ __align__(16) floatX shared[];
-    const int SIZE = WALKED_BACKWARD * Head<D>::LD, N = WALKED_BACKWARD / 8;
-    floatX *tile_k = shared, *tile_v = tile_k + OWNED * Head<D>::LD;
+    const int SIZE = WALKED_BACKWARD * Head<D>::LD;
+    const int N = WALKED_BACKWARD / 8;
+    floatX *tile_k = shared;
+    floatX *tile_v = tile_k + OWNED * Head<D>::LD;
     floatX *ring = tile_v + OWNED * Head<D>::LD; // (2, {q, do}, WALKED_BACKWARD, LD)
     __shared__ float shared_lse[2][WALKED_BACKWARD], shared_delta[2][WALKED_BACKWARD];
     __shared__ int shared_first[2][WALKED_BACKWARD];
-    int k0 = blockIdx.x * OWNED, b = blockIdx.z, group = H / KV;
-    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
-    int64_t row_q = (int64_t)H * D, row_k = (int64_t)KV * D;
+    int k0 = blockIdx.x * OWNED;
+    int b = blockIdx.z;
+    int group = H / KV;
+    int warp = threadIdx.x / 32;
+    int g = threadIdx.x % 32 / 4;
+    int64_t row_q = (int64_t)H * D;
+    int64_t row_k = (int64_t)KV * D;
     int64_t at_k = (int64_t)b * T * row_k + blockIdx.y * D;
     if (position) position += (int64_t)b * T;
     int end = last_query(position, k0 + OWNED < T ? k0 + OWNED - 1 : T - 1, T);
     int first = k0 / WALKED_BACKWARD;
-    int per_head = (end + WALKED_BACKWARD - 1) / WALKED_BACKWARD - first, steps = group * per_head;
-    float out_k[D / 8][4] = {}, out_v[D / 8][4] = {}, c = scale * LOG2E;
+    int per_head = (end + WALKED_BACKWARD - 1) / WALKED_BACKWARD - first;
+    int steps = group * per_head;
+    float out_k[D / 8][4] = {};
+    float out_v[D / 8][4] = {};
+    float c = scale * LOG2E;
 
     auto load = [&](int i) {
         if (i < steps) {
             int h = blockIdx.y * group + i / per_head;
-            int q0 = (first + i % per_head) * WALKED_BACKWARD, row = q0 + threadIdx.x;
-            int64_t at_q = (int64_t)b * T * row_q + h * D, at_row = ((int64_t)b * H + h) * T + row;
+            int q0 = (first + i % per_head) * WALKED_BACKWARD;
+            int row = q0 + threadIdx.x;
+            int64_t at_q = (int64_t)b * T * row_q + h * D;
+            int64_t at_row = ((int64_t)b * H + h) * T + row;
             floatX *to = ring + i % 2 * 2 * SIZE;
             load_rows<D, WALKED_BACKWARD>(to, q + at_q, row_q, q0, T);
             load_rows<D, WALKED_BACKWARD>(to + SIZE, d_o + at_q, row_q, q0, T);
@@ -284,7 +318,8 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
         load(i + 1);
         ptx_cp_async_wait<1>();
         __syncthreads();
-        const floatX *tile_q = ring + i % 2 * 2 * SIZE, *tile_do = tile_q + SIZE;
+        const floatX *tile_q = ring + i % 2 * 2 * SIZE;
+        const floatX *tile_do = tile_q + SIZE;
         int q0 = (first + i % per_head) * WALKED_BACKWARD;
         auto visible = [&](int r, int column) {
             int key = k0 + 16 * warp + g + 8 * r;
@@ -299,7 +334,8 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
         accumulate<D, N>(out_k, ds, tile_q);
         __syncthreads();
     }
-    float one[2] = { 1, 1 }, scales[2] = { scale, scale };
+    float one[2] = { 1, 1 };
+    float scales[2] = { scale, scale };
     store_rows<D>(dk + at_k, row_k, k0, T, tile_k, out_k, scales);
     store_rows<D>(dv + at_k, row_k, k0, T, tile_v, out_v, one);
 }
@@ -310,18 +346,27 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
                           const floatX *q, const floatX *k, const floatX *v, const int *position,
                           int T, int H, int KV, float scale) {
     extern __shared__ __align__(16) floatX shared[];
-    const int SIZE = WALKED_BACKWARD * Head<D>::LD, N = WALKED_BACKWARD / 8;
-    floatX *tile_q = shared, *tile_do = tile_q + OWNED * Head<D>::LD;
+    const int SIZE = WALKED_BACKWARD * Head<D>::LD;
+    const int N = WALKED_BACKWARD / 8;
+    floatX *tile_q = shared;
+    floatX *tile_do = tile_q + OWNED * Head<D>::LD;
     floatX *ring = tile_do + OWNED * Head<D>::LD; // (2, {k, v}, WALKED_BACKWARD, LD)
-    int q0 = (int)(gridDim.x - 1 - blockIdx.x) * OWNED, h = blockIdx.y, b = blockIdx.z;
-    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
-    int64_t row_q = (int64_t)H * D, row_k = (int64_t)KV * D;
-    int64_t at_q = (int64_t)b * T * row_q + h * D, at_k = (int64_t)b * T * row_k + h / (H / KV) * D;
+    int q0 = (int)(gridDim.x - 1 - blockIdx.x) * OWNED;
+    int h = blockIdx.y;
+    int b = blockIdx.z;
+    int warp = threadIdx.x / 32;
+    int g = threadIdx.x % 32 / 4;
+    int64_t row_q = (int64_t)H * D;
+    int64_t row_k = (int64_t)KV * D;
+    int64_t at_q = (int64_t)b * T * row_q + h * D;
+    int64_t at_k = (int64_t)b * T * row_k + h / (H / KV) * D;
     if (position) position += (int64_t)b * T;
     int end = q0 + OWNED < T ? q0 + OWNED : T;
     int tiles = (end + WALKED_BACKWARD - 1) / WALKED_BACKWARD;
     int begin = first_key(position, q0, T) / WALKED_BACKWARD;
-    float out[D / 8][4] = {}, row_lse[2], row_delta[2], c = scale * LOG2E;
+    float out[D / 8][4] = {};
+    float row_lse[2], row_delta[2];
+    float c = scale * LOG2E;
     int row[2], first[2];
     for (int r = 0; r < 2; r++) {
         row[r] = q0 + 16 * warp + g + 8 * r;
@@ -345,7 +390,8 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
         load(i + 1);
         ptx_cp_async_wait<1>();
         __syncthreads();
-        const floatX *tile_k = ring + i % 2 * 2 * SIZE, *tile_v = tile_k + SIZE;
+        const floatX *tile_k = ring + i % 2 * 2 * SIZE;
+        const floatX *tile_v = tile_k + SIZE;
         auto visible = [&](int r, int column) {
             int key = i * WALKED_BACKWARD + column;
             return key <= row[r] && key >= first[r];

@@ -111,7 +111,8 @@ static void compare(Check *c, const char *what, const T *fast, const T *twin, in
     for (auto x : b) square += number(x) * number(x);
     double root = sqrt(square / (double)(n ? n : 1));
     for (int64_t i = 0; i < n; i++) {
-        double x = number(a[i]), y = number(b[i]);
+        double x = number(a[i]);
+        double y = number(b[i]);
         double units = fabs(x - y) / (c->tolerance * (fabs(y) + root) + 1e-30);
         if (units <= c->worst) continue; // not for NaN
         c->worst = units == units ? units : INFINITY;
@@ -146,7 +147,8 @@ static __global__ void plain_product(int ta, int tb, int m, int n, int k, const 
                                      const floatX *B, int beta, void *C, int c_real) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= m * n) return;
-    int row = i / n, column = i % n;
+    int row = i / n;
+    int column = i % n;
     float sum = 0;
     for (int j = 0; j < k; j++) {
         const floatX *a = ta ? A + j * lda + row : A + row * lda + j;
@@ -160,7 +162,9 @@ static __global__ void plain_product(int ta, int tb, int m, int n, int k, const 
         store((floatX *)C + i, sum);
 }
 static void check_product(Check *c, int ta, int tb, int beta, int c_real) {
-    const int m = 136, n = 72, k = 200;
+    const int m = 136;
+    const int n = 72;
+    const int k = 200;
     std::vector<float> old((size_t)m * n);
     std::vector<floatX> old_x((size_t)m * n);
     for (size_t i = 0; i < old.size(); i++) {
@@ -191,7 +195,9 @@ struct ExpertResults {
 static ExpertResults run_experts(Check *c, const RowIndex *index, const floatX *pool,
                                  const floatX *dpool, const floatX *W1, const floatX *W2,
                                  const float *score, int64_t C, int64_t F) {
-    int64_t M = index->M, n1 = index->E * 2 * F * C, n2 = index->E * F * C;
+    int64_t M = index->M;
+    int64_t n1 = index->E * 2 * F * C;
+    int64_t n2 = index->E * F * C;
     size_t x = sizeof(floatX);
     ExpertResults r = { (floatX *)take(c, M * 2 * F * x),
                         (floatX *)take(c, M * F * x),
@@ -235,7 +241,8 @@ static void check_experts(Check *c) {
     index.E = E;
     index.K = K;
     row_index_build(&index, upload(c, choice), 0);
-    const floatX *pool = random_x(c, P * C, 1), *dpool = random_x(c, P * C, 1);
+    const floatX *pool = random_x(c, P * C, 1);
+    const floatX *dpool = random_x(c, P * C, 1);
     const floatX *W1 = random_x(c, E * 2 * F * C, 0.2), *W2 = random_x(c, E * C * F, 0.2);
     const float *score = random_real(c, P * K);
     experts_select("wgmma");
@@ -262,13 +269,18 @@ struct AttentionResults {
     floatX *o, *dq, *dk, *dv;
     float *lse;
 };
-static const int64_t ATTENTION_B = 2, ATTENTION_T = 200, ATTENTION_H = 4, ATTENTION_KV = 2,
-                     ATTENTION_D = 128;
+static const int64_t ATTENTION_B = 2;
+static const int64_t ATTENTION_T = 200;
+static const int64_t ATTENTION_H = 4;
+static const int64_t ATTENTION_KV = 2;
+static const int64_t ATTENTION_D = 128;
 static AttentionResults run_attention(Check *c, const floatX *q, const floatX *k, const floatX *v,
                                       const floatX *d_o) {
     const int64_t B = ATTENTION_B, T = ATTENTION_T, H = ATTENTION_H, KV = ATTENTION_KV,
                   D = ATTENTION_D;
-    size_t x = sizeof(floatX), nq = B * T * H * D, nk = B * T * KV * D;
+    size_t x = sizeof(floatX);
+    size_t nq = B * T * H * D;
+    size_t nk = B * T * KV * D;
     AttentionResults r = { (floatX *)take(c, nq * x), (floatX *)take(c, nq * x),
                            (floatX *)take(c, nk * x), (floatX *)take(c, nk * x),
                            (float *)take(c, B * H * T * sizeof(float)) };
@@ -280,9 +292,12 @@ static AttentionResults run_attention(Check *c, const floatX *q, const floatX *k
     return r;
 }
 static void check_attention(Check *c) {
-    const int64_t rows = ATTENTION_B * ATTENTION_T, nq = rows * ATTENTION_H * ATTENTION_D,
-                  nk = rows * ATTENTION_KV * ATTENTION_D;
-    const floatX *q = random_x(c, nq, 2), *k = random_x(c, nk, 2), *v = random_x(c, nk, 1);
+    const int64_t rows = ATTENTION_B * ATTENTION_T;
+    const int64_t nq = rows * ATTENTION_H * ATTENTION_D;
+    const int64_t nk = rows * ATTENTION_KV * ATTENTION_D;
+    const floatX *q = random_x(c, nq, 2);
+    const floatX *k = random_x(c, nk, 2);
+    const floatX *v = random_x(c, nk, 1);
     const floatX *d_o = random_x(c, nq, 1);
     c->tolerance = 4 * TOLERANCE;
     attention_select("cudnn");

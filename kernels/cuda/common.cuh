@@ -124,7 +124,9 @@ static __device__ __forceinline__ float warp_max(float v) {
 // values; a caller that reuses it at once alternates between two of them: then one barrier a sum is
 // enough.
 template <class T> static __device__ __forceinline__ T block_sum(T v, T *shared) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int lane = threadIdx.x % 32;
+    int warp = threadIdx.x / 32;
+    int warps = blockDim.x / 32;
     v = group_sum(v);
     if (lane == 0) shared[warp] = v;
     __syncthreads();

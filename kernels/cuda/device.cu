@@ -52,7 +52,8 @@ cudaStream_t device_stream(Stream stream) { return streams[stream]; }
 void device_prepare(char **argv) { (void)argv; }
 void device_init(int local_rank, int threads) {
     (void)threads;
-    int count = 0, device;
+    int count = 0;
+    int device;
     // Without a driver the count is left as it was: any error means none.
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count < 1) {

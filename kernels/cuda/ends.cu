@@ -10,7 +10,8 @@ static __global__ void embed_kernel(floatX *out, const int *ids, const floatX *W
     int per_row = C / PACK;
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < packs;
          i += (int64_t)gridDim.x * blockDim.x) {
-        int64_t row = i / per_row, column = (i % per_row) * PACK;
+        int64_t row = i / per_row;
+        int64_t column = (i % per_row) * PACK;
         *(int4 *)(out + row * C + column) = *(const int4 *)(W + (int64_t)ids[row] * C + column);
     }
 }
@@ -42,7 +43,8 @@ struct DigitSource { // item i is position order[i] (or i in the first pass)
 static __global__ void embed_backward_kernel(gradX *dW, const floatX *dx, const int *ids,
                                              const int *order, int accumulate, int pad, int R,
                                              int C) {
-    int i = blockIdx.x, id = ids[order[i]];
+    int i = blockIdx.x;
+    int id = ids[order[i]];
     int64_t column = (int64_t)(blockIdx.y * blockDim.x + threadIdx.x) * PACK;
     if (id == pad || (i > 0 && ids[order[i - 1]] == id) || column >= C) return;
     gradX *to = dW + (int64_t)id * C + column;
@@ -77,9 +79,10 @@ void embed_backward(gradX *dW, const floatX *dx, const int *ids, int accumulate,
     if (!accumulate) device_zero(dW, (size_t)V * C * sizeof *dW);
     if (R == 0) return;
     size_t counts = sort_counts_size(256, R);
-    int *scratch = (int *)device_scratch(SCRATCH_SORT, (counts + 257 + 2 * R) * sizeof(int)),
-        *start = scratch + counts;
-    int *order[2] = { start + 257, start + 257 + R }, pass = 0;
+    int *scratch = (int *)device_scratch(SCRATCH_SORT, (counts + 257 + 2 * R) * sizeof(int));
+    int *start = scratch + counts;
+    int *order[2] = { start + 257, start + 257 + R };
+    int pass = 0;
     for (int shift = 0; shift == 0 || (V - 1) >> shift > 0; shift += 8, pass++) {
         DigitSource source = { pass ? order[(pass + 1) % 2] : 0, ids, order[pass % 2], (int)R,
                                shift };
@@ -115,7 +118,9 @@ static __global__ void __launch_bounds__(CE_THREADS)
                          int V) {
     __shared__ float shared_m[CE_THREADS / 32];
     __shared__ double shared_s[CE_THREADS / 32];
-    int target = targets[blockIdx.x], lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int target = targets[blockIdx.x];
+    int lane = threadIdx.x % 32;
+    int warp = threadIdx.x / 32;
     floatX *row = logits + (int64_t)blockIdx.x * V;
     if (target < 0) {
         float zero[W] = {};
@@ -124,9 +129,11 @@ static __global__ void __launch_bounds__(CE_THREADS)
         if (threadIdx.x == 0) loss[blockIdx.x] = 0;
         return;
     }
-    float m = -FLT_MAX, s = 0; // not -infinity: two of them would have no difference
+    float m = -FLT_MAX; // not -infinity: two of them would have no difference
+    float s = 0;
     for (int i = threadIdx.x * W; i < V; i += CE_THREADS * W) {
-        float x[W], most = m;
+        float x[W];
+        float most = m;
         load_n(x, row + i);
         for (int l = 0; l < W; l++) most = fmaxf(most, x[l]);
         if (most > m) {

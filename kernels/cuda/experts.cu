@@ -27,7 +27,9 @@
 // Returns the expert of row tile `tile`, the last e with expert_row[e] <= row, or -1 after the last
 // row.
 static __device__ __forceinline__ int expert_of_tile(const RowIndex &plan, int tile) {
-    int row = tile * TILE, low = 0, high = plan.E;
+    int row = tile * TILE;
+    int low = 0;
+    int high = plan.E;
     if (row >= plan.expert_row[plan.E]) return -1;
     while (high - low > 1) {
         int middle = (low + high) / 2;
@@ -52,11 +54,14 @@ static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     up_kernel(floatX *H, floatX *A, const floatX *pool, const floatX *W1, RowIndex plan, int C,
               int F) {
     extern __shared__ __align__(16) floatX shared[];
-    int column_tiles = (F + 63) / 64, tile = blockIdx.x / column_tiles,
-        f0 = blockIdx.x % column_tiles * 64, m0 = tile * TILE, e = expert_of_tile(plan, tile);
+    int column_tiles = (F + 63) / 64;
+    int tile = blockIdx.x / column_tiles;
+    int f0 = blockIdx.x % column_tiles * 64;
+    int m0 = tile * TILE;
+    int e = expert_of_tile(plan, tile);
     if (e < 0) return;
-    Operand a = { pool, plan.row_token, C, (int)plan.M, C, 0 },
-            b = { W1 + (int64_t)e * 2 * F * C, 0, C, F, C, F };
+    Operand a = { pool, plan.row_token, C, (int)plan.M, C, 0 };
+    Operand b = { W1 + (int64_t)e * 2 * F * C, 0, C, F, C, F };
     Accumulator acc;
     tile_product<false, false, true>(acc, shared, a, b, m0, f0, 0, C);
     for_pairs<true>([&](int i, int j, int l, int row, int column) {
@@ -86,12 +91,14 @@ template <bool TRANSPOSED>
 static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     rows_kernel(floatX *out, const floatX *in, const floatX *W, RowIndex plan, int N, int K) {
     extern __shared__ __align__(16) floatX shared[];
-    int column_tiles = (N + TILE - 1) / TILE, tile = blockIdx.x / column_tiles,
-        n0 = blockIdx.x % column_tiles * TILE, m0 = tile * TILE;
+    int column_tiles = (N + TILE - 1) / TILE;
+    int tile = blockIdx.x / column_tiles;
+    int n0 = blockIdx.x % column_tiles * TILE;
+    int m0 = tile * TILE;
     int e = expert_of_tile(plan, tile);
     if (e < 0) return;
-    Operand a = { in, 0, K, (int)plan.M, K, 0 },
-            b = { W + (int64_t)e * N * K, 0, TRANSPOSED ? N : K, TRANSPOSED ? K : N,
+    Operand a = { in, 0, K, (int)plan.M, K, 0 };
+    Operand b = { W + (int64_t)e * N * K, 0, TRANSPOSED ? N : K, TRANSPOSED ? K : N,
                   TRANSPOSED ? N : K,     0 };
     Accumulator acc;
     tile_product<false, TRANSPOSED, false>(acc, shared, a, b, m0, n0, 0, K);
@@ -109,14 +116,17 @@ static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
                          const floatX *H, const floatX *W2, const float *row_score, RowIndex plan,
                          int C, int F) {
     extern __shared__ __align__(16) floatX shared[];
-    const int LD_G = TILE + 4, LANES = TILE / PACK;
+    const int LD_G = TILE + 4;
+    const int LANES = TILE / PACK;
     float *tile_g = (float *)shared;
-    int column_tiles = (F + TILE - 1) / TILE, tile = blockIdx.x / column_tiles,
-        f0 = blockIdx.x % column_tiles * TILE, m0 = tile * TILE;
+    int column_tiles = (F + TILE - 1) / TILE;
+    int tile = blockIdx.x / column_tiles;
+    int f0 = blockIdx.x % column_tiles * TILE;
+    int m0 = tile * TILE;
     int e = expert_of_tile(plan, tile);
     if (e < 0) return;
-    Operand a = { dpool, plan.row_token, C, (int)plan.M, C, 0 },
-            b = { W2 + (int64_t)e * C * F, 0, F, C, F, 0 };
+    Operand a = { dpool, plan.row_token, C, (int)plan.M, C, 0 };
+    Operand b = { W2 + (int64_t)e * C * F, 0, F, C, F, 0 };
     Accumulator acc;
     tile_product<false, true, false>(acc, shared, a, b, m0, f0, 0, C);
     for_pairs<false>([&](int i, int j, int l, int row, int column) {
@@ -127,8 +137,13 @@ static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     int column = threadIdx.x % LANES * PACK;
     bool inside = f0 + column < F; // all lanes take part in the sum of a row
     for (int row = threadIdx.x / LANES; row < TILE; row += TILE_THREADS / LANES) {
-        int64_t m = m0 + row, at = m * 2 * F + f0 + column;
-        float s = row_score[m], dot = 0, gate[PACK] = {}, up[PACK] = {}, act[PACK];
+        int64_t m = m0 + row;
+        int64_t at = m * 2 * F + f0 + column;
+        float s = row_score[m];
+        float dot = 0;
+        float gate[PACK] = {};
+        float up[PACK] = {};
+        float act[PACK];
         if (inside && plan.row_token[m] >= 0) {
             load_n(gate, H + at);
             load_n(up, H + at + F);
@@ -171,10 +186,14 @@ static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     wgrad_kernel(gradX *dW, const floatX *left, const int *left_index, const floatX *right,
                  const int *right_index, RowIndex plan, int accumulate, int N, int O) {
     extern __shared__ __align__(16) floatX shared[];
-    int o0 = blockIdx.x * TILE, n0 = blockIdx.y * TILE, e = blockIdx.z, first = plan.expert_row[e],
-        last = plan.expert_row[e + 1];
+    int o0 = blockIdx.x * TILE;
+    int n0 = blockIdx.y * TILE;
+    int e = blockIdx.z;
+    int first = plan.expert_row[e];
+    int last = plan.expert_row[e + 1];
     if (first == last && accumulate) return;
-    Operand a = { left, left_index, N, last, N, 0 }, b = { right, right_index, O, last, O, 0 };
+    Operand a = { left, left_index, N, last, N, 0 };
+    Operand b = { right, right_index, O, last, O, 0 };
     Accumulator acc;
     tile_product<true, true, false>(acc, shared, a, b, n0, o0, first, last);
     gradX *out = dW + ((int64_t)e * N + n0) * O + o0;
@@ -194,7 +213,8 @@ static bool wgmma_available() {
     return false;
 }
 bool experts_select(const char *name) {
-    bool automatic = !strcmp(name, "auto"), mma = !strcmp(name, "mma");
+    bool automatic = !strcmp(name, "auto");
+    bool mma = !strcmp(name, "mma");
     if (!automatic && !mma && strcmp(name, "wgmma"))
         die("there is no expert kernel '%s'|auto, mma, wgmma", name);
     bool available = !mma && wgmma_available();
@@ -261,7 +281,8 @@ void experts_down_backward(floatX *dH, floatX *sA, real *dscore, const floatX *d
     kernel_begin("experts_down_backward", expert_flops(plan, C, F));
     unsigned blocks = tiles(plan, F, TILE, C, F);
     int column_tiles = (int)div_up(F, TILE);
-    int64_t n = (int64_t)plan->P * plan->K, shares = dscore ? column_tiles : 0;
+    int64_t n = (int64_t)plan->P * plan->K;
+    int64_t shares = dscore ? column_tiles : 0;
     float *row_score =
         (float *)device_scratch(SCRATCH_PARTIAL, (size_t)(plan->M * (1 + shares)) * sizeof(float));
     float *partial = dscore ? row_score + plan->M : 0;
@@ -297,7 +318,8 @@ void experts_wgrad(gradX *dW1, gradX *dW2, const floatX *pool, const floatX *dpo
             return hopper_wgrad(dW1, dW2, pool, dpool, dH, sA, plan, accumulate, C, F);
     dim3 grid1((unsigned)div_up(C, TILE), (unsigned)div_up(2 * F, TILE), (unsigned)plan->E);
     dim3 grid2((unsigned)div_up(F, TILE), (unsigned)div_up(C, TILE), (unsigned)plan->E);
-    const int *no_index = 0, *index = plan->row_token;
+    const int *no_index = 0;
+    const int *index = plan->row_token;
     launch<wgrad_kernel>(grid1, dW1, dH, no_index, pool, index, *plan, accumulate, 2 * F, C);
     launch<wgrad_kernel>(grid2, dW2, dpool, index, sA, no_index, *plan, accumulate, C, F);
 }

@@ -50,7 +50,10 @@ static __device__ __forceinline__ float sigmoid(float x) {
 // <g, a> with the a that forward rounded and stored.
 static __device__ __forceinline__ void swiglu_backward(float &gate, float &up, float &a, float &dot,
                                                        float g, float score) {
-    float s = sigmoid(gate), dA = score * g, x = gate, act = round_x(x * s * up);
+    float s = sigmoid(gate);
+    float dA = score * g;
+    float x = gate;
+    float act = round_x(x * s * up);
     dot += g * act;
     a = score * act;
     gate = dA * up * s * (1 + x * (1 - s));

@@ -51,8 +51,10 @@ static_assert(sizeof(Wide) <= 232448 && sizeof(Narrow) <= 232448,
 template <class F>
 static __device__ __forceinline__ void for_row_tiles(const RowIndex &plan, int column_tiles, F f) {
     int rows = plan.expert_row[plan.E] / 128;
-    int row = blockIdx.x / column_tiles, column = blockIdx.x % column_tiles;
-    int row_step = gridDim.x / column_tiles, column_step = gridDim.x % column_tiles;
+    int row = blockIdx.x / column_tiles;
+    int column = blockIdx.x % column_tiles;
+    int row_step = gridDim.x / column_tiles;
+    int column_step = gridDim.x % column_tiles;
     while (row < rows) {
         f(128 * row, column);
         row += row_step;
@@ -67,11 +69,18 @@ static __device__ __forceinline__ void for_row_tiles(const RowIndex &plan, int c
 template <class F>
 static __device__ __forceinline__ void for_weight_tiles(const RowIndex &plan, int N, int O,
                                                         int accumulate, F f) {
-    int across = (O + 255) / 256, down = (N + 127) / 128, each = down * across;
-    int e = blockIdx.x / each, n = blockIdx.x % each / across, o = blockIdx.x % across;
-    int e_step = gridDim.x / each, n_step = gridDim.x % each / across, o_step = gridDim.x % across;
+    int across = (O + 255) / 256;
+    int down = (N + 127) / 128;
+    int each = down * across;
+    int e = blockIdx.x / each;
+    int n = blockIdx.x % each / across;
+    int o = blockIdx.x % across;
+    int e_step = gridDim.x / each;
+    int n_step = gridDim.x % each / across;
+    int o_step = gridDim.x % across;
     while (e < plan.E) {
-        int first = plan.expert_row[e], last = plan.expert_row[e + 1];
+        int first = plan.expert_row[e];
+        int last = plan.expert_row[e + 1];
         if (first < last || !accumulate) f(128 * n, 256 * o, e, first, last);
         o += o_step;
         n += n_step;
@@ -163,12 +172,16 @@ template <bool GATHER_LEFT, Publish HOW>
 static __device__ __forceinline__ void produce_wgrad(Wide *s, const CUtensorMap *dense,
                                                      const floatX *pool, const RowIndex &plan,
                                                      int N, int O, int accumulate) {
-    const int A_BLOCKS = 2, DENSE = GATHER_LEFT ? Wide::B_BLOCKS : A_BLOCKS;
+    const int A_BLOCKS = 2;
+    const int DENSE = GATHER_LEFT ? Wide::B_BLOCKS : A_BLOCKS;
     const int GATHERED = A_BLOCKS + Wide::B_BLOCKS - DENSE;
     Ring ring = { 0, 0 };
-    int started = -1, width = GATHER_LEFT ? N : O;
+    int started = -1;
+    int width = GATHER_LEFT ? N : O;
     for_weight_tiles(plan, N, O, accumulate, [&](int n0, int o0, int, int first, int last) {
-        int dense_column = GATHER_LEFT ? o0 : n0, gathered_column = GATHER_LEFT ? n0 : o0, token[4];
+        int dense_column = GATHER_LEFT ? o0 : n0;
+        int gathered_column = GATHER_LEFT ? n0 : o0;
+        int token[4];
         auto tokens = [&](int m0) { // of the next stage: their latency passes under this one
             for (int i = 0; i < 4 && m0 < last; i++)
                 token[i] = plan.row_token[m0 + threadIdx.x / 8 + 16 * i];
@@ -231,7 +244,8 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     auto consume = [&](Consumer<Wide> &own) {
         for_row_tiles(plan, column_tiles, [&](int m0, int column) {
             float acc[128]; // gate: 0..63, up: 64..127
-            int m = m0 + 64 * own.group, f0 = 128 * column;
+            int m = m0 + 64 * own.group;
+            int f0 = 128 * column;
             multiply_stages<256, 0, 0, HOW>(acc, own, stages(C), Nothing());
             out_free(own.group, own.first);
             for (int i = 0; i < 4; i++) put_block(own.out + i * BLOCK_BYTES, acc, 32 * i);
@@ -307,13 +321,17 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         produce_gathered<true, HOW>(s, dpool, &mapW2, plan, column_tiles, 128, 1, C);
     };
     auto consume = [&](Consumer<Narrow> &own) {
-        int lane = threadIdx.x % 32, t = lane % 4, row0 = threadIdx.x / 32 % 4 * 16 + lane / 4;
+        int lane = threadIdx.x % 32;
+        int t = lane % 4;
+        int row0 = threadIdx.x / 32 % 4 * 16 + lane / 4;
         uint64_t *loaded = &own.s->loaded[own.group];
         uint32_t phase = 0;
         for_row_tiles(plan, column_tiles, [&](int m0, int column) {
-            float acc[64], score[2], dot[2] = { 0, 0 };
+            float acc[64], score[2];
+            float dot[2] = { 0, 0 };
             bool used[2];
-            int m = m0 + 64 * own.group, f0 = 128 * column;
+            int m = m0 + 64 * own.group;
+            int f0 = 128 * column;
             multiply_stages<128, 0, 1, HOW>(acc, own, stages(C), [&] {
                 for (int r = 0; r < 2; r++) {
                     score[r] = row_score[m + row0 + 8 * r];
@@ -376,7 +394,9 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         produce_wgrad<GATHER_LEFT, HOW>(s, &dense, pool, plan, N, O, accumulate);
     };
     auto consume = [&](Consumer<Wide> &own) {
-        int lane = threadIdx.x % 32, t = lane % 4, row0 = threadIdx.x / 32 % 4 * 16 + lane / 4;
+        int lane = threadIdx.x % 32;
+        int t = lane % 4;
+        int row0 = threadIdx.x / 32 % 4 * 16 + lane / 4;
         bool odd = row0 % 2;
         for_weight_tiles(plan, N, O, accumulate, [&](int n0, int o0, int e, int begin, int end) {
             float acc[128];
@@ -388,7 +408,8 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
                 for (int j = 0; j < 16; j++) // 8 columns
 #pragma unroll
                     for (int r = 0; r < 2; r++) {
-                        int even_i = 64 * half + 4 * j + 2 * r, odd_i = even_i ^ 8;
+                        int even_i = 64 * half + 4 * j + 2 * r;
+                        int odd_i = even_i ^ 8;
                         int column_chunk = (odd ? j ^ 2 : j) % 4 * 2 + t / 2;
                         char *chunk =
                             chunk_at(own.out + j / 4 * BLOCK_BYTES, row0 + 8 * r, column_chunk);
@@ -399,7 +420,8 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
                 if (!own.first) continue;
                 for (int i = 0; i < 4; i++) {
                     const char *block = own.out + i * BLOCK_BYTES;
-                    int column = o0 + 128 * half + BLOCK_FLOATS * i, n = n0 + 64 * own.group;
+                    int column = o0 + 128 * half + BLOCK_FLOATS * i;
+                    int n = n0 + 64 * own.group;
                     if (accumulate)
                         ptx_tma_add_3d(&map_dW, block, column, n, e);
                     else
@@ -436,7 +458,8 @@ CUtensorMap tensor_map(const void *base, int rank, Dimensions d, bool is_float) 
     }
     CUtensorMap map;
     cuuint64_t dim[3], stride[2];
-    cuuint32_t box[3], one[3] = { 1, 1, 1 };
+    cuuint32_t box[3];
+    cuuint32_t one[3] = { 1, 1, 1 };
     for (int i = 0; i < rank; i++) {
         dim[i] = (cuuint64_t)d.dim[i];
         box[i] = d.box[i];
@@ -502,7 +525,8 @@ static int multiprocessors() {
 // stages, so it has at least LEAST tiles (of the worst routing; a fraction of them with ep).
 int64_t hopper_blocks(int64_t tiles, int multiprocessors, int left) {
     enum { MOST = 4, LEAST = 48 };
-    int64_t room = multiprocessors - left > 1 ? multiprocessors - left : 1, shares = 1;
+    int64_t room = multiprocessors - left > 1 ? multiprocessors - left : 1;
+    int64_t shares = 1;
     while (left > 0 && shares < MOST && tiles >= (shares + 1) * LEAST * room) shares++;
     return tiles < shares * room ? tiles : shares * room;
 }

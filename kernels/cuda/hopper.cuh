@@ -93,7 +93,8 @@ static __device__ __forceinline__ char *chunk_at(char *block, int row, int chunk
 // and columns from `width` on give zeros.
 static __device__ __forceinline__ void gather_block(char *block, const floatX *base, const int *row,
                                                     int64_t ld, int column, int width) {
-    int chunk = threadIdx.x % 8, at = column + chunk * PACK;
+    int chunk = threadIdx.x % 8;
+    int at = column + chunk * PACK;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         bool valid = row[i] >= 0 && at < width;
@@ -126,13 +127,15 @@ template <int N, int A_MN, int B_MN, Publish HOW = BY_WAIT, class S, class F>
 static __device__ __forceinline__ void multiply_stages(float (&acc)[N / 2], Consumer<S> &own,
                                                        int steps, F halfway) {
     // 16 of k further on: 16 rows, or 32 bytes within the rows; the descriptors' lbo.
-    const int A_STEP = A_MN ? 16 * ROW_BYTES : 32, B_STEP = B_MN ? 16 * ROW_BYTES : 32;
+    const int A_STEP = A_MN ? 16 * ROW_BYTES : 32;
+    const int B_STEP = B_MN ? 16 * ROW_BYTES : 32;
     const int A_LBO = A_MN ? (int)BLOCK_BYTES : (int)LBO_K_MAJOR;
     const int B_LBO = B_MN ? (int)BLOCK_BYTES : (int)LBO_K_MAJOR;
     Ring &ring = own.ring;
     S *s = own.s;
     auto start_stage = [&](int scale_d) {
-        const char *a = s->a[ring.stage] + own.group * BLOCK_BYTES, *b = s->b[ring.stage];
+        const char *a = s->a[ring.stage] + own.group * BLOCK_BYTES;
+        const char *b = s->b[ring.stage];
         ptx_mbar_wait(&s->full[ring.stage], ring.phase);
         if (HOW == BY_COPIES) ptx_fence_proxy_async();
         ptx_wgmma_fence();
@@ -180,7 +183,8 @@ static __device__ __forceinline__ void out_written(int group) {
 // matrices at a time, free of bank conflicts by the swizzle.
 template <int N>
 static __device__ __forceinline__ void put_block(char *block, const float (&acc)[N], int first) {
-    int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+    int lane = threadIdx.x % 32;
+    int row = threadIdx.x / 32 % 4 * 16 + lane % 16;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         uint32_t r[4];

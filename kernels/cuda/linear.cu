@@ -66,10 +66,10 @@ static int alignment(const void *p) { // largest power of two up to 256 that div
     return (int)(bits & (0 - bits));
 }
 static void plan_create(GemmPlan *p, const Shape *s) {
-    cudaDataType_t x = sizeof(floatX) == 2 ? CUDA_R_16BF : CUDA_R_32F,
-                   c = s->c_real ? CUDA_R_32F : x;
-    cublasOperation_t first = s->tb ? CUBLAS_OP_T : CUBLAS_OP_N,
-                      second = s->ta ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cudaDataType_t x = sizeof(floatX) == 2 ? CUDA_R_16BF : CUDA_R_32F;
+    cudaDataType_t c = s->c_real ? CUDA_R_32F : x;
+    cublasOperation_t first = s->tb ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t second = s->ta ? CUBLAS_OP_T : CUBLAS_OP_N;
     CUBLAS_CHECK(cublasLtMatmulDescCreate(&p->product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_TRANSA, &first,
                                                 sizeof first));
@@ -83,8 +83,10 @@ static void plan_create(GemmPlan *p, const Shape *s) {
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&p->c, c, (uint64_t)s->n, (uint64_t)s->m, s->n));
     cublasLtMatmulPreference_t wish;
     size_t bytes = WORKSPACE;
-    uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE, align_a = (uint32_t)s->align_b,
-             align_b = (uint32_t)s->align_a, align_c = (uint32_t)s->align_c;
+    uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    uint32_t align_a = (uint32_t)s->align_b;
+    uint32_t align_b = (uint32_t)s->align_a;
+    uint32_t align_c = (uint32_t)s->align_c;
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&wish));
     CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(
         wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes));
@@ -115,7 +117,8 @@ static GemmPlan *plan_for(const Shape *s) {
     uint64_t hash = 0xcbf29ce484222325u;
     for (size_t i = 0; i < sizeof *s; i++)
         hash = (hash ^ ((const unsigned char *)s)[i]) * 0x100000001b3u;
-    int home = (int)(hash % PLANS), at = home;
+    int home = (int)(hash % PLANS);
+    int at = home;
     for (int i = 0; i < PLANS && plans[at].used; i++, at = (at + 1) % PLANS)
         if (!memcmp(&plans[at].shape, s, sizeof *s)) return &plans[at];
     if (plans[at].used)
@@ -144,7 +147,8 @@ void gemm(int ta, int tb, int64_t m, int64_t n, int64_t k, const floatX *A, int6
     s.align_b = alignment(B);
     s.align_c = alignment(C);
     GemmPlan *p = plan_for(&s);
-    float one = 1, keep = (float)beta;
+    float one = 1;
+    float keep = (float)beta;
     CUBLAS_CHECK(cublasLtMatmul(handle, p->product, &one, B, p->a, A, p->b, &keep, C, p->c, C, p->c,
                                 &p->algorithm, workspace, WORKSPACE, compute_stream()));
 }

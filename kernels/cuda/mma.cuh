@@ -86,7 +86,8 @@ static __device__ __forceinline__ uint32_t tile_word(const floatX *tile, int ld,
 template <bool TRANSPOSED>
 static __device__ __forceinline__ void load_a(FragmentA &a, const floatX *tile, int ld, int row,
                                               int k) {
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    int g = threadIdx.x % 32 / 4;
+    int t = threadIdx.x % 4;
     for (int i = 0; i < 8; i++)
         a.r[i] =
             tile_word<TRANSPOSED>(tile, ld, row + g + i / 2 % 2 * 8, k + 2 * t + i % 2 + i / 4 * 8);
@@ -94,7 +95,8 @@ static __device__ __forceinline__ void load_a(FragmentA &a, const floatX *tile, 
 template <bool TRANSPOSED>
 static __device__ __forceinline__ void load_b(FragmentB (&b)[2], const floatX *tile, int ld,
                                               int col, int k) {
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    int g = threadIdx.x % 32 / 4;
+    int t = threadIdx.x % 4;
     for (int i = 0; i < 8; i++)
         b[i / 4].r[i % 4] =
             tile_word<TRANSPOSED>(tile, ld, col + g + i / 4 * 8, k + 2 * t + i % 2 + i / 2 % 2 * 8);

@@ -17,7 +17,8 @@ static __global__ void rmsnorm_kernel(floatX *y, real *rstd, const floatX *x, co
     int lane = threadIdx.x % 32;
     if (row >= R) return;
     const floatX *xr = x + row * C;
-    float square = 0, v[PACK], weight[PACK];
+    float square = 0;
+    float v[PACK], weight[PACK];
     for (int j = lane * PACK; j < C; j += 32 * PACK) {
         load_n(v, xr + j);
         for (int l = 0; l < PACK; l++) square += v[l] * v[l];
@@ -47,15 +48,19 @@ static __global__ void rmsnorm_backward_kernel(floatX *dx, float *partial, const
                                                const floatX *dy, const floatX *x, const floatX *w,
                                                const real *rstd, int rows, int R, int C) {
     __shared__ float shared[2][32];
-    float dw[N][PACK] = {}, weight[N][PACK];
-    int first = blockIdx.x * rows, last = first + rows < R ? first + rows : R;
+    float dw[N][PACK] = {};
+    float weight[N][PACK];
+    int first = blockIdx.x * rows;
+    int last = first + rows < R ? first + rows : R;
 #pragma unroll
     for (int i = 0; i < N; i++) {
         int j = (i * blockDim.x + threadIdx.x) * PACK;
         if (j < C) load_n(weight[i], w + j);
     }
     for (int row = first; row < last; row++) {
-        float t[N][PACK], n[N][PACK], dot = 0, r = rstd[row];
+        float t[N][PACK], n[N][PACK];
+        float dot = 0;
+        float r = rstd[row];
         int4 rest[N]; // the residual, on its way while the row is summed
 #pragma unroll
         for (int i = 0; i < N; i++) {
@@ -95,7 +100,9 @@ static __global__ void rmsnorm_backward_kernel(floatX *dx, float *partial, const
 static __global__ void column_sums_kernel(gradX *out, const float *partial, int rows, int n,
                                           int accumulate) {
     __shared__ float sums[8][32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
+    int lane = threadIdx.x % 32;
+    int warp = threadIdx.x / 32;
+    int column = blockIdx.x * 32 + lane;
     float sum = 0;
     if (column < n)
         for (int r = warp; r < rows; r += 8) sum += partial[(int64_t)r * n + column];
@@ -117,14 +124,17 @@ void rmsnorm_backward(floatX *dx, gradX *dw, const floatX *residual, const float
     kernel_begin("rmsnorm_backward", 0);
     // Blocks: about one wave of an H200, and a constant, so that the order of sums depends on
     // shapes alone. WIDEST: 32 columns a thread, four arrays of which are 128 registers.
-    const int BLOCKS = 1024, WIDEST = 8192;
+    const int BLOCKS = 1024;
+    const int WIDEST = 8192;
     require_packs("the width of a norm", C);
     if (R == 0) {
         if (!accumulate) device_zero(dw, C * sizeof *dw);
         return;
     }
-    int rows = (int)div_up(R, BLOCKS), blocks = (int)div_up(R, rows), packs = C / PACK,
-        threads = packs < 256 ? (int)div_up(packs, 32) * 32 : 256;
+    int rows = (int)div_up(R, BLOCKS);
+    int blocks = (int)div_up(R, rows);
+    int packs = C / PACK;
+    int threads = packs < 256 ? (int)div_up(packs, 32) * 32 : 256;
     float *partial = (float *)device_scratch(SCRATCH_PARTIAL, (size_t)blocks * C * sizeof(float));
     if (C > WIDEST) die("a norm of width %d|at most %d on this backend", (int)C, WIDEST);
     auto kernel = rmsnorm_backward_kernel<WIDEST / 256 / PACK>;
@@ -160,10 +170,11 @@ void add(floatX *out, const floatX *a, const floatX *b, size_t n) {
 // The angle is computed as Hugging Face computes it: inverse frequency and angle are rounded to
 // fp32. Written once a run.
 static __global__ void rope_kernel(real *cos_table, real *sin_table, double theta, int T, int D) {
-    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, half = D / 2;
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    int64_t half = D / 2;
     if (i >= T * half) return;
-    float frequency = (float)pow(theta, -2.0 * (double)(i % half) / D),
-          angle = (float)(i / half) * frequency;
+    float frequency = (float)pow(theta, -2.0 * (double)(i % half) / D);
+    float angle = (float)(i / half) * frequency;
     cos_table[i] = (float)cos((double)angle);
     sin_table[i] = (float)sin((double)angle);
 }
@@ -202,10 +213,15 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
     qk_forward_kernel(floatX *y, const floatX *x, const floatX *w, const real *cos_table,
                       const real *sin_table, const int *position, real eps, int64_t heads, int H,
                       int T, int D, int width) {
-    int group = HEAD_THREADS / width, half = D / 2, j = (threadIdx.x % width) * PACK;
+    int group = HEAD_THREADS / width;
+    int half = D / 2;
+    int j = (threadIdx.x % width) * PACK;
     int64_t head = (int64_t)blockIdx.x * group + threadIdx.x / width;
     bool valid = head < heads; // all lanes take part in the butterfly
-    float a[PACK] = {}, b[PACK] = {}, c[PACK], s[PACK], wa[PACK], wb[PACK], square = 0;
+    float a[PACK] = {};
+    float b[PACK] = {};
+    float c[PACK], s[PACK], wa[PACK], wb[PACK];
+    float square = 0;
     if (valid) {
         load_n(a, x + head * D + j);
         load_n(b, x + head * D + half + j);
@@ -219,7 +235,8 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
     load_n(wa, w + j);
     load_n(wb, w + half + j);
     for (int l = 0; l < PACK; l++) {
-        float u = a[l] * r * wa[l], v = b[l] * r * wb[l];
+        float u = a[l] * r * wa[l];
+        float v = b[l] * r * wb[l];
         a[l] = u * c[l] - v * s[l];
         b[l] = v * c[l] + u * s[l];
     }
@@ -235,17 +252,26 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
                        const int *position, real eps, int64_t heads, int H, int T, int D,
                        int width) {
     extern __shared__ float sums[]; // (group, D)
-    int group = HEAD_THREADS / width, mine = threadIdx.x / width, half = D / 2,
-        j = (threadIdx.x % width) * PACK;
-    float da[PACK] = {}, db[PACK] = {}, wa[PACK], wb[PACK];
+    int group = HEAD_THREADS / width;
+    int mine = threadIdx.x / width;
+    int half = D / 2;
+    int j = (threadIdx.x % width) * PACK;
+    float da[PACK] = {};
+    float db[PACK] = {};
+    float wa[PACK], wb[PACK];
     load_n(wa, w + j);
     load_n(wb, w + half + j);
     for (int64_t base = (int64_t)blockIdx.x * group; base < heads;
          base += (int64_t)gridDim.x * group) {
         int64_t head = base + mine;
         bool valid = head < heads;
-        float a[PACK] = {}, b[PACK] = {}, ta[PACK] = {}, tb[PACK] = {}, c[PACK], s[PACK],
-              square = 0, dot = 0;
+        float a[PACK] = {};
+        float b[PACK] = {};
+        float ta[PACK] = {};
+        float tb[PACK] = {};
+        float c[PACK], s[PACK];
+        float square = 0;
+        float dot = 0;
         if (valid) {
             load_n(a, x + head * D + j);
             load_n(b, x + head * D + half + j);
@@ -258,7 +284,8 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
         load_table(c, cos_table + at);
         load_table(s, sin_table + at);
         for (int l = 0; l < PACK; l++) {
-            float u = ta[l] * c[l] + tb[l] * s[l], v = tb[l] * c[l] - ta[l] * s[l];
+            float u = ta[l] * c[l] + tb[l] * s[l];
+            float v = tb[l] * c[l] - ta[l] * s[l];
             a[l] *= r;
             b[l] *= r;
             da[l] += u * a[l];
@@ -290,7 +317,8 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
 static void qk_forward(floatX *y, const floatX *x, const floatX *w, const real *cos_table,
                        const real *sin_table, const int *position, real eps, int64_t R, int64_t T,
                        int64_t H, int64_t D) {
-    int width = head_lanes((int)D), group = HEAD_THREADS / width;
+    int width = head_lanes((int)D);
+    int group = HEAD_THREADS / width;
     if (R * H == 0) return;
     qk_forward_kernel<<<grid_for(R * H, group), HEAD_THREADS, 0, compute_stream()>>>(
         y, x, w, cos_table, sin_table, position, eps, R * H, (int)H, (int)T, (int)D, width);
@@ -299,7 +327,8 @@ static void qk_forward(floatX *y, const floatX *x, const floatX *w, const real *
 static void qk_backward(floatX *dx, gradX *dw, const floatX *dy, const floatX *x, const floatX *w,
                         const real *cos_table, const real *sin_table, const int *position, real eps,
                         int accumulate, int64_t R, int64_t T, int64_t H, int64_t D) {
-    int width = head_lanes((int)D), group = HEAD_THREADS / width;
+    int width = head_lanes((int)D);
+    int group = HEAD_THREADS / width;
     if (R * H == 0) {
         if (!accumulate) device_zero(dw, D * sizeof *dw);
         return;

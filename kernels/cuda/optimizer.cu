@@ -45,7 +45,8 @@ static void for_batches(const Segment *segments, int n, int64_t size, Launch lau
 }
 // The segment of block b: the last one with start <= b that is not empty.
 static __device__ __forceinline__ int segment_of(const Batch &batch, int64_t b) {
-    int low = 0, high = batch.count;
+    int low = 0;
+    int high = batch.count;
     while (high - low > 1) {
         int middle = (low + high) / 2;
         if (batch.start[middle] <= b)
@@ -68,7 +69,8 @@ static __device__ __forceinline__ Block block_of(const Batch &batch, int64_t b, 
     const Segment &s = batch.segment[k.segment];
     k.index = b - batch.start[k.segment];
     // Of the block, in elements of the segment.
-    int64_t begin = k.index * size - s.first % size, left = s.count - begin;
+    int64_t begin = k.index * size - s.first % size;
+    int64_t left = s.count - begin;
     k.at = s.offset + begin;
     k.low = begin < 0 ? (int)-begin : 0;
     k.high = left < size ? (int)left : (int)size;
@@ -127,8 +129,8 @@ struct Coefficients {
 };
 
 static Coefficients coefficients(const OptimizerStep *o) {
-    double correction1 = 1 - pow(o->beta1, (double)o->t),
-           correction2 = 1 - pow(o->beta2, (double)o->t);
+    double correction1 = 1 - pow(o->beta1, (double)o->t);
+    double correction2 = 1 - pow(o->beta2, (double)o->t);
     Coefficients c;
     memset(&c, 0, sizeof c);
     c.lr = (float)o->lr;
@@ -160,12 +162,16 @@ static __device__ __forceinline__ void encode(uint8_t *m8, uint8_t *v8, float *m
                                               float *v_scale, const float (&m)[PER_LANE],
                                               const float (&v)[PER_LANE], uint32_t inverse_held,
                                               float bound, Noise noise, const Block &k) {
-    float u[PER_LANE], top = 0, size = 0;
+    float u[PER_LANE];
+    float top = 0;
+    float size = 0;
     uint8_t code[PER_LANE];
     uint32_t bits[PER_LANE];
     for (int i = 0; i < PER_LANE; i++) top = fmaxf(v[i], top);
     top = warp_max(top);
-    float inverse_top = 1 / top, root = sqrtf(top), limit = bound * root;
+    float inverse_top = 1 / top;
+    float root = sqrtf(top);
+    float limit = bound * root;
     for (int i = 0; i < PER_LANE; i++) {
         bits[i] = noise_bits(noise, 0, (uint32_t)place(i));
         code[i] = v8_encode(v[i] * inverse_top, v[i] > 0, bits[i] >> 12);
@@ -215,7 +221,9 @@ static __global__ void __launch_bounds__(WARPS * 32)
     Block k = block_of(batch, block, BLOCK);
     const Segment &segment = batch.segment[k.segment];
     int64_t qblock = segment.qblock + k.index;
-    float p[PER_LANE], g[PER_LANE], m[PER_LANE] = {}, v[PER_LANE] = {};
+    float p[PER_LANE], g[PER_LANE];
+    float m[PER_LANE] = {};
+    float v[PER_LANE] = {};
     float keep = segment.decay != 0 ? c.keep_decayed : c.keep;
     floatX stored[PER_LANE];
     bool moment = KIND == OPT_ADAMW || (KIND == OPT_SGD && s.m && c.momentum != 0);
@@ -236,7 +244,8 @@ static __global__ void __launch_bounds__(WARPS * 32)
         uint8_t code_m[PER_LANE], code_v[PER_LANE];
         read_block(code_m, s.m8, k);
         read_block(code_v, s.v8, k);
-        float v_scale = s.v_scale[qblock], unit = m8_unit(s.m_scale[qblock], v_scale);
+        float v_scale = s.v_scale[qblock];
+        float unit = m8_unit(s.m_scale[qblock], v_scale);
         v_scale *= c.beta2;
         unit *= c.beta1;
         uint32_t root_held = c.roots.root[threadIdx.x % 16];

@@ -219,13 +219,16 @@ PTX_FN void ptx_mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_
 // lane fetches what it needs by shuffles and multiplies by FFMA.
 PTX_FN void ptx_mma_m16n8k16_f32_shuffles(float d[4], const uint32_t a[8], const uint32_t b[4],
                                           const float c[4]) {
-    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int lane = threadIdx.x % 32;
+    int g = lane / 4;
+    int t = lane % 4;
     float s[4] = { c[0], c[1], c[2], c[3] };
 #pragma unroll 1 // a quarter of the code: only lane numbers depend on the owner
     for (int owner = 0; owner < 4; owner++)
 #pragma unroll
         for (int i = 0; i < 4; i++) { // k = 2 owner + i % 2 + 8 (i / 2)
-            int half = i / 2, odd = i % 2;
+            int half = i / 2;
+            int odd = i % 2;
             float top = __uint_as_float(__shfl_sync(0xffffffffu, a[4 * half + odd], 4 * g + owner));
             float bottom =
                 __uint_as_float(__shfl_sync(0xffffffffu, a[4 * half + 2 + odd], 4 * g + owner));

@@ -15,7 +15,8 @@ static __device__ __forceinline__ int new_rank(const int *ids, int k, int local,
 // (E).
 static __global__ void route_count(int *table, int *counts, const int *ids, RouteShape s) {
     extern __shared__ int tally[];
-    int *experts = tally + s.ranks, local = (int)(s.E / s.ranks);
+    int *experts = tally + s.ranks;
+    int local = (int)(s.E / s.ranks);
     for (int i = threadIdx.x; i < s.ranks + s.E; i += blockDim.x) tally[i] = 0;
     __syncthreads();
     for (int64_t r = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; r < s.R;
@@ -73,7 +74,8 @@ struct SendSource {
     __device__ int key(int r, int k) const { return new_rank(ids + r * s.K, k, local, s.E); }
     // A thread places the choices of its token in order: the first one clears the token's list.
     __device__ void place(int r, int k, int at) const {
-        int *row = sum_row + (int64_t)r * J, j = 0;
+        int *row = sum_row + (int64_t)r * J;
+        int j = 0;
         for (; k == 0 && j < J; j++) row[j] = -1;
         if (at < 0) return;
         for (j = 0; row[j] >= 0;) j++;
@@ -105,9 +107,12 @@ struct PoolSource {
 
 void route_lists(int *send_token, int *sum_row, int *choice, const int *ids, int me, RouteShape s) {
     kernel_begin("route_lists", 0);
-    int64_t local = s.E / s.ranks, J = s.ranks < s.K ? s.ranks : s.K, all = s.ranks * s.R;
+    int64_t local = s.E / s.ranks;
+    int64_t J = s.ranks < s.K ? s.ranks : s.K;
+    int64_t all = s.ranks * s.R;
     if (s.R == 0) return;
-    size_t sends = sort_counts_size((int)s.ranks, s.R), pools = sort_counts_size(1, all);
+    size_t sends = sort_counts_size((int)s.ranks, s.R);
+    size_t pools = sort_counts_size(1, all);
     size_t most = sends > pools ? sends : pools;
     int *counts = (int *)device_scratch(SCRATCH_SORT, (most + s.ranks + 1) * sizeof(int));
     int *start = counts + most; // of the buckets; nobody reads it

@@ -27,7 +27,8 @@ enum { WARPS = 8, E_MAX = 1024 }; // a warp handles a token at a time
 // Sets p (E), shared memory of the warp, to softmax(z) and returns log sum exp z. All lanes.
 static __device__ float softmax(float *p, const real *z, int E) {
     int lane = threadIdx.x % 32;
-    float top = -INFINITY, sum = 0;
+    float top = -INFINITY;
+    float sum = 0;
     for (int e = lane; e < E; e += 32) top = fmaxf(top, z[e]);
     top = warp_max(top);
     for (int e = lane; e < E; e += 32) sum += p[e] = expf(z[e] - top);
@@ -40,7 +41,8 @@ static __device__ float softmax(float *p, const real *z, int E) {
 // not negative. Rows of NaN give the lowest ids: id E stands for "none yet", and any NaN beats it.
 // A lane reads its own experts only.
 static __device__ int best_left(const float *value, const int *count, int E) {
-    int lane = threadIdx.x % 32, id = E;
+    int lane = threadIdx.x % 32;
+    int id = E;
     float best = 0;
 #pragma unroll 1
     for (int e = lane; e < E; e += 32)
@@ -66,18 +68,24 @@ static __global__ void __launch_bounds__(WARPS * 32)
                  int normalize, int R, int E, int K, int tokens) {
     extern __shared__ float shared[]; // a warp: E probabilities, E values, E sums, E counts
     __shared__ double tail[WARPS][2];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float *p = shared + (int64_t)warp * 4 * E, *value = p + E, *sum = p + 2 * E;
+    int lane = threadIdx.x % 32;
+    int warp = threadIdx.x / 32;
+    float *p = shared + (int64_t)warp * 4 * E;
+    float *value = p + E;
+    float *sum = p + 2 * E;
     int *count = (int *)(p + 3 * E);
     for (int e = lane; e < E; e += 32) {
         sum[e] = 0;
         count[e] = 0;
     }
     if (lane == 0) tail[warp][0] = tail[warp][1] = 0;
-    int64_t first = (int64_t)blockIdx.x * tokens, last = first + tokens < R ? first + tokens : R;
+    int64_t first = (int64_t)blockIdx.x * tokens;
+    int64_t last = first + tokens < R ? first + tokens : R;
     for (int64_t r = first + warp; r < last; r += WARPS) {
         const real *z = logits + r * E;
-        float lse = softmax(p, z, E), entropy = 0, total = 0;
+        float lse = softmax(p, z, E);
+        float entropy = 0;
+        float total = 0;
         for (int e = lane; e < E; e += 32) {
             value[e] = bias ? p[e] + bias[e] : p[e];
             sum[e] += p[e];
@@ -97,7 +105,8 @@ static __global__ void __launch_bounds__(WARPS * 32)
         // Ascending ids: every lane looks at its 32nd of the experts, a ballot gives the place.
         int before = 0;
         for (int base = 0; base < E; base += 32) {
-            int e = base + lane, taken = e < E && count[e] < 0;
+            int e = base + lane;
+            int taken = e < E && count[e] < 0;
             unsigned ballot = __ballot_sync(0xffffffffu, taken);
             if (taken) {
                 int at = before + __popc(ballot & ((1u << lane) - 1));
@@ -133,8 +142,10 @@ enum { STATISTICS_WARPS = 32 };
 static __global__ void __launch_bounds__(STATISTICS_WARPS * 32)
     statistics_kernel(RouterStats stats, const double *partial, int blocks, int E) {
     __shared__ double sums[STATISTICS_WARPS][32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, i = blockIdx.x * 32 + lane,
-        width = 2 * E + 2;
+    int lane = threadIdx.x % 32;
+    int warp = threadIdx.x / 32;
+    int i = blockIdx.x * 32 + lane;
+    int width = 2 * E + 2;
     double total = 0;
     if (i < width) {
 #pragma unroll 4
@@ -173,7 +184,8 @@ void router_forward(real *logits, int *topk, real *score, RouterStats stats, con
     gemm(0, 1, R, E, C, u, C, W, 0, logits, 1);
     // Tokens of a block: a wave of some 500 blocks covers all of them, and the second kernel adds
     // at most so many partial sums.
-    int tokens = (int)div_up(div_up(R, 512), WARPS) * WARPS, blocks = (int)div_up(R, tokens);
+    int tokens = (int)div_up(div_up(R, 512), WARPS) * WARPS;
+    int blocks = (int)div_up(R, tokens);
     double *partial =
         (double *)device_scratch(SCRATCH_PARTIAL, (size_t)blocks * (2 * E + 2) * sizeof(double));
     auto kernel = given ? route_kernel<true> : route_kernel<false>;
@@ -191,11 +203,15 @@ static __global__ void __launch_bounds__(WARPS * 32)
                            const int *topk, const real *score, const double *f, double aux_scale,
                            double z_scale, int normalize, int R, int E, int K) {
     extern __shared__ float shared[]; // (WARPS, 2E): p, then dz
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float *p = shared + (int64_t)warp * 2 * E, *d = p + E;
+    int lane = threadIdx.x % 32;
+    int warp = threadIdx.x / 32;
+    float *p = shared + (int64_t)warp * 2 * E;
+    float *d = p + E;
     int64_t r = (int64_t)blockIdx.x * WARPS + warp;
     if (r >= R) return;
-    float lse = softmax(p, logits + r * E, E), c = 0, mean = 0;
+    float lse = softmax(p, logits + r * E, E);
+    float c = 0;
+    float mean = 0;
     for (int k = 0; k < K; k++)
         c += (normalize ? score[r * K + k] : p[topk[r * K + k]]) * dscore[r * K + k];
     float common = (float)(2 * z_scale * (double)lse) - (normalize ? 0 : c);
@@ -228,7 +244,8 @@ void router_backward_add(floatX *du, gradX *dW, real *dz, const real *dscore, co
     check_experts(E, K);
     if (R == 0) return gemm(1, 0, E, C, 0, u, E, u, accumulate, dW, 1);
     int is_bf16 = sizeof(floatX) == 2;
-    size_t n = (size_t)R * E, weights = (size_t)E * C;
+    size_t n = (size_t)R * E;
+    size_t weights = (size_t)E * C;
     floatX *split =
         is_bf16 ? (floatX *)device_scratch(SCRATCH_ROUTER, (2 * n + 2 * weights) * sizeof(floatX))
                 : 0;

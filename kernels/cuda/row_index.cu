@@ -10,10 +10,12 @@
 // row, every further one costs it `tile` rows more. So give one row to each of E' = min(E,N)
 // experts, then spend what is left in pieces of `tile`, at most floor((P-1)/tile) an expert.
 int64_t row_index_bound(int64_t P, int64_t K, int64_t E_local) {
-    int64_t tile = device_row_tile(), choices = P * (K < E_local ? K : E_local),
-            experts = E_local < choices ? E_local : choices;
+    int64_t tile = device_row_tile();
+    int64_t choices = P * (K < E_local ? K : E_local);
+    int64_t experts = E_local < choices ? E_local : choices;
     if (choices <= 0) return 0;
-    int64_t by_choices = (choices - experts) / tile, by_expert = experts * ((P - 1) / tile);
+    int64_t by_choices = (choices - experts) / tile;
+    int64_t by_expert = experts * ((P - 1) / tile);
     int64_t rows = (experts + (by_choices < by_expert ? by_choices : by_expert)) * tile;
     if (rows > INT_MAX)
         die("%lld expert rows for a pool of %lld tokens|use a smaller --micro-batch",
@@ -28,7 +30,8 @@ struct ChoiceSource {
     __device__ int count() const { return (int)plan.P; }
     __device__ int keys() const { return (int)plan.K; }
     __device__ int key(int i, int k) const {
-        int c = choice[(int64_t)i * plan.K + k], e = c - first;
+        int c = choice[(int64_t)i * plan.K + k];
+        int e = c - first;
         return c >= 0 && e >= 0 && e < plan.E ? e : -1;
     }
     __device__ void place(int i, int k, int at) const {

@@ -16,7 +16,8 @@ static __global__ void __launch_bounds__(THREADS, 4)
     int per_row = C / PACK;
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < packs;
          i += (int64_t)gridDim.x * THREADS) {
-        int64_t row = i / per_row, column = (i - row * per_row) * PACK;
+        int64_t row = i / per_row;
+        int64_t column = (i - row * per_row) * PACK;
         float sum[PACK] = {};
         for (int first = 0; first < J; first += AT_A_TIME) {
             int from[AT_A_TIME];
@@ -67,7 +68,8 @@ static __global__ void sum_real_kernel(real *out, const real *in, const int *ind
                                        int J, int C) {
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n;
          i += (int64_t)gridDim.x * THREADS) {
-        int64_t row = i / C, column = i % C;
+        int64_t row = i / C;
+        int64_t column = i % C;
         real sum = 0;
         for (int j = 0; j < J; j++) {
             int64_t from = index[row * J + j];
@@ -98,7 +100,8 @@ static __global__ void gather_kernel(Word *out, const Word *in, const int *index
 }
 template <class Word>
 static void gather(void *out, const void *in, const int *index, int64_t n, size_t row_bytes) {
-    int64_t per_row = (int64_t)(row_bytes / sizeof(Word)), words = n * per_row;
+    int64_t per_row = (int64_t)(row_bytes / sizeof(Word));
+    int64_t words = n * per_row;
     if (words == 0) return;
     gather_kernel<Word><<<grid_for(words, THREADS, 1 << 20), THREADS, 0, compute_stream()>>>(
         (Word *)out, (const Word *)in, index, words, per_row);

@@ -59,11 +59,14 @@ static __device__ __forceinline__ int warp_scan(int v) {
 // of 1024 threads.
 static __global__ void sort_starts(int *counts, int *start, int buckets, int blocks, int tile) {
     __shared__ int total[SORT_BUCKETS_MAX];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int lane = threadIdx.x % 32;
+    int warp = threadIdx.x / 32;
     for (int b = warp; b < buckets; b += 32) {
-        int *row = counts + (int64_t)b * blocks, before = 0;
+        int *row = counts + (int64_t)b * blocks;
+        int before = 0;
         for (int i = 0; i < blocks; i += 32) {
-            int v = i + lane < blocks ? row[i + lane] : 0, sum = warp_scan(v);
+            int v = i + lane < blocks ? row[i + lane] : 0;
+            int sum = warp_scan(v);
             if (i + lane < blocks) row[i + lane] = before + sum - v;
             before += __shfl_sync(0xffffffffu, sum, 31);
         }
@@ -73,7 +76,8 @@ static __global__ void sort_starts(int *counts, int *start, int buckets, int blo
     if (warp > 0) return;
     int before = 0;
     for (int i = 0; i < buckets; i += 32) {
-        int v = i + lane < buckets ? total[i + lane] : 0, sum = warp_scan(v);
+        int v = i + lane < buckets ? total[i + lane] : 0;
+        int sum = warp_scan(v);
         if (i + lane < buckets) start[i + lane] = before + sum - v;
         before += __shfl_sync(0xffffffffu, sum, 31);
     }
@@ -84,9 +88,11 @@ static __global__ void sort_place(const int *counts, const int *start, Source so
                                   int n) {
     extern __shared__ unsigned mask[];
     sort_masks(mask, source, buckets);
-    int item = blockIdx.x * SORT_SPAN + threadIdx.x, word = threadIdx.x / 32;
+    int item = blockIdx.x * SORT_SPAN + threadIdx.x;
+    int word = threadIdx.x / 32;
     for (int k = 0; item < n && k < source.keys(); k++) {
-        int b = item < source.count() ? source.key(item, k) : -1, at = -1;
+        int b = item < source.count() ? source.key(item, k) : -1;
+        int at = -1;
         if (b >= 0) {
             at = start[b] + counts[(int64_t)b * gridDim.x + blockIdx.x];
             for (int w = 0; w < word; w++) at += __popc(mask[b * SORT_WORDS + w]);

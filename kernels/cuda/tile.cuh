@@ -69,8 +69,10 @@ static __device__ __forceinline__ void load_step(floatX *tile, const int64_t (&o
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int PER_ROW = TRANSPOSED ? TILE / PACK : STEP / PACK;
-        int id = threadIdx.x + i * TILE_THREADS, row = id / PER_ROW, column = id % PER_ROW * PACK,
-            at = (TRANSPOSED ? first : k) + column;
+        int id = threadIdx.x + i * TILE_THREADS;
+        int row = id / PER_ROW;
+        int column = id % PER_ROW * PACK;
+        int at = (TRANSPOSED ? first : k) + column;
         int64_t from = offset[i];
         if (TRANSPOSED) {
             int64_t r = source_row(o, k + row);
@@ -88,7 +90,8 @@ static __device__ __forceinline__ void tile_product(Accumulator &acc, floatX *sh
                                                     const Operand &a, const Operand &b, int first_a,
                                                     int first_b, int k0, int k1) {
     int steps = (k1 - k0 + STEP - 1) / STEP;
-    int64_t offset_a[2] = { 0, 0 }, offset_b[2] = { 0, 0 };
+    int64_t offset_a[2] = { 0, 0 };
+    int64_t offset_b[2] = { 0, 0 };
     load_start<TRANSPOSED_A>(offset_a, a, first_a);
     load_start<TRANSPOSED_B>(offset_b, b, first_b);
 #pragma unroll
@@ -108,8 +111,8 @@ static __device__ __forceinline__ void tile_product(Accumulator &acc, floatX *sh
         ptx_cp_async_wait<STAGES - 2>(); // this thread's part of `step` has arrived,
         __syncthreads(); // everybody's has, and nobody reads the stage that is filled next
         load(step + STAGES - 1);
-        const floatX *tile_a = shared + step % STAGES * 2 * OPERAND_SIZE,
-                     *tile_b = tile_a + OPERAND_SIZE;
+        const floatX *tile_a = shared + step % STAGES * 2 * OPERAND_SIZE;
+        const floatX *tile_b = tile_a + OPERAND_SIZE;
 #pragma unroll
         for (int k = 0; k < STEP; k += 16) {
             FragmentA fragment[4];
@@ -136,7 +139,8 @@ static __device__ __forceinline__ void tile_product(Accumulator &acc, floatX *sh
 // Calls f(i, j, l, row, column) for this thread's accumulators, pairs of neighbouring columns: l =
 // 0 (row g) and 2 (row g + 8).
 template <bool FOLD, class F> static __device__ __forceinline__ void for_pairs(F f) {
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    int g = threadIdx.x % 32 / 4;
+    int t = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
@@ -151,7 +155,8 @@ static __device__ __forceinline__ void store_tile(floatX *out, int64_t ld, int c
                                                   const floatX *tile, int from, int width) {
     int per_row = width / PACK;
     for (int id = threadIdx.x; id < TILE * per_row; id += TILE_THREADS) {
-        int row = id / per_row, column = id % per_row * PACK;
+        int row = id / per_row;
+        int column = id % per_row * PACK;
         if (column < columns)
             *(int4 *)(out + row * ld + column) =
                 *(const int4 *)(tile + row * LD_OUT + from + column);
