@@ -194,10 +194,13 @@ static const char *only;
 static std::string group;
 static bool group_good;
 static clock_t group_begin;
+// Begins a test. Its numbers follow from its name alone, so that no other test changes them.
 static void begin(const char *name) {
     group = name;
     group_good = true;
     group_begin = clock();
+    random_state = 1;
+    for (const char *c = name; *c; c++) random_state = random_state * 1099511628211u + *c;
 }
 static void complain(const char *what, const char *text) {
     printf("     %s: %s: %s\n", group.c_str(), what, text);
