@@ -138,7 +138,7 @@ test-cuemu:
 	@$(MAKE) --no-print-directory -j$(CUEMU_JOBS) $(CUEMU_LOGS)
 	@awk '/(^|: )[0-9]+ passed, [0-9]+ failed$$/ { \
 	        passed[FILENAME] = $$(NF - 3); \
-	        failed[FILENAME] = $$NF \
+	        failed[FILENAME] = $$(NF - 1) \
 	    } \
 	    END { \
 	        for (i = 1; i < ARGC; i++) { \
