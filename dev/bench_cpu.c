@@ -273,8 +273,8 @@ static floatX *normal(Arena *a, size_t n, uint64_t key) {
 }
 
 static void kernels(const Config *c, const Trainer *t, const Bench *b, Arena *arena) {
-    const int T = b->T, B = b->batch, R = T * B, C = c->C, Q = c->H * c->D, KV = c->KV * c->D,
-              E = c->E, K = c->K, F = c->F, V = c->V, M = row_index_bound(R, K, E);
+    const int T = b->T, B = b->batch, R = T * B, C = c->C, Q = c->H * c->D, KV = c->KV * c->D;
+    const int E = c->E, K = c->K, F = c->F, V = c->V, M = row_index_bound(R, K, E);
     // Rows of a task: of an expert at balance; of a block of attention (kernels/cpu/attention.c).
     const int each = (int)lesser(1024, div_up((int64_t)R * K, E));
     const int keys = 512;

@@ -101,23 +101,7 @@ machines() { # machines LIMIT ARGUMENTS...: one rank on each, started from m1
         --mca oob_tcp_keepalive_intvl 3 --mca oob_tcp_keepalive_probes 2 -x TMPDIR="$T" \
         -np $N "$train" $options --ep 2 --fsdp 2 "$@" > "$T/out" 2>&1
 }
-losses() { sed -n 's/.*"step":\([0-9]*\),"loss":\([^,]*\),.*/\1 \2/p' "$1/log.jsonl"; }
-apart() {
-    losses "$1" > "$T/a"
-    losses "$2" > "$T/b"
-    awk 'NR == FNR {
-             a[$1] = $2
-             n++
-             next
-         }
-         {
-             m++
-             d = (a[$1] - $2) / $2
-             if (d < 0) d = -d
-             if (d > w) w = d
-         }
-         END { print !n || n != m ? 1 : w + 0 }' "$T/a" "$T/b"
-}
+. dev/tests/shell.sh
 ms() {
     sed -n 's/.*"ms":\([^,]*\),.*/\1/p' "$1/log.jsonl" | sort -g |
         awk '{ v[NR] = $1 } END { printf "%.0f", v[int((NR + 1) / 2)] }'
@@ -135,7 +119,7 @@ status=$?
 grep -q '^error' "$T/out" && grep '^error' "$T/out" | head -2
 [ $status -eq 0 ] || tail -8 "$T/out"
 d=$(apart "$T/healthy" "$T/one")
-[ $status -eq 0 ] && awk -v d="$d" 'BEGIN { exit !(d <= 1e-5) }'
+[ $status -eq 0 ] && least "$d" 1e-5
 check "healthy: losses of 8 updates as of one process to $d"
 
 how=

@@ -127,7 +127,8 @@ void warn(const char *format, ...) {
 void *xmalloc(size_t bytes, const char *what) { return xrealloc(0, 1, bytes, what); }
 
 void *xcalloc(size_t count, size_t size, const char *what) {
-    void *p = calloc(count ? count : 1, size ? size : 1);
+    int nothing = !count || !size; // of which calloc may return 0
+    void *p = nothing ? calloc(1, 1) : calloc(count, size);
     if (!p)
         die("out of host memory: %zu x %zu bytes for %s|free memory or use fewer ranks here", count,
             size, what);

@@ -87,7 +87,10 @@ static inline MOE_HD double random_log(double x) {
     bits = (bits & 0xfffffffffffffu) | 0x3ff0000000000000u;
     double m;
     memcpy(&m, &bits, 8);
-    if (m > 1.4142135623730951) m *= 0.5, e++;
+    if (m > 1.4142135623730951) {
+        m *= 0.5;
+        e++;
+    }
     double s = (m - 1) / (m + 1);
     double q = s * s;
     double p = 1.0 / 23;

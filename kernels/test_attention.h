@@ -61,7 +61,10 @@ static void naive_attention(double *o, double *lse, double *dq, double *dk, doub
                     dq[row + i] = Q(dqi * scale);
                 }
             }
-    for (int64_t i = 0; i < (int64_t)B * T * KV * D; i++) dk[i] = Q(dk[i]), dv[i] = Q(dv[i]);
+    for (int64_t i = 0; i < (int64_t)B * T * KV * D; i++) {
+        dk[i] = Q(dk[i]);
+        dv[i] = Q(dv[i]);
+    }
 }
 // Documents of these lengths one after another, another one first in each sequence.
 static int *document_positions(int B, int T) {

@@ -501,8 +501,12 @@ static void test_convert(size_t n) {
     Numbers v(n);
     static const double size[5] = { 1e-6, 7e4, 1, 1, 1 };
     for (size_t i = 0; i < n; i++) v[i] = uniform() * size[i % 5];
-    if (n > 4)
-        v[n % 8 ? n - 1 : 0] = INFINITY, v[1] = -0.0, v[2] = 65519.999, v[3] = 1 + 0x1p-8 + 0x1p-40;
+    if (n > 4) {
+        v[n % 8 ? n - 1 : 0] = INFINITY;
+        v[1] = -0.0;
+        v[2] = 65519.999;
+        v[3] = 1 + 0x1p-8 + 0x1p-40;
+    }
     Buffer wide = input(DOUBLE, v);
     Buffer from = output(BYTE, n * 8);
     Buffer to = output(BYTE, n * 8);

@@ -94,7 +94,8 @@ cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t const d,
                                        cudnnBackendAttributeName_t name,
                                        cudnnBackendAttributeType_t type, int64_t wanted,
                                        int64_t *count, void *out) {
-    (void)type, (void)wanted;
+    (void)type;
+    (void)wanted;
     *count = 1;
     if (name == CUDNN_ATTR_ENGINEHEUR_RESULTS) {
         Node *graph = node(d, CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH);
@@ -114,7 +115,8 @@ cudnnStatus_t cudnnDestroy(cudnnHandle_t h) {
     return CUDNN_STATUS_SUCCESS;
 }
 cudnnStatus_t cudnnSetStream(cudnnHandle_t h, cudaStream_t s) {
-    (void)h, (void)s;
+    (void)h;
+    (void)s;
     return CUDNN_STATUS_SUCCESS;
 }
 size_t cudnnGetVersion(void) { return CUDNN_VERSION; }

@@ -14,10 +14,11 @@ enum {
 // ---- plans ----------------------------------------------------------------------------------
 static RowIndex take_plan(int P, int K, int E) {
     RowIndex plan = { 0, 0, 0, row_index_bound(P, K, E), P, E, K };
-    plan.row_token = TEST_TAKE(int, plan.M), plan.token_row = TEST_TAKE(int, (int64_t)P *K),
+    plan.row_token = TEST_TAKE(int, plan.M);
+    plan.token_row = TEST_TAKE(int, (int64_t)P *K);
     plan.expert_row = TEST_TAKE(int, E + 1);
-    memset(plan.row_token, 0x55, plan.M * sizeof(int)),
-        memset(plan.token_row, 0x55, (size_t)P * K * sizeof(int)); // 0xff would read as -1
+    memset(plan.row_token, 0x55, plan.M * sizeof(int));
+    memset(plan.token_row, 0x55, (size_t)P * K * sizeof(int)); // 0xff would read as -1
     return plan;
 }
 // A random choice of K of E experts for each of P tokens, ascending, each slot absent (-1) with
@@ -27,10 +28,14 @@ static int *take_choice(int P, int K, int E, double absent, int favourite) {
     for (int p = 0; p < P; p++) {
         int taken[256] = { 0 };
         int n = 0;
-        if (favourite >= 0) taken[favourite] = 1, n++;
+        if (favourite >= 0) {
+            taken[favourite] = 1;
+            n++;
+        }
         while (n < K) {
             int e = test_below(E);
-            n += !taken[e], taken[e] = 1;
+            n += !taken[e];
+            taken[e] = 1;
         }
         for (int e = 0, k = 0; e < E; e++)
             if (taken[e]) choice[(int64_t)p * K + k++] = test_uniform() < absent ? -1 : e;
@@ -45,10 +50,11 @@ static int plan_is_right(const RowIndex *plan, const int *choice, int first) {
         ok &= plan->expert_row[e] == row;
         for (int p = 0; p < plan->P; p++)
             for (int k = 0; k < plan->K; k++)
-                if (choice[p * plan->K + k] == first + e)
+                if (choice[p * plan->K + k] == first + e) {
                     ok &= row < plan->M && plan->row_token[row] == p &&
-                          plan->token_row[p * plan->K + k] == row,
-                        row++;
+                          plan->token_row[p * plan->K + k] == row;
+                    row++;
+                }
         for (; row % tile; row++) ok &= row < plan->M && plan->row_token[row] == -1;
     }
     ok &= plan->expert_row[plan->E] == row && row <= plan->M;
@@ -203,7 +209,7 @@ static void naive_backward(
             double dA = Q(s->score[slot] * g[f]);
             s->dscore[slot] += g[f] * a[f];
             sa[f] = Q(s->score[slot] * a[f]);
-            dh[f] = Q(Q(dA * h[F + f]) * Q(sg * (1 + h[f] * (1 - sg)))),
+            dh[f] = Q(Q(dA * h[F + f]) * Q(sg * (1 + h[f] * (1 - sg))));
             dh[F + f] = Q(dA * Q(h[f] * sg));
         }
         for (int j = 0; j < C; j++) {
@@ -231,12 +237,19 @@ static void naive_results(Naive *s) {
     size_t w1 = (size_t)c->local * 2 * c->F * c->C;
     size_t w2 = (size_t)c->local * c->F * c->C;
     size_t n = (size_t)c->P * c->C;
-    s->H = zeros(slots * 2 * c->F), s->A = zeros(slots * c->F), s->out = zeros(n),
-    s->dH = zeros(slots * 2 * c->F), s->sA = zeros(slots * c->F);
-    s->dscore = zeros(slots), s->dx = zeros(n), s->dW1 = zeros(w1), s->dW2 = zeros(w2);
-    if (c->accumulate)
-        memcpy(s->dW1, s->dW1_before, w1 * sizeof(double)),
-            memcpy(s->dW2, s->dW2_before, w2 * sizeof(double));
+    s->H = zeros(slots * 2 * c->F);
+    s->A = zeros(slots * c->F);
+    s->out = zeros(n);
+    s->dH = zeros(slots * 2 * c->F);
+    s->sA = zeros(slots * c->F);
+    s->dscore = zeros(slots);
+    s->dx = zeros(n);
+    s->dW1 = zeros(w1);
+    s->dW2 = zeros(w2);
+    if (c->accumulate) {
+        memcpy(s->dW1, s->dW1_before, w1 * sizeof(double));
+        memcpy(s->dW2, s->dW2_before, w2 * sizeof(double));
+    }
     naive_forward(s);
     naive_backward(s);
 }
@@ -256,13 +269,16 @@ static void test_experts_case(const Case *c) {
     size_t n = (size_t)c->P * c->C;
     Naive exact = { 0 };
     Naive naive;
-    exact.c = c, exact.choice = take_choice(c->P, c->K, c->E, c->absent, c->favourite);
-    exact.x = test_random(n, 1, 0), exact.W1 = test_random(w1, 1 / sqrt(c->C), 0),
+    exact.c = c;
+    exact.choice = take_choice(c->P, c->K, c->E, c->absent, c->favourite);
+    exact.x = test_random(n, 1, 0);
+    exact.W1 = test_random(w1, 1 / sqrt(c->C), 0);
     exact.W2 = test_random(w2, 1 / sqrt(c->F), 0);
-    exact.score = c->use_score ? test_random_real(slots, 0.2, 0.5) : zeros(slots),
+    exact.score = c->use_score ? test_random_real(slots, 0.2, 0.5) : zeros(slots);
     exact.seed = test_random(n, 1, 0);
     for (size_t i = 0; !c->use_score && i < slots; i++) exact.score[i] = 1;
-    exact.dW1_before = test_random_real(w1, 1, 0), exact.dW2_before = test_random_real(w2, 1, 0);
+    exact.dW1_before = test_random_real(w1, 1, 0);
+    exact.dW2_before = test_random_real(w2, 1, 0);
     naive = exact;
     naive_results(&exact);
     test_rounding = 1;
@@ -422,9 +438,10 @@ static void gate_backward(NaiveGate *s) {
         for (int e = 0; e < c->E; e++) dot += p[e] * dp[e];
         for (int e = 0; e < c->E; e++) {
             double dz = s->dz[(int64_t)r * c->E + e] = p[e] * (dp[e] - dot) + 2 * c->z * lse * p[e];
-            for (int j = 0; j < c->C; j++)
-                s->du[(int64_t)r * c->C + j] += dz * s->W[(int64_t)e * c->C + j],
-                    s->dW[(int64_t)e * c->C + j] += dz * s->u[(int64_t)r * c->C + j];
+            for (int j = 0; j < c->C; j++) {
+                s->du[(int64_t)r * c->C + j] += dz * s->W[(int64_t)e * c->C + j];
+                s->dW[(int64_t)e * c->C + j] += dz * s->u[(int64_t)r * c->C + j];
+            }
         }
     }
 }
@@ -458,14 +475,18 @@ static void test_router_case(const Gate *c) {
     double *prob[2], *stat[2];
     for (int run = 0; run < 2; run++) {
         test_threads(run ? MANY : 1);
-        logits[run] = TEST_TAKE(real, z), score[run] = TEST_TAKE(real, k),
-        topk[run] = TEST_TAKE(int, k), dz[run] = TEST_TAKE(real, z);
-        count[run] = TEST_TAKE(int64_t, c->E), prob[run] = zeros(c->E), stat[run] = zeros(2);
+        logits[run] = TEST_TAKE(real, z);
+        score[run] = TEST_TAKE(real, k);
+        topk[run] = TEST_TAKE(int, k);
+        dz[run] = TEST_TAKE(real, z);
+        count[run] = TEST_TAKE(int64_t, c->E);
+        prob[run] = zeros(c->E);
+        stat[run] = zeros(2);
         for (int e = 0; e < c->E; e++) count[run][e] = 5;
         RouterStats stats = { count[run], prob[run], stat[run] };
         router_forward(logits[run], topk[run], score[run], stats, u, W, 0, 0, c->normalize, c->R,
                        c->C, c->E, c->K);
-        du[run] = test_x(du_before, n),
+        du[run] = test_x(du_before, n);
         dW[run] = run ? test_grad(dW_before, w) : TEST_TAKE(gradX, w);
         router_backward_add(du[run], dW[run], dz[run], dscore, logits[run], topk[run], score[run],
                             u, W, c->aux != 0 ? s.f : 0, c->aux, c->z, c->normalize, run, c->R,
@@ -495,11 +516,16 @@ static void test_router_case(const Gate *c) {
         double most = 0;
         int taken[256] = { 0 };
         lse2 += lse * lse;
-        for (int e = 0; e < c->E; e++) entropy -= p[e] * log(p[e]), mass[e] += p[e];
+        for (int e = 0; e < c->E; e++) {
+            entropy -= p[e] * log(p[e]);
+            mass[e] += p[e];
+        }
         for (int i = 0; i < c->K; i++) {
             int id = topk[0][r * c->K + i];
             sorted &= id >= 0 && id < c->E && (i == 0 || id > topk[0][r * c->K + i - 1]);
-            taken[id] = 1, chosen[id]++, least = fmin(least, p[id]);
+            taken[id] = 1;
+            chosen[id]++;
+            least = fmin(least, p[id]);
         }
         for (int e = 0; e < c->E; e++) most = taken[e] ? most : fmax(most, p[e]);
         sorted &=
@@ -507,16 +533,21 @@ static void test_router_case(const Gate *c) {
             least >
                 most * (1 - 1e-5); // fp32 logits may order neighbours closer than 1e-5 differently
     }
-    for (int e = 0; e < c->E; e++)
-        counted &= count[0][e] == 5 + (int64_t)chosen[e], got[e] = prob[0][e];
+    for (int e = 0; e < c->E; e++) {
+        counted &= count[0][e] == 5 + (int64_t)chosen[e];
+        got[e] = prob[0][e];
+    }
     double stat_truth[2] = { lse2, entropy };
-    compare(same, "router: not the same bits with 1 and 3 threads"),
-        compare(sorted, "router: wrong choice"), compare(counted, "router: wrong counts");
-    if (c->R)
-        check_close("router prob", got, mass, mass, c->E, 1),
-            check_close("router z", stat[0], stat_truth, stat_truth, 2, 1);
+    compare(same, "router: not the same bits with 1 and 3 threads");
+    compare(sorted, "router: wrong choice");
+    compare(counted, "router: wrong counts");
+    if (c->R) {
+        check_close("router prob", got, mass, mass, c->E, 1);
+        check_close("router z", stat[0], stat_truth, stat_truth, 2, 1);
+    }
     check_close("router score", from_real(score[0], k), s.score, s.score, k, 1);
-    s.du = zeros(n), s.dW = zeros(w);
+    s.du = zeros(n);
+    s.dW = zeros(w);
     gate_backward(&s);
     if (sizeof(real) == 8 && c->R && c->R < 20) {
         check_gradient("router du", s.du, s.u, n, 40, gate_loss, &s);
@@ -524,8 +555,10 @@ static void test_router_case(const Gate *c) {
     }
     double *du_naive = zeros(n);
     double *dW_sum = zeros(w);
-    for (size_t i = 0; i < n; i++)
-        s.du[i] += du_before[i], du_naive[i] = (double)bf16_to_float(float_to_bf16((float)s.du[i]));
+    for (size_t i = 0; i < n; i++) {
+        s.du[i] += du_before[i];
+        du_naive[i] = (double)bf16_to_float(float_to_bf16((float)s.du[i]));
+    }
     for (size_t i = 0; i < w; i++) dW_sum[i] = s.dW[i] + dW_before[i];
     check_close("router dz", from_real(dz[0], z), s.dz, s.dz, z, 2);
     check_close("router du", from_x(du[0], n), s.du, du_naive, n, 1);

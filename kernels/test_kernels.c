@@ -74,7 +74,11 @@ static void test_numbers(void) {
         double sum = 0;
         double dot = 0;
         double most = -INFINITY;
-        for (int i = 0; i < n; i++) sum += x[i], dot += x[i] * y[i], most = fmax(most, x[i]);
+        for (int i = 0; i < n; i++) {
+            sum += x[i];
+            dot += x[i] * y[i];
+            most = fmax(most, x[i]);
+        }
         real *a = test_real(x, n);
         real *b = test_real(y, n);
         double bound = FP64 ? 1e-13 : 1e-5;
@@ -250,10 +254,14 @@ static void test_cross_entropy(int N, int V, double spread) {
     test_release("cross entropy");
 }
 static void test_ends(void) {
-    test_embed(40, 9, 70), test_embed(5, 30, 3), test_embed(0, 4, 4);
+    test_embed(40, 9, 70);
+    test_embed(5, 30, 3);
+    test_embed(0, 4, 4);
     test_group("embedding, forward and backward");
-    test_cross_entropy(7, 50, 2), test_cross_entropy(2, 1, 1), test_cross_entropy(1, 17, 30),
-        test_cross_entropy(0, 5, 1);
+    test_cross_entropy(7, 50, 2);
+    test_cross_entropy(2, 1, 1);
+    test_cross_entropy(1, 17, 30);
+    test_cross_entropy(0, 5, 1);
     test_cross_entropy(5, 151936, 3); // the real vocabulary
     test_group("cross entropy and its gradient");
 }
@@ -461,7 +469,10 @@ static void test_heads(int B, int T, int H, int KV, int D) {
         check_close("qk norm rope: dq", from_x(dqx, nq), dq[0], dq[1], nq, 1);
         check_close("qk norm rope: dk", from_x(dkx, nk), dk[0], dk[1], nk, 1);
         if (accumulate)
-            for (int i = 0; i < D; i++) a[i].v -= (real)old[i], b[i].v -= (real)old[i];
+            for (int i = 0; i < D; i++) {
+                a[i].v -= (real)old[i];
+                b[i].v -= (real)old[i];
+            }
         check_close("qk norm rope: dwq", from_grad(a, nd), dwq[0], dwq[1], nd,
                     2); // 2: the old value is added and taken off again
         check_close("qk norm rope: dwk", from_grad(b, nd), dwk[0], dwk[1], nd, 2);
@@ -512,12 +523,18 @@ static void test_heads(int B, int T, int H, int KV, int D) {
     test_release("qk norm rope");
 }
 static void test_norms(void) {
-    test_rmsnorm(5, 7), test_rmsnorm(1, 64), test_rmsnorm(130, 100), test_rmsnorm(3, 130),
-        test_rmsnorm(0, 5);
+    test_rmsnorm(5, 7);
+    test_rmsnorm(1, 64);
+    test_rmsnorm(130, 100);
+    test_rmsnorm(3, 130);
+    test_rmsnorm(0, 5);
     test_group("rmsnorm, forward and backward");
     test_rope_table();
-    test_heads(2, 5, 4, 2, 8), test_heads(1, 1, 1, 1, 2), test_heads(3, 30, 2, 2, 6),
-        test_heads(1, 70, 4, 1, 16), test_heads(0, 4, 2, 1, 4);
+    test_heads(2, 5, 4, 2, 8);
+    test_heads(1, 1, 1, 1, 2);
+    test_heads(3, 30, 2, 2, 6);
+    test_heads(1, 70, 4, 1, 16);
+    test_heads(0, 4, 2, 1, 4);
     test_group("rope table, norm and rotation of heads");
 }
 
@@ -573,8 +590,10 @@ static void test_linear_shape(int R, int O, int N) {
     test_release("linear");
 }
 static void test_linear(void) {
-    test_linear_shape(5, 7, 3), test_linear_shape(1, 1, 1), test_linear_shape(70, 33, 130),
-        test_linear_shape(0, 6, 5);
+    test_linear_shape(5, 7, 3);
+    test_linear_shape(1, 1, 1);
+    test_linear_shape(70, 33, 130);
+    test_linear_shape(0, 6, 5);
     test_group("linear maps, forward and backward");
     static const size_t sizes[] = { 0, 1, 1000, 40000 };
     for (int i = 0; i < 4; i++)
@@ -656,7 +675,8 @@ static void test_offsets(void) {
             for (int j = 0; j < 4; j++) wrong += load(D + i * STRIDE + j) != (real)(1 + i + 4 * j);
         compare(!wrong, "product form %d with rows beyond 2^31 elements: %d wrong", form, wrong);
     }
-    munmap(A, bytes), munmap(D, bytes);
+    munmap(A, bytes);
+    munmap(D, bytes);
     test_group("offsets beyond 2^31 elements");
 }
 
@@ -761,8 +781,15 @@ static void test_device(void) {
 int main(void) {
     device_init(0, 0);
     printf("kernels in %s: %s\n", PRECISION_NAME, device_describe());
-    test_numbers(), test_gemm(), test_ends(), test_norms(), test_linear(), test_attention(),
-        test_determinism(), test_offsets(), test_device();
+    test_numbers();
+    test_gemm();
+    test_ends();
+    test_norms();
+    test_linear();
+    test_attention();
+    test_determinism();
+    test_offsets();
+    test_device();
     device_finish();
     return test_summary();
 }

@@ -72,7 +72,10 @@ static std::vector<real> some_real(int64_t n) {
 static int passed, failed;
 static bool good;
 static const char *name;
-static void begin(const char *what) { name = what, good = true; }
+static void begin(const char *what) {
+    name = what;
+    good = true;
+}
 template <class T> static void same(const char *what, const T *far, const T *near, int64_t n) {
     std::vector<T> a((size_t)n), b((size_t)n);
     device_download(a.data(), far, a.size() * sizeof(T));

@@ -45,7 +45,8 @@ static void test_normals(void) {
         double tail = z < 0 ? normal_below(z) - u : (1 - u) - normal_below(-z);
         double e = fabs(tail) / density / (fabs(z) + 0.1);
         double l = fabs(random_log(u) - log(u)) / (fabs(log(u)) + 1);
-        worst = e > worst ? e : worst, worst_log = l > worst_log ? l : worst_log;
+        worst = e > worst ? e : worst;
+        worst_log = l > worst_log ? l : worst_log;
     }
     check(worst < 2e-15 && worst_log < 3e-16, "inverse normal and logarithm: errors %.2g, %.2g",
           worst, worst_log);
@@ -91,15 +92,18 @@ static void test_rounding_noise(void) {
         float low, high;
         uint32_t bits;
         memcpy(&bits, &x, 4);
-        bits &= 0xffff0000u, memcpy(&low, &bits, 4);
-        bits += 0x10000u, memcpy(&high, &bits, 4);
+        bits &= 0xffff0000u;
+        memcpy(&low, &bits, 4);
+        bits += 0x10000u;
+        memcpy(&high, &bits, 4);
         double sum = 0;
         for (int j = 0; j < 4096; j++) {
             float y = bf16_to_float(
                 bf16_stochastic(x, noise_bits(noise_block(7, 9, (uint64_t)i, (uint64_t)j >> 8), 2,
                                               (uint32_t)j & 255) >>
                                        16));
-            inside &= y == low || y == high, sum += y;
+            inside &= y == low || y == high;
+            sum += y;
         }
         bias += (sum / 4096 - x) / ((double)high - low);
         kept &= bf16_to_float(bf16_stochastic(low, 0xffff)) == low;
@@ -147,20 +151,25 @@ typedef struct {
 static Shard take_shard(size_t n, int kind, int master) {
     Shard shard = { { 0 }, 0, n };
     OptimizerState *s = &shard.s;
-    s->param = TEST_TAKE(floatX, n), s->grad = shard.grad = (gradX *)TEST_TAKE(real, n),
+    s->param = TEST_TAKE(floatX, n);
+    s->grad = shard.grad = (gradX *)TEST_TAKE(real, n);
     s->master = master ? TEST_TAKE(real, n) : 0;
-    for (size_t i = 0; i < n; i++) store(s->param + i, 0), shard.grad[i].v = 0;
+    for (size_t i = 0; i < n; i++) {
+        store(s->param + i, 0);
+        shard.grad[i].v = 0;
+    }
     if (master) memset(s->master, 0, n * sizeof(real));
     if (kind != OPT_ADAMW8) {
-        memset(s->m = TEST_TAKE(real, n), 0, n * sizeof(real)),
-            memset(s->v = TEST_TAKE(real, n), 0, n * sizeof(real));
+        memset(s->m = TEST_TAKE(real, n), 0, n * sizeof(real));
+        memset(s->v = TEST_TAKE(real, n), 0, n * sizeof(real));
         if (kind == OPT_SGD)
             memset(s->m, 0xff, n * sizeof(real)); // the first step must not read it
     } else {
         size_t blocks = n / 256 + 8;
-        memset(s->m8 = TEST_TAKE(uint8_t, n), 0, n), memset(s->v8 = TEST_TAKE(uint8_t, n), 0, n);
-        memset(s->m_scale = TEST_TAKE(float, blocks), 0, blocks * 4),
-            memset(s->v_scale = TEST_TAKE(float, blocks), 0, blocks * 4);
+        memset(s->m8 = TEST_TAKE(uint8_t, n), 0, n);
+        memset(s->v8 = TEST_TAKE(uint8_t, n), 0, n);
+        memset(s->m_scale = TEST_TAKE(float, blocks), 0, blocks * 4);
+        memset(s->v_scale = TEST_TAKE(float, blocks), 0, blocks * 4);
     }
     return shard;
 }
@@ -198,12 +207,14 @@ static void test_update(OptimizerKind kind, int master, const char *name) {
         OptimizerStep o = take_step(kind, t);
         for (int i = 0; i < TENSOR; i++) {
             double g = (double)(one.grad[i].v = (real)test_normal()) * 0.5;
-            if (kind == OPT_SGD)
-                g += o.weight_decay * p[i], m[i] = t == 1 ? g : o.momentum * m[i] + g,
-                                            p[i] -= o.lr * m[i];
-            else {
-                p[i] -= o.lr * o.weight_decay * p[i], m[i] += (1 - o.beta1) * (g - m[i]),
-                    v[i] = o.beta2 * v[i] + (1 - o.beta2) * g * g;
+            if (kind == OPT_SGD) {
+                g += o.weight_decay * p[i];
+                m[i] = t == 1 ? g : o.momentum * m[i] + g;
+                p[i] -= o.lr * m[i];
+            } else {
+                p[i] -= o.lr * o.weight_decay * p[i];
+                m[i] += (1 - o.beta1) * (g - m[i]);
+                v[i] = o.beta2 * v[i] + (1 - o.beta2) * g * g;
                 p[i] -= o.lr / (1 - pow(o.beta1, t)) * m[i] /
                         (sqrt(v[i]) / sqrt(1 - pow(o.beta2, t)) + o.eps);
             }
@@ -236,7 +247,7 @@ static void test_update(OptimizerKind kind, int master, const char *name) {
     double *got = TEST_TAKE(double, TENSOR);
     double *nearest = TEST_TAKE(double, TENSOR);
     for (int i = 0; i < TENSOR; i++) {
-        got[i] = master ? (double)one.s.master[i] : (double)load(one.s.param + i),
+        got[i] = master ? (double)one.s.master[i] : (double)load(one.s.param + i);
         nearest[i] = (double)load(one.s.param + i);
         rounding = fmax(rounding, master ? fabs(nearest[i] - (double)round_x(one.s.master[i])) : 0);
     }
@@ -278,9 +289,10 @@ static double quadratic(OptimizerKind kind, double *drift) {
         optimizer_update(&shard.s, &all, 1, &o, &one);
         free(test_piece[--test_pieces].memory);
     }
-    for (int i = 0; i < N; i++)
-        loss += pow((double)shard.s.master[i] - 1, 2) / 2 / N,
-            mean += (double)shard.s.master[i] / N;
+    for (int i = 0; i < N; i++) {
+        loss += pow((double)shard.s.master[i] - 1, 2) / 2 / N;
+        mean += (double)shard.s.master[i] / N;
+    }
     *drift = mean;
     return loss;
 }
@@ -312,7 +324,7 @@ static void test_adamw8(void) {
                 if (kind == 3)
                     g = 1e-9 * pow(0.999 / 0.9, t) * (i % 2 ? -1 : 1) *
                         (1 + 0.13 * (i % 7)); // v of most falls between codes
-                shard.grad[i].v = (real)(kind == 0 && t % 50 == 5 && i == 17 ? 1e4 : g),
+                shard.grad[i].v = (real)(kind == 0 && t % 50 == 5 && i == 17 ? 1e4 : g);
                 shard.s.master[i] = 0;
             }
             optimizer_update(&shard.s, &all, 1, &o, &one);
@@ -320,7 +332,8 @@ static void test_adamw8(void) {
                 sqrt(1 - pow(o.beta2, t)) / (1 - pow(o.beta1, t)) * adam_bound(o.beta1, o.beta2);
             for (int i = 0; i < N; i++) {
                 double size = fabs((double)shard.s.master[i]) / limit;
-                worst = size <= worst ? worst : size, moved += t < 5 && size > 0.01;
+                worst = size <= worst ? worst : size;
+                moved += t < 5 && size > 0.01;
             }
         }
         // 1e-4: fp32 rounding of the bound's two sides (the 8-bit step itself never exceeds it)
@@ -392,10 +405,12 @@ static void test_quant8_roots(void) {
     double quotient = 0;
     for (float x = 1.2e-38f; x < 3e38f; x *= 1.00011f) {
         double error = sqrt(2) * (double)quant8_half_root(x) / sqrt((double)x) - 1;
-        root = fmax(root, fabs(error)), high = fmax(high, error);
+        root = fmax(root, fabs(error));
+        high = fmax(high, error);
         if (x < 2.4e-38f || x > 4e37f) continue;
         error = (double)quant8_reciprocal(x) * (double)x - 1;
-        quotient = fmax(quotient, fabs(error)), high = fmax(high, error);
+        quotient = fmax(quotient, fabs(error));
+        high = fmax(high, error);
     }
     int table = 1;
     for (int c = 1; c < 256; c++) {
@@ -418,7 +433,10 @@ static void test_norms(void) {
     double sums[2][4];
     double truth[3] = { 0 };
     double total;
-    for (int run = 0; run < 2; run++) test_threads(run + 1), gradient_squares(sums[run], g, cut, 4);
+    for (int run = 0; run < 2; run++) {
+        test_threads(run + 1);
+        gradient_squares(sums[run], g, cut, 4);
+    }
     for (int i = 0; i < N; i++)
         truth[(i >= 65536) + (i >= N - 7)] += (double)g[i].v * (double)g[i].v;
     int ok = memcmp(sums[0], sums[1], sizeof sums[0]) == 0 && sums[0][3] == 0;
@@ -479,15 +497,17 @@ static void test_convert(void) {
     int exact = 1;
     int nearest = 1;
     for (int i = 0; i < ALL; i++) h[i] = (uint16_t)i;
-    convert(f, DTYPE_F32, h, DTYPE_F16, ALL), convert(d, DTYPE_F64, h, DTYPE_F16, ALL),
-        convert(back, DTYPE_F16, f, DTYPE_F32, ALL);
+    convert(f, DTYPE_F32, h, DTYPE_F16, ALL);
+    convert(d, DTYPE_F64, h, DTYPE_F16, ALL);
+    convert(back, DTYPE_F16, f, DTYPE_F32, ALL);
     for (int i = 0; i < ALL; i++) {
         double v = half_value(h[i]);
         ok &= isnan(v) ? isnan(f[i]) && isnan(d[i])
                        : (double)f[i] == v && d[i] == v && (signbit(f[i]) != 0) == h[i] >> 15;
         exact &= isnan(v) ? isnan(half_value(back[i])) : back[i] == h[i];
     }
-    convert(f, DTYPE_F32, h, DTYPE_BF16, ALL), convert(back, DTYPE_BF16, f, DTYPE_F32, ALL);
+    convert(f, DTYPE_F32, h, DTYPE_BF16, ALL);
+    convert(back, DTYPE_BF16, f, DTYPE_F32, ALL);
     for (int i = 0; i < ALL; i++)
         exact &= isnan(f[i]) ? isnan(bf16_to_float(back[i])) : back[i] == h[i];
     check(ok && exact, "every fp16 and bf16 number survives fp32 and fp64");
@@ -514,7 +534,8 @@ static void test_convert(void) {
     check(nearest && back[0] == 0x7bff && back[1] == 0x7c00 && back[2] == 0xfc00 && back[3] == 0,
           "rounding is to nearest even, once; fp16 overflows at 65520");
     double big[3] = { 1e300, -1e39, 1e-320 };
-    convert(back, DTYPE_BF16, big, DTYPE_F64, 3), convert(f, DTYPE_F32, big, DTYPE_F64, 3);
+    convert(back, DTYPE_BF16, big, DTYPE_F64, 3);
+    convert(f, DTYPE_F32, big, DTYPE_F64, 3);
     check(back[0] == 0x7f80 && back[1] == 0xff80 && back[2] == 0 && f[0] == INFINITY && f[2] == 0,
           "doubles out of range");
     floatX *x = test_x(test_random(5000, 1, 0), 5000);
@@ -532,10 +553,12 @@ int main(void) {
     test_philox();
     test_normals();
     test_rounding_noise();
-    test_update(OPT_SGD, 1, "SGD, master"), test_update(OPT_SGD, 0, "SGD, no master");
-    test_update(OPT_ADAMW, 1, "AdamW, master"), test_update(OPT_ADAMW, 0, "AdamW, no master");
-    test_update(OPT_ADAMW8, 1, "AdamW 8-bit, master"),
-        test_update(OPT_ADAMW8, 0, "AdamW 8-bit, no master");
+    test_update(OPT_SGD, 1, "SGD, master");
+    test_update(OPT_SGD, 0, "SGD, no master");
+    test_update(OPT_ADAMW, 1, "AdamW, master");
+    test_update(OPT_ADAMW, 0, "AdamW, no master");
+    test_update(OPT_ADAMW8, 1, "AdamW 8-bit, master");
+    test_update(OPT_ADAMW8, 0, "AdamW 8-bit, no master");
     test_adamw8();
     test_adamw8_bits();
     test_quant8_roots();

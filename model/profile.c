@@ -1,7 +1,6 @@
 // --profile: the reports of one update as a table of times and FLOP/s, and as a trace. Listens
 // through kernel_hook (kernels/device.h); contracts in inspect.h.
 #include "inspect.h"
-#include "file.h"
 #include "../kernels/device.h"
 #include "../kernels/fail.h"
 #include <stdlib.h>

@@ -146,7 +146,8 @@ static void read_environment(void) {
 static void abort_all(void) { join_abort(1); }
 
 void join_init(int *argc, char ***argv) {
-    (void)argc, (void)argv;
+    (void)argc;
+    (void)argv;
     if (!mpi_launched()) read_environment();
 #ifdef MOE_MPI
     else {
@@ -228,7 +229,8 @@ static int send_bytes(int fd, const void *bytes, size_t n) {
         ssize_t k = send(fd, p, n, MSG_NOSIGNAL);
         if (k < 0 && errno == EINTR) continue;
         if (k <= 0) return 0;
-        p += k, n -= k;
+        p += k;
+        n -= k;
     }
     return 1;
 }
@@ -237,7 +239,8 @@ static int recv_bytes(int fd, void *bytes, size_t n) {
         ssize_t k = recv(fd, p, n, 0);
         if (k < 0 && errno == EINTR) continue;
         if (k <= 0) return 0;
-        p += k, n -= k;
+        p += k;
+        n -= k;
     }
     return 1;
 }
@@ -576,7 +579,8 @@ void join_leave(void) {
     for (int i = 0; i < n_peers; i++)
         if (peer[i] >= 0) close(peer[i]);
     free(peer);
-    peer = 0, n_peers = 0;
+    peer = 0;
+    n_peers = 0;
 #ifdef MOE_MPI
     if (how == MPI) {
         MPI_Barrier(MPI_COMM_WORLD);
@@ -585,7 +589,8 @@ void join_leave(void) {
     }
 #endif
     free(machines);
-    machines = 0, here.machine = 0;
+    machines = 0;
+    here.machine = 0;
 }
 
 void join_abort(int status) {

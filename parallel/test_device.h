@@ -40,7 +40,9 @@ static inline StagedCall *stage(void *dst, size_t dst_bytes, const void *src, si
     char *d = (char *)dst;
     const char *s = (const char *)src;
     memset(c, 0, sizeof *c);
-    c->used = 1, c->host = d, c->bytes = dst_bytes;
+    c->used = 1;
+    c->host = d;
+    c->bytes = dst_bytes;
     if (s && s >= d && s + src_bytes <= d + dst_bytes) {
         *device_dst = staged_copy(&c->to, d, dst_bytes);
         *device_src = *device_dst + (s - d);
@@ -97,8 +99,10 @@ static inline Request test_all_to_all_start(Comm *g, void *recv, const int64_t *
     size_t bytes[2] = { 0, 0 };
     if (!on_device())
         return all_to_all_start(g, recv, recv_rows, send, send_rows, row_bytes, stream);
-    for (int j = 0; j < comm_size(g); j++)
-        bytes[0] += (size_t)recv_rows[j] * row_bytes, bytes[1] += (size_t)send_rows[j] * row_bytes;
+    for (int j = 0; j < comm_size(g); j++) {
+        bytes[0] += (size_t)recv_rows[j] * row_bytes;
+        bytes[1] += (size_t)send_rows[j] * row_bytes;
+    }
     StagedCall *c = stage(recv, bytes[0], send, bytes[1], &to, &from);
     return staged_start(c, all_to_all_start(g, to, recv_rows, from, send_rows, row_bytes, stream));
 }

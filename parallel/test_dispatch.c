@@ -1,15 +1,18 @@
 // Tests of dispatch.c and heads.c under any number of ranks:   mpirun -np 4 build/test_dispatch
 // (test_dispatch.sh runs 1, 2, 3 and 4 and adds up)
 //
-//   adjoint     <S x, Y> = <x, S' Y> for both passes, scores included. All numbers are small
-//   multiples of 1/4, whose sums are exact in every precision: the two sides must be EQUAL. layer
-//   a whole MoE layer (without router), forward and backward, against one process on all tokens,
-//   with the same kernels: y, dx, dscore, dW1, dW2, per expert edges       nobody's experts chosen
-//   on one rank, everything to one expert, everything to one rank, only own tokens, only the
-//   neighbour's calls       50 calls on two exchanges in flight, other routing every time, memory
-//   poisoned with NaN before every one load        sizes known to the host against a naive count;
-//   traffic: bytes on the wire against the formulas of README.md picture     the example drawn in
-//   README.md, number by number heads       both maps of heads.c: values and adjoints
+//   adjoint   <S x, Y> = <x, S' Y> for both passes, scores included. All numbers are small
+//             multiples of 1/4, whose sums are exact in every precision: the sides must be EQUAL.
+//   layer     A whole MoE layer (without router), forward and backward, against one process on all
+//             tokens, with the same kernels: y, dx, dscore, dW1, dW2, each expert.
+//   edges     Nobody's experts chosen on one rank, everything to one expert, everything to one
+//             rank, only own tokens, only the neighbour's.
+//   calls     50 calls on two exchanges in flight, other routing every time, memory poisoned with
+//             NaN before each.
+//   load      Sizes known to the host against a naive count.
+//   traffic   Bytes on the wire against the formulas of README.md.
+//   picture   The example drawn in README.md, number by number.
+//   heads     Both maps of heads.c: values and adjoints.
 //
 // The problem is always the one of n R tokens; with allreduce every rank holds all of them and dy
 // is non-zero on the own slice alone, so that the replicas' dy add up to the same gradient (I1, one
@@ -44,134 +47,20 @@ static Comm *everyone;
 static void check(int ok, const char *format, ...) {
     va_list a;
     char text[256];
-    va_start(a, format), vsnprintf(text, sizeof text, format, a), va_end(a);
-    if (!ok) printf("rank %d: FAIL %s\n", world_rank, text), fflush(stdout);
+    va_start(a, format);
+    vsnprintf(text, sizeof text, format, a);
+    va_end(a);
+    if (!ok) {
+        printf("rank %d: FAIL %s\n", world_rank, text);
+        fflush(stdout);
+    }
     if (comm_max(everyone, !ok))
         failed++;
     else
         passed++;
 }
 
-// ---- numbers --------------------------------------------------------------------------------
-static uint64_t random_bits(uint64_t *s) { // splitmix64
-    uint64_t z = (*s += 0x9e3779b97f4a7c15u);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u, z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-static int below(uint64_t *s, int n) { return (int)(random_bits(s) % (uint64_t)n); }
-static double uniform(uint64_t *s) {
-    return (double)(random_bits(s) >> 11) * 0x1p-52 - 1;
-} // [-1, 1)
-static double quarter(uint64_t *s) { return (below(s, 17) - 8) * 0.25; } // -2, -1.75 .. 2
-
-static char *scratch; // device, room for the largest tensor in double
-static void put(void *dst, Dtype type, const double *x, size_t n) {
-    device_upload(scratch, x, n * 8), convert(dst, type, scratch, DTYPE_F64, n);
-}
-static void get(double *x, const void *src, Dtype type, size_t n) {
-    convert(scratch, DTYPE_F64, src, type, n), device_download(x, scratch, n * 8);
-}
-static double dot(const double *a, const double *b, size_t n) {
-    double s = 0;
-    for (size_t i = 0; i < n; i++) s += a[i] * b[i];
-    return s;
-}
-// |a - b| / |b| in the 2-norm; b = 0 demands a = 0; NaN fails every comparison.
-static double distance(const double *a, const double *b, size_t n) {
-    double d = 0;
-    double norm = dot(b, b, n);
-    for (size_t i = 0; i < n; i++) d += (a[i] - b[i]) * (a[i] - b[i]);
-    if (norm == 0 && d == 0) return 0;
-    return norm > 0 ? sqrt(d / norm) : INFINITY;
-}
-static double *numbers(size_t n) {
-    return (double *)xcalloc(n + 1, sizeof(double), "test numbers");
-}
-static void poison(Arena *a) { // every byte 0xff: NaN in any float type, -1 as an id
-    static char ff[4096];
-    memset(ff, 0xff, sizeof ff);
-    for (size_t i = 0; i < a->used; i += sizeof ff)
-        device_upload(a->base + i, ff, a->used - i < sizeof ff ? a->used - i : sizeof ff);
-}
-
-// ---- a problem: all tokens of an ep group, known to every rank ------------------------------
-enum { RANDOM, SKEWED, SKIP_LAST_RANK, ONE_EXPERT, ONE_RANK, OWN, NEIGHBOUR, ROUTINGS };
-static const char *routing_name[] = {
-    "random",        "skewed",          "last rank gets nothing", "all to one expert",
-    "all to rank 0", "own tokens only", "neighbour's tokens only"
-};
-typedef struct {
-    int n, me, R, N, C, E, K, F;         // N = n R tokens
-    int *topk;                           // (N,K)
-    double *x, *dy, *score, *W1, *W2;    // (N,C), (N,C), (N,K), (E,2F,C), (E,C,F)
-    double *y, *dx, *dscore, *dW1, *dW2; // one process' answer, same shapes
-} Problem;
-
-static int problem_expert(const Problem *p, int routing, int token, uint64_t *s) {
-    int local = p->E / p->n;
-    int rank = token / p->R;
-    switch (routing) {
-    case SKEWED: {
-        int a = below(s, p->E);
-        int b = below(s, p->E);
-        int c = below(s, p->E);
-        a = a < b ? a : b;
-        return a < c ? a : c;
-    }
-    case SKIP_LAST_RANK: return below(s, p->n > 1 ? p->E - local : p->E);
-    case ONE_RANK: return below(s, local);
-    case OWN: return rank * local + below(s, local);
-    case NEIGHBOUR: return (rank + 1) % p->n * local + below(s, local);
-    default: return below(s, p->E);
-    }
-}
-static void problem_fill(Problem *p, int routing, uint64_t seed) {
-    uint64_t s = seed * 7919 + 1;
-    for (int t = 0; t < p->N; t++) {
-        int *id = p->topk + (size_t)t * p->K;
-        int k = 0;
-        if (routing == ONE_EXPERT) id[k++] = p->E / 2;
-        while (k <
-               p->K) { // distinct ids, ascending; a routing with too few experts for K takes others
-            int e = problem_expert(p, k < p->E / p->n ? routing : RANDOM, t, &s);
-            int fresh = 1;
-            int j = k;
-            for (int i = 0; i < k; i++) fresh &= id[i] != e;
-            if (!fresh) continue;
-            for (; j > 0 && id[j - 1] > e; j--) id[j] = id[j - 1];
-            id[j] = e, k++;
-        }
-    }
-    size_t N = p->N, C = p->C;
-    size_t w = (size_t)p->E * p->F * C;
-    for (size_t i = 0; i < N * C; i++) p->x[i] = uniform(&s), p->dy[i] = uniform(&s);
-    for (size_t i = 0; i < N * p->K; i++) p->score[i] = 0.5 + 0.4 * uniform(&s);
-    for (size_t i = 0; i < 2 * w; i++) p->W1[i] = 0.3 * uniform(&s);
-    for (size_t i = 0; i < w; i++) p->W2[i] = 0.3 * uniform(&s);
-}
-static Problem problem_new(const Grid *g, const Config *c, int R) {
-    Problem p = { .n = g->ep,
-                  .me = g->ep_rank,
-                  .R = R,
-                  .N = g->ep * R,
-                  .C = c->C,
-                  .E = c->E,
-                  .K = c->K,
-                  .F = c->F };
-    size_t x = (size_t)p.N * p.C;
-    size_t s = (size_t)p.N * p.K;
-    size_t w = (size_t)p.E * p.F * p.C;
-    p.topk = (int *)xcalloc(s, sizeof(int), "topk");
-    p.x = numbers(x), p.dy = numbers(x), p.score = numbers(s), p.W1 = numbers(2 * w),
-    p.W2 = numbers(w);
-    p.y = numbers(x), p.dx = numbers(x), p.dscore = numbers(s), p.dW1 = numbers(2 * w),
-    p.dW2 = numbers(w);
-    return p;
-}
-static void problem_free(Problem *p) {
-    free(p->topk), free(p->x), free(p->dy), free(p->score), free(p->W1), free(p->W2), free(p->y),
-        free(p->dx), free(p->dscore), free(p->dW1), free(p->dW2);
-}
+#include "test_dispatch_problem.h"
 
 // ---- a slot: what one micro-batch needs on this rank ----------------------------------------
 typedef struct {
@@ -202,31 +91,42 @@ static void slot_take(Slot *s, const Grid *g, const Config *c, int R) {
     s->sent = 0;
     if (g->dispatch == DISPATCH_ALLTOALL) s->sent = R * (g->ep < c->K ? g->ep : c->K);
     s->lists = ARENA_TAKE(a, int, (int64_t)M + bound * c->K + local + 1 + 2 * s->sent, "t");
-    s->topk = ARENA_TAKE(a, int, k, "t"), s->score = ARENA_TAKE(a, real, k, "t"),
+    s->topk = ARENA_TAKE(a, int, k, "t");
+    s->score = ARENA_TAKE(a, real, k, "t");
     s->dscore = ARENA_TAKE(a, real, k, "t");
-    s->x = ARENA_TAKE(a, floatX, x, "t"), s->y = ARENA_TAKE(a, floatX, x, "t"),
-    s->dy = ARENA_TAKE(a, floatX, x, "t"), s->dx = ARENA_TAKE(a, floatX, x, "t");
-    s->W1 = ARENA_TAKE(a, floatX, 2 * w, "t"), s->W2 = ARENA_TAKE(a, floatX, w, "t"),
-    s->dW1 = ARENA_TAKE(a, gradX, 2 * w, "t"), s->dW2 = ARENA_TAKE(a, gradX, w, "t");
-    s->H = ARENA_TAKE(a, floatX, M * 2 * c->F, "t"), s->A = ARENA_TAKE(a, floatX, M * c->F, "t"),
+    s->x = ARENA_TAKE(a, floatX, x, "t");
+    s->y = ARENA_TAKE(a, floatX, x, "t");
+    s->dy = ARENA_TAKE(a, floatX, x, "t");
+    s->dx = ARENA_TAKE(a, floatX, x, "t");
+    s->W1 = ARENA_TAKE(a, floatX, 2 * w, "t");
+    s->W2 = ARENA_TAKE(a, floatX, w, "t");
+    s->dW1 = ARENA_TAKE(a, gradX, 2 * w, "t");
+    s->dW2 = ARENA_TAKE(a, gradX, w, "t");
+    s->H = ARENA_TAKE(a, floatX, M * 2 * c->F, "t");
+    s->A = ARENA_TAKE(a, floatX, M * c->F, "t");
     s->sA = ARENA_TAKE(a, floatX, M * c->F, "t");
     s->Y = ARENA_TAKE(a, floatX, M * c->C, "t");
 }
 static Slot slot_new(const Grid *g, const Config *c, int R) {
     Slot s = { .dispatcher_arena = arena_counting("exchange"), .arena = arena_counting("test") };
-    slot_take(&s, g, c, R), dispatcher_free(s.e);
-    arena_commit(&s.dispatcher_arena), arena_commit(&s.arena);
+    slot_take(&s, g, c, R);
+    dispatcher_free(s.e);
+    arena_commit(&s.dispatcher_arena);
+    arena_commit(&s.arena);
     slot_take(&s, g, c, R);
     s.table_size = dispatch_table_size(g, c, R);
     if (s.table_size) s.table = (int *)xcalloc(2 * s.table_size, sizeof(int), "tables");
     s.route.table = s.saved.table = s.table;
-    s.R = R, s.experts = c->E / g->ep,
+    s.R = R;
+    s.experts = c->E / g->ep;
     s.first_token = g->dispatch == DISPATCH_ALLREDUCE ? 0 : g->ep_rank * R;
     return s;
 }
 static void slot_free(Slot *s) {
     free(s->table);
-    dispatcher_free(s->e), arena_free(&s->dispatcher_arena), arena_free(&s->arena);
+    dispatcher_free(s->e);
+    arena_free(&s->dispatcher_arena);
+    arena_free(&s->arena);
 }
 
 // Everything is poisoned, then this rank's part of the problem is put in.
@@ -235,21 +135,23 @@ static void slot_load(Slot *s, const Problem *p) {
     size_t C = p->C;
     size_t w = p->F * C;
     size_t first = (size_t)p->me * s->experts;
-    poison(&s->dispatcher_arena), poison(&s->arena);
+    poison(&s->dispatcher_arena);
+    poison(&s->arena);
     device_upload(s->topk, p->topk + t * p->K, (size_t)s->R * p->K * sizeof(int));
     int *other = (int *)xmalloc((size_t)s->R * p->K * sizeof(int), "another routing");
     for (int i = 0; i < s->R * p->K; i++) other[i] = p->E - p->K + i % p->K; // the last K experts
     device_upload(s->topk_other, other, (size_t)s->R * p->K * sizeof(int));
     free(other);
-    put(s->score, DTYPE_REAL, p->score + t * p->K, (size_t)s->R * p->K),
-        put(s->x, DTYPE_FLOATX, p->x + t * C, s->R * C);
-    put(s->W1, DTYPE_FLOATX, p->W1 + first * 2 * w, s->experts * 2 * w),
-        put(s->W2, DTYPE_FLOATX, p->W2 + first * w, s->experts * w);
+    put(s->score, DTYPE_REAL, p->score + t * p->K, (size_t)s->R * p->K);
+    put(s->x, DTYPE_FLOATX, p->x + t * C, s->R * C);
+    put(s->W1, DTYPE_FLOATX, p->W1 + first * 2 * w, s->experts * 2 * w);
+    put(s->W2, DTYPE_FLOATX, p->W2 + first * w, s->experts * w);
     double *dy = numbers(s->R * C);
     for (int r = 0; r < s->R; r++)
         if ((s->first_token + r) / p->R == p->me)
             memcpy(dy + r * C, p->dy + (t + r) * C, C * sizeof(double));
-    put(s->dy, DTYPE_FLOATX, dy, s->R * C), free(dy);
+    put(s->dy, DTYPE_FLOATX, dy, s->R * C);
+    free(dy);
 }
 
 static void route_and_dispatch(Slot *s) {
@@ -302,9 +204,10 @@ static void backward(Slot *s, int again, int C,
     const floatX *dpool = dispatch_wait(s->e, BACKWARD, 0);
     real *pool_dscore;
     floatX *target = combine_target(s->e, BACKWARD, s->dx, s->dscore, &pool_dscore);
-    if (again)
-        s->pool = dispatch_wait(s->e, FORWARD, &s->pool_score),
+    if (again) {
+        s->pool = dispatch_wait(s->e, FORWARD, &s->pool_score);
         experts_up(s->H, 0, s->pool, s->W1, &s->route.index, C, F);
+    }
     experts_down_backward(s->H, s->sA, pool_dscore, dpool, s->H, s->W2, s->pool_score,
                           &s->route.index, C, F);
     experts_up_backward(s->Y, s->H, s->W1, &s->route.index, C, F);
@@ -330,13 +233,18 @@ static void solve(Problem *p, const Config *c) {
     Grid alone = { .world = 1, .dp = 1, .fsdp = 1, .ep = 1 };
     Slot s = slot_new(&alone, c, p->N);
     Problem whole = *p;
-    whole.n = 1, whole.me = 0, whole.R = p->N;
-    slot_load(&s, &whole), run(&s, 1, 0, p->C, p->F);
+    whole.n = 1;
+    whole.me = 0;
+    whole.R = p->N;
+    slot_load(&s, &whole);
+    run(&s, 1, 0, p->C, p->F);
     size_t x = (size_t)p->N * p->C;
     size_t w = (size_t)p->E * p->F * p->C;
-    get(p->y, s.y, DTYPE_FLOATX, x), get(p->dx, s.dx, DTYPE_FLOATX, x),
-        get(p->dscore, s.dscore, DTYPE_REAL, (size_t)p->N * p->K);
-    get(p->dW1, s.dW1, DTYPE_REAL, 2 * w), get(p->dW2, s.dW2, DTYPE_REAL, w);
+    get(p->y, s.y, DTYPE_FLOATX, x);
+    get(p->dx, s.dx, DTYPE_FLOATX, x);
+    get(p->dscore, s.dscore, DTYPE_REAL, (size_t)p->N * p->K);
+    get(p->dW1, s.dW1, DTYPE_REAL, 2 * w);
+    get(p->dW2, s.dW2, DTYPE_REAL, w);
     slot_free(&s);
 }
 
@@ -356,7 +264,8 @@ static void whole(double *out, const void *part, Dtype type, const Slot *s, cons
             out[i] = partial ? 0 : mine[i];
             for (int j = 0; j < p->n && partial; j++) out[i] += all[j * n + i];
         }
-    free(mine), free(all);
+    free(mine);
+    free(all);
 }
 typedef struct {
     double *y, *dx, *dscore, *dW1, *dW2;
@@ -365,14 +274,19 @@ static Answer answer(const Slot *s, const Problem *p, const Grid *g) {
     size_t x = (size_t)p->N * p->C;
     size_t w = (size_t)s->experts * p->F * p->C;
     Answer a = { numbers(x), numbers(x), numbers((size_t)p->N * p->K), numbers(2 * w), numbers(w) };
-    whole(a.y, s->y, DTYPE_FLOATX, s, p, g, 0, p->C),
-        whole(a.dx, s->dx, DTYPE_FLOATX, s, p, g, 1, p->C),
-        whole(a.dscore, s->dscore, DTYPE_REAL, s, p, g, 1, p->K);
-    get(a.dW1, s->dW1, DTYPE_REAL, 2 * w), get(a.dW2, s->dW2, DTYPE_REAL, w);
+    whole(a.y, s->y, DTYPE_FLOATX, s, p, g, 0, p->C);
+    whole(a.dx, s->dx, DTYPE_FLOATX, s, p, g, 1, p->C);
+    whole(a.dscore, s->dscore, DTYPE_REAL, s, p, g, 1, p->K);
+    get(a.dW1, s->dW1, DTYPE_REAL, 2 * w);
+    get(a.dW2, s->dW2, DTYPE_REAL, w);
     return a;
 }
 static void answer_free(Answer *a) {
-    free(a->y), free(a->dx), free(a->dscore), free(a->dW1), free(a->dW2);
+    free(a->y);
+    free(a->dx);
+    free(a->dscore);
+    free(a->dW1);
+    free(a->dW2);
 }
 static double largest(double a, double b) {
     if (isnan(b)) return INFINITY;
@@ -413,14 +327,20 @@ static void test_load(const Slot *s, const Problem *p, const Grid *g, const char
             int goes = 0;
             for (int k = 0; k < p->K; k++) goes |= p->topk[(size_t)t * p->K + k] / local == j;
             if (g->dispatch != DISPATCH_ALLTOALL) goes = 1;
-            pool += goes, sent += goes && t / p->R == p->me && j != p->me,
-                received += goes && t / p->R != p->me && j == p->me;
+            pool += goes;
+            sent += goes && t / p->R == p->me && j != p->me;
+            received += goes && t / p->R != p->me && j == p->me;
         }
-        if (j == p->me) want.pool = pool, want.rows = rows;
+        if (j == p->me) {
+            want.pool = pool;
+            want.rows = rows;
+        }
         if (pool > want.pool_max) want.pool_max = pool;
         if (rows > want.rows_max) want.rows_max = rows;
-        if (g->dispatch != DISPATCH_ALLREDUCE)
-            want.sent_rows += sent, want.received_rows += received;
+        if (g->dispatch != DISPATCH_ALLREDUCE) {
+            want.sent_rows += sent;
+            want.received_rows += received;
+        }
     }
     check(comm_is_local(g->ep_group) || memcmp(l, &want, sizeof want) == 0,
           "%s: pool %lld rows %lld largest %lld %lld sent %lld received %lld, want %lld %lld %lld "
@@ -437,13 +357,15 @@ static void test_layers(const Config *c, const Grid grid[3], int R) {
     for (int d = 0; d < 3; d++) slot[d] = slot_new(&grid[d], c, d == DISPATCH_ALLREDUCE ? p.N : R);
     for (int routing = 0; routing < ROUTINGS; routing++) {
         Answer a[3];
-        problem_fill(&p, routing, 100 + (uint64_t)routing), solve(&p, c);
+        problem_fill(&p, routing, 100 + (uint64_t)routing);
+        solve(&p, c);
         for (int d = 0; d < 3; d++) {
             char what[160];
             snprintf(what, sizeof what, "ep %d K %d %s, %s", p.n, c->K, dispatch_name[d],
                      routing_name[routing]);
             int64_t reads = dispatch_load(slot[d].e)->reads;
-            slot_load(slot + d, &p), run(slot + d, 1, routing % AGAIN_WAYS, p.C, p.F);
+            slot_load(slot + d, &p);
+            run(slot + d, 1, routing % AGAIN_WAYS, p.C, p.F);
             test_load(slot + d, &p, grid + d, what);
             // One read in forward, none in backward; test's own routing of another micro-batch
             // aside.
@@ -486,21 +408,28 @@ static void test_calls(const Config *c, const Grid *g, int R) {
     int pools = 0;
     int last = -1;
     for (int call = 0; call < 50; call++) {
-        for (int i = 0; i < 2; i++)
-            problem_fill(p + i, (call + 3 * i) % ROUTINGS, 1000 + (uint64_t)(2 * call + i)),
-                solve(p + i, c), slot_load(s + i, p + i);
+        for (int i = 0; i < 2; i++) {
+            problem_fill(p + i, (call + 3 * i) % ROUTINGS, 1000 + (uint64_t)(2 * call + i));
+            solve(p + i, c);
+            slot_load(s + i, p + i);
+        }
         run(s, 2, call % AGAIN_WAYS, c->C, c->F);
         for (int i = 0; i < 2; i++) {
             Answer a = answer(s + i, p + i, g);
-            worst = largest(worst, error_of(&a, p + i, s + i)), answer_free(&a);
+            worst = largest(worst, error_of(&a, p + i, s + i));
+            answer_free(&a);
         }
-        pools += s->route.index.P != last, last = s->route.index.P;
+        pools += s->route.index.P != last;
+        last = s->route.index.P;
     }
     check(worst <= TOLERANCE, "ep %d %s, 50 calls on poisoned memory: distance %.2e", g->ep,
           dispatch_name[g->dispatch], worst);
     check(g->ep == 1 || g->dispatch != DISPATCH_ALLTOALL || pools > 15,
           "ep %d: the pool's size changed in %d of 50 calls", g->ep, pools);
-    for (int i = 0; i < 2; i++) slot_free(s + i), problem_free(p + i);
+    for (int i = 0; i < 2; i++) {
+        slot_free(s + i);
+        problem_free(p + i);
+    }
 }
 
 static void test_adjoint(const Config *c, const Grid *g, int R) {
@@ -523,10 +452,12 @@ static void test_adjoint(const Config *c, const Grid *g, int R) {
                                               // are linear in each copy
         const real *pool_score;
         real *pool_dscore;
-        problem_fill(&p, routing, 7), slot_load(&s, &p);
+        problem_fill(&p, routing, 7);
+        slot_load(&s, &p);
         for (size_t i = 0; i < x; i++) X[i] = quarter(&seed);
         for (size_t i = 0; i < k; i++) score[i] = quarter(&seed);
-        put(s.x, DTYPE_FLOATX, X, x), put(s.score, DTYPE_REAL, score, k);
+        put(s.x, DTYPE_FLOATX, X, x);
+        put(s.score, DTYPE_REAL, score, k);
         route_and_dispatch(&s);
         size_t P = s.route.index.P * p.C;
         size_t PK = s.route.index.P * p.K;
@@ -542,20 +473,25 @@ static void test_adjoint(const Config *c, const Grid *g, int R) {
             if (token_row[i] < 0) a[i] = 0; // what is not read may be anything
         double left_score = dot(a, D, PK);
         floatX *target = combine_target(s.e, BACKWARD, s.dx, s.dscore, &pool_dscore);
-        put(target, DTYPE_FLOATX, Y, P), put(pool_dscore, DTYPE_REAL, D, PK);
-        combine_start(s.e, BACKWARD, s.dx, s.dscore), combine_wait(s.e, BACKWARD);
-        get(a, s.dx, DTYPE_FLOATX, x), get(b, s.dscore, DTYPE_REAL, k);
+        put(target, DTYPE_FLOATX, Y, P);
+        put(pool_dscore, DTYPE_REAL, D, PK);
+        combine_start(s.e, BACKWARD, s.dx, s.dscore);
+        combine_wait(s.e, BACKWARD);
+        get(a, s.dx, DTYPE_FLOATX, x);
+        get(b, s.dscore, DTYPE_REAL, k);
         double l = comm_sum(g->ep_group, left);
         double r = comm_sum(g->ep_group, dot(a, X, x));
         check(l == r, "ep %d %s, %s: <Sx,Y> %.17g <x,S'Y> %.17g", p.n, dispatch_name[g->dispatch],
               routing_name[routing], l, r);
-        l = comm_sum(g->ep_group, left_score), r = comm_sum(g->ep_group, dot(b, score, k));
+        l = comm_sum(g->ep_group, left_score);
+        r = comm_sum(g->ep_group, dot(b, score, k));
         check(l == r, "ep %d %s, %s: scores <Sx,Y> %.17g <x,S'Y> %.17g", p.n,
               dispatch_name[g->dispatch], routing_name[routing], l, r);
         // <combine_F Y, dy> = <Y, dispatch_B dy>
         for (size_t i = 0; i < x; i++) X[i] = quarter(&seed);
         put(combine_target(s.e, FORWARD, s.y, 0, 0), DTYPE_FLOATX, Y, P);
-        combine_start(s.e, FORWARD, s.y, 0), combine_wait(s.e, FORWARD);
+        combine_start(s.e, FORWARD, s.y, 0);
+        combine_wait(s.e, FORWARD);
         get(a, s.y, DTYPE_FLOATX, x);
         l = comm_sum(g->ep_group, dot(a, X, x));
         put(s.dy, DTYPE_FLOATX, X, x);
@@ -568,8 +504,15 @@ static void test_adjoint(const Config *c, const Grid *g, int R) {
         check(memcmp(b, X, x * sizeof(double)) == 0, "ep %d %s: dy is untouched", p.n,
               dispatch_name[g->dispatch]);
     }
-    free(X), free(Y), free(a), free(b), free(score), free(D), free(token_row), slot_free(&s),
-        problem_free(&p);
+    free(X);
+    free(Y);
+    free(a);
+    free(b);
+    free(score);
+    free(D);
+    free(token_row);
+    slot_free(&s);
+    problem_free(&p);
 }
 
 // Payload to other ranks of one forward and backward: the formulas of README.md with the measured
@@ -581,7 +524,8 @@ static void test_traffic(const Config *c, const Grid *g, int R) {
     int64_t row = (int64_t)p.C * (int64_t)sizeof(floatX);
     int64_t ids = (int64_t)p.K * (int64_t)sizeof(real);
     Slot s = slot_new(g, c, (int)tokens);
-    problem_fill(&p, RANDOM, 5), slot_load(&s, &p);
+    problem_fill(&p, RANDOM, 5);
+    slot_load(&s, &p);
     for (int kind = 0; kind < COMM_KINDS; kind++) comm_traffic(g->ep_group, kind, 1);
     run(&s, 1, 0, p.C, p.F);
     int64_t sent[COMM_KINDS];
@@ -596,12 +540,14 @@ static void test_traffic(const Config *c, const Grid *g, int R) {
             own |= p.topk[((size_t)p.me * p.R + r) * p.K + k] / (p.E / p.n) == p.me;
         back -= own;
     }
-    if (g->ep > 1 && g->dispatch == DISPATCH_ALLTOALL)
-        want[COMM_ALL_TO_ALL] = (out + back) * (2 * row + ids),
+    if (g->ep > 1 && g->dispatch == DISPATCH_ALLTOALL) {
+        want[COMM_ALL_TO_ALL] = (out + back) * (2 * row + ids);
         want[COMM_ALL_GATHER] = others * tokens * p.K * 4;
-    if (g->ep > 1 && g->dispatch == DISPATCH_ALLGATHER)
-        want[COMM_ALL_GATHER] = others * tokens * (2 * row + ids + p.K * 4),
+    }
+    if (g->ep > 1 && g->dispatch == DISPATCH_ALLGATHER) {
+        want[COMM_ALL_GATHER] = others * tokens * (2 * row + ids + p.K * 4);
         want[COMM_REDUCE_SCATTER] = others * tokens * (2 * row + ids);
+    }
     for (int kind = 0; kind < COMM_KINDS; kind++)
         if (kind != COMM_ALL_REDUCE)
             check(sent[kind] == want[kind], "ep %d %s: collective %d sent %lld bytes, formula %lld",
@@ -614,7 +560,8 @@ static void test_traffic(const Config *c, const Grid *g, int R) {
         g->ep > 1 && g->dispatch == DISPATCH_ALLREDUCE ? 2.0 * 2 * others * tokens * row : 0;
     check(group == formula, "ep %d %s: all-reduces of the group sent %.0f bytes, formula %.0f", p.n,
           dispatch_name[g->dispatch], group, formula);
-    slot_free(&s), problem_free(&p);
+    slot_free(&s);
+    problem_free(&p);
 }
 
 // The drawing of README.md: 2 ranks, 6 tokens a to f, 4 experts, 2 a token. Every array is what the
@@ -634,13 +581,16 @@ static void test_picture(const Config *base, const Grid *g) {
     static const double pool[2][4] = { { 1, 2, 4, 6 }, { 2, 3, 4, 5 } };
     static const double sum[2][3] = { { 1, 4, 3 }, { 8, 5, 6 } };
     Config c = *base;
-    c.C = 1, c.E = 4, c.K = 2;
+    c.C = 1;
+    c.E = 4;
+    c.K = 2;
     Slot s = slot_new(g, &c, 3);
     double got[4];
     double score[6] = { 0 };
     int me = g->ep_rank;
-    device_upload(s.topk, topk[me], sizeof topk[me]), put(s.x, DTYPE_FLOATX, x[me], 3),
-        put(s.score, DTYPE_REAL, score, 6);
+    device_upload(s.topk, topk[me], sizeof topk[me]);
+    put(s.x, DTYPE_FLOATX, x[me], 3);
+    put(s.score, DTYPE_REAL, score, 6);
     route_and_dispatch(&s);
     const floatX *arrived = dispatch_wait(s.e, FORWARD, 0);
     check(s.route.index.P == 4 && dispatch_load(s.e)->sent_rows == 2,
@@ -656,7 +606,8 @@ static void test_picture(const Config *base, const Grid *g) {
           got[2], got[3]);
     put(combine_target(s.e, FORWARD, s.y, 0, 0), DTYPE_FLOATX, pool[me],
         4); // experts that hand back what they got: y = x times the ranks visited
-    combine_start(s.e, FORWARD, s.y, 0), combine_wait(s.e, FORWARD);
+    combine_start(s.e, FORWARD, s.y, 0);
+    combine_wait(s.e, FORWARD);
     get(got, s.y, DTYPE_FLOATX, 3);
     check(memcmp(got, sum[me], 3 * sizeof(double)) == 0, "picture: sums %g %g %g", got[0], got[1],
           got[2]);
@@ -675,8 +626,10 @@ static void test_heads(const Config *c, const Grid *g, int R) {
     floatX *dx = 0;
     floatX *out = 0;
     for (int commit = 0; commit < 2; commit++) {
-        heads_free(h), h = heads_create(g, c, R, &arena);
-        dx = ARENA_TAKE(&arena, floatX, x, "t"), out = ARENA_TAKE(&arena, floatX, x, "t");
+        heads_free(h);
+        h = heads_create(g, c, R, &arena);
+        dx = ARENA_TAKE(&arena, floatX, x, "t");
+        out = ARENA_TAKE(&arena, floatX, x, "t");
         if (!commit) arena_commit(&arena);
     }
     check((h == 0) == comm_is_local(g->ep_group), "ep %d: heads exist where they are split", n);
@@ -689,21 +642,23 @@ static void test_heads(const Config *c, const Grid *g, int R) {
     uint64_t seed = 99 + (uint64_t)world_rank;
     for (size_t i = 0; i < x; i++) X[i] = quarter(&seed);
     for (size_t i = 0; i < all; i++) Y[i] = quarter(&seed);
-    comm_all_gather_host(g->ep_group, gathered, X, x * sizeof(double)),
-        comm_all_gather_host(g->ep_group, parts, Y, all * sizeof(double));
+    comm_all_gather_host(g->ep_group, gathered, X, x * sizeof(double));
+    comm_all_gather_host(g->ep_group, parts, Y, all * sizeof(double));
     put(dx, DTYPE_FLOATX, X, x);
     get(a, heads_gather(h, dx), DTYPE_FLOATX, all);
     check(memcmp(a, same ? X : gathered, all * sizeof(double)) == 0,
           "heads ep %d %s: gathered tokens", n, dispatch_name[g->dispatch]);
     double left = comm_sum(g->ep_group, dot(a, Y, all));
-    put(heads_gather_target(h, out), DTYPE_FLOATX, Y, all), heads_gather_adjoint(h, out),
-        get(a, out, DTYPE_FLOATX, x);
+    put(heads_gather_target(h, out), DTYPE_FLOATX, Y, all);
+    heads_gather_adjoint(h, out);
+    get(a, out, DTYPE_FLOATX, x);
     double right = comm_sum(g->ep_group, dot(a, X, x));
     check(left == right, "heads ep %d %s: <gather x,Y> %.17g <x,adjoint Y> %.17g", n,
           dispatch_name[g->dispatch], left, right);
 
-    put(heads_target(h, out), DTYPE_FLOATX, Y, all), heads_reduce(h, out),
-        get(a, out, DTYPE_FLOATX, x);
+    put(heads_target(h, out), DTYPE_FLOATX, Y, all);
+    heads_reduce(h, out);
+    get(a, out, DTYPE_FLOATX, x);
     int wrong = 0;
     for (size_t i = 0; i < x; i++) {
         double sum = 0;
@@ -720,7 +675,13 @@ static void test_heads(const Config *c, const Grid *g, int R) {
     get(a, dx, DTYPE_FLOATX, x);
     check(memcmp(a, X, x * sizeof(double)) == 0,
           "heads ep %d %s: the incoming gradient is untouched", n, dispatch_name[g->dispatch]);
-    free(X), free(Y), free(a), free(gathered), free(parts), heads_free(h), arena_free(&arena);
+    free(X);
+    free(Y);
+    free(a);
+    free(gathered);
+    free(parts);
+    heads_free(h);
+    arena_free(&arena);
 }
 
 int main(int argc, char **argv) {
@@ -754,7 +715,8 @@ int main(int argc, char **argv) {
                            .I = 8,
                            .is_moe = is_moe,
                            .n_moe = 1 } };
-    config[1] = config[0], config[1].K = 1;
+    config[1] = config[0];
+    config[1].K = 1;
     for (int ep = world; ep > 1 || ep == world;
          ep = ep == 4 ? 2 : 0) // 4 ranks: ep 4, then two ep groups of 2
         for (int k = 0; k < 2; k++) {
@@ -770,12 +732,16 @@ int main(int argc, char **argv) {
                     if (!commit) arena_commit(a);
                 }
             }
-            for (int d = 0; d < 3; d++)
-                test_adjoint(config + k, grid + d, 13), test_traffic(config + k, grid + d, 13);
+            for (int d = 0; d < 3; d++) {
+                test_adjoint(config + k, grid + d, 13);
+                test_traffic(config + k, grid + d, 13);
+            }
             if (ep == 2 && k == 0) test_picture(config, grid + DISPATCH_ALLTOALL);
             test_layers(config + k, grid, 13);
-            for (int d = 0; d < 3; d++)
-                test_calls(config + k, grid + d, 9), test_heads(config + k, grid + d, 7);
+            for (int d = 0; d < 3; d++) {
+                test_calls(config + k, grid + d, 9);
+                test_heads(config + k, grid + d, 7);
+            }
         }
     if (world_rank == 0)
         printf("test_dispatch, %d rank%s%s, %s: %d passed, %d failed\n", world,
@@ -783,6 +749,7 @@ int main(int argc, char **argv) {
                failed);
     comm_finish();
     while (n_staging) arena_free(staging + --n_staging);
-    arena_free(&memory), device_finish();
+    arena_free(&memory);
+    device_finish();
     return failed != 0;
 }

@@ -169,7 +169,8 @@ int main(int argc, char **argv) {
 #ifndef CUEMU
     climb(argc > 1 ? atoi(argv[1]) : 8192, 8, 128, 2048, 768, true);
 #else
-    (void)argc, (void)argv;
+    (void)argc;
+    (void)argv;
 #endif
     device_finish();
     printf("%d passed, %d failed\n", passed, failed);

@@ -23,7 +23,8 @@ static __device__ __forceinline__ int expert_of(const RowIndex &plan, int m) {
 // H and A of one element from its two sums; A from the rounded H.
 static __device__ __forceinline__ void store_gate_up(floatX *H, floatX *A, int64_t m, int f, int F,
                                                      float gate, float up) {
-    store(H + m * 2 * F + f, gate), store(H + m * 2 * F + F + f, up);
+    store(H + m * 2 * F + f, gate);
+    store(H + m * 2 * F + F + f, up);
     gate = round_x(gate);
     store(A + m * F + f, gate * sigmoid(gate) * round_x(up));
 }

@@ -104,16 +104,14 @@ test-cuemu-program: $(CUEMU_TESTED)
 # The emulator's own tests, and the errors seeded in them.
 CUEMU_SELF = test test-asan test-tsan test-lazy test-mpi test-bugs
 test-cuemu-self:
+	@mkdir -p $(CUEMU_BUILD)
 	@for t in $(CUEMU_SELF); do \
 	    echo "---- dev/cuemu: $$t"; \
-	    $(MAKE) -s $(CUEMU_SUBMAKE) -j$(CUEMU_JOBS) TIER=$(TIER) $$t; \
-	done | awk '{ print } \
-	    /^[0-9]+ passed, [0-9]+ failed$$/ { good += $$1; bad += $$3; n++ } \
-	    END { \
-	        bad += $(words $(CUEMU_SELF)) - n; \
-	        print good + 0 " passed, " bad + 0 " failed"; \
-	        exit bad > 0 \
-	    }'
+	    $(MAKE) -s $(CUEMU_SUBMAKE) -j$(CUEMU_JOBS) TIER=$(TIER) $$t \
+	        > $(CUEMU_BUILD)/self-$$t.log 2>&1; \
+	    cat $(CUEMU_BUILD)/self-$$t.log; \
+	done
+	@awk -f dev/tests/sum.awk $(CUEMU_SELF:%=$(CUEMU_BUILD)/self-%.log)
 # Some mistakes planted in the kernels, which must be found: all of them are make
 # test-mutations-cuda. test-cuemu-kernels shows that the unchanged kernels pass.
 test-cuemu-seeded:
@@ -136,20 +134,7 @@ test-cuemu:
 	@mkdir -p $(CUEMU_BUILD)
 	@$(MAKE) --no-print-directory -j$(CUEMU_JOBS) test-cuemu-build
 	@$(MAKE) --no-print-directory -j$(CUEMU_JOBS) $(CUEMU_LOGS)
-	@awk '/(^|: )[0-9]+ passed, [0-9]+ failed$$/ { \
-	        passed[FILENAME] = $$(NF - 3); \
-	        failed[FILENAME] = $$(NF - 1) \
-	    } \
-	    END { \
-	        for (i = 1; i < ARGC; i++) { \
-	            f = ARGV[i]; \
-	            if (!(f in passed)) { print f ": no closing line"; bad++ } \
-	            good += passed[f]; \
-	            bad += failed[f] \
-	        } \
-	        print good + 0 " passed, " bad + 0 " failed"; \
-	        exit bad > 0 \
-	    }' $(CUEMU_LOGS)
+	@awk -f dev/tests/sum.awk $(CUEMU_LOGS)
 
 test-cuemu-nightly:
 	@$(MAKE) --no-print-directory test-cuemu TIER=nightly

@@ -18,41 +18,36 @@ command -v strace > /dev/null || {
     echo "0 passed, 0 failed"
     exit 0
 }
-t=$(mktemp -d)
-trap 'rm -rf "$t"' EXIT
+T=$(mktemp -d)
+trap 'rm -rf "$T"' EXIT
 strace -qq -o /dev/null -e trace=close true 2> /dev/null || {
     echo "faults: ptrace is not allowed here, left out"
     echo "0 passed, 0 failed"
     exit 0
 }
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
-head -c 20000 README.md > "$t/text.txt"
-cat > "$t/micro.json" << 'J'
-{"model_type": "qwen3_moe", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
- "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 256,
- "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "intermediate_size": 16,
- "max_position_embeddings": 64}
-J
-options=(--init "$t/micro.json" --train "$t/text.txt" --seq-len 16 --batch 4 --threads 1
-    --save-every 1 --lr 0.01)
+. dev/tests/shell.sh
+micro_model
+# shellcheck disable=SC2206   words
+options=($micro --save-every 1 --lr 0.01)
 first=2 last=4 # updates before the fault, and in all
-run() { timeout 30 "$@" > "$t/out" 2> "$t/err"; }
-run "$program" "${options[@]}" --steps $last --out "$t/whole" || {
-    cat "$t/err"
+run() { timeout 30 "$@" > "$T/out" 2> "$T/err"; }
+run "$program" "${options[@]}" --steps $last --out "$T/whole" || {
+    cat "$T/err"
     echo "0 passed, 1 failed"
     exit 1
 }
 sums() { (cd "$1/checkpoints/step_$last" && sha256sum ./*.safetensors); }
-want=$(sums "$t/whole")
-run "$program" "${options[@]}" --steps $first --out "$t/before" || {
-    cat "$t/err"
+want=$(sums "$T/whole")
+run "$program" "${options[@]}" --steps $first --out "$T/before" || {
+    cat "$T/err"
     echo "0 passed, 1 failed"
     exit 1
 }
 
 # All calls of the part under test: --resume from update $first to $last. Calls before the first
 # look at --out belong to the loader of the program and are left alone.
-cp -a "$t/before" "$t/probe"
+cp -a "$T/before" "$T/probe"
 kinds="openat read pread64 write pwrite64 fsync fdatasync rename renameat renameat2 mkdir mkdirat"
 kinds="$kinds unlink unlinkat symlink symlinkat getdents64 ftruncate newfstatat fstat lseek close"
 kinds="$kinds fallocate"
@@ -60,9 +55,9 @@ known=
 for kind in $kinds; do
     strace -qq -o /dev/null -e trace="$kind" true 2> /dev/null && known="$known,$kind"
 done
-strace -f -qq -o "$t/trace" -e trace="${known#,}" "$program" "${options[@]}" --steps $last \
-    --resume --out "$t/probe" > /dev/null 2>&1
-awk -v out="$t/probe" '
+strace -f -qq -o "$T/trace" -e trace="${known#,}" "$program" "${options[@]}" --steps $last \
+    --resume --out "$T/probe" > /dev/null 2>&1
+awk -v out="$T/probe" '
     {
         sub(/^[0-9]+ +/, "")
         if (!match($0, /^[a-z0-9_]+\(/)) next
@@ -70,7 +65,7 @@ awk -v out="$t/probe" '
         n[kind]++
     }
     index($0, out) { seen = 1 }
-    seen { print kind, n[kind] }' "$t/trace" > "$t/calls"
+    seen { print kind, n[kind] }' "$T/trace" > "$T/calls"
 errors_of() {
     case $1 in
     write | pwrite64 | fallocate | ftruncate | mkdir* | symlink*) echo ENOSPC EIO EINTR ESTALE ;;
@@ -82,20 +77,20 @@ while read -r kind n; do
     for e in $(errors_of "$kind"); do
         echo "$kind $n $e"
     done
-done < "$t/calls" > "$t/all"
-total=$(wc -l < "$t/all")
+done < "$T/calls" > "$T/all"
+total=$(wc -l < "$T/all")
 [ "$total" -gt 0 ] || {
     echo "faults: no call was seen"
     echo "0 passed, 1 failed"
     exit 1
 }
-shuf --random-source=<(yes "$seed") -n "$count" "$t/all" > "$t/chosen"
+shuf --random-source=<(yes "$seed") -n "$count" "$T/all" > "$T/chosen"
 
 passed=0 failed=0 survived=0 ended=0
 bad() {
     failed=$((failed + 1))
     echo "FAIL $1"
-    sed 's/^/     /' "$t/err" | head -3
+    sed 's/^/     /' "$T/err" | head -3
 }
 check() { # what is left after the fault
     local status=$1 name=$2 step lines
@@ -108,12 +103,12 @@ check() { # what is left after the fault
         return
     }
     if [ "$status" != 0 ]; then
-        lines=$(grep -c '^error: ' "$t/err")
+        lines=$(grep -c '^error: ' "$T/err")
         [ "$lines" = 1 ] || {
             bad "$name: status $status and $lines error lines"
             return
         }
-        grep -q 'hint: ' "$t/err" || {
+        grep -q 'hint: ' "$T/err" || {
             bad "$name: no hint"
             return
         }
@@ -122,27 +117,27 @@ check() { # what is left after the fault
         survived=$((survived + 1))
     fi
     for step in 1 2; do
-        [ -d "$t/o/checkpoints/step_$step" ] || {
+        [ -d "$T/o/checkpoints/step_$step" ] || {
             bad "$name: step_$step is gone"
             return
         }
     done
-    for step in "$t"/o/checkpoints/step_*; do
-        timeout 30 "$program" --verify "$step" > "$t/verify" 2>&1 || {
-            cp "$t/verify" "$t/err"
+    for step in "$T"/o/checkpoints/step_*; do
+        timeout 30 "$program" --verify "$step" > "$T/verify" 2>&1 || {
+            cp "$T/verify" "$T/err"
             bad "$name: ${step##*/} does not verify"
             return
         }
     done
-    run "$program" "${options[@]}" --steps $last --resume --out "$t/o" || {
+    run "$program" "${options[@]}" --steps $last --resume --out "$T/o" || {
         bad "$name: --resume afterwards"
         return
     }
-    [ "$(sums "$t/o")" = "$want" ] || {
+    [ "$(sums "$T/o")" = "$want" ] || {
         bad "$name: other weights after --resume"
         return
     }
-    python3 - "$t/o" $last > "$t/err" 2>&1 << 'P' || {
+    python3 - "$T/o" $last > "$T/err" 2>&1 << 'P' || {
 import json
 import sys
 
@@ -156,14 +151,14 @@ P
     passed=$((passed + 1))
 }
 while read -r kind n error; do
-    rm -rf "$t/o"
-    cp -a "$t/before" "$t/o"
+    rm -rf "$T/o"
+    cp -a "$T/before" "$T/o"
     timeout 30 strace -f -qq -o /dev/null -e trace="$kind" -e inject="$kind:error=$error:when=$n" \
-        "$program" "${options[@]}" --steps $last --resume --out "$t/o" > "$t/out" 2> "$t/err"
+        "$program" "${options[@]}" --steps $last --resume --out "$T/o" > "$T/out" 2> "$T/err"
     check $? "$kind $n $error"
-done < "$t/chosen"
+done < "$T/chosen"
 echo "faults: $total possible, $((passed + failed)) injected, $ended ended the run," \
     "$survived were survived"
-cut -d' ' -f1 "$t/chosen" | sort | uniq -c | sed 's/^ */     /'
+cut -d' ' -f1 "$T/chosen" | sort | uniq -c | sed 's/^ */     /'
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

@@ -44,29 +44,7 @@ ranks() {
 model="--model dev/fixtures/parallel --train dev/fixtures/parallel/tokens.bin --seq-len 16"
 model="$model --batch 24 --ignore-target 2 --lr 1e-3 --weight-decay 0.01 --grad-clip 0.5"
 model="$model --z-coef 0.001 --threads 1 --timeout $timeout"
-losses() { sed -n 's/.*"step":\([0-9]*\),"loss":\([^,]*\),.*/\1 \2/p' "$1/log.jsonl"; }
-# The largest relative difference of the losses of two runs, which must have the same steps.
-apart() {
-    losses "$1" > "$T/a"
-    losses "$2" > "$T/b"
-    awk 'NR == FNR {
-             a[$1] = $2
-             n++
-             next
-         }
-         { m++ }
-         !($1 in a) {
-             bad = 1
-             next
-         }
-         {
-             d = (a[$1] - $2) / a[$1]
-             if (d < 0) d = -d
-             if (d > w) w = d
-         }
-         END { print bad || n != m || !n ? "inf" : w + 0 }' "$T/a" "$T/b"
-}
-least() { awk -v a="$1" -v b="$2" 'BEGIN { exit !(a != "inf" && a + 0 <= b) }'; }
+. dev/tests/shell.sh
 
 # ---- 1. layouts ---------------------------------------------------------------------------------
 ranks 1 "$train" $model --steps 8 --out "$T/whole"

@@ -9,54 +9,49 @@
 # is whole, and --resume goes on from it. The next cut continues from the copy.
 cd "$(dirname "$0")/../.." || exit 1
 program=$(realpath "${1:?usage: power_cut.sh PROGRAM [CUTS]}") cuts=${2:-62}
-t=$(mktemp -d)
-trap 'kill -9 $pid 2> /dev/null; umount "$t/disk" 2> /dev/null; rm -rf "$t"' EXIT
-mkdir "$t/disk"
-truncate -s 96M "$t/image"
-[ "$(id -u)" = 0 ] && mkfs.ext4 -q "$t/image" && mount -o loop "$t/image" "$t/disk" || {
+T=$(mktemp -d)
+trap 'kill -9 $pid 2> /dev/null; umount "$T/disk" 2> /dev/null; rm -rf "$T"' EXIT
+mkdir "$T/disk"
+truncate -s 96M "$T/image"
+[ "$(id -u)" = 0 ] && mkfs.ext4 -q "$T/image" && mount -o loop "$T/image" "$T/disk" || {
     echo "power_cut: needs root, ext4 and a loop device, left out"
     echo "0 passed, 0 failed"
     exit 0
 }
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
-head -c 20000 README.md > "$t/text.txt"
-cat > "$t/micro.json" << 'J'
-{"model_type": "qwen3_moe", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
- "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 256,
- "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "intermediate_size": 16,
- "max_position_embeddings": 64}
-J
-options=(--init "$t/micro.json" --train "$t/text.txt" --seq-len 16 --batch 4 --threads 1
-    --save-every 3 --keep 2 --steps 1000000 --lr 0.001)
+. dev/tests/shell.sh
+micro_model
+# shellcheck disable=SC2206   words
+options=($micro --save-every 3 --keep 2 --steps 1000000 --lr 0.001)
 newest_step() { # the number of the newest published checkpoint, or nothing
-    find "$t/disk/run/checkpoints" -maxdepth 1 -name 'step_*' 2> /dev/null |
+    find "$T/disk/run/checkpoints" -maxdepth 1 -name 'step_*' 2> /dev/null |
         sed 's/.*_//' | sort -n | tail -1
 }
 passed=0 failed=0 empty=0 before=-1
 for cut in $(seq "$cuts"); do
-    "$program" "${options[@]}" --resume --out "$t/disk/run" > "$t/out" 2> "$t/err" &
+    "$program" "${options[@]}" --resume --out "$T/disk/run" > "$T/out" 2> "$T/err" &
     pid=$!
     sleep "$((RANDOM % 3)).$((RANDOM % 900 + 100))"
     kill -STOP $pid || {
-        echo "FAIL cut $cut: the run had ended: $(head -1 "$t/err")"
+        echo "FAIL cut $cut: the run had ended: $(head -1 "$T/err")"
         failed=$((failed + 1))
         break
     }
-    cp --sparse=always "$t/image" "$t/copy"
+    cp --sparse=always "$T/image" "$T/copy"
     newest=$(newest_step)
     kill -9 $pid
     wait $pid 2> /dev/null
-    umount "$t/disk"
-    mv "$t/copy" "$t/image"
-    mount -o loop "$t/image" "$t/disk" || {
+    umount "$T/disk"
+    mv "$T/copy" "$T/image"
+    mount -o loop "$T/image" "$T/disk" || {
         echo "FAIL cut $cut: the image does not mount"
         failed=$((failed + 1))
         break
     }
     why=
-    for step in "$t"/disk/run/checkpoints/step_*; do
+    for step in "$T"/disk/run/checkpoints/step_*; do
         [ -d "$step" ] || continue
-        "$program" --verify "$step" > "$t/verify" 2>&1 || why="${step##*/}: $(head -1 "$t/verify")"
+        "$program" --verify "$step" > "$T/verify" 2>&1 || why="${step##*/}: $(head -1 "$T/verify")"
     done
     found=$(newest_step)
     [ -n "$found" ] || {
@@ -68,7 +63,7 @@ for cut in $(seq "$cuts"); do
         why="published: ${newest:-none}, on the disk: $found"
     if [ -z "$why" ] && [ "$found" -ge 0 ]; then
         why=$(
-            python3 - "$t/disk/run" "$found" 2>&1 << 'P'
+            python3 - "$T/disk/run" "$found" 2>&1 << 'P'
 import json
 import sys
 

@@ -372,8 +372,26 @@ def test_watch(folder, chromium):
         server.terminate()
 
 
+# A part that fails must fail the suite: once its count of failures was read from the wrong word.
+def test_sum(folder):
+    def total(*texts):
+        names = [f"{folder}/part{i}.log" for i in range(len(texts))]
+        for name, text in zip(names, texts):
+            with open(name, "w") as f:
+                f.write(text)
+        command = ["awk", "-f", f"{DEV}/tests/sum.awk", *names]
+        p = subprocess.run(command, capture_output=True, text=True)
+        return p.returncode, p.stdout.splitlines()[-1]
+
+    good, bad = "1 passed, 1 failed\nx: 5 passed, 0 failed\n", "3 passed, 2 failed\nmake: *** 1\n"
+    check(total(good) == (0, "5 passed, 0 failed"), "sum.awk: the last closing line counts")
+    check(total(good, bad) == (1, "8 passed, 2 failed"), "sum.awk: failures of a part are counted")
+    check(total(good, "") == (1, "5 passed, 1 failed"), "sum.awk: no closing line is a failure")
+
+
 def main():
     with tempfile.TemporaryDirectory() as folder:
+        test_sum(folder)
         make_run(f"{folder}/run")
         if has("matplotlib"):
             test_plot(folder)

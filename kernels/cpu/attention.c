@@ -97,7 +97,8 @@ static floatX *operand(real *x, floatX *buffer, int64_t n) {
     store_row(buffer, x, n);
     return buffer;
 #else
-    (void)buffer, (void)n;
+    (void)buffer;
+    (void)n;
     return (floatX *)x;
 #endif
 }
@@ -210,8 +211,8 @@ void attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *d_o, c
             real *delta = w.sum;
             for (int64_t r = 0; r < rows; r++) {
                 row_lse[r] = lse[h.lse + r % G * T + t0 + r / G];
-                const floatX * or = o + h.q + ((t0 + r / G) * H + r % G) * D;
-                delta[r] = row_dot(view_row(w.d_o + r * D, w.o, D), view_row(or, w.o + D, D), D);
+                const floatX *out = o + h.q + ((t0 + r / G) * H + r % G) * D;
+                delta[r] = row_dot(view_row(w.d_o + r * D, w.o, D), view_row(out, w.o + D, D), D);
             }
             for (int64_t j0 = first; j0 < t0 + n; j0 += KEYS) {
                 int64_t nj = lesser(KEYS, t0 + n - j0);

@@ -189,7 +189,9 @@ static void gemm_blocks(int ta, int tb, int64_t m, int64_t n, int64_t k, const f
                 if (kind == GEMM_WIDENED) {
                     widen(a, A, lda, ta, i, p, mi, kp);
                     if (fresh) widen(b, B, ldb, tb, p, j, kp, nj);
-                    gemm(ta, tb, mi, nj, kp, a, ta ? mi : kp, b, tb ? kp : nj, add, out, ldo);
+                    int64_t a_width = ta ? mi : kp;
+                    int64_t b_width = tb ? kp : nj;
+                    gemm(ta, tb, mi, nj, kp, a, a_width, b, b_width, add, out, ldo);
                     continue;
                 }
                 gemm_bf16_pack(packed_a, &A[ta ? p * lda + i : i * lda + p].bits, lda, !ta, mi, kp,

@@ -87,7 +87,8 @@ static inline const real *view_row(const floatX *x, real *buffer, int64_t n) {
     load_row(buffer, x, n);
     return buffer;
 #else
-    (void)buffer, (void)n;
+    (void)buffer;
+    (void)n;
     return &x->v;
 #endif
 }

@@ -293,8 +293,10 @@ static int64_t workspace_bound(const Shape *s) {
 static Shape backward_call(int B, int T, int H, int KV, int D) {
     Shape s = { 1, B, T, H, KV, H, KV, D };
     while (s.B > 1 && workspace_bound(&s) > cudnn_attention_chunk) s.B--;
-    while (s.kv > 1 && (KV % s.kv || workspace_bound(&s) > cudnn_attention_chunk))
-        s.kv--, s.h = H / KV * s.kv;
+    while (s.kv > 1 && (KV % s.kv || workspace_bound(&s) > cudnn_attention_chunk)) {
+        s.kv--;
+        s.h = H / KV * s.kv;
+    }
     return s;
 }
 static Shape forward_call(int B, int T, int H, int KV, int D) {

@@ -98,8 +98,9 @@ static __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     int e = expert_of_tile(plan, tile);
     if (e < 0) return;
     Operand a = { in, 0, K, (int)plan.M, K, 0 };
-    Operand b = { W + (int64_t)e * N * K, 0, TRANSPOSED ? N : K, TRANSPOSED ? K : N,
-                  TRANSPOSED ? N : K,     0 };
+    int rows = TRANSPOSED ? K : N; // of W, whose rows are `width` long
+    int width = TRANSPOSED ? N : K;
+    Operand b = { W + (int64_t)e * N * K, 0, width, rows, width, 0 };
     Accumulator acc;
     tile_product<false, TRANSPOSED, false>(acc, shared, a, b, m0, n0, 0, K);
     for_pairs<false>([&](int i, int j, int l, int row, int column) {

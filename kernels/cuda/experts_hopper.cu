@@ -413,8 +413,10 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
                         int column_chunk = (odd ? j ^ 2 : j) % 4 * 2 + t / 2;
                         char *chunk =
                             chunk_at(own.out + j / 4 * BLOCK_BYTES, row0 + 8 * r, column_chunk);
-                        *(float2 *)(chunk + t % 2 * 8) = make_float2(
-                            odd ? acc[odd_i] : acc[even_i], odd ? acc[odd_i + 1] : acc[even_i + 1]);
+                        // constant indices: acc stays in registers
+                        float left = odd ? acc[odd_i] : acc[even_i];
+                        float right = odd ? acc[odd_i + 1] : acc[even_i + 1];
+                        *(float2 *)(chunk + t % 2 * 8) = make_float2(left, right);
                     }
                 out_written(own.group);
                 if (!own.first) continue;

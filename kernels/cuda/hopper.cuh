@@ -98,8 +98,8 @@ static __device__ __forceinline__ void gather_block(char *block, const floatX *b
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         bool valid = row[i] >= 0 && at < width;
-        ptx_cp_async_16(chunk_at(block, threadIdx.x / 8 + 16 * i, chunk),
-                        valid ? base + row[i] * ld + at : base, valid ? 16 : 0);
+        const floatX *from = valid ? base + row[i] * ld + at : base;
+        ptx_cp_async_16(chunk_at(block, threadIdx.x / 8 + 16 * i, chunk), from, valid ? 16 : 0);
     }
 }
 // How a gathered stage becomes known as full. The copies are ordinary writes of shared memory, so a

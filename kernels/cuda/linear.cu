@@ -45,8 +45,9 @@ void gemm_init(void) {
 }
 static void plan_destroy(GemmPlan *p) {
     cublasLtMatmulDescDestroy(p->product);
-    cublasLtMatrixLayoutDestroy(p->a), cublasLtMatrixLayoutDestroy(p->b),
-        cublasLtMatrixLayoutDestroy(p->c);
+    cublasLtMatrixLayoutDestroy(p->a);
+    cublasLtMatrixLayoutDestroy(p->b);
+    cublasLtMatrixLayoutDestroy(p->c);
     p->used = 0;
 }
 void gemm_finish(void) {
@@ -76,10 +77,14 @@ static void plan_create(GemmPlan *p, const Shape *s) {
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_TRANSB, &second,
                                                 sizeof second));
     // columns of the column-major view: B (k,n) is (n,k) there, B (n,k) is (k,n)
-    CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&p->a, x, (uint64_t)(s->tb ? s->k : s->n),
-                                            (uint64_t)(s->tb ? s->n : s->k), s->tb ? s->k : s->n));
-    CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&p->b, x, (uint64_t)(s->ta ? s->m : s->k),
-                                            (uint64_t)(s->ta ? s->k : s->m), s->lda));
+    int64_t b_rows = s->tb ? s->k : s->n;
+    int64_t b_columns = s->tb ? s->n : s->k;
+    CUBLAS_CHECK(
+        cublasLtMatrixLayoutCreate(&p->a, x, (uint64_t)b_rows, (uint64_t)b_columns, b_rows));
+    int64_t a_rows = s->ta ? s->m : s->k;
+    int64_t a_columns = s->ta ? s->k : s->m;
+    CUBLAS_CHECK(
+        cublasLtMatrixLayoutCreate(&p->b, x, (uint64_t)a_rows, (uint64_t)a_columns, s->lda));
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&p->c, c, (uint64_t)s->n, (uint64_t)s->m, s->n));
     cublasLtMatmulPreference_t wish;
     size_t bytes = WORKSPACE;
